@@ -1,0 +1,68 @@
+# Everything is idempotent: a second run skips what is there. `make` alone prints this help.
+# Settings: EMBEDLINE_PORT (54329), EMBEDLINE_PGDATA (.postgres), MODEL, NAME, ARGS.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export EMBEDLINE_PORT EMBEDLINE_PGDATA
+
+MODEL ?= static-256
+NAME  ?=
+ARGS  ?=
+
+# The system's own Python and nothing else: no user site, no other interpreter from PATH.
+BOOTSTRAP := PYTHONPATH=python_udfs PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.local.bootstrap
+WITH_DSN  := EMBEDLINE_DSN="$$($(BOOTSTRAP) dsn)"
+
+.PHONY: help setup up demo test bench lint dsn psql down clean _lint-setup
+
+help: ## print this help
+	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+
+setup: ## install system packages, pgvector, the virtual environment and the models
+	@$(BOOTSTRAP) setup
+
+up: ## set up, start the local cluster, bring its schema to head
+	@$(BOOTSTRAP) up
+
+demo: up ## make the PostgreSQL manual searchable by meaning (MODEL=static-256 or minilm)
+	@echo "» Running the demo with model $(MODEL)" >&2
+	@$(WITH_DSN) .venv/bin/python -m embedline.demo --model $(MODEL)
+
+test: up ## run the tests (ARGS='-k name' goes to pytest)
+	@echo "» Running the tests" >&2
+	@$(WITH_DSN) .venv/bin/pytest $(ARGS)
+
+bench: up ## run one benchmark, or all (NAME=capture, create, write or query)
+	@echo "» Running benchmark $(or $(NAME),of every kind)" >&2
+	@$(WITH_DSN) .venv/bin/python tests/bench/run.py $(NAME)
+
+_lint-setup:
+	@$(BOOTSTRAP) lint-setup
+
+lint: _lint-setup ## check style, types, layers, SQL and migrations
+	@echo "» ruff" >&2
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@echo "» mypy --strict" >&2
+	@.venv/bin/mypy --strict
+	@echo "» import-linter" >&2
+	@.venv/bin/lint-imports
+	@echo "» sqlfluff" >&2
+	@.venv/bin/sqlfluff lint --processes 0 sql
+	@echo "» squawk on the rendered migrations" >&2
+	@mkdir -p .build
+	@.venv/bin/alembic upgrade head --sql >.build/migrations.sql
+	@.venv/bin/squawk --config .squawk.toml .build/migrations.sql
+
+dsn: ## print the connection URI of the local database, and nothing else
+	@$(BOOTSTRAP) dsn
+
+psql: ## open psql on the local database
+	@$(BOOTSTRAP) psql
+
+down: ## stop the local cluster; its data stay
+	@$(BOOTSTRAP) down
+
+clean: ## stop the local cluster and remove it, .venv, .models and caches
+	@$(BOOTSTRAP) clean

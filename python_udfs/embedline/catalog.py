@@ -1,0 +1,245 @@
+"""Reading the catalogue: models, pipelines and versions as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from embedline.database import Session, as_mapping, data_name, quote_ident
+from embedline.embedders import ModelConfig
+from embedline.errors import NotFound
+
+_MODEL_COLUMNS = """
+    m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
+    m.base_url, m.api_key_env, m.document_prefix, m.query_prefix, m.max_batch_items,
+    m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.fingerprint AS model_fingerprint
+"""
+
+_PIPELINE_SQL = f"""
+    SELECT p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
+           p.routing_view::oid::bigint AS view_oid, p.chunking, p.chunk_tokens, p.chunk_overlap, p.state,
+           v.version_id, v.number, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
+           v.state AS version_state, {_MODEL_COLUMNS}
+    FROM embedline.pipeline AS p
+    JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+    JOIN embedline.model AS m ON m.model_id = v.model_id
+"""  # noqa: S608 - constants only
+
+PIPELINE_BY_NAME = _PIPELINE_SQL + " WHERE p.name = $1"
+ACTIVE_PIPELINES = (
+    _PIPELINE_SQL + " WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) ORDER BY p.pipeline_id"
+)
+
+# pgvector's operator and operator class of each distance; the class is prefixed with the column type.
+OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
+_OPERATOR_CLASSES = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of embedline.model."""
+
+    model_id: int
+    config: ModelConfig
+    max_tokens: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """A row of embedline.version with its model."""
+
+    version_id: int
+    number: int
+    dimensions: int
+    column_type: str
+    distance: str
+    index_method: str
+    state: str
+    model: Model
+    index_options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def column(self) -> str:
+        """Name of the vector column."""
+        return f"embedding_v{self.number}"
+
+    @property
+    def operator(self) -> str:
+        """pgvector's distance operator."""
+        return OPERATORS[self.distance]
+
+    @property
+    def operator_class(self) -> str:
+        """pgvector's operator class for an index."""
+        return f"{self.column_type}_{_OPERATOR_CLASSES[self.distance]}"
+
+    @property
+    def vector_type(self) -> str:
+        """Type of the vector column with its dimensions."""
+        return f"{self.column_type}({self.dimensions})"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A row of embedline.pipeline with its serving version and the names of its generated objects."""
+
+    pipeline_id: int
+    name: str
+    source_oid: int
+    view_oid: int | None
+    key_columns: tuple[str, ...]
+    key_types: tuple[str, ...]
+    view_columns: dict[str, str]
+    chunking: str
+    chunk_tokens: int | None
+    chunk_overlap: int
+    state: str
+    version: Version
+
+    def generated(self, suffix: str) -> str:
+        """Return the qualified, quoted name of a generated object, such as the outbox."""
+        return data_name(f"{self.name}_{suffix}")
+
+    @cached_property
+    def outbox(self) -> str:
+        """The queue of changed keys."""
+        return self.generated("outbox")
+
+    @cached_property
+    def document(self) -> str:
+        """The state rows: one for each source row that was looked at."""
+        return self.generated("document")
+
+    @cached_property
+    def chunk(self) -> str:
+        """The chunks."""
+        return self.generated("chunk")
+
+    @cached_property
+    def vectors(self) -> str:
+        """The serving version's table."""
+        return self.generated(f"v{self.version.number}")
+
+    @cached_property
+    def key_list(self) -> str:
+        """The key columns of the generated tables, comma separated."""
+        return ", ".join(quote_ident(column) for column in self.key_columns)
+
+    @cached_property
+    def key_texts(self) -> str:
+        """The key columns as one text[] value each row, to travel to Python and back without loss."""
+        return "ARRAY[" + ", ".join(f"{quote_ident(column)}::text" for column in self.key_columns) + "]"
+
+    def key_texts_of(self, alias: str) -> str:
+        """`key_texts` with the columns qualified by a table alias."""
+        return "ARRAY[" + ", ".join(f"{alias}.{quote_ident(column)}::text" for column in self.key_columns) + "]"
+
+    def key_arrays(self, first_parameter: int = 1) -> str:
+        """Parameters $n::text[] of each key column, cast to arrays of the column's type."""
+        return ", ".join(
+            f"${first_parameter + i}::text[]::{key_type}[]" for i, key_type in enumerate(self.key_types)
+        )
+
+    def key_join(self, left: str, right: str) -> str:
+        """The condition that two relations hold the same key."""
+        return " AND ".join(f"{left}.{quote_ident(c)} = {right}.{quote_ident(c)}" for c in self.key_columns)
+
+    @property
+    def key_parameter_types(self) -> list[str]:
+        """Types of the parameters of `key_arrays`."""
+        return ["text[]"] * len(self.key_columns)
+
+
+def load_pipeline(session: Session, name: str) -> Pipeline:
+    """Return the pipeline of that name or raise NotFound."""
+    rows = session.query(PIPELINE_BY_NAME, ["text"], name)
+    if not rows:
+        raise NotFound(
+            f'there is no pipeline "{name}"',
+            hint="SELECT pipeline FROM embedline.status lists the pipelines.",
+        )
+    return pipeline_from_row(rows[0])
+
+
+def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
+    """Return the pipelines that workers serve now, or the one named."""
+    if name is not None:
+        load_pipeline(session, name)
+    return [pipeline_from_row(row) for row in session.query(ACTIVE_PIPELINES, ["text"], name)]
+
+
+def load_model(session: Session, name: str) -> Model:
+    """Return the model of that name or raise NotFound."""
+    rows = session.query(f"SELECT {_MODEL_COLUMNS} FROM embedline.model AS m WHERE m.name = $1", ["text"], name)  # noqa: S608
+    if not rows:
+        raise NotFound(
+            f'there is no model "{name}"',
+            hint="SELECT name FROM embedline.model lists the models; embedline.create_model adds one.",
+        )
+    return _model_from_row(rows[0])
+
+
+def pipeline_from_row(row: dict[str, object]) -> Pipeline:
+    """Return the pipeline of a row of the catalogue query."""
+    values = dict(row)
+    version = Version(
+        version_id=int(str(values["version_id"])),
+        number=int(str(values["number"])),
+        dimensions=int(str(values["dimensions"])),
+        column_type=str(values["column_type"]),
+        distance=str(values["distance"]),
+        index_method=str(values["index_method"]),
+        state=str(values["version_state"]),
+        model=_model_from_row(values),
+        index_options=dict(as_mapping(values["index_options"])),
+    )
+    view_oid, chunk_tokens = values["view_oid"], values["chunk_tokens"]
+    return Pipeline(
+        pipeline_id=int(str(values["pipeline_id"])),
+        name=str(values["name"]),
+        source_oid=int(str(values["source_oid"])),
+        view_oid=None if view_oid is None else int(str(view_oid)),
+        key_columns=_texts(values["key_columns"]),
+        key_types=_texts(values["key_types"]),
+        view_columns={str(k): str(v) for k, v in as_mapping(values["view_columns"]).items()},
+        chunking=str(values["chunking"]),
+        chunk_tokens=None if chunk_tokens is None else int(str(chunk_tokens)),
+        chunk_overlap=int(str(values["chunk_overlap"])),
+        state=str(values["state"]),
+        version=version,
+    )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(str(item) for item in value) if isinstance(value, list) else ()
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _model_from_row(row: dict[str, object]) -> Model:
+    config = ModelConfig(
+        name=str(row["model_name"]),
+        provider=str(row["provider"]),
+        model=str(row["model"]),
+        dimensions=int(str(row["model_dimensions"])),
+        revision=_optional(row["revision"]),
+        base_url=_optional(row["base_url"]),
+        api_key_env=_optional(row["api_key_env"]),
+        document_prefix=str(row["document_prefix"]),
+        query_prefix=str(row["query_prefix"]),
+        max_batch_items=int(str(row["max_batch_items"])),
+        max_batch_tokens=int(str(row["max_batch_tokens"])),
+        concurrency=int(str(row["concurrency"])),
+        timeout_seconds=float(str(row["timeout_seconds"])),
+        options=as_mapping(row["options"]),
+    )
+    max_tokens = row["max_tokens"]
+    return Model(
+        model_id=int(str(row["model_id"])),
+        config=config,
+        max_tokens=None if max_tokens is None else int(str(max_tokens)),
+        fingerprint=str(row["model_fingerprint"]),
+    )

@@ -1,0 +1,187 @@
+"""The database edge: what every function that runs inside PostgreSQL needs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import embedline
+from embedline.errors import EmbedlineError, VersionSkew
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# GD, the dictionary that PL/Python shares between the functions of a session.
+SessionCache = dict[str, Any]
+
+# First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
+WORKER_LOCK_CLASS = 1164797804
+# First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").
+SLOT_LOCK_CLASS = 1164800817
+
+
+class Result(Protocol):
+    """What plpy.execute returns: a sequence of rows, each a mapping of column to value."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def __len__(self) -> int: ...
+    def nrows(self) -> int: ...
+
+
+class Plpy(Protocol):
+    """The part of PL/Python's plpy module that Embedline uses."""
+
+    Error: type[Exception]
+
+    def execute(self, query: Any, arguments: Any = ..., limit: int = ...) -> Result: ...
+    def prepare(self, query: str, argument_types: Sequence[str] = ...) -> Any: ...
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+    def notice(self, message: str, **fields: str) -> None: ...
+    def warning(self, message: str, **fields: str) -> None: ...
+
+
+class Session:
+    """One backend's view of the database: plpy, GD, and plans prepared once a session."""
+
+    def __init__(self, plpy: Plpy, cache: SessionCache) -> None:
+        self.plpy = plpy
+        self.cache = cache
+        self._plans: dict[tuple[str, tuple[str, ...]], Any] = cache.setdefault("embedline.plans", {})
+
+    def query(self, sql: str, types: Sequence[str] = (), *values: Any) -> list[dict[str, Any]]:
+        """Run a statement that is worth a cached plan; return its rows (none for a command)."""
+        key = (sql, tuple(types))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self.plpy.prepare(sql, list(types))
+        result = self.plpy.execute(plan, list(values))
+        return list(result) if result.nrows() and _has_rows(result) else []
+
+    def execute(self, sql: str) -> list[dict[str, Any]]:
+        """Run a statement once, without keeping its plan."""
+        result = self.plpy.execute(sql)
+        return list(result) if result.nrows() and _has_rows(result) else []
+
+    def scalar(self, sql: str, types: Sequence[str] = (), *values: Any) -> Any:
+        """Return the first column of the only row, or None without a row."""
+        rows = self.query(sql, types, *values)
+        return next(iter(rows[0].values())) if rows else None
+
+
+def _has_rows(result: Result) -> bool:
+    # A command without RETURNING counts rows that it does not hand out.
+    return len(result) > 0
+
+
+def quote_ident(name: str) -> str:
+    """Return `name` as a quoted SQL identifier: the one place where identifiers enter statements."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """Return `text` as an SQL string constant, for utility statements that take no parameters."""
+    escaped = text.replace("'", "''")
+    return " E'" + escaped.replace("\\", "\\\\") + "'" if "\\" in text else f"'{escaped}'"
+
+
+def data_name(name: str) -> str:
+    """Return the qualified, quoted name of a generated object."""
+    return "embedline_data." + quote_ident(name)
+
+
+def entry_point(
+    function: Callable[Concatenate[Session, P], T],
+) -> Callable[Concatenate[Plpy, SessionCache, P], T]:
+    """Turn a function of a Session into what an SQL wrapper calls, with Embedline's errors reported as PostgreSQL's."""
+
+    @functools.wraps(function)
+    def wrapper(plpy: Plpy, cache: SessionCache, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            session = Session(plpy, cache)
+            _check_version(session)
+            return function(session, *args, **kwargs)
+        except EmbedlineError as error:
+            raise postgres_error(plpy, error) from None
+
+    return wrapper
+
+
+def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:
+    """Return the exception that PL/Python turns into a PostgreSQL error with the SQLSTATE, DETAIL and HINT of `error`.
+
+    PL/Python puts the exception's type before the message; of a class in __main__ only the bare name.
+    """
+    exception: BaseException = type("embedline", (plpy.Error,), {"__module__": "__main__"})(error.message)
+    for name, value in (("sqlstate", error.sqlstate), ("detail", error.detail), ("hint", error.hint)):
+        if value:
+            setattr(exception, name, value)
+    return exception
+
+
+def _check_version(session: Session) -> None:
+    if "embedline.version_checked" in session.cache:
+        return
+    installed = session.scalar("SELECT value FROM embedline.setting WHERE name = 'version'")
+    if installed != embedline.__version__:
+        raise VersionSkew(
+            f"the server runs embedline {embedline.__version__}, this database has {installed}",
+            hint="Run alembic upgrade head with the version that the server sees, then start a new session.",
+        )
+    session.cache["embedline.version_checked"] = True
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block all signals while threads start: PostgreSQL's handlers must only ever run in the main thread."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def prepare_environment() -> None:
+    """Keep numeric libraries from starting threads of their own inside a backend; call before numpy is imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return a jsonb value, which PL/Python hands over as text, as a mapping."""
+    import json
+
+    loaded = json.loads(value) if isinstance(value, str) else value
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def vector_schema(session: Session) -> str:
+    """Return the quoted schema that holds pgvector: search_path is pinned, so its functions are named in full."""
+    cached = session.cache.get("embedline.vector_schema")
+    if cached is None:
+        cached = session.scalar(
+            "SELECT quote_ident(n.nspname) FROM pg_extension AS e JOIN pg_namespace AS n ON n.oid = e.extnamespace"
+            " WHERE e.extname = 'vector'"
+        )
+        session.cache["embedline.vector_schema"] = cached
+    return str(cached)
+
+
+def live_workers(session: Session) -> list[int]:
+    """Return the ids of the workers whose session lock is held: only their claims count."""
+    rows = session.query(
+        """
+        SELECT objid::bigint AS worker_id FROM pg_locks
+        WHERE locktype = 'advisory' AND classid = $1::bigint::oid AND objsubid = 2 AND granted
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        """,
+        ["bigint"],
+        WORKER_LOCK_CLASS,
+    )
+    return [int(row["worker_id"]) for row in rows]

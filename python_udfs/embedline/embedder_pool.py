@@ -1,0 +1,53 @@
+"""The session's embedders, and waiting for them so that a cancel or a time-out of the server gets through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TypeVar
+
+from embedline.catalog import Model
+from embedline.database import Session
+from embedline.embedders import Embedder, ModelConfig, create_embedder
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.1
+
+
+def embedder_for(session: Session, model: Model) -> Embedder:
+    """Return the session's embedder of a model; it is made on first use and kept."""
+    pool: dict[tuple[int, ModelConfigKey], Embedder] = session.cache.setdefault("embedline.embedders", {})
+    key = (model.model_id, _config_key(model.config))
+    if key not in pool:
+        for stale in [other for other in pool if other[0] == model.model_id]:
+            pool.pop(stale).close()
+        pool[key] = create_embedder(model.config)
+    return pool[key]
+
+
+ModelConfigKey = str
+
+
+def _config_key(config: ModelConfig) -> ModelConfigKey:
+    return repr(config)
+
+
+def let_cancel_through(session: Session) -> Callable[[], None]:
+    """Return what to call about every 0.1 s while waiting inside a transaction: only plpy.execute heeds a cancel."""
+    return lambda: session.plpy.execute("SELECT 1") and None
+
+
+def wait_first(futures: Collection[Future[T]], on_wait: Callable[[], None]) -> set[Future[T]]:
+    """Return the futures that are done as soon as one is, calling `on_wait` about every 0.1 s."""
+    while True:
+        done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        if done:
+            return done
+        on_wait()
+
+
+def wait_result(future: Future[T], on_wait: Callable[[], None]) -> T:
+    """Return the future's result (or raise its error), calling `on_wait` about every 0.1 s."""
+    wait_first([future], on_wait)
+    return future.result()

@@ -1,0 +1,359 @@
+"""Models behind an HTTP interface of OpenAI's form: OpenAI itself, and vLLM, TEI, Ollama, llama.cpp and others.
+
+The `openai` client runs in an asyncio loop in one daemon thread with every signal blocked. It never retries: the outbox
+does. The answer is read here and not by the client, which would pass wrong counts, orders and widths through.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import base64
+import binascii
+import email.utils
+import hashlib
+import ipaddress
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.errors import (
+    DimensionMismatch,
+    InputRejected,
+    InvalidVectors,
+    ProviderError,
+    ProviderMisconfigured,
+    TransientProviderError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import openai
+
+OPENAI_URL = "https://api.openai.com/v1"
+OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
+# OpenAI's documented limit; its models name no other.
+_OPENAI_MAX_TOKENS = 8191
+_OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
+_CONNECT_SECONDS = 5.0
+_CLOSE_SECONDS = 1.0
+_MAX_RETRY_AFTER = 86_400.0
+_MESSAGE_CHARACTERS = 500
+_SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
+_TRANSIENT = frozenset({408, 409, 425, 429})
+_REJECTED = frozenset({400, 413, 422})
+
+
+class _Response(Protocol):
+    """What is read of an HTTP response; the client's HTTP library is its own affair and has changed before."""
+
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+class OpenAIEmbedder:
+    """Embeds through an OpenAI-compatible endpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._url = (config.base_url or OPENAI_URL).rstrip("/")
+        parts = urlsplit(self._url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ProviderMisconfigured(f'the base URL of model "{config.name}" is not an http or https address')
+        self._host = parts.hostname
+        self._address = f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._client: openai.AsyncOpenAI | None = None
+        self._slots: asyncio.Semaphore | None = None
+
+    # The main thread
+
+    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
+        """Start embedding; the future raises ProviderError. Cancelling the future ends the request."""
+        if not texts:
+            done: Future[EmbeddingBlock] = Future()
+            done.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
+            return done
+        prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
+        return asyncio.run_coroutine_threadsafe(self._embed([prefix + text for text in texts]), self._running_loop())
+
+    def probe(self) -> Future[ModelInfo]:
+        """Embed one short text to learn the dimensions."""
+        return asyncio.run_coroutine_threadsafe(self._probe(), self._running_loop())
+
+    def close(self) -> None:
+        """End the requests in flight, the connections and the thread."""
+        if self._loop is None or self._thread is None:
+            return
+        loop, thread = self._loop, self._thread
+        self._loop = self._thread = None
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_CLOSE_SECONDS)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, args=(self._loop,), name="embedline-openai", daemon=True)
+            # PostgreSQL's signal handlers must run in the main thread only.
+            previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                self._thread.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        return self._loop
+
+    # The loop's thread
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+            loop.run_until_complete(self._shut_down())
+        finally:
+            loop.close()
+
+    async def _shut_down(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        client, self._client, self._slots = self._client, None, None
+        if client is not None:
+            await client.close()
+
+    async def _probe(self) -> ModelInfo:
+        block = await self._embed([f"{self._config.document_prefix}probe"])
+        options = self._config.options
+        default = _OPENAI_MAX_TOKENS if self._config.model in _OPENAI_MODELS else None
+        identity = [self._config.provider, self._address, self._config.model, block.dimensions]
+        return ModelInfo(
+            dimensions=block.dimensions,
+            max_tokens=options.get("max_tokens", default),
+            tokenizer_path=options.get("tokenizer"),
+            fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        )
+
+    async def _embed(self, texts: list[str]) -> EmbeddingBlock:
+        if self._slots is None:
+            self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
+        async with self._slots:
+            key = self._api_key()
+            content = await self._post(texts, key)
+        return read_answer(content, len(texts), self._config.dimensions, lambda text: redact(text, key))
+
+    async def _post(self, texts: list[str], key: str | None) -> bytes:
+        import openai
+
+        client = self._open_client()
+        extra: dict[str, Any] = {"dimensions": self._config.dimensions} if self._sends_dimensions() else {}
+        try:
+            # The read timeout starts anew with every byte; this bound is on the whole.
+            async with asyncio.timeout(self._config.timeout_seconds + _CONNECT_SECONDS):
+                response = await client.embeddings.with_raw_response.create(
+                    input=texts,
+                    model=self._config.model,
+                    encoding_format="base64",
+                    extra_headers=self._headers(key),
+                    **extra,
+                )
+            return response.content
+        # `from None` throughout: a report of the chain would show the request, and the request holds the key.
+        except openai.APIStatusError as error:
+            raise self._status_error(error.response, key) from None
+        except (openai.APITimeoutError, TimeoutError):
+            message = f"{self._address} did not answer within {self._config.timeout_seconds:g} s"
+            raise TransientProviderError(message) from None
+        except openai.APIConnectionError as error:
+            detail = redact(f"{type(error.__cause__).__name__}: {error.__cause__}", key)
+            raise TransientProviderError(f"the connection to {self._address} failed", detail=detail) from None
+        except UnicodeEncodeError:
+            raise InputRejected("a text or the API key holds characters that cannot be sent") from None
+        except openai.OpenAIError as error:
+            detail = redact(str(error), key)
+            raise TransientProviderError(f"the request to {self._address} failed", detail=detail) from None
+
+    def _sends_dimensions(self) -> bool:
+        return self._config.options.get("send_dimensions") is True and self._config.dimensions is not None
+
+    def _open_client(self) -> openai.AsyncOpenAI:
+        if self._client is None:
+            import openai
+
+            timeout = openai.Timeout(self._config.timeout_seconds, connect=_CONNECT_SECONDS)
+            self._client = openai.AsyncOpenAI(
+                # Stands in for the key, which goes with each request and is kept nowhere; it is never sent.
+                api_key="unused",
+                base_url=self._url,
+                max_retries=0,
+                timeout=timeout,
+                # A redirect would carry texts and key to an address that nobody has approved.
+                http_client=openai.DefaultAsyncHttpxClient(
+                    follow_redirects=False, timeout=timeout, trust_env=not self._is_loopback()
+                ),
+            )
+        return self._client
+
+    def _headers(self, key: str | None) -> dict[str, Any]:
+        import openai
+
+        headers: dict[str, Any] = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
+        if self._url != OPENAI_URL:
+            # The client takes these from the environment; they are no business of another provider.
+            headers |= {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+        return headers
+
+    def _api_key(self) -> str | None:
+        variable = self._config.api_key_env or (OPENAI_KEY_VARIABLE if self._url == OPENAI_URL else None)
+        if variable is None:
+            return None
+        key = os.environ.get(variable, "").strip()
+        if key:
+            return key
+        if self._is_loopback():
+            return None
+        raise ProviderMisconfigured(
+            f'the API key of model "{self._config.name}" is missing',
+            detail=f"The server's environment has no variable {variable}.",
+            hint=f"Set {variable} in the environment of the PostgreSQL server and restart the server.",
+        )
+
+    def _is_loopback(self) -> bool:
+        if self._host == "localhost" or self._host.endswith(".localhost"):
+            return True
+        try:
+            return ipaddress.ip_address(self._host).is_loopback
+        except ValueError:
+            return False
+
+    def _status_error(self, response: _Response, key: str | None) -> ProviderError:
+        status = response.status_code
+        message = f"{self._address} answered with HTTP status {status}"
+        detail = redact(_error_text(response.text), key) or None
+        if status in _TRANSIENT or status >= 500:
+            return TransientProviderError(
+                message, detail=detail, retry_after=retry_after(response.headers), throttled=status == 429
+            )
+        if status in _REJECTED:
+            return InputRejected(message, detail=detail)
+        if 300 <= status < 400:
+            hint = "Redirects are refused; register the model with the final base URL."
+            return ProviderMisconfigured(message, detail=detail, hint=hint)
+        hint = "Check the base URL, the model's name and the API key in the server's environment."
+        return ProviderMisconfigured(message, detail=detail, hint=hint)
+
+
+def redact(text: str, key: str | None) -> str:
+    """One bounded line of the text without the key and without anything that looks like one."""
+    # Before it is cut: half a key would not be recognised.
+    if key:
+        text = text.replace(key, "[redacted]")
+    return " ".join(_SECRETS.sub("[redacted]", text).split())[:_MESSAGE_CHARACTERS]
+
+
+def _error_text(body: str) -> str:
+    """The provider's own words out of an error's body."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    for name in ("error", "message", "detail"):
+        if isinstance(answer, dict) and answer.get(name):
+            answer = answer[name]
+    return answer if isinstance(answer, str) else json.dumps(answer)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The wait in seconds that the provider asks for, in any of the forms in use; None without one."""
+    wait = _number(headers.get("retry-after-ms"), 0.001)
+    if wait is None:
+        wait = _number(headers.get("retry-after"), 1.0)
+    if wait is None and headers.get("retry-after"):
+        try:
+            wait = email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return None if wait is None else min(max(wait, 0.0), _MAX_RETRY_AFTER)
+
+
+def _number(text: str | None, unit: float) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value * unit if math.isfinite(value) else None
+
+
+def read_answer(content: bytes, count: int, dimensions: int | None, clean: Callable[[str], str]) -> EmbeddingBlock:
+    """Check an answer's body and return its vectors in the order of the texts.
+
+    Raises TransientProviderError where the body is no answer at all, InvalidVectors where it does not fit the texts and
+    DimensionMismatch where the vectors have another width than the column. Values are checked in embedline.vectors.
+    """
+    items = _items(content, clean)
+    if len(items) != count:
+        raise InvalidVectors(f"the provider returned {len(items)} vectors for {count} texts")
+    rows: list[bytes | None] = [None] * count
+    for item in items:
+        index = item.get("index") if isinstance(item, dict) else None
+        if type(index) is not int or not 0 <= index < count:
+            raise InvalidVectors("the provider returned a vector whose index belongs to no text")
+        if rows[index] is not None:
+            raise InvalidVectors(f"the provider returned two vectors for the text at index {index}")
+        rows[index] = _row(item.get("embedding"))
+    complete = [row for row in rows if row is not None]
+    widths = sorted({len(row) // 4 for row in complete})
+    if len(widths) != 1 or widths[0] == 0:
+        found = " and ".join(map(str, widths))
+        raise InvalidVectors(f"the provider returned vectors of {found} dimensions in one answer")
+    if dimensions is not None and widths[0] != dimensions:
+        raise DimensionMismatch(detail=f"Expected {dimensions} dimensions, got {widths[0]}.")
+    return EmbeddingBlock(count, widths[0], b"".join(complete))
+
+
+def _items(content: bytes, clean: Callable[[str], str]) -> list[Any]:
+    try:
+        answer = json.loads(content)
+    except (ValueError, RecursionError):
+        text = clean(content[:4096].decode(errors="replace"))
+        raise TransientProviderError("the provider's answer is not JSON", detail=text) from None
+    items = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(items, list):
+        text = clean(_error_text(content[:4096].decode(errors="replace")))
+        raise TransientProviderError("the provider's answer holds no vectors", detail=text)
+    return items
+
+
+def _row(embedding: object) -> bytes:
+    """The float32 bytes of one vector, given as base64 or, by servers that know no base64, as a list of numbers."""
+    try:
+        if isinstance(embedding, str):
+            row = base64.b64decode(embedding, validate=True)
+            if len(row) % 4:
+                raise InvalidVectors("the provider returned a base64 vector that is not made of float32 values")
+            return row
+        if isinstance(embedding, list) and not any(isinstance(value, bool) for value in embedding):
+            values = array.array("f", embedding)
+            if sys.byteorder == "big":
+                values.byteswap()
+            return values.tobytes()
+    except (binascii.Error, TypeError, OverflowError, ValueError):
+        pass
+    raise InvalidVectors("the provider returned a vector that is neither base64 nor a list of numbers")

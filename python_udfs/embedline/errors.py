@@ -1,0 +1,117 @@
+"""The exception tree of Embedline.
+
+Each class carries the SQLSTATE that the database reports and, as its docstring, the message that stands when
+nothing more exact is known. `detail` tells the circumstances, `hint` names the statement or command to run.
+`embedline.database.postgres_error` turns any of them into a PostgreSQL error.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+
+class EmbedlineError(Exception):
+    """Embedline failed."""
+
+    sqlstate = "EL000"
+
+    def __init__(self, message: str | None = None, *, detail: str | None = None, hint: str | None = None) -> None:
+        self.message = message or inspect.cleandoc(type(self).__doc__ or "Embedline failed.")
+        self.detail = detail
+        self.hint = hint
+        super().__init__(self.message)
+
+
+class InvalidParameter(EmbedlineError):
+    """A parameter has a value that cannot be used."""
+
+    sqlstate = "22023"
+
+
+class NotPermitted(EmbedlineError):
+    """The role may not do that."""
+
+    sqlstate = "42501"
+
+
+class AlreadyExists(EmbedlineError):
+    """An object of that name exists already."""
+
+    sqlstate = "42710"
+
+
+class NotFound(EmbedlineError):
+    """There is no object of that name."""
+
+    sqlstate = "42704"
+
+
+class VersionSkew(EmbedlineError):
+    """The Python package and the installed schema are of different versions."""
+
+    sqlstate = "EL001"
+
+
+class UnusableText(EmbedlineError):
+    """The text has nothing in it that can be embedded."""
+
+    sqlstate = "EL002"
+
+
+class ProviderError(EmbedlineError):
+    """The embedding provider failed."""
+
+    sqlstate = "EL010"
+
+
+class TransientProviderError(ProviderError):
+    """The embedding provider is unavailable for now; the same request may succeed later.
+
+    `retry_after` is the provider's own wish in seconds, where it gave one. `throttled` marks a rate limit, which
+    burns no try.
+    """
+
+    sqlstate = "EL011"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        detail: str | None = None,
+        hint: str | None = None,
+        retry_after: float | None = None,
+        throttled: bool = False,
+    ) -> None:
+        super().__init__(message, detail=detail, hint=hint)
+        self.retry_after = retry_after
+        self.throttled = throttled
+
+
+class InputRejected(ProviderError):
+    """The embedding provider rejected the input; a smaller part of it may be accepted."""
+
+    sqlstate = "EL012"
+
+
+class ProviderMisconfigured(ProviderError):
+    """The embedding provider refuses every request: wrong address, key or model name."""
+
+    sqlstate = "EL013"
+
+
+class InvalidVectors(ProviderError):
+    """The provider's answer is not a set of usable vectors."""
+
+    sqlstate = "EL014"
+
+
+class DimensionMismatch(InvalidVectors):
+    """The model returned vectors of another dimension than its column."""
+
+    sqlstate = "EL004"
+
+
+class ModelHostUnavailable(TransientProviderError):
+    """The model host did not start or went away."""
+
+    sqlstate = "EL015"

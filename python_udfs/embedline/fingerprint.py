@@ -1,0 +1,13 @@
+"""Fingerprints: one hash of everything that decides what a stored vector means."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+
+def recipe_fingerprint(recipe: Mapping[str, object]) -> str:
+    """Return the SHA-256 (hex) of the recipe's canonical JSON: equal recipes give equal fingerprints in any order."""
+    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()

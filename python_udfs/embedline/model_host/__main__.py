@@ -1,0 +1,67 @@
+"""Entry of the model host: `python -m embedline.model_host --socket PATH --config-json JSON --owner-pid N ...`.
+
+Leaves the backend first (fork, new session, fresh signals), then sets its limits, and only then imports what is heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import signal
+from typing import NoReturn
+
+# The host is cheap to start again, PostgreSQL is not: let the kernel's out-of-memory killer take the host first.
+OOM_SCORE_ADJUSTMENT = 900
+
+
+def _detach() -> None:
+    """Become a daemon: the backend that started us must not be our parent, or a zombie would stay with it."""
+    if os.fork() > 0:
+        os._exit(0)
+    # The launcher asked for a new session; this process, not its leader, can never get a controlling terminal.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        # Signals 32 and 33 belong to the C library and cannot be set.
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # We inherit the mask of the backend's I/O thread, which blocks everything.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.umask(0o077)
+    os.chdir("/")
+
+
+def _limit(memory_limit_mb: int) -> None:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as adjustment:
+        adjustment.write(str(OOM_SCORE_ADJUSTMENT))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = memory_limit_mb << 20
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    # A core dump would hold the users' texts.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(prog="python -m embedline.model_host")
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--config-json", required=True)
+    parser.add_argument("--owner-pid", type=int, required=True)
+    parser.add_argument("--owner-start", type=int, required=True)
+    arguments = parser.parse_args()
+    _detach()
+    settings = json.loads(arguments.config_json)
+    _limit(settings["memory_limit_mb"])
+
+    from embedline.model_host.launcher import HostSettings, Owner
+    from embedline.model_host.server import serve
+
+    serve(arguments.socket, HostSettings(**settings), Owner(arguments.owner_pid, arguments.owner_start))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Finds the running model host of a model, or starts it: what a backend needs to know of the host.
+
+Files of a host lie in `<temporary directory>/embedline-<euid>/<postmaster pid>-<its start time>/`, mode 0700:
+`<name>.sock`, `<name>.lock` (held while a host is started or leaves), `<name>.log`, `<name>.tokenizer.json`. The name
+is a hash of what decides the vectors, so each model has one host per server. Light imports only: backends load this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import embedline
+from embedline.embedders import ModelConfig
+from embedline.errors import InvalidParameter, ModelHostUnavailable, ProviderMisconfigured
+from embedline.model_host.protocol import PROTOCOL_VERSION
+
+# From spawning to listening, before anything heavy is imported; measured 0.1 s, a loaded machine may need more.
+START_SECONDS = 20.0
+LOG_TAIL_BYTES = 2000
+LOG_TAIL_LINES = 12
+# sun_path holds 108 bytes on Linux; the margin is for platforms with 104.
+MAX_SOCKET_PATH = 100
+_POLL_SECONDS = 0.005
+_SECRETS = re.compile(r"\b(?:hf|sk)[-_][A-Za-z0-9_*.-]{6,}|(?i:bearer)\s+\S+|(?<=://)[^/\s@]+@")
+# Everything else stays behind, above all the API keys that the server's environment may hold.
+_ENVIRONMENT = re.compile(
+    r"(?:PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|TZ|TMPDIR|LD_LIBRARY_PATH|LD_PRELOAD|SENTENCE_TRANSFORMERS_HOME"
+    r"|(?:LC|HF|HUGGINGFACE|TRANSFORMERS|TORCH|PYTORCH|TORCHINDUCTOR|TOKENIZERS|SAFETENSORS|ORT|OMP|MKL|KMP|GOMP|OPENBLAS"
+    r"|CUDA|NVIDIA|HIP|ROCM|ROCR|XDG|SSL|REQUESTS|CURL|MALLOC)_\w+|(?i:https?|all|no)_(?i:proxy))"
+)
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """What a host must know to load its model and to look after itself."""
+
+    model: str
+    revision: str | None = None
+    backend: str = "torch"
+    device: str | None = None
+    precision: str = "float32"
+    model_file: str | None = None
+    memory_limit_mb: int = 4096
+    idle_seconds: float = 900.0
+
+    @property
+    def name(self) -> str:
+        """A short name for what decides the vectors; two configs that differ elsewhere share one host."""
+        identity = [PROTOCOL_VERSION, embedline.__version__, self.model, self.revision, self.backend]
+        identity += [self.device, self.precision, self.model_file]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def settings_of(config: ModelConfig) -> HostSettings:
+    """Read the host's settings out of the model's options; raises InvalidParameter on a wrong type."""
+    given: dict[str, Any] = {
+        name: config.options[name]
+        for name in ("backend", "device", "precision", "model_file", "memory_limit_mb", "idle_seconds")
+        if config.options.get(name) is not None
+    }
+    for name, value in given.items():
+        if name == "memory_limit_mb":
+            fits, wanted = type(value) is int and value > 0, "a positive whole number"
+        elif name == "idle_seconds":
+            fits, wanted = type(value) in (int, float) and value > 0, "a positive number"
+        else:
+            fits, wanted = isinstance(value, str), "text"
+        if not fits:
+            raise InvalidParameter(f'option "{name}" of model "{config.name}" must be {wanted}')
+    return HostSettings(model=config.model, revision=config.revision, **given)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process a host belongs to: the postmaster. The start time tells it from a later process of the same pid."""
+
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> Owner:
+        """Raises ModelHostUnavailable where there is no such process."""
+        start_ticks = _start_ticks(pid)
+        if start_ticks is None:
+            raise ModelHostUnavailable(f"process {pid}, which the model host would belong to, is gone")
+        return cls(pid, start_ticks)
+
+    def alive(self) -> bool:
+        return _start_ticks(self.pid) == self.start_ticks
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            # The command name in parentheses may itself hold spaces and parentheses.
+            fields = file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+@dataclass(frozen=True)
+class HostPlace:
+    """Where the files of one host lie."""
+
+    directory: str
+    name: str
+
+    @property
+    def socket(self) -> str:
+        return os.path.join(self.directory, f"{self.name}.sock")
+
+    @property
+    def lock(self) -> str:
+        return os.path.join(self.directory, f"{self.name}.lock")
+
+    @property
+    def log(self) -> str:
+        return os.path.join(self.directory, f"{self.name}.log")
+
+    @property
+    def tokenizer(self) -> str:
+        return os.path.join(self.directory, f"{self.name}.tokenizer.json")
+
+    @classmethod
+    def of_socket(cls, path: str) -> HostPlace:
+        return cls(os.path.dirname(path), os.path.basename(path).removesuffix(".sock"))
+
+
+def prepare_place(settings: HostSettings, owner: Owner, root: str | None = None) -> HostPlace:
+    """Create the owner's directory where it is missing and return the host's place in it.
+
+    Raises ProviderMisconfigured where someone else could have put the directory there: the socket gets users' texts.
+    """
+    base = os.path.join(root or tempfile.gettempdir(), f"embedline-{os.geteuid()}")
+    _make_private(base)
+    directory = os.path.join(base, f"{owner.pid}-{owner.start_ticks}")
+    _make_private(directory)
+    place = HostPlace(directory, settings.name)
+    if len(os.fsencode(place.socket)) >= MAX_SOCKET_PATH:
+        raise ProviderMisconfigured(
+            "the path of the model host's socket is too long",
+            detail=place.socket,
+            hint="Start the server with a shorter TMPDIR.",
+        )
+    return place
+
+
+def _make_private(path: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise ProviderMisconfigured(
+            f'"{path}" is not a directory that only the server can use',
+            detail="It must be a real directory with mode 0700 that belongs to the server's operating-system user.",
+            hint="Remove it, or start the server with another TMPDIR.",
+        )
+
+
+def remove_stale_places(base: str) -> None:
+    """Remove the directories of servers that are gone; a killed host could not tidy up after itself."""
+    for entry in os.scandir(base):
+        pid, _, start_ticks = entry.name.partition("-")
+        if pid.isdecimal() and start_ticks.isdecimal() and not Owner(int(pid), int(start_ticks)).alive():
+            # Another host of the same owner may be removing it as well.
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def connect(place: HostPlace) -> socket.socket | None:
+    """Return a non-blocking connection to the running host, or None where none listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A Unix socket connects at once or says EAGAIN; a blocking connect would wait for a host that hangs.
+    connection.setblocking(False)
+    try:
+        connection.connect(place.socket)
+        _check_peer(connection)
+    except OSError as error:
+        connection.close()
+        if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN):
+            return None
+        raise ModelHostUnavailable("cannot connect to the model host", detail=str(error)) from error
+    except ProviderMisconfigured:
+        connection.close()
+        raise
+    return connection
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The effective user id of the process at the other end."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def _check_peer(connection: socket.socket) -> None:
+    if peer_uid(connection) != os.geteuid():
+        raise ProviderMisconfigured("the model host's socket belongs to another operating-system user")
+
+
+def connect_or_start(
+    place: HostPlace, settings: HostSettings, owner: Owner, give_up: Callable[[], bool]
+) -> socket.socket:
+    """Return a connection to the host, starting it if need be.
+
+    Sessions that need the same host at once queue at the lock: one starts it, the others find it running. `give_up`
+    is asked while waiting. Raises ModelHostUnavailable with the end of the host's log.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    with launch_lock(place, lambda: give_up() or time.monotonic() > deadline):
+        connection = connect(place)
+        if connection is not None:
+            return connection
+        remove_stale_places(os.path.dirname(place.directory))
+        _spawn(place, settings, owner)
+        while time.monotonic() < deadline and not give_up():
+            connection = connect(place)
+            if connection is not None:
+                return connection
+            if not host_alive(place):
+                raise ModelHostUnavailable("the model host did not start", detail=log_tail(place))
+            time.sleep(_POLL_SECONDS)
+    raise ModelHostUnavailable(f"the model host did not start within {START_SECONDS:.0f} s", detail=log_tail(place))
+
+
+@contextlib.contextmanager
+def launch_lock(place: HostPlace, give_up: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock under which hosts start and leave; raises ModelHostUnavailable when `give_up` turns true."""
+    file = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        while not _try_lock(file):
+            if give_up():
+                raise ModelHostUnavailable("another session is still starting the model host")
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(file)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _spawn(place: HostPlace, settings: HostSettings, owner: Owner) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(place.log, f"{place.log}.old")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    log = os.open(place.log, flags, 0o600)
+    try:
+        # The host inherits this open file and with it the lock, which therefore lasts exactly as long as the host.
+        fcntl.flock(log, fcntl.LOCK_EX)
+        arguments = ["--socket", place.socket, "--config-json", json.dumps(dataclasses.asdict(settings))]
+        arguments += ["--owner-pid", str(owner.pid), "--owner-start", str(owner.start_ticks)]
+        # -P: `-m` would otherwise put the current directory, the server's data directory, on the module path.
+        starter = subprocess.Popen(
+            [interpreter(), "-P", "-m", "embedline.model_host", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=_environment(),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ModelHostUnavailable("cannot run the model host", detail=str(error)) from error
+    finally:
+        os.close(log)
+    try:
+        # It forks and exits at once, before it imports anything.
+        starter.wait(START_SECONDS)
+    except subprocess.TimeoutExpired:
+        starter.kill()
+        starter.wait()
+
+
+def interpreter() -> str:
+    """The Python to run. Inside PL/Python sys.executable may be empty, or the postgres binary."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    path = os.path.join(sys.exec_prefix or sys.base_exec_prefix, "bin", name)
+    return path if os.access(path, os.X_OK) else "/usr/bin/python3"
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if _ENVIRONMENT.fullmatch(name)}
+    return kept | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "PYTHONUNBUFFERED": "1"}
+
+
+def host_alive(place: HostPlace) -> bool:
+    """Whether the host that writes the log still runs: it holds the log's lock."""
+    try:
+        file = os.open(place.log, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try_lock(file)
+    finally:
+        os.close(file)
+
+
+def log_tail(place: HostPlace) -> str | None:
+    """The last lines of the host's log without anything that looks like a key, or None where there is no log."""
+    try:
+        with open(place.log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 8 * LOG_TAIL_BYTES))
+            # Redacted before it is cut: half a key would not be recognised.
+            text = _SECRETS.sub("[redacted]", file.read().decode(errors="replace"))
+    except FileNotFoundError:
+        return None
+    return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])[-LOG_TAIL_BYTES:] or None

@@ -1,0 +1,110 @@
+"""Frames between a backend and the model host: a length-prefixed JSON header, then raw bytes.
+
+    4 bytes  length of the header, big-endian
+    4 bytes  length of the payload, big-endian
+    header   a JSON object, UTF-8
+    payload  the texts of a request one after another, or the float32 values of an answer
+
+Pure: no sockets here. A frame that breaks a rule raises ProtocolError; the connection is then closed, because the
+place where the next frame starts is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Part of the socket's name: after an upgrade of the package, sessions do not meet a host that speaks the old form.
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 1 << 20
+MAX_PAYLOAD_BYTES = 64 << 20
+_LENGTHS = struct.Struct(">II")
+
+
+class ProtocolError(Exception):
+    """The bytes are not a frame of the model host protocol."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message: the header as a JSON object and the bytes that follow it."""
+
+    header: dict[str, Any]
+    payload: bytes = b""
+
+
+def encode_frame(header: dict[str, Any], payload: bytes = b"") -> bytes:
+    """Return the frame's bytes; raises ProtocolError for a frame that the other side would refuse."""
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    _check_lengths(len(encoded), len(payload))
+    return b"".join((_LENGTHS.pack(len(encoded), len(payload)), encoded, payload))
+
+
+def _check_lengths(header_bytes: int, payload_bytes: int) -> None:
+    if not 2 <= header_bytes <= MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {header_bytes} bytes is outside 2 to {MAX_HEADER_BYTES}")
+    if payload_bytes > MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"a payload of {payload_bytes} bytes is longer than {MAX_PAYLOAD_BYTES}")
+
+
+class FrameDecoder:
+    """Cuts a byte stream into frames; bytes may come in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Take the bytes and yield every frame that is complete; raises ProtocolError."""
+        self._buffer += data
+        while (frame := self._next()) is not None:
+            yield frame
+
+    def _next(self) -> Frame | None:
+        if len(self._buffer) < _LENGTHS.size:
+            return None
+        header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)
+        # Before the body is waited for: a wrong length would otherwise fill the memory.
+        _check_lengths(header_bytes, payload_bytes)
+        payload_start = _LENGTHS.size + header_bytes
+        end = payload_start + payload_bytes
+        if len(self._buffer) < end:
+            return None
+        header = _parse_header(bytes(self._buffer[_LENGTHS.size : payload_start]))
+        payload = bytes(self._buffer[payload_start:end])
+        del self._buffer[:end]
+        return Frame(header, payload)
+
+
+def _parse_header(encoded: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(encoded)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise ProtocolError("the header is not a JSON object")
+    return header
+
+
+def pack_texts(texts: Sequence[str]) -> tuple[list[int], bytes]:
+    """Return the byte length of each text and all texts as one payload; raises UnicodeEncodeError on a surrogate."""
+    encoded = [text.encode() for text in texts]
+    return [len(item) for item in encoded], b"".join(encoded)
+
+
+def unpack_texts(lengths: object, payload: bytes) -> list[str]:
+    """Undo pack_texts; raises ProtocolError where lengths and payload do not belong together."""
+    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+        raise ProtocolError("the text lengths are not a list of natural numbers")
+    if sum(lengths) != len(payload):
+        raise ProtocolError("the text lengths do not add up to the payload")
+    texts, start = [], 0
+    for length in lengths:
+        try:
+            texts.append(payload[start : start + length].decode())
+        except UnicodeDecodeError as error:
+            raise ProtocolError("a text is not UTF-8") from error
+        start += length
+    return texts

@@ -1,0 +1,142 @@
+"""Registering embedding models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from embedline.database import Session, as_mapping, entry_point
+from embedline.embedder_pool import let_cancel_through, wait_result
+from embedline.embedders import ModelConfig, ModelInfo, create_embedder
+from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound, NotPermitted
+
+_KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
+_LIMITS = {
+    "max_batch_items": (1, 100_000),
+    "max_batch_tokens": (1, 10_000_000),
+    "concurrency": (1, 256),
+}
+
+INSERT_MODEL = """
+    INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
+        api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
+        options, fingerprint)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+"""
+INSERT_TYPES = (
+    ["text"] * 4 + ["integer"] * 2 + ["text"] * 5 + ["integer"] * 3 + ["double precision", "jsonb", "text"]
+)
+
+CALLER = """
+    SELECT CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END
+"""
+
+
+def caller(session: Session) -> str:
+    """Return the role that called a SECURITY DEFINER function."""
+    return str(session.scalar(CALLER))
+
+
+def is_superuser(session: Session, role: str) -> bool:
+    """Whether the role is a superuser."""
+    return bool(session.scalar("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = $1", ["text"], role))
+
+
+@entry_point
+def create_model(session: Session, parameters: dict[str, Any]) -> str:
+    """Probe a model, store what it is, return its name. Raises where the declaration does not fit the model."""
+    config = _validated_config(session, parameters)
+    if session.scalar("SELECT model_id FROM embedline.model WHERE name = $1", ["text"], config.name) is not None:
+        raise AlreadyExists(
+            f'there is a model "{config.name}" already',
+            hint=f"SELECT embedline.drop_model('{config.name}') removes it where no pipeline uses it.",
+        )
+    info = probe(session, config)
+    if config.dimensions is not None and info.dimensions != config.dimensions:
+        raise DimensionMismatch(
+            f'model "{config.model}" returns {info.dimensions} dimensions, not {config.dimensions}',
+            hint=f"Leave dimensions out, or declare dimensions => {info.dimensions}.",
+        )
+    max_tokens = config.options.get("max_tokens", info.max_tokens)
+    tokenizer = Path(info.tokenizer_path).read_text(encoding="utf-8") if info.tokenizer_path else None
+    session.query(
+        INSERT_MODEL,
+        INSERT_TYPES,
+        config.name, config.provider, config.model, config.revision, info.dimensions, max_tokens, tokenizer,
+        config.base_url, config.api_key_env, config.document_prefix, config.query_prefix, config.max_batch_items,
+        config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
+        info.fingerprint,
+    )  # fmt: skip
+    return config.name
+
+
+@entry_point
+def drop_model(session: Session, name: str) -> None:
+    """Forget a model that no pipeline uses."""
+    users = session.query(
+        """
+        SELECT DISTINCT p.name FROM embedline.version AS v
+        JOIN embedline.model AS m ON m.model_id = v.model_id
+        JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
+        WHERE m.name = $1 ORDER BY p.name
+        """,
+        ["text"],
+        name,
+    )
+    if users:
+        names = ", ".join(str(row["name"]) for row in users)
+        raise InvalidParameter(
+            f'model "{name}" is in use',
+            detail=f"Pipelines: {names}.",
+            hint=f"SELECT embedline.drop_pipeline('{users[0]['name']}') first.",
+        )
+    if session.scalar("DELETE FROM embedline.model WHERE name = $1 RETURNING model_id", ["text"], name) is None:
+        raise NotFound(f'there is no model "{name}"', hint="SELECT name FROM embedline.model lists the models.")
+
+
+def probe(session: Session, config: ModelConfig) -> ModelInfo:
+    """Ask the model for its dimensions and limits; the statement stays cancellable meanwhile."""
+    embedder = create_embedder(config)
+    try:
+        return wait_result(embedder.probe(), let_cancel_through(session))
+    finally:
+        embedder.close()
+
+
+def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
+    for required in ("name", "provider", "model"):
+        if not given[required]:
+            raise InvalidParameter(f"{required} must not be empty")
+    for name, (low, high) in _LIMITS.items():
+        if not low <= given[name] <= high:
+            raise InvalidParameter(f"{name} must be between {low} and {high}, not {given[name]}")
+    if not given["timeout_seconds"] > 0:
+        raise InvalidParameter("timeout_seconds must be above 0")
+    if given["dimensions"] is not None and not 1 <= given["dimensions"] <= 16_000:
+        raise InvalidParameter("dimensions must be between 1 and 16000: pgvector stores no longer vector")
+    # A URL, a key's variable and a directory let their setter read the server's files and environment and send them out.
+    role = caller(session)
+    if not is_superuser(session, role):
+        raise NotPermitted(
+            "only a superuser may register a model",
+            detail="A model names addresses, keys and files of the server.",
+            hint=f"As a superuser, run embedline.create_model('{given['name']}', ...); any embedline_admin may then use it.",
+        )
+    if given["base_url"] is not None and not re.match(r"https?://[^/\s]", given["base_url"]):
+        raise InvalidParameter("base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1.")
+    if given["api_key_env"] is not None and not _KEY_VARIABLE.match(given["api_key_env"]):
+        raise InvalidParameter(
+            "api_key_env must be the name of an environment variable of the server",
+            detail="The value that was given is not shown: it may be the key itself.",
+            hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
+        )
+    options = dict(as_mapping(given.pop("options") or "{}"))
+    if given["provider"] == "sentence-transformers" and os.path.isabs(given["model"]) and not os.path.isdir(given["model"]):
+        raise InvalidParameter(
+            f'there is no model directory "{given["model"]}" that the server can read',
+            hint="Give a directory on the server that its operating system user can read, or a hub name.",
+        )
+    return ModelConfig(**given, options=options)

@@ -1,0 +1,570 @@
+"""Creating, changing and dropping pipelines."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from embedline import capture
+from embedline.capture import CapturePlan, KeyColumn, SourceExpression
+from embedline.catalog import Model, load_model, load_pipeline
+from embedline.database import Session, as_mapping, entry_point, quote_ident, quote_literal
+from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermitted
+from embedline.expression import require_single_expression
+from embedline.fingerprint import recipe_fingerprint
+from embedline.models import caller
+
+# 46 + the longest generated suffix ("_chunk_content_hash_idx" and the like) stays within 63 bytes.
+_NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}\Z")
+# 128 blocks are 1 MB: a claim's worth of work, and 1,000 ranges for a table of 1 GB.
+_BLOCKS_PER_RANGE = 128
+# pgvector 0.8: HNSW indexes up to 2,000 dimensions of vector and 4,000 of halfvec.
+_INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000}
+_MAX_VIEW_COLUMNS = 1600
+_DEFAULT_CHUNK_TOKENS = 256
+
+_SOURCE = """
+    SELECT c.relkind, c.relpersistence, c.relispartition, n.nspname AS schema, c.relname AS name,
+           pg_get_userbyid(c.relowner) AS owner, c.reltype::regtype::text AS row_type,
+           pg_has_role($2, c.relowner, 'USAGE') AS owned, has_schema_privilege($2, n.oid, 'CREATE') AS may_create,
+           EXISTS (SELECT FROM pg_subscription_rel AS s WHERE s.srrelid = c.oid) AS subscribed
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = $1::oid
+"""
+# The primary key, else the narrowest unique index over NOT NULL columns.
+_KEY = """
+    SELECT a.attname, a.attnum,
+           format_type(coalesce(nullif(b.typbasetype, 0), a.atttypid), CASE WHEN b.typbasetype <> 0 THEN b.typtypmod ELSE a.atttypmod END) AS type,
+           CASE WHEN a.attcollation <> 0 THEN (SELECT quote_ident(cn.nspname) || '.' || quote_ident(co.collname)
+               FROM pg_collation AS co JOIN pg_namespace AS cn ON cn.oid = co.collnamespace
+               WHERE co.oid = a.attcollation AND co.collname <> 'default') END AS collation
+    FROM (
+        SELECT i.indexrelid, i.indkey FROM pg_index AS i
+        WHERE i.indrelid = $1::oid AND i.indisunique AND i.indisvalid AND i.indimmediate
+            AND i.indpred IS NULL AND i.indexprs IS NULL
+            AND NOT EXISTS (
+                SELECT FROM pg_attribute AS a
+                WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::smallint[]) AND NOT a.attnotnull)
+        ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1
+    ) AS k
+    JOIN pg_index AS i ON i.indexrelid = k.indexrelid
+    CROSS JOIN LATERAL unnest((i.indkey::smallint[])[0:i.indnkeyatts - 1]) WITH ORDINALITY AS u (attnum, position)
+    JOIN pg_attribute AS a ON a.attrelid = $1::oid AND a.attnum = u.attnum
+    JOIN pg_type AS b ON b.oid = a.atttypid
+    ORDER BY u.position
+"""
+_COLUMNS = """
+    SELECT attname FROM pg_attribute
+    WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+"""
+_INPUT_COLUMNS = """
+    SELECT DISTINCT d.refobjsubid, a.attname
+    FROM pg_depend AS d
+    JOIN pg_proc AS p ON p.oid = d.objid
+    JOIN pg_namespace AS n ON n.oid = p.pronamespace
+    LEFT JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::oid
+        AND n.nspname = 'embedline_data' AND p.proname = ANY ($2)
+    ORDER BY d.refobjsubid
+"""
+# A BEFORE UPDATE row trigger may change an input that the statement does not name: UPDATE OF would not see it.
+_BEFORE_UPDATE = """
+    SELECT EXISTS (
+        SELECT FROM pg_trigger AS t
+        WHERE t.tgrelid IN (SELECT $1::oid UNION ALL SELECT relid FROM pg_partition_tree($1::oid::regclass))
+            AND NOT t.tgisinternal AND (t.tgtype & 1) = 1 AND (t.tgtype & 2) = 2 AND (t.tgtype & 16) = 16)
+"""
+_INSERT_RANGES = """
+    INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
+    SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid, format('(%s,0)', least(b + $3, size.blocks))::tid
+    FROM (
+        SELECT $2::oid AS relid UNION SELECT relid FROM pg_partition_tree($2::oid::regclass) WHERE isleaf
+    ) AS leaf
+    JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
+    CROSS JOIN LATERAL (
+        SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
+    CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
+"""
+
+
+@dataclass(frozen=True)
+class _Source:
+    oid: int
+    schema: str
+    name: str
+    owner: str
+    row_type: str
+    partitioned: bool
+    subscribed: bool
+
+    @property
+    def qualified(self) -> str:
+        return f"{quote_ident(self.schema)}.{quote_ident(self.name)}"
+
+
+@entry_point
+def create_pipeline(session: Session, given: dict[str, Any]) -> str:
+    """Create everything of a pipeline; return its routing view. Takes O(blocks) of the source, embeds nothing."""
+    name = _validated_name(session, given["name"])
+    role = caller(session)
+    source = _load_source(session, _source_oid(session, given["source"]), role)
+    model = load_model(session, given["model"])
+    _check_recipe(given, model)
+    session.execute("SET LOCAL standard_conforming_strings = on")
+    _bound_lock_wait(session)
+    plan = _make_plan(session, name, source, given)
+    chunk_tokens = _chunk_tokens(given, model)
+    for statement in capture.storage_statements(plan):
+        session.execute(statement)
+    _create_functions(session, plan, source, given["expression_search_path"])
+    plan = _with_watched_columns(session, plan, source)
+    pipeline_id = _register(session, given, plan, source, model, chunk_tokens)
+    vector_type = f"{given['column_type']}({model.config.dimensions})"
+    for statement in capture.version_statements(plan, 1, vector_type):
+        session.execute(statement)
+    for statement in (*capture.trigger_function_statements(plan), *capture.trigger_statements(plan)):
+        session.execute(statement)
+    # Only now, under the triggers' lock: no row can come between the measured size and the capture.
+    session.query(_INSERT_RANGES, ["bigint", "bigint", "bigint"], pipeline_id, source.oid, _BLOCKS_PER_RANGE)
+    _create_view(session, pipeline_id, plan, source)
+    _grant(session, plan, source)
+    return _view_name(source, plan)
+
+
+def _validated_name(session: Session, name: str) -> str:
+    if not _NAME.match(name or ""):
+        raise InvalidParameter(
+            f'"{name}" cannot name a pipeline',
+            hint="Use up to 40 lower-case letters, digits and underscores, not beginning with a digit.",
+        )
+    if session.scalar("SELECT pipeline_id FROM embedline.pipeline WHERE name = $1", ["text"], name) is not None:
+        raise AlreadyExists(
+            f'there is a pipeline "{name}" already', hint=f"SELECT embedline.drop_pipeline('{name}') removes it."
+        )
+    return name
+
+
+def _source_oid(session: Session, source: str | None) -> int:
+    if source is None:
+        raise InvalidParameter("source must not be NULL")
+    # PL/Python hands a regclass over as its text, qualified where the pinned search_path does not find it.
+    return int(session.scalar("SELECT $1::regclass::oid::bigint", ["text"], source))
+
+
+def _load_source(session: Session, oid: int, role: str) -> _Source:
+    rows = session.query(_SOURCE, ["bigint", "name"], oid, role)
+    if not rows:
+        raise NotFound("the source table does not exist")
+    row = rows[0]
+    label = f'"{row["schema"]}"."{row["name"]}"'
+    if row["relkind"] not in ("r", "p") or row["relpersistence"] == "t":
+        raise InvalidParameter(
+            f"{label} cannot be a source: it is not a permanent table",
+            hint="Name the table itself; views, foreign and temporary tables have no capture triggers.",
+        )
+    if row["schema"] in ("embedline", "embedline_data", "pg_catalog", "information_schema"):
+        raise InvalidParameter(f"{label} cannot be a source: it is a table of the system")
+    if not row["owned"]:
+        raise NotPermitted(f"must be owner of table {label}", hint=f"GRANT {row['owner']} TO the role that creates pipelines.")
+    if not row["may_create"]:
+        raise NotPermitted(
+            f'permission denied for schema "{row["schema"]}"', hint=f'GRANT CREATE ON SCHEMA "{row["schema"]}" TO {role}; '
+            "the routing view is created there.",
+        )
+    return _Source(
+        oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"], row_type=row["row_type"],
+        partitioned=row["relkind"] == "p", subscribed=row["subscribed"],
+    )  # fmt: skip
+
+
+def _check_recipe(given: dict[str, Any], model: Model) -> None:
+    choices = {
+        "chunking": ("recursive", "none"),
+        "column_type": ("vector", "halfvec"),
+        "distance": ("cosine", "inner_product", "l2"),
+        "index_method": ("hnsw", "none"),
+        "capture": ("auto", "statement", "row"),
+    }
+    for parameter, allowed in choices.items():
+        if given[parameter] not in allowed:
+            raise InvalidParameter(
+                f'{parameter} "{given[parameter]}" is not known', hint=f"Use one of {', '.join(allowed)}."
+            )
+    dimensions = model.config.dimensions or 0
+    limit = _INDEX_DIMENSIONS[given["column_type"]]
+    if given["index_method"] == "hnsw" and dimensions > limit:
+        hint = "Use index_method => 'none', or a model of fewer dimensions."
+        if given["column_type"] == "vector" and dimensions <= _INDEX_DIMENSIONS["halfvec"]:
+            hint = "Use column_type => 'halfvec', which HNSW indexes up to 4000 dimensions."
+        raise InvalidParameter(f"HNSW indexes {given['column_type']} up to {limit} dimensions; {dimensions} are too many", hint=hint)
+    options = as_mapping(given["index_options"])
+    for option, value in options.items():
+        low, high = {"m": (2, 100), "ef_construction": (4, 1000)}.get(option, (1, 0))
+        if not isinstance(value, int) or not low <= value <= high:
+            raise InvalidParameter(
+                f'index option "{option}" cannot be {value}', hint="HNSW takes m (2 to 100) and ef_construction (4 to 1000)."
+            )
+
+
+def _chunk_tokens(given: dict[str, Any], model: Model) -> int | None:
+    if given["chunking"] == "none":
+        return None
+    tokens, limit = given["chunk_tokens"], model.max_tokens
+    if tokens is None:
+        tokens = min(_DEFAULT_CHUNK_TOKENS, limit or _DEFAULT_CHUNK_TOKENS)
+    if tokens < 1 or (limit is not None and tokens > limit):
+        raise InvalidParameter(
+            f"chunk_tokens {tokens} does not fit the model",
+            detail=f'Model "{model.config.name}" reads {limit} tokens.',
+            hint=f"Use chunk_tokens => {limit} or less.",
+        )
+    if not 0 <= given["chunk_overlap"] < tokens:
+        raise InvalidParameter("chunk_overlap must be at least 0 and smaller than chunk_tokens")
+    return int(tokens)
+
+
+def _bound_lock_wait(session: Session) -> None:
+    # A CREATE TRIGGER that waits makes every later write wait behind it: better to fail and be run again.
+    session.execute(
+        "SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'"
+    )
+
+
+def _make_plan(session: Session, name: str, source: _Source, given: dict[str, Any]) -> CapturePlan:
+    rows = session.query(_KEY, ["bigint"], source.oid)
+    if not rows:
+        raise InvalidParameter(
+            f"table {source.qualified} has no primary key and no unique index over NOT NULL columns",
+            hint=f"ALTER TABLE {source.qualified} ADD PRIMARY KEY (...).",
+        )
+    keys = tuple(
+        KeyColumn(row["attname"], _key_column_name(row["attname"], i), row["type"], row["collation"])
+        for i, row in enumerate(rows)
+    )
+    mode = given["capture"]
+    if mode == "auto":
+        mode = "row" if source.partitioned or source.subscribed else "statement"
+    elif mode == "statement" and source.partitioned:
+        raise InvalidParameter(
+            f"{source.qualified} is partitioned and needs capture => 'row'",
+            detail="A parent's statement triggers do not fire on a write to a partition.",
+        )
+    search_path = given["expression_search_path"]
+    content = _deparse(session, source, given["content"], "content", "text", search_path)
+    filter_expression = None
+    if given["filter"] is not None:
+        filter_expression = _deparse(session, source, given["filter"], "filter", "boolean", search_path)
+    return CapturePlan(
+        name=name, source=source.qualified, row_type=source.row_type, keys=keys, content=content,
+        filter=filter_expression, capture=mode, always=source.subscribed or given["capture"] == "row",
+    )  # fmt: skip
+
+
+def _key_column_name(source_name: str, position: int) -> str:
+    name = f"key_{source_name}"
+    return name if len(name.encode()) <= 63 else f"key_{position + 1}"
+
+
+def _deparse(
+    session: Session, source: _Source, expression: str, parameter: str, cast: str, search_path: str
+) -> SourceExpression:
+    """Let PostgreSQL resolve the expression and print it back with each column qualified as the place of use needs.
+
+    With two relations in FROM, pg_get_viewdef qualifies every column with the alias: the deparsed text of alias "old"
+    is at once a valid trigger condition.
+    """
+    require_single_expression(expression, parameter)
+    texts = []
+    # A view cannot have relations called old and new; the marks become these names below.
+    for alias in ("source_row", "embedline_old", "embedline_new"):
+        with_path = f"SELECT set_config('search_path', {quote_literal(search_path)}, true)"
+        try:
+            session.execute(with_path)
+            session.execute(
+                f"CREATE TEMPORARY VIEW embedline_deparse AS SELECT (\n{expression}\n)::pg_catalog.{cast} AS embedline_expression"  # noqa: S608
+                f" FROM {source.qualified} AS {alias}, (SELECT 1) AS embedline_one"
+            )
+            session.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+        except Exception as error:
+            if not hasattr(error, "sqlstate") or not str(error.sqlstate).startswith("42"):
+                raise
+            raise InvalidParameter(
+                f"{parameter} is not an expression over the columns of {source.qualified}: {error}",
+                hint="Name columns without the table, for example title || E'\\n\\n' || body.",
+            ) from error
+        definition = str(session.scalar("SELECT pg_get_viewdef('pg_temp.embedline_deparse'::regclass)"))
+        session.execute("DROP VIEW pg_temp.embedline_deparse")
+        start = definition.index("SELECT ") + len("SELECT ")
+        texts.append(re.sub(r"\bembedline_(old|new)\.", r"\1.", definition[start : definition.rindex(" AS embedline_expression")]))
+    if re.search(r"\bSELECT\b", re.sub(r"'(?:[^']|'')*'", "''", texts[0])):
+        raise InvalidParameter(
+            f"{parameter} must not hold a subquery",
+            detail="A change of another table would not be captured.",
+            hint="Keep what belongs to the row in the row, for example with a trigger of your own.",
+        )
+    return SourceExpression(*texts)
+
+
+def _create_functions(session: Session, plan: CapturePlan, source: _Source, search_path: str) -> None:
+    for statement in (*capture.row_function_statements(plan), *capture.read_function_statements(plan)):
+        session.execute(statement)
+    owner = quote_ident(source.owner)
+    session.execute(f"GRANT USAGE ON SCHEMA embedline_data TO {owner}")
+    session.execute(f"GRANT SELECT ON {plan.generated('document')}, {plan.generated('outbox')} TO {owner}")
+    # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's.
+    for row in _generated_functions(session, plan.name):
+        session.execute(f"REVOKE ALL ON FUNCTION {row['signature']} FROM public")
+        session.execute(f"ALTER FUNCTION {row['signature']} OWNER TO {owner}")
+
+
+def _generated_functions(session: Session, name: str) -> list[dict[str, Any]]:
+    return session.query(
+        """
+        SELECT p.oid::regprocedure::text AS signature, p.proname AS name FROM pg_proc AS p
+        WHERE p.pronamespace = 'embedline_data'::regnamespace AND starts_with(p.proname, $1 || '_')
+            AND substr(p.proname, length($1) + 2)
+                ~ '^(content|filter|key_[0-9]+|read|lock|range|missing|capture_(insert|update|delete|truncate))$'
+        ORDER BY p.proname
+        """,
+        ["text"],
+        name,
+    )
+
+
+def _with_watched_columns(session: Session, plan: CapturePlan, source: _Source) -> CapturePlan:
+    names = [f"{plan.name}_content", f"{plan.name}_filter"] + [f"{plan.name}_key_{i + 1}" for i in range(len(plan.keys))]
+    rows = session.query(_INPUT_COLUMNS, ["bigint", "name[]"], source.oid, names)
+    whole_row = any(row["refobjsubid"] == 0 for row in rows)
+    if not any(row["attname"] and row["attname"] not in {k.source_name for k in plan.keys} for row in rows) and not whole_row:
+        # A content of key columns only is unusual, yet fine; a content of no column at all is a slip.
+        content_rows = session.query(_INPUT_COLUMNS, ["bigint", "name[]"], source.oid, names[:1])
+        if not content_rows:
+            raise InvalidParameter(
+                "content names no column of the source", hint="For example content => $$title || E'\\n\\n' || body$$."
+            )
+    if whole_row or session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid):
+        return plan
+    watched = tuple(dict.fromkeys(str(row["attname"]) for row in rows if row["attname"]))
+    return CapturePlan(**{**plan.__dict__, "watched_columns": watched})
+
+
+def _register(
+    session: Session, given: dict[str, Any], plan: CapturePlan, source: _Source, model: Model, chunk_tokens: int | None
+) -> int:
+    pipeline_id = session.scalar(
+        """
+        INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
+            key_attributes, key_columns, key_types, view_columns, chunking, chunk_tokens, chunk_overlap, capture, created_by)
+        SELECT $1, $2::oid::regclass, $3, $4, $5,
+            (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
+                JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
+            $7, $8, '{}', $9, $10, $11, $12, $13
+        RETURNING pipeline_id
+        """,
+        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "integer", "integer", "text", "text"],
+        plan.name, source.oid, given["content"], given["filter"], given["expression_search_path"],
+        [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
+        given["chunking"], chunk_tokens, given["chunk_overlap"], plan.capture, caller(session),
+    )  # fmt: skip
+    recipe = {
+        "model": model.fingerprint, "document_prefix": model.config.document_prefix,
+        "query_prefix": model.config.query_prefix, "column_type": given["column_type"], "distance": given["distance"],
+        "normalised": given["distance"] != "l2", "chunking": given["chunking"], "chunk_tokens": chunk_tokens,
+        "chunk_overlap": given["chunk_overlap"],
+    }  # fmt: skip
+    version_id = session.scalar(
+        """
+        INSERT INTO embedline.version (pipeline_id, number, model_id, dimensions, column_type, distance, index_method,
+            index_options, fingerprint)
+        VALUES ($1, 1, $2, $3, $4, $5, $6, $7, $8) RETURNING version_id
+        """,
+        ["bigint", "bigint", "integer", "text", "text", "text", "jsonb", "text"],
+        pipeline_id, model.model_id, model.config.dimensions, given["column_type"], given["distance"],
+        given["index_method"], json.dumps(dict(as_mapping(given["index_options"]))), recipe_fingerprint(recipe),
+    )  # fmt: skip
+    session.query(
+        "UPDATE embedline.pipeline SET serving_version_id = $2 WHERE pipeline_id = $1",
+        ["bigint", "bigint"], pipeline_id, version_id,
+    )  # fmt: skip
+    session.query("INSERT INTO embedline.pipeline_health (pipeline_id) VALUES ($1)", ["bigint"], pipeline_id)
+    return int(pipeline_id)
+
+
+def _view_name(source: _Source, plan: CapturePlan) -> str:
+    return f"{quote_ident(source.schema)}.{quote_ident(plan.name + '_embedding')}"
+
+
+def _create_view(session: Session, pipeline_id: int, plan: CapturePlan, source: _Source) -> None:
+    view = _view_name(source, plan)
+    if session.scalar("SELECT to_regclass($1)::text", ["text"], view) is not None:
+        raise AlreadyExists(f"{view} exists already", hint="Choose another pipeline name: its routing view is <name>_embedding.")
+    names = [str(row["attname"]) for row in session.query(_COLUMNS, ["bigint"], source.oid)]
+    if len(names) + len(capture.CHUNK_COLUMNS) > _MAX_VIEW_COLUMNS:
+        session.plpy.notice(
+            f"routing view {view} shows only the key of {source.qualified}: a view has at most {_MAX_VIEW_COLUMNS} columns"
+        )
+        names = [key.source_name for key in plan.keys]
+    view_columns = {column: _free_name(column, names) for column in capture.CHUNK_COLUMNS}
+    columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
+    session.execute(f"CREATE VIEW {view} WITH (security_invoker = true) AS {capture.view_query(plan, columns, 1)}")
+    session.execute(f"ALTER VIEW {view} OWNER TO {quote_ident(source.owner)}")
+    comment = f"Embedline pipeline {plan.name}: each row of {source.qualified} with its chunks and their embeddings"
+    session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
+    session.query(
+        "UPDATE embedline.pipeline SET routing_view = $2::regclass, view_columns = $3 WHERE pipeline_id = $1",
+        ["bigint", "text", "jsonb"], pipeline_id, view, json.dumps(view_columns),
+    )  # fmt: skip
+
+
+def _free_name(column: str, taken: list[str]) -> str:
+    name = column
+    while name in taken:
+        name = f"embedline_{name}"
+    return name
+
+
+def _grant(session: Session, plan: CapturePlan, source: _Source) -> None:
+    # The view runs with its reader's rights (security_invoker), so the source's own grants and row-level security decide
+    # at each query, also those given later. Readers have no USAGE on embedline_data: they cannot name the tables directly.
+    tables = f"{plan.generated('chunk')}, {plan.generated('v1')}"
+    session.execute(f"GRANT SELECT ON {tables} TO embedline_reader, {quote_ident(source.owner)}")
+    session.execute(f"GRANT SELECT ON {_view_name(source, plan)} TO embedline_reader")
+
+
+def require_control(session: Session, name: str) -> None:
+    """Raise unless the caller may change the pipeline: the source's owner, its creator's role, or a superuser."""
+    load_pipeline(session, name)
+    allowed = session.scalar(
+        """
+        SELECT coalesce(pg_has_role($2, c.relowner, 'USAGE'), (SELECT rolsuper FROM pg_roles WHERE rolname = $2))
+        FROM embedline.pipeline AS p LEFT JOIN pg_class AS c ON c.oid = p.source WHERE p.name = $1
+        """,
+        ["text", "name"], name, caller(session),
+    )  # fmt: skip
+    if not allowed:
+        raise NotPermitted(f'must be owner of the source of pipeline "{name}"')
+
+
+@entry_point
+def drop_pipeline(session: Session, name: str) -> None:
+    """Remove a pipeline with its triggers, view, functions and tables; the source stays as it is."""
+    require_control(session, name)
+    _bound_lock_wait(session)
+    for row in session.query(
+        """
+        SELECT format('%I', t.tgname) AS trigger, t.tgrelid::regclass::text AS source FROM pg_trigger AS t
+        JOIN pg_proc AS p ON p.oid = t.tgfoid
+        WHERE p.pronamespace = 'embedline_data'::regnamespace AND t.tgparentid = 0
+            AND p.proname = ANY (ARRAY[$1 || '_capture_insert', $1 || '_capture_update', $1 || '_capture_delete', $1 || '_capture_truncate'])
+        """,
+        ["text"], name,
+    ):  # fmt: skip
+        session.execute(f"DROP TRIGGER {row['trigger']} ON {row['source']}")
+    view = session.scalar(
+        "SELECT c.oid::regclass::text FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.routing_view WHERE p.name = $1",
+        ["text"], name,
+    )  # fmt: skip
+    if view is not None:
+        session.execute(f"DROP VIEW {view}")
+    numbers = session.query(
+        "SELECT v.number FROM embedline.version AS v JOIN embedline.pipeline AS p USING (pipeline_id) WHERE p.name = $1",
+        ["text"], name,
+    )  # fmt: skip
+    pipeline = load_pipeline(session, name)
+    functions = _generated_functions(session, name)
+    # The read functions depend on the row functions and on the tables.
+    for row in sorted(functions, key=lambda r: not re.search(r"_(read|lock|range|missing)$", str(r["name"]))):
+        session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")
+    for version in numbers:
+        session.execute(f"DROP TABLE IF EXISTS {pipeline.generated('v' + str(version['number']))}")
+    session.execute(f"DROP TABLE IF EXISTS {pipeline.chunk}, {pipeline.document}, {pipeline.outbox}")
+    session.query("DELETE FROM embedline.pipeline WHERE name = $1", ["text"], name)
+
+
+@entry_point
+def set_pipeline_state(session: Session, name: str, state: str) -> None:
+    """Pause or resume the embedding of a pipeline; its changes are captured all the time."""
+    require_control(session, name)
+    session.query("UPDATE embedline.pipeline SET state = $2 WHERE name = $1", ["text", "text"], name, state)
+
+
+@entry_point
+def refresh_pipeline(session: Session, name: str) -> None:
+    """Add new source columns to the routing view, and watch every update where a BEFORE trigger now exists."""
+    require_control(session, name)
+    _bound_lock_wait(session)
+    pipeline = load_pipeline(session, name)
+    key_rows = session.query(
+        """
+        SELECT a.attname FROM embedline.pipeline AS p, unnest(p.key_attributes) WITH ORDINALITY AS k (attnum, position)
+        JOIN pg_attribute AS a ON a.attnum = k.attnum WHERE p.name = $1 AND a.attrelid = p.source ORDER BY k.position
+        """,
+        ["text"], name,
+    )  # fmt: skip
+    source_rows = session.query(
+        "SELECT n.nspname, c.relname, pg_get_userbyid(c.relowner) AS owner FROM pg_class AS c"
+        " JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = $1::oid",
+        ["bigint"], pipeline.source_oid,
+    )  # fmt: skip
+    if not source_rows:
+        raise NotFound(f'the source of pipeline "{name}" is gone', hint=f"SELECT embedline.drop_pipeline('{name}').")
+    first = source_rows[0]
+    source = _Source(pipeline.source_oid, first["nspname"], first["relname"], first["owner"], "", False, False)
+    keys = tuple(
+        KeyColumn(str(row["attname"]), column, key_type, None)
+        for row, column, key_type in zip(key_rows, pipeline.key_columns, pipeline.key_types, strict=True)
+    )
+    empty = SourceExpression("", "", "")
+    plan = CapturePlan(name, source.qualified, "", keys, empty, None, "statement")
+    _refresh_view(session, pipeline.pipeline_id, plan, source, pipeline.view_oid, pipeline.view_columns)
+    _refresh_update_trigger(session, plan, source)
+
+
+def _refresh_view(
+    session: Session, pipeline_id: int, plan: CapturePlan, source: _Source, view_oid: int | None, view_columns: dict[str, str]
+) -> None:
+    number = int(session.scalar("SELECT v.number FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id WHERE p.pipeline_id = $1", ["bigint"], pipeline_id))
+    view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], view_oid)
+    if view is None:
+        _create_view(session, pipeline_id, plan, source)
+        _grant(session, plan, source)
+        return
+    of_chunk = {name: column for column, name in view_columns.items()}
+    # A renamed source column keeps the name it had in the view: pg_depend tells which column it shows.
+    shown = session.query(
+        """
+        SELECT v.attname AS name FROM pg_attribute AS v WHERE v.attrelid = $1::oid AND v.attnum > 0 ORDER BY v.attnum
+        """,
+        ["bigint"], view_oid,
+    )  # fmt: skip
+    columns = [str(row["attname"]) for row in session.query(_COLUMNS, ["bigint"], source.oid)]
+    existing = [str(row["name"]) for row in shown]
+    if all(column in existing for column in columns):
+        return
+    renamed = [name for name in existing if name not in columns and name not in of_chunk]
+    if renamed:
+        # CREATE OR REPLACE VIEW cannot rename; the view is made anew where nothing depends on it.
+        session.execute(f"DROP VIEW {view}")
+        _create_view(session, pipeline_id, plan, source)
+        _grant(session, plan, source)
+        return
+    layout = [(of_chunk.get(name, name), name, name in of_chunk) for name in existing]
+    layout += [(column, column, False) for column in columns if column not in existing]
+    query = capture.view_query(plan, layout, number)
+    session.execute(f"CREATE OR REPLACE VIEW {view} WITH (security_invoker = true) AS {query}")
+
+
+def _refresh_update_trigger(session: Session, plan: CapturePlan, source: _Source) -> None:
+    if not session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid):
+        return
+    name = capture.trigger_name(plan.name, "update")
+    definition = session.scalar(
+        "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
+        ["bigint", "name"], source.oid, name,
+    )  # fmt: skip
+    if definition is None:
+        return
+    session.execute(f"DROP TRIGGER {quote_ident(name)} ON {source.qualified}")
+    session.execute(re.sub(r"AFTER UPDATE OF .*? ON ", "AFTER UPDATE ON ", str(definition), count=1))

@@ -1,0 +1,98 @@
+"""Search: a text becomes a vector of the version that serves, and the routing view ranks with it."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from typing import Any
+
+from embedline.catalog import Pipeline, load_pipeline
+from embedline.database import Session, entry_point, quote_ident, vector_schema
+from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
+from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors, NotFound
+from embedline.text import repair_text
+
+_MAX_K = 10_000
+# Chunks asked for at first, for each document wanted, where one document may have many of the nearest.
+_OVERFETCH = 4
+
+
+@entry_point
+def embed_query(session: Session, pipeline_name: str, query: str) -> str:
+    """Return the query's vector in pgvector's text form, made by the model of the version that serves."""
+    return _embed(session, load_pipeline(session, pipeline_name), query)
+
+
+@entry_point
+def search(
+    session: Session, pipeline_name: str, query: str, k: int, per_document: bool, ef_search: int | None
+) -> list[dict[str, Any]]:
+    """Return the k nearest chunks (or the k nearest documents by their best chunk) as rows of key, chunk, score."""
+    if not 1 <= k <= _MAX_K:
+        raise InvalidParameter(f"k must be between 1 and {_MAX_K}, not {k}")
+    if ef_search is not None and not 1 <= ef_search <= 1000:
+        raise InvalidParameter("ef_search must be between 1 and 1000")
+    pipeline = load_pipeline(session, pipeline_name)
+    vector = _embed(session, pipeline, query)
+    # The function's own SET clause puts the caller's value back at its end.
+    wanted_ef = ef_search if ef_search is not None else min(max(40, k), 1000)
+    session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], str(wanted_ef))
+    statement = _search_statement(session, pipeline)
+    if not per_document:
+        return _ranked(session.query(statement, ["text", "bigint"], vector, k))
+    limit = k * _OVERFETCH
+    while True:
+        rows = session.query(statement, ["text", "bigint"], vector, limit)
+        best: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            best.setdefault(row["key"], row)
+        if len(best) >= k or len(rows) < limit:
+            return _ranked(list(best.values())[:k])
+        limit *= 4
+
+
+def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"key": row["key"], "chunk": row["chunk"], "score": row["score"]} for row in rows]
+
+
+def _embed(session: Session, pipeline: Pipeline, query: str | None) -> str:
+    if query is None:
+        raise InvalidParameter("the query must not be NULL")
+    version = pipeline.version
+    future = embedder_for(session, version.model).submit([repair_text(query)], "query")
+    block = wait_result(future, let_cancel_through(session))
+    if (block.count, block.dimensions) != (1, version.dimensions):
+        raise DimensionMismatch(
+            f"the model returned {block.dimensions} dimensions, pipeline {pipeline.name} has {version.dimensions}"
+        )
+    values = array("f", block.data)
+    norm = math.sqrt(sum(value * value for value in values))
+    if not math.isfinite(norm) or norm == 0:
+        raise InvalidVectors("the query's vector has no direction", hint="Ask with other words.")
+    scale = 1.0 if version.distance == "l2" else 1.0 / norm
+    return "[" + ",".join(f"{value * scale:.9g}" for value in values) + "]"
+
+
+def _search_statement(session: Session, pipeline: Pipeline) -> str:
+    view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.view_oid)
+    if view is None:
+        raise NotFound(
+            f'the routing view of pipeline "{pipeline.name}" is gone',
+            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
+        )
+    version, schema, names = pipeline.version, vector_schema(session), pipeline.view_columns
+    embedding, chunk, chunk_id = (quote_ident(names[c]) for c in ("embedding", "chunk", "chunk_id"))
+    distance = f"{embedding} OPERATOR({schema}.{version.operator}) $1::{schema}.{version.vector_type}"
+    score = {"cosine": "1 - n.distance", "inner_product": "-n.distance", "l2": "-n.distance"}[version.distance]
+    keys = ", ".join(f"c.{quote_ident(column)}::text" for column in pipeline.key_columns)
+    key = keys if len(pipeline.key_columns) == 1 else f"jsonb_build_array({keys})::text"
+    # The ten nearest come from the view alone, so that the index scan has nothing around it but nested loops.
+    return f"""
+        SELECT {key} AS key, n.chunk, {score} AS score
+        FROM (
+            SELECT {chunk_id} AS chunk_id, {chunk} AS chunk, {distance} AS distance FROM {view}
+            ORDER BY {distance} LIMIT $2
+        ) AS n
+        JOIN {pipeline.chunk} AS c ON c.chunk_id = n.chunk_id
+        ORDER BY n.distance
+    """  # noqa: S608

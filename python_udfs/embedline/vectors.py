@@ -1,0 +1,90 @@
+"""Checking, normalising and writing vectors: plain numpy on whole arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from embedline.errors import DimensionMismatch, InvalidVectors
+
+FloatMatrix = npt.NDArray[np.float32]
+
+HALF_MAX = float(np.finfo(np.float16).max)
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + b"\x00" * 8
+_COPY_TRAILER = b"\xff\xff"
+
+
+def matrix_from_bytes(data: bytes, count: int, dimensions: int) -> FloatMatrix:
+    """Return little-endian float32 `data` as an array of shape (count, dimensions)."""
+    if len(data) != 4 * count * dimensions:
+        raise InvalidVectors(
+            "the vectors have another size than announced",
+            detail=f"{len(data)} bytes for {count} vectors of {dimensions} dimensions",
+        )
+    return np.frombuffer(data, dtype="<f4").reshape(count, dimensions).astype(np.float32, copy=False)
+
+
+def check_shape(matrix: FloatMatrix, count: int, dimensions: int) -> None:
+    """Raise unless `matrix` holds exactly `count` vectors of `dimensions` values."""
+    if matrix.shape[0] != count:
+        raise InvalidVectors(f"the model returned {matrix.shape[0]} vectors for {count} texts")
+    if matrix.shape[1] != dimensions:
+        raise DimensionMismatch(f"the model returned {matrix.shape[1]} dimensions, the column has {dimensions}")
+
+
+def find_faults(matrix: FloatMatrix, column_type: str) -> dict[int, str]:
+    """Return {row number: reason} of the vectors that must not be stored.
+
+    A vector with NaN, infinity or norm zero would silently be left out of an HNSW index; float16 overflows past 65504.
+    """
+    finite = np.isfinite(matrix).all(axis=1)
+    squared = np.einsum("ij,ij->i", np.where(np.isfinite(matrix), matrix, 0).astype(np.float64), matrix.astype(np.float64))
+    faults = {int(row): "the vector has a value that is not a finite number" for row in np.flatnonzero(~finite)}
+    faults |= {int(row): "the vector has norm zero" for row in np.flatnonzero(finite & (squared == 0))}
+    if column_type == "halfvec":
+        overflow = finite & (np.abs(matrix) > HALF_MAX).any(axis=1)
+        faults |= {int(row): "the vector has a value outside the float16 range of halfvec" for row in np.flatnonzero(overflow)}
+    return faults
+
+
+def normalise(matrix: FloatMatrix) -> FloatMatrix:
+    """Return the rows divided by their L2 norm (computed in float64); rows must be finite and not zero."""
+    wide = matrix.astype(np.float64)
+    return (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
+
+
+def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_type: str) -> bytes:
+    """Return rows (chunk_id bigint, embedding vector|halfvec) in PostgreSQL's COPY BINARY format.
+
+    Format: postgresql.org/docs/current/sql-copy.html, "Binary Format"; the vector's own binary form (int16 dimensions,
+    int16 unused, big-endian floats) is that of pgvector's vector_send and halfvec_send.
+    """
+    count, dimensions = matrix.shape
+    element = ">f4" if column_type == "vector" else ">f2"
+    rows = np.empty(
+        count,
+        dtype=[
+            ("fields", ">i2"),
+            ("id_bytes", ">i4"),
+            ("id", ">i8"),
+            ("vector_bytes", ">i4"),
+            ("dimensions", ">i2"),
+            ("unused", ">i2"),
+            ("values", element, (dimensions,)),
+        ],
+    )
+    rows["fields"] = 2
+    rows["id_bytes"] = 8
+    rows["id"] = chunk_ids
+    rows["vector_bytes"] = 4 + np.dtype(element).itemsize * dimensions
+    rows["dimensions"] = dimensions
+    rows["unused"] = 0
+    rows["values"] = matrix
+    return _COPY_HEADER + rows.tobytes() + _COPY_TRAILER
+
+
+def vectors_from_send(blobs: list[bytes], column_type: str) -> FloatMatrix:
+    """Return what vector_send or halfvec_send gave for several rows as a float32 array (row, dimension)."""
+    element = ">f4" if column_type == "vector" else ">f2"
+    joined = np.frombuffer(b"".join(blobs), dtype=np.uint8).reshape(len(blobs), -1)
+    return np.ascontiguousarray(joined[:, 4:]).view(element).astype(np.float32)

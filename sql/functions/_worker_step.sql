@@ -1,0 +1,18 @@
+-- One step of this session's resident worker, each a transaction of its own; called by run_worker alone.
+CREATE OR REPLACE FUNCTION embedline._worker_step(
+    step text,
+    slot integer,
+    pipeline_name text,
+    message text
+)
+RETURNS text
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import worker
+    return worker.worker_step(plpy, GD, step, slot, pipeline_name, message)
+$python$;
+
+COMMENT ON FUNCTION embedline._worker_step(text, integer, text, text) IS 'Internal: one step of the resident worker.';

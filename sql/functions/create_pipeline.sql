@@ -1,0 +1,35 @@
+-- Keep the embeddings of a table true to its rows: capture, tables, routing view, backfill ranges. Embeds nothing itself.
+-- Locks: SHARE ROW EXCLUSIVE on the source while its triggers are made; waits at most 5 s for it.
+CREATE OR REPLACE FUNCTION embedline.create_pipeline(
+    name text,
+    source regclass,
+    content text,
+    model text,
+    filter text DEFAULT NULL,
+    chunking text DEFAULT 'recursive',
+    chunk_tokens integer DEFAULT NULL,
+    chunk_overlap integer DEFAULT 0,
+    column_type text DEFAULT 'vector',
+    distance text DEFAULT 'cosine',
+    index_method text DEFAULT 'hnsw',
+    index_options jsonb DEFAULT '{}',
+    capture text DEFAULT 'auto',
+    -- Evaluated as the caller's: names in content and filter mean what they mean in the session.
+    expression_search_path text DEFAULT current_setting('search_path')
+)
+RETURNS text
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import pipelines
+    return pipelines.create_pipeline(plpy, GD, {
+        "name": name, "source": source, "content": content, "model": model, "filter": filter,
+        "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,
+        "column_type": column_type, "distance": distance, "index_method": index_method,
+        "index_options": index_options, "capture": capture, "expression_search_path": expression_search_path,
+    })
+$python$;
+
+COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text) IS 'Watch a table: content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';

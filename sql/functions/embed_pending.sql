@@ -1,0 +1,13 @@
+-- Embed up to max_rows changed rows; returns how many were embedded.
+CREATE OR REPLACE FUNCTION embedline.embed_pending(max_rows integer DEFAULT 1000, pipeline_name text DEFAULT NULL)
+RETURNS integer
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import worker
+    return worker.embed_pending(plpy, GD, max_rows, pipeline_name)
+$python$;
+
+COMMENT ON FUNCTION embedline.embed_pending(integer, text) IS 'Embed up to max_rows changed rows in this transaction, live changes first, then backfill; returns the number of source rows embedded.';

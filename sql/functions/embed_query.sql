@@ -1,0 +1,12 @@
+-- The vector of a text, made by the model that serves the pipeline: ORDER BY embedding <=> embed_query(...).
+CREATE OR REPLACE FUNCTION embedline.embed_query(pipeline_name text, query text)
+RETURNS public.vector
+LANGUAGE plpython3u
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import search
+    return search.embed_query(plpy, GD, pipeline_name, query)
+$python$;
+
+COMMENT ON FUNCTION embedline.embed_query(text, text) IS 'Return the vector of a query text, made by the model whose vectors the pipeline serves.';

@@ -1,0 +1,13 @@
+-- Follow the source: new columns appear in the routing view, a new BEFORE UPDATE trigger widens the capture.
+CREATE OR REPLACE FUNCTION embedline.refresh_pipeline(name text)
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import pipelines
+    pipelines.refresh_pipeline(plpy, GD, name)
+$python$;
+
+COMMENT ON FUNCTION embedline.refresh_pipeline(text) IS 'Show new source columns in the routing view, and capture what a new BEFORE UPDATE trigger changes.';

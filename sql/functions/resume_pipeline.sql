@@ -1,0 +1,13 @@
+-- Embed a paused pipeline again.
+CREATE OR REPLACE FUNCTION embedline.resume_pipeline(name text)
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import pipelines
+    pipelines.set_pipeline_state(plpy, GD, name, "active")
+$python$;
+
+COMMENT ON FUNCTION embedline.resume_pipeline(text) IS 'Embed a paused pipeline again, beginning with what has waited.';

@@ -1,0 +1,21 @@
+-- The k nearest chunks to a text. Runs with the caller's rights: grants and row-level security of the source decide.
+CREATE OR REPLACE FUNCTION embedline.search(
+    pipeline_name text,
+    query text,
+    k integer DEFAULT 10,
+    per_document boolean DEFAULT false,
+    ef_search integer DEFAULT NULL
+)
+RETURNS TABLE (key text, chunk text, score double precision)
+LANGUAGE plpython3u
+VOLATILE
+SET search_path = pg_catalog, pg_temp
+-- Without an iterative scan, dead tuples and row-level security would shorten the result.
+SET hnsw.iterative_scan = 'strict_order'
+SET hnsw.ef_search = 40
+AS $python$
+    from embedline import search
+    return search.search(plpy, GD, pipeline_name, query, k, per_document, ef_search)
+$python$;
+
+COMMENT ON FUNCTION embedline.search(text, text, integer, boolean, integer) IS 'Return key, chunk and score (higher is nearer) of the k nearest chunks; per_document => true keeps the best chunk of each source row.';

@@ -1,0 +1,13 @@
+-- Take the pg_cron jobs away and let the resident workers end after their current batch.
+CREATE OR REPLACE FUNCTION embedline.unschedule_workers()
+RETURNS integer
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import schedule
+    return schedule.unschedule_workers(plpy, GD)
+$python$;
+
+COMMENT ON FUNCTION embedline.unschedule_workers() IS 'Remove the workers'' pg_cron jobs and stop the workers; returns how many were asked to stop.';

@@ -1,0 +1,54 @@
+-- One row per pipeline: what a person on call looks at first.
+CREATE OR REPLACE VIEW embedline.status AS
+SELECT
+    p.name AS pipeline,
+    p.source::text AS source,
+    m.name AS model,
+    p.state,
+    c.pending,
+    b.done AS backfill_done,
+    b.total AS backfill_total,
+    v.state = 'complete' AS backfill_complete,
+    clock_timestamp() - c.oldest_enqueued_at AS oldest_pending_age,
+    d.dead_letters,
+    coalesce(x.last_error, c.last_row_error, h.last_error) AS last_error,
+    h.last_error_at,
+    w.workers_alive,
+    CASE
+        WHEN v.index_method = 'none' THEN 'none'
+        WHEN i.indisvalid THEN 'valid'
+        WHEN i.indisvalid IS NOT NULL THEN 'building'
+        WHEN v.state = 'complete' THEN 'waiting'
+        ELSE 'after backfill'
+    END AS index_state
+FROM embedline.pipeline AS p
+INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
+INNER JOIN embedline.model AS m ON v.model_id = m.model_id
+LEFT JOIN embedline.pipeline_health AS h ON p.pipeline_id = h.pipeline_id
+LEFT JOIN embedline.circuit AS x ON m.model_id = x.model_id
+LEFT JOIN pg_catalog.pg_class AS ic
+    ON
+        ic.relname = p.name || '_v' || v.number || '_embedding_idx'
+        AND ic.relnamespace = 'embedline_data'::regnamespace
+LEFT JOIN pg_catalog.pg_index AS i ON ic.oid = i.indexrelid
+CROSS JOIN LATERAL embedline._pipeline_counts(p.name) AS c
+CROSS JOIN LATERAL (
+    SELECT
+        count(*) FILTER (WHERE r.done) AS done,
+        count(*) AS total
+    FROM embedline.backfill_range AS r
+    WHERE r.pipeline_id = p.pipeline_id
+) AS b
+CROSS JOIN LATERAL (
+    SELECT count(*) AS dead_letters FROM embedline.dead_letter AS l
+    WHERE l.pipeline_id = p.pipeline_id
+) AS d
+CROSS JOIN (SELECT embedline._workers_alive() AS workers_alive) AS w;
+
+COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far the backfill is, the last error, who works';
+COMMENT ON COLUMN embedline.status.pending IS 'Changes in the outbox, in work or waiting';
+COMMENT ON COLUMN embedline.status.backfill_done IS 'Block ranges of the source that are read through';
+COMMENT ON COLUMN embedline.status.backfill_total IS 'Block ranges of the source as it was when the pipeline was created';
+COMMENT ON COLUMN embedline.status.workers_alive IS 'Resident workers of this database, whichever pipeline they are at';
+COMMENT ON COLUMN embedline.status.index_state IS
+'none, after backfill, waiting (SELECT embedline.index_statement(pipeline) builds it by hand), building, valid';

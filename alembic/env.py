@@ -16,7 +16,9 @@ _VERSION_TABLE = {"version_table": "alembic_version", "version_table_schema": "e
 def _database_url() -> str:
     dsn = context.config.get_main_option("sqlalchemy.url") or os.environ.get("EMBEDLINE_DSN")
     if not dsn:
-        raise SystemExit("Set EMBEDLINE_DSN, for example EMBEDLINE_DSN=postgresql://postgres@localhost/mydb alembic upgrade head")
+        raise SystemExit(
+            "Set EMBEDLINE_DSN, for example EMBEDLINE_DSN=postgresql://postgres@localhost/mydb alembic upgrade head"
+        )
     scheme, separator, rest = dsn.partition("://")
     return f"postgresql+psycopg{separator}{rest}" if scheme in ("postgresql", "postgres") else dsn
 
@@ -45,7 +47,11 @@ def run_online() -> None:
                 # Alembic needed its version table until now; with it goes the last trace.
                 installation.run_script(connection, "DROP SCHEMA embedline CASCADE")
     except EmbedlineError as error:
-        lines = [error.message, f"DETAIL: {error.detail}" if error.detail else "", f"HINT: {error.hint}" if error.hint else ""]
+        lines = [
+            error.message,
+            f"DETAIL: {error.detail}" if error.detail else "",
+            f"HINT: {error.hint}" if error.hint else "",
+        ]
         raise SystemExit("ERROR: " + "\n".join(line for line in lines if line)) from None
     finally:
         engine.dispose()

@@ -40,6 +40,13 @@ UPGRADE = (
                 END IF;
             END IF;
         END LOOP;
+        -- Where the server runs pg_cron for this very database, the workers can be scheduled at once.
+        IF current_setting('cron.database_name', true) = current_database()
+            AND EXISTS (SELECT FROM pg_catalog.pg_available_extensions WHERE name = 'pg_cron' AND installed_version IS NULL)
+        THEN
+            INSERT INTO embedline.setting (name, value) VALUES ('created_extension_pg_cron', 'true');
+            CREATE EXTENSION pg_cron;
+        END IF;
     END
     $do$
     """,
@@ -239,10 +246,16 @@ DOWNGRADE = (
     """,
     """
     DO $do$
+    DECLARE
+        others boolean;
     BEGIN
         IF to_regclass('cron.job') IS NOT NULL THEN
             EXECUTE 'SELECT cron.unschedule(jobid) FROM cron.job'
                 ' WHERE database = current_database() AND jobname LIKE ''embedline %''';
+            EXECUTE 'SELECT EXISTS (SELECT FROM cron.job)' INTO others;
+            IF NOT others AND EXISTS (SELECT FROM embedline.setting WHERE name = 'created_extension_pg_cron') THEN
+                DROP EXTENSION pg_cron;
+            END IF;
         END IF;
     END
     $do$
@@ -308,7 +321,7 @@ DOWNGRADE = (
 def _run(statements: tuple[str, ...]) -> None:
     for statement in statements:
         if op.get_context().as_sql:
-            op.execute(statement.replace(":", "\\:"))
+            op.get_context().impl.static_output(statement + ";")
         else:
             # Plain execution would take ":name" and "%" in the statement for parameters.
             op.get_bind().exec_driver_sql(statement, execution_options={"no_parameters": True})

@@ -35,17 +35,17 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
             SELECT * FROM {pipeline.generated("missing")}($1) RETURNING 1
         )
         SELECT count(*) FROM queued
-        """,  # noqa: S608
+        """,
         ["integer"],
         _SWEEP_ROWS,
     )
     if queued:
         return True
-    if session.scalar(f"SELECT 1 FROM {pipeline.outbox} LIMIT 1") is not None:  # noqa: S608
+    if session.scalar(f"SELECT 1 FROM {pipeline.outbox} LIMIT 1") is not None:
         # Rows of the backfill that are still queued: look again when they are through, but do not wait for a queue
         # that never empties under steady writes.
         waiting = session.scalar(
-            f"SELECT 1 FROM {pipeline.outbox} WHERE enqueued_at <= (SELECT created_at FROM embedline.version"  # noqa: S608
+            f"SELECT 1 FROM {pipeline.outbox} WHERE enqueued_at <= (SELECT created_at FROM embedline.version"
             " WHERE version_id = $1) LIMIT 1",
             ["bigint"],
             pipeline.version.version_id,

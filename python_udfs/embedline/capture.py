@@ -58,6 +58,20 @@ class CapturePlan:
         """Qualified, quoted name of a generated object."""
         return data_name(f"{self.name}_{suffix}")
 
+    def enqueue(self, keys: str, rows: str) -> str:
+        """Return the INSERT of the keys of a row source into the inbox, in arrays of at most 100 keys."""
+        listed = ", ".join(f"array_agg(k.{quote_ident(key.name)})" for key in self.keys)
+        return (
+            f"INSERT INTO {self.generated('inbox')} ({self.key_names}) SELECT {listed}"
+            f" FROM (SELECT {keys}, row_number() OVER () AS embedline_row FROM {rows}) AS k ({self.key_names}, embedline_row)"
+            " GROUP BY (k.embedline_row - 1) / 100;"
+        )
+
+    def enqueue_row(self, row: str) -> str:
+        """Return the INSERT of one row's key into the inbox."""
+        keys = ", ".join(f"ARRAY[{self.generated(f'key_{i + 1}')}({row})]" for i in range(len(self.keys)))
+        return f"INSERT INTO {self.generated('inbox')} ({self.key_names}) VALUES ({keys});"
+
     @property
     def key_names(self) -> str:
         """Key columns of the generated tables."""
@@ -72,7 +86,19 @@ def storage_statements(plan: CapturePlan) -> list[str]:
     """Tables that belong to the pipeline, not to one of its versions."""
     columns = ", ".join(key.definition for key in plan.keys)
     outbox, document, chunk = (plan.generated(suffix) for suffix in ("outbox", "document", "chunk"))
+    arrays = ", ".join(
+        f"{quote_ident(key.name)} {key.type}[]{f' COLLATE {key.collation}' if key.collation else ''} NOT NULL"
+        for key in plan.keys
+    )
     return [
+        # All that an application's write pays for: up to 100 keys a row, no index, no sequence. Insert of 50,000 rows:
+        # 1.4 times the plain one; 2.1 times with a row and an index entry of the outbox for each key.
+        f"""CREATE TABLE {plan.generated("inbox")} (
+            {arrays},
+            enqueued_at timestamptz NOT NULL DEFAULT now()
+        ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
+            autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
+        f"COMMENT ON TABLE {plan.generated('inbox')} IS 'Changed keys as applications append them; workers move them on'",
         f"""CREATE TABLE {outbox} (
             outbox_id bigint GENERATED ALWAYS AS IDENTITY,
             {columns},
@@ -88,7 +114,7 @@ def storage_statements(plan: CapturePlan) -> list[str]:
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
         # Only claims are in this index, so an application's insert never pays for it.
         f"CREATE INDEX {quote_ident(plan.name + '_outbox_claim_idx')} ON {outbox} (claimed_by) WHERE claimed_by IS NOT NULL",
-        f"COMMENT ON TABLE {outbox} IS 'Changed keys that wait for a worker; applications only ever insert'",
+        f"COMMENT ON TABLE {outbox} IS 'Changed keys that wait for a worker or are in its hands'",
         f"""CREATE TABLE {document} (
             {columns},
             content_hash bytea,
@@ -112,7 +138,7 @@ def storage_statements(plan: CapturePlan) -> list[str]:
         f"CREATE INDEX {quote_ident(plan.name + '_chunk_key_idx')} ON {chunk} ({plan.key_names})",
         f"CREATE INDEX {quote_ident(plan.name + '_chunk_content_hash_idx')} ON {chunk} (content_hash)",
         f"COMMENT ON TABLE {chunk} IS 'Chunks of the current content; offsets count characters of the repaired content'",
-        *(f"REVOKE ALL ON TABLE {table} FROM public" for table in (outbox, document, chunk)),
+        *(f"REVOKE ALL ON TABLE {table} FROM public" for table in (plan.generated("inbox"), outbox, document, chunk)),
     ]
 
 
@@ -137,7 +163,9 @@ def row_function_statements(plan: CapturePlan) -> list[str]:
     functions = [("content", "text", plan.content.of_source_row)]
     if plan.filter is not None:
         functions.append(("filter", "boolean", plan.filter.of_source_row))
-    functions += [(f"key_{i + 1}", key.type, f"source_row.{quote_ident(key.source_name)}") for i, key in enumerate(plan.keys)]
+    functions += [
+        (f"key_{i + 1}", key.type, f"source_row.{quote_ident(key.source_name)}") for i, key in enumerate(plan.keys)
+    ]
     return [
         f"""CREATE OR REPLACE FUNCTION {plan.generated(suffix)}(source_row {plan.row_type})
         RETURNS {result} LANGUAGE sql STABLE
@@ -160,7 +188,10 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
     order = ", ".join(f"source_row.{quote_ident(key.source_name)}" for key in plan.keys)
     returned_keys = ", ".join(f"{quote_ident(key.name)} {key.type}" for key in plan.keys)
     key_select = ", ".join(f"source_row.{quote_ident(key.source_name)}" for key in plan.keys)
-    anti = " AND ".join(f"other.{quote_ident(key.name)} = source_row.{quote_ident(key.source_name)}" for key in plan.keys)
+    anti = " AND ".join(
+        f"other.{quote_ident(key.name)} = source_row.{quote_ident(key.source_name)}" for key in plan.keys
+    )
+    taken = ", ".join(f"i.{quote_ident(key.name)}" for key in plan.keys)
     definer = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp"
     return [
         # Contents up to max_bytes in all; past that the row comes back deferred, and is asked for again.
@@ -216,6 +247,9 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         WHERE {accepted}
             AND NOT EXISTS (SELECT FROM {plan.generated("document")} AS other WHERE {anti})
             AND NOT EXISTS (SELECT FROM {plan.generated("outbox")} AS other WHERE {anti})
+            AND NOT EXISTS (
+                SELECT FROM {plan.generated("inbox")} AS i CROSS JOIN LATERAL unnest({taken}) AS other ({plan.key_names})
+                WHERE {anti})
         LIMIT row_limit;
         END""",
     ]
@@ -224,21 +258,19 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
 def trigger_function_statements(plan: CapturePlan) -> list[str]:
     """Trigger functions, SECURITY DEFINER: an application role needs no right on our tables."""
     bodies = _statement_bodies(plan) if plan.capture == "statement" else _row_bodies(plan)
-    old_keys = plan.keys_of_row("OLD")
-    new_keys = plan.keys_of_row("NEW")
-    outbox = plan.generated("outbox")
     changed = " OR ".join(
         f"{plan.generated(f'key_{i + 1}')}(OLD) IS DISTINCT FROM {plan.generated(f'key_{i + 1}')}(NEW)"
         for i in range(len(plan.keys))
     )
     bodies["update"] = f"""
         IF {changed} THEN
-            INSERT INTO {outbox} ({plan.key_names}) VALUES ({old_keys});
+            {plan.enqueue_row("OLD")}
         END IF;
-        INSERT INTO {outbox} ({plan.key_names}) VALUES ({new_keys});
+        {plan.enqueue_row("NEW")}
         RETURN NULL;"""
+    tables = ", ".join(plan.generated(suffix) for suffix in ("inbox", "outbox", "document", "chunk"))
     bodies["truncate"] = f"""
-        TRUNCATE {plan.generated("outbox")}, {plan.generated("document")}, {plan.generated("chunk")} CASCADE;
+        TRUNCATE {tables} CASCADE;
         RETURN NULL;"""
     return [
         statement
@@ -263,13 +295,13 @@ def _statement_bodies(plan: CapturePlan) -> dict[str, str]:
     returned = ", ".join(f"t.{name}" for name in names)
     return {
         "insert": f"""
-        INSERT INTO {outbox} ({plan.key_names}) SELECT {plan.keys_of_row("ROW(n.*)")} FROM new_rows AS n;
+        {plan.enqueue(plan.keys_of_row("ROW(n.*)"), "new_rows AS n")}
         RETURN NULL;""",
         # At REPEATABLE READ a row that a worker wrote after the snapshot would raise a serialization failure, or stay
         # unseen: there the delete is left to the worker. Search never shows it: the routing view joins the live row.
         "delete": f"""
         IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-            INSERT INTO {outbox} ({plan.key_names}) SELECT {plan.keys_of_row("ROW(o.*)")} FROM old_rows AS o;
+            {plan.enqueue(plan.keys_of_row("ROW(o.*)"), "old_rows AS o")}
             RETURN NULL;
         END IF;
         WITH gone AS MATERIALIZED (
@@ -286,14 +318,13 @@ def _statement_bodies(plan: CapturePlan) -> dict[str, str]:
 
 
 def _row_bodies(plan: CapturePlan) -> dict[str, str]:
-    outbox = plan.generated("outbox")
     # A row that moves between partitions is deleted and inserted: the worker finds it unchanged and pays nothing.
     return {
         "insert": f"""
-        INSERT INTO {outbox} ({plan.key_names}) VALUES ({plan.keys_of_row("NEW")});
+        {plan.enqueue_row("NEW")}
         RETURN NULL;""",
         "delete": f"""
-        INSERT INTO {outbox} ({plan.key_names}) VALUES ({plan.keys_of_row("OLD")});
+        {plan.enqueue_row("OLD")}
         RETURN NULL;""",
     }
 
@@ -313,7 +344,10 @@ def trigger_statements(plan: CapturePlan) -> list[str]:
         f"old.{quote_ident(key.source_name)} IS DISTINCT FROM new.{quote_ident(key.source_name)}" for key in plan.keys
     ]
     if plan.capture == "statement":
-        insert, delete = "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT", "REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT"
+        insert, delete = (
+            "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT",
+            "REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT",
+        )
     else:
         insert = delete = "FOR EACH ROW"
     clauses = {
@@ -347,6 +381,6 @@ def view_query(plan: CapturePlan, columns: list[tuple[str, str, bool]], number: 
     ]
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
     return (
-        f"SELECT {', '.join(selected)} FROM {plan.source} AS s JOIN {plan.generated('chunk')} AS c ON {join}"  # noqa: S608
+        f"SELECT {', '.join(selected)} FROM {plan.source} AS s JOIN {plan.generated('chunk')} AS c ON {join}"
         f" JOIN {plan.generated(f'v{number}')} AS v ON v.chunk_id = c.chunk_id"
     )

@@ -23,12 +23,10 @@ _PIPELINE_SQL = f"""
     FROM embedline.pipeline AS p
     JOIN embedline.version AS v ON v.version_id = p.serving_version_id
     JOIN embedline.model AS m ON m.model_id = v.model_id
-"""  # noqa: S608 - constants only
+"""
 
 PIPELINE_BY_NAME = _PIPELINE_SQL + " WHERE p.name = $1"
-ACTIVE_PIPELINES = (
-    _PIPELINE_SQL + " WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) ORDER BY p.pipeline_id"
-)
+ACTIVE_PIPELINES = _PIPELINE_SQL + " WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) ORDER BY p.pipeline_id"
 
 # pgvector's operator and operator class of each distance; the class is prefixed with the column type.
 OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
@@ -137,9 +135,7 @@ class Pipeline:
 
     def key_arrays(self, first_parameter: int = 1) -> str:
         """Parameters $n::text[] of each key column, cast to arrays of the column's type."""
-        return ", ".join(
-            f"${first_parameter + i}::text[]::{key_type}[]" for i, key_type in enumerate(self.key_types)
-        )
+        return ", ".join(f"${first_parameter + i}::text[]::{key_type}[]" for i, key_type in enumerate(self.key_types))
 
     def key_join(self, left: str, right: str) -> str:
         """The condition that two relations hold the same key."""
@@ -171,7 +167,7 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
 
 def load_model(session: Session, name: str) -> Model:
     """Return the model of that name or raise NotFound."""
-    rows = session.query(f"SELECT {_MODEL_COLUMNS} FROM embedline.model AS m WHERE m.name = $1", ["text"], name)  # noqa: S608
+    rows = session.query(f"SELECT {_MODEL_COLUMNS} FROM embedline.model AS m WHERE m.name = $1", ["text"], name)
     if not rows:
         raise NotFound(
             f'there is no model "{name}"',

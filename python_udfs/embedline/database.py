@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ SessionCache = dict[str, Any]
 WORKER_LOCK_CLASS = 1164797804
 # First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").
 SLOT_LOCK_CLASS = 1164800817
+# First key of the transaction lock under which workers claim rows of one pipeline ("Emc1").
+CLAIM_LOCK_CLASS = 1164796721
 
 
 class Result(Protocol):
@@ -100,8 +101,7 @@ def entry_point(
 ) -> Callable[Concatenate[Plpy, SessionCache, P], T]:
     """Turn a function of a Session into what an SQL wrapper calls, with Embedline's errors reported as PostgreSQL's."""
 
-    @functools.wraps(function)
-    def wrapper(plpy: Plpy, cache: SessionCache, *args: P.args, **kwargs: P.kwargs) -> T:
+    def wrapper(plpy: Plpy, cache: SessionCache, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             session = Session(plpy, cache)
             _check_version(session)
@@ -109,6 +109,7 @@ def entry_point(
         except EmbedlineError as error:
             raise postgres_error(plpy, error) from None
 
+    wrapper.__doc__ = function.__doc__
     return wrapper
 
 

@@ -17,6 +17,7 @@ from embedline import vectors
 from embedline.catalog import Pipeline
 from embedline.chunking import Chunk
 from embedline.database import Session, quote_ident, quote_literal, vector_schema
+from embedline.errors import UnusableText
 from embedline.outbox import ClaimedRow, Key
 
 Vector = npt.NDArray[np.float32]
@@ -32,6 +33,7 @@ class Document:
     content_hash: bytes | None = None
     content: str | None = None
     chunks: list[Chunk] = field(default_factory=list)
+    problem: UnusableText | None = None
 
     @property
     def key(self) -> Key:
@@ -77,7 +79,7 @@ def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_byt
     """Read the content of keys as the source's owner; a key that has no row is missing from the result."""
     count = len(pipeline.key_columns)
     rows = session.query(
-        f"SELECT * FROM {pipeline.generated('read')}({pipeline.key_arrays()}, ${count + 1})",  # noqa: S608
+        f"SELECT * FROM {pipeline.generated('read')}({pipeline.key_arrays()}, ${count + 1})",
         [*pipeline.key_parameter_types, "bigint"],
         *key_columns(keys, count),
         max_bytes,
@@ -96,7 +98,7 @@ def stored_hashes(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> 
         SELECT k.ordinality, d.state, d.content_hash
         FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
         JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "k")}
-        """,  # noqa: S608
+        """,
         pipeline.key_parameter_types,
         *key_columns(keys, count),
     )
@@ -116,7 +118,7 @@ def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes])
         FROM unnest($1::uuid[]) AS w (content_hash)
         JOIN {pipeline.chunk} AS c ON c.content_hash = w.content_hash
         JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
-        """,  # noqa: S608
+        """,
         ["text[]"],
         [str(UUID(bytes=digest)) for digest in digests],
     )
@@ -131,12 +133,14 @@ def write_documents(
 ) -> WriteResult:
     """Write chunks, vectors and state of documents whose content has not changed since it was read.
 
-    One transaction's work. Order of locks: source rows (KEY SHARE), then document rows, each SKIP LOCKED and in key
-    order. An application that deletes takes them in the same order, so there is no deadlock and no wait for it.
+    One transaction's work. The document rows are locked first, and only then is the source read again: so nobody can
+    write a newer content between that look and this write. Source rows are locked KEY SHARE, so that a delete under way
+    is seen. Both SKIP LOCKED: a worker waits for no application.
     """
     result = WriteResult()
     ready = _lock_unchanged(session, pipeline, documents, result)
     if not ready:
+        _drop_placeholders(session, pipeline, documents, [])
         return result
     stored = _stored_chunks(session, pipeline, [documents[i].key for i in ready])
     removed: list[int] = []
@@ -155,6 +159,7 @@ def write_documents(
         result.written.append(index)
     _apply(session, pipeline, removed, moved, added, known)
     _write_state(session, pipeline, [documents[i] for i in result.written])
+    _drop_placeholders(session, pipeline, documents, result.written)
     return result
 
 
@@ -163,15 +168,15 @@ def _lock_unchanged(
 ) -> list[int]:
     keys = [document.key for document in documents]
     arrays = key_columns(keys, len(pipeline.key_columns))
+    free = _lock_state_rows(session, pipeline, arrays)
     locked = {
         int(row["ordinality"]) - 1: (row["accepted"], row["content_hash"])
         for row in session.query(
-            f"SELECT * FROM {pipeline.generated('lock')}({pipeline.key_arrays()})",  # noqa: S608
+            f"SELECT * FROM {pipeline.generated('lock')}({pipeline.key_arrays()})",
             pipeline.key_parameter_types,
             *arrays,
         )
     }
-    free = _lock_state_rows(session, pipeline, arrays)
     unlocked = [i for i in range(len(documents)) if i not in locked]
     still_there = read_rows(session, pipeline, [keys[i] for i in unlocked], 0) if unlocked else {}
     for position, index in enumerate(unlocked):
@@ -190,22 +195,41 @@ def _lock_unchanged(
 
 
 def _lock_state_rows(session: Session, pipeline: Pipeline, arrays: list[list[str]]) -> set[int]:
-    """Lock the document rows that can be had at once; return the keys that have none, or whose row is now locked."""
+    """Lock the document rows that can be had at once; return their indexes.
+
+    A key that has none gets a placeholder, so that two writers of a new document meet at a row, too.
+    """
     wanted = f"unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)"
-    join = pipeline.key_join("d", "k")
+    session.query(
+        f"""
+        INSERT INTO {pipeline.document} ({pipeline.key_list}, state, embedded_at)
+        SELECT {pipeline.key_list}, 'empty', '-infinity' FROM {wanted} ORDER BY {pipeline.key_list}
+        ON CONFLICT DO NOTHING
+        """,
+        pipeline.key_parameter_types,
+        *arrays,
+    )
     ordered = ", ".join(f"d.{quote_ident(column)}" for column in pipeline.key_columns)
     locked = session.query(
-        f"SELECT k.ordinality FROM {wanted} JOIN {pipeline.document} AS d ON {join}"  # noqa: S608
+        f"SELECT k.ordinality FROM {wanted} JOIN {pipeline.document} AS d ON {pipeline.key_join('d', 'k')}"
         f" ORDER BY {ordered} FOR UPDATE OF d SKIP LOCKED",
         pipeline.key_parameter_types,
         *arrays,
     )
-    absent = session.query(
-        f"SELECT k.ordinality FROM {wanted} WHERE NOT EXISTS (SELECT FROM {pipeline.document} AS d WHERE {join})",  # noqa: S608
-        pipeline.key_parameter_types,
-        *arrays,
-    )
-    return {int(row["ordinality"]) - 1 for row in (*locked, *absent)}
+    return {int(row["ordinality"]) - 1 for row in locked}
+
+
+def _drop_placeholders(
+    session: Session, pipeline: Pipeline, documents: Sequence[Document], written: Sequence[int]
+) -> None:
+    unused = [document.key for i, document in enumerate(documents) if i not in set(written)]
+    if unused:
+        session.query(
+            f"DELETE FROM {pipeline.document} AS d USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
+            f" WHERE {pipeline.key_join('d', 'k')} AND d.embedded_at = '-infinity'",
+            pipeline.key_parameter_types,
+            *key_columns(unused, len(pipeline.key_columns)),
+        )
 
 
 def _stored_chunks(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> dict[int, list[StoredChunk]]:
@@ -215,7 +239,7 @@ def _stored_chunks(session: Session, pipeline: Pipeline, keys: Sequence[Key]) ->
         FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
         JOIN {pipeline.chunk} AS c ON {pipeline.key_join("c", "k")}
         JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
-        """,  # noqa: S608
+        """,
         pipeline.key_parameter_types,
         *key_columns(keys, len(pipeline.key_columns)),
     )
@@ -233,9 +257,10 @@ def _diff(
 ) -> tuple[list[int], list[tuple[int, Chunk]], list[Chunk]]:
     """Return (chunk ids to delete, stored chunks that only moved, chunks to add), matched by content."""
     by_digest: dict[bytes, list[StoredChunk]] = {}
-    for chunk in sorted(stored, key=lambda c: c.position, reverse=True):
-        by_digest.setdefault(chunk.digest, []).append(chunk)
-    moved, added = [], []
+    for candidate in sorted(stored, key=lambda c: c.position, reverse=True):
+        by_digest.setdefault(candidate.digest, []).append(candidate)
+    moved: list[tuple[int, Chunk]] = []
+    added: list[Chunk] = []
     for chunk in wanted:
         candidates = by_digest.get(chunk.digest)
         if not candidates:
@@ -244,7 +269,7 @@ def _diff(
         kept = candidates.pop()
         if kept.position != (chunk.sequence, chunk.start, chunk.end):
             moved.append((kept.chunk_id, chunk))
-    removed = [chunk.chunk_id for candidates in by_digest.values() for chunk in candidates]
+    removed = [left.chunk_id for candidates in by_digest.values() for left in candidates]
     return removed, moved, added
 
 
@@ -257,13 +282,13 @@ def _apply(
     known: Mapping[bytes, Vector],
 ) -> None:
     if removed:
-        session.query(f"DELETE FROM {pipeline.chunk} WHERE chunk_id = ANY ($1)", ["bigint[]"], removed)  # noqa: S608
+        session.query(f"DELETE FROM {pipeline.chunk} WHERE chunk_id = ANY ($1)", ["bigint[]"], removed)
     if moved:
         session.query(
             f"""
             UPDATE {pipeline.chunk} AS c SET seq = m.seq, start_offset = m.start_offset, end_offset = m.end_offset
             FROM unnest($1, $2, $3, $4) AS m (chunk_id, seq, start_offset, end_offset) WHERE c.chunk_id = m.chunk_id
-            """,  # noqa: S608
+            """,
             ["bigint[]", "integer[]", "integer[]", "integer[]"],
             [chunk_id for chunk_id, _ in moved],
             [chunk.sequence for _, chunk in moved],
@@ -279,7 +304,7 @@ def _apply(
 def _next_chunk_ids(session: Session, pipeline: Pipeline, count: int) -> npt.NDArray[np.int64]:
     sequence = f"embedline_data.{quote_ident(pipeline.name + '_chunk_chunk_id_seq')}"
     rows = session.query(
-        f"SELECT array_agg(nextval({quote_literal(sequence)}::regclass)) AS ids FROM generate_series(1, $1)",  # noqa: S608
+        f"SELECT array_agg(nextval({quote_literal(sequence)}::regclass)) AS ids FROM generate_series(1, $1)",
         ["integer"],
         count,
     )
@@ -344,7 +369,7 @@ def _write_state(session: Session, pipeline: Pipeline, documents: Sequence[Docum
         ORDER BY {pipeline.key_list}
         ON CONFLICT ({pipeline.key_list}) DO UPDATE
         SET content_hash = excluded.content_hash, state = excluded.state, embedded_at = excluded.embedded_at
-        """,  # noqa: S608
+        """,
         [*pipeline.key_parameter_types, "bytea[]"],
         *key_columns(keys, count),
         [document.content_hash for document in documents],
@@ -356,7 +381,9 @@ def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key
     """Remove the dead letters of keys that are embedded or gone."""
     from embedline.outbox import key_json
 
-    if session.scalar("SELECT 1 FROM embedline.dead_letter WHERE pipeline_id = $1 LIMIT 1", ["bigint"], pipeline.pipeline_id):
+    if session.scalar(
+        "SELECT 1 FROM embedline.dead_letter WHERE pipeline_id = $1 LIMIT 1", ["bigint"], pipeline.pipeline_id
+    ):
         session.query(
             "DELETE FROM embedline.dead_letter WHERE pipeline_id = $1 AND key = ANY ($2::text[]::jsonb[])",
             ["bigint", "text[]"],
@@ -375,11 +402,12 @@ def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Docu
     gone_arrays = key_columns([keys[i] for i in gone], len(pipeline.key_columns))
     for table in (pipeline.chunk, pipeline.document):
         session.query(
-            f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"  # noqa: S608
+            f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
             f" WHERE {pipeline.key_join('t', 'k')}",
             pipeline.key_parameter_types,
             *gone_arrays,
         )
+    _drop_placeholders(session, pipeline, documents, gone)
     if gone:
         forget_dead_letters(session, pipeline, [keys[i] for i in gone])
     return [i for i in range(len(keys)) if i not in set(gone)]

@@ -35,7 +35,11 @@ def _config_key(config: ModelConfig) -> ModelConfigKey:
 
 def let_cancel_through(session: Session) -> Callable[[], None]:
     """Return what to call about every 0.1 s while waiting inside a transaction: only plpy.execute heeds a cancel."""
-    return lambda: session.plpy.execute("SELECT 1") and None
+
+    def breathe() -> None:
+        session.plpy.execute("SELECT 1")
+
+    return breathe
 
 
 def wait_first(futures: Collection[Future[T]], on_wait: Callable[[], None]) -> set[Future[T]]:

@@ -7,7 +7,7 @@ transaction while a provider works.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -36,7 +36,7 @@ MAX_BATCH_BYTES = 16 * 1024 * 1024
 # A busy row is in an application's hands: look again soon, without charge.
 _BUSY_SECONDS = 0.1
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
-_LOCAL_REQUEST_ITEMS = 256
+_LOCAL_REQUEST_ITEMS = 64
 _MISCONFIGURED_PAUSE_SECONDS = 10.0
 
 
@@ -59,6 +59,8 @@ class Batch:
     rows: list[ClaimedRow]
     claimed_range: ClaimedRange | None = None
     units: list[Unit] = field(default_factory=list)
+    found: list[Document] = field(default_factory=list)
+    chunker: Chunker = whole_text
     embedded_count: int = 0
 
     @property
@@ -92,7 +94,7 @@ class Engine:
         return None
 
     def read(self, batch: Batch) -> None:
-        """Read, validate, chunk and compare; settle at once what needs no model; start the requests for the rest."""
+        """Read and compare; settle at once what is gone or has not changed."""
         pending = [row for row in batch.rows if not self._bury_fatal(batch, row)]
         keys = [row.key for row in pending]
         stored = documents.stored_hashes(self.session, batch.pipeline, keys) if keys else {}
@@ -100,7 +102,6 @@ class Engine:
             # A row that a live change has already brought needs no backfill.
             pending = [row for i, row in enumerate(pending) if i not in stored]
             keys, stored = [row.key for row in pending], {}
-        found: list[Document] = []
         absent: list[Document] = []
         for index, row, read in self._read_all(batch, pending):
             if read is None or not read.accepted:
@@ -110,12 +111,28 @@ class Engine:
             ):
                 self._finish(batch, [row])
             else:
-                document = Document(row, read.content_hash, read.content)
-                if self._chunk(batch, document):
-                    found.append(document)
+                batch.found.append(Document(row, read.content_hash, read.content))
         self._settle_absent(batch, absent)
-        known = self._lend(batch.pipeline, found)
-        batch.units = _pack(found, known, self._request_items(batch.pipeline), batch.pipeline)
+        batch.chunker = self._chunker(batch.pipeline)
+
+    def chunk(self, batch: Batch, breathe: Callable[[], None]) -> None:
+        """Repair and chunk what was read. Touches no table: the resident worker holds no transaction meanwhile."""
+        for document in batch.found:
+            if document.content is not None:
+                try:
+                    document.chunks = batch.chunker(repair_text(document.content), breathe)
+                except UnusableText as error:
+                    document.problem = error
+                document.content = None
+
+    def submit(self, batch: Batch) -> None:
+        """Give up what has nothing to embed, lend what is known already, and start the requests for the rest."""
+        for document in batch.found:
+            if document.problem is not None:
+                self._bury(batch, document, "validate", document.problem.sqlstate, document.problem.message)
+        sound = [document for document in batch.found if document.problem is None]
+        known = self._lend(batch.pipeline, sound)
+        batch.units = _pack(sound, known, self._request_items(batch.pipeline), batch.pipeline)
         for unit in batch.units:
             self._submit(batch.pipeline, unit)
 
@@ -161,19 +178,6 @@ class Engine:
                     yield index, row, found
             remaining = deferred
 
-    def _chunk(self, batch: Batch, document: Document) -> bool:
-        """Repair and chunk the content; a content without anything to embed becomes a dead letter."""
-        if document.content is None:
-            return True
-        try:
-            document.chunks = self._chunker(batch.pipeline)(repair_text(document.content))
-        except UnusableText as error:
-            self._bury(batch, document, "validate", error.sqlstate, error.message)
-            return False
-        finally:
-            document.content = None
-        return True
-
     def _chunker(self, pipeline: Pipeline) -> Chunker:
         if pipeline.chunking == "none":
             return whole_text
@@ -182,7 +186,9 @@ class Engine:
         model_id = pipeline.version.model.model_id
         key = (model_id, tokens, pipeline.chunk_overlap)
         if key not in cache:
-            tokenizer = self.session.scalar("SELECT tokenizer FROM embedline.model WHERE model_id = $1", ["bigint"], model_id)
+            tokenizer = self.session.scalar(
+                "SELECT tokenizer FROM embedline.model WHERE model_id = $1", ["bigint"], model_id
+            )
             cache[key] = recursive_chunker(tokenizer, tokens, pipeline.chunk_overlap)
         return cache[key]
 
@@ -192,7 +198,11 @@ class Engine:
 
     def _request_items(self, pipeline: Pipeline) -> int:
         config = pipeline.version.model.config
-        return min(config.max_batch_items, _LOCAL_REQUEST_ITEMS) if config.provider == "sentence-transformers" else config.max_batch_items
+        return (
+            min(config.max_batch_items, _LOCAL_REQUEST_ITEMS)
+            if config.provider == "sentence-transformers"
+            else config.max_batch_items
+        )
 
     def _submit(self, pipeline: Pipeline, unit: Unit) -> None:
         texts: dict[bytes, str] = {}
@@ -258,7 +268,11 @@ class Engine:
         # The newer change has its own outbox row. Only an expression that never gives the same text twice comes here often.
         if document.row.attempts >= MAX_ATTEMPTS:
             self._bury(
-                batch, document, "write", "EL021", "the content differs at every read; is the content expression volatile?"
+                batch,
+                document,
+                "write",
+                "EL021",
+                "the content differs at every read; is the content expression volatile?",
             )
         else:
             outbox.give_back(self.session, batch.pipeline, document.row, 0.0, charged=True, error=None)
@@ -278,6 +292,7 @@ class Engine:
             return
         message = str(error)
         outbox.note_error(self.session, batch.pipeline, message)
+        pause: float | None
         if isinstance(error, ProviderMisconfigured):
             pause, charged = _MISCONFIGURED_PAUSE_SECONDS, False
             circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, pause)
@@ -327,7 +342,9 @@ def _pack(found: list[Document], known: dict[bytes, Vector], items: int, pipelin
     new: dict[bytes, int] = {}
     budget = pipeline.version.model.config.max_batch_tokens
     for document in found:
-        wanted = {c.digest: _tokens(c.content) for c in document.chunks if c.digest not in known and c.digest not in new}
+        wanted = {
+            c.digest: _tokens(c.content) for c in document.chunks if c.digest not in known and c.digest not in new
+        }
         if current and (len(new) + len(wanted) > items or sum(new.values()) + sum(wanted.values()) > budget):
             units.append(_unit(current, known))
             current, new = [], {}
@@ -358,5 +375,3 @@ def _split_requests(texts: dict[bytes, str], items: int, pipeline: Pipeline) -> 
     if current:
         requests.append(current)
     return requests
-
-

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -19,6 +20,14 @@ MINIMUM_POSTGRESQL = 150000
 MINIMUM_PGVECTOR = (0, 8, 0)
 # Replayed in this order: a view calls functions, and grants name both.
 OBJECT_FOLDERS = ("functions", "procedures", "triggers", "views", "security")
+
+
+# Either it is here, or the first revision creates it because the server runs it for this database.
+_CRON_WILL_BE_HERE = """
+    SELECT to_regclass('cron.job') IS NOT NULL
+        OR coalesce(current_setting('cron.database_name', true) = current_database(), false)
+        AND EXISTS (SELECT FROM pg_available_extensions WHERE name = 'pg_cron')
+"""
 
 
 class UnsuitableServer(EmbedlineError):
@@ -63,7 +72,8 @@ def check_server(connection: Connection) -> None:
     number = int(_scalar(connection, "SHOW server_version_num"))
     if number < MINIMUM_POSTGRESQL:
         raise UnsuitableServer(
-            f"PostgreSQL {_scalar(connection, 'SHOW server_version')} is too old", hint="Embedline needs PostgreSQL 15 to 18."
+            f"PostgreSQL {_scalar(connection, 'SHOW server_version')} is too old",
+            hint="Embedline needs PostgreSQL 15 to 18.",
         )
     if _scalar(connection, "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is not True:
         raise UnsuitableServer(
@@ -73,24 +83,27 @@ def check_server(connection: Connection) -> None:
         )
     _check_extensions(connection, number // 10000)
     _check_package(connection)
-    if _scalar(connection, "SELECT to_regclass('cron.job') IS NOT NULL") is not True:
+    if _scalar(connection, _CRON_WILL_BE_HERE) is not True:
         logger.warning(
             "NOTICE: pg_cron is not in this database: embedline.schedule_workers and the automatic index build need it. "
             "Without it, let any scheduler CALL embedline.run_worker(), and run what embedline.index_statement returns."
         )
 
 
-def _scalar(connection: Connection, sql: str) -> object:
-    return connection.exec_driver_sql(sql).scalar()  # type: ignore[no-any-return]
+def _scalar(connection: Connection, sql: str) -> Any:
+    return connection.exec_driver_sql(sql).scalar()
 
 
 def _check_extensions(connection: Connection, major: int) -> None:
     if _scalar(connection, "SELECT 1 FROM pg_available_extensions WHERE name = 'plpython3u'") is None:
         raise UnsuitableServer(
-            "plpython3u is not available on the server", hint=f"On Debian: apt-get install postgresql-plpython3-{major}."
+            "plpython3u is not available on the server",
+            hint=f"On Debian: apt-get install postgresql-plpython3-{major}.",
         )
     installed = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")
-    version = installed or _scalar(connection, "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
+    version = installed or _scalar(
+        connection, "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'"
+    )
     if version is None:
         raise UnsuitableServer(
             "pgvector is not available on the server",

@@ -26,9 +26,7 @@ INSERT_MODEL = """
         options, fingerprint)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
 """
-INSERT_TYPES = (
-    ["text"] * 4 + ["integer"] * 2 + ["text"] * 5 + ["integer"] * 3 + ["double precision", "jsonb", "text"]
-)
+INSERT_TYPES = ["text"] * 4 + ["integer"] * 2 + ["text"] * 5 + ["integer"] * 3 + ["double precision", "jsonb", "text"]
 
 CALLER = """
     SELECT CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END
@@ -126,7 +124,9 @@ def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
             hint=f"As a superuser, run embedline.create_model('{given['name']}', ...); any embedline_admin may then use it.",
         )
     if given["base_url"] is not None and not re.match(r"https?://[^/\s]", given["base_url"]):
-        raise InvalidParameter("base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1.")
+        raise InvalidParameter(
+            "base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1."
+        )
     if given["api_key_env"] is not None and not _KEY_VARIABLE.match(given["api_key_env"]):
         raise InvalidParameter(
             "api_key_env must be the name of an environment variable of the server",
@@ -134,7 +134,11 @@ def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
             hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
         )
     options = dict(as_mapping(given.pop("options") or "{}"))
-    if given["provider"] == "sentence-transformers" and os.path.isabs(given["model"]) and not os.path.isdir(given["model"]):
+    if (
+        given["provider"] == "sentence-transformers"
+        and os.path.isabs(given["model"])
+        and not os.path.isdir(given["model"])
+    ):
         raise InvalidParameter(
             f'there is no model directory "{given["model"]}" that the server can read',
             hint="Give a directory on the server that its operating system user can read, or a hub name.",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, live_workers
+from embedline.database import CLAIM_LOCK_CLASS, Session, live_workers, quote_ident
 from embedline.retry import MAX_CRASHES, ROWS_PER_CLAIM_AFTER_CRASHES
 
 Key = tuple[str, ...]
@@ -39,9 +39,16 @@ class ClaimedRange:
 
 def claim_changes(session: Session, pipeline: Pipeline, limit: int, worker_id: int | None) -> list[ClaimedRow]:
     """Claim up to `limit` changes in the order they came, folded by key. Attempts are counted before the work begins."""
+    if worker_id is not None:
+        # Claims of one pipeline follow each other (each takes milliseconds): a claim sees every earlier one, so a key is
+        # never in two workers' hands. embed_pending must not hold such a lock to the end of its caller's transaction.
+        session.query(
+            "SELECT pg_advisory_xact_lock($1, $2)", ["integer", "integer"], CLAIM_LOCK_CLASS, pipeline.pipeline_id
+        )
+    _take_inbox(session, pipeline, limit)
     live = live_workers(session)
     crashed = session.scalar(
-        f"SELECT max(crash_count) FROM {pipeline.outbox} WHERE claimed_by IS NOT NULL AND NOT claimed_by = ANY ($1)",  # noqa: S608
+        f"SELECT max(crash_count) FROM {pipeline.outbox} WHERE claimed_by IS NOT NULL AND NOT claimed_by = ANY ($1)",
         ["integer[]"],
         live,
     )
@@ -74,7 +81,7 @@ def claim_changes(session: Session, pipeline: Pipeline, limit: int, worker_id: i
             FOR UPDATE OF o SKIP LOCKED
         )
         {mark}
-        """,  # noqa: S608
+        """,
         ["integer[]", "integer", "integer", "integer"],
         live,
         limit,
@@ -88,6 +95,32 @@ def claim_changes(session: Session, pipeline: Pipeline, limit: int, worker_id: i
         claimed.attempts = max(claimed.attempts, int(row["attempts"]))
         claimed.crash_count = max(claimed.crash_count, int(row["crash_count"]))
     return list(folded.values())
+
+
+def _take_inbox(session: Session, pipeline: Pipeline, limit: int) -> None:
+    """Move about `limit` keys, as applications appended them, to the outbox, where each has its own attempts and claim.
+
+    Both statements are one, so that a key is always in exactly one of the two tables. SKIP LOCKED: two workers share
+    the work. No order and no index: the scan reads from the front, where the oldest are.
+    """
+    keys = ", ".join(f"taken.{quote_ident(column)}" for column in pipeline.key_columns)
+    session.query(
+        f"""
+        WITH front AS MATERIALIZED (
+            SELECT ctid AS place, cardinality({quote_ident(pipeline.key_columns[0])}) AS key_count
+            FROM {pipeline.generated("inbox")} LIMIT $1 FOR UPDATE SKIP LOCKED
+        ), counted AS (
+            SELECT place, sum(key_count) OVER (ROWS UNBOUNDED PRECEDING) - key_count AS before FROM front
+        ), taken AS (
+            DELETE FROM {pipeline.generated("inbox")}
+            WHERE ctid = ANY (ARRAY(SELECT place FROM counted WHERE before < $1)) RETURNING *
+        )
+        INSERT INTO {pipeline.outbox} ({pipeline.key_list}, enqueued_at)
+        SELECT k.*, taken.enqueued_at FROM taken CROSS JOIN LATERAL unnest({keys}) AS k
+        """,
+        ["integer"],
+        limit,
+    )
 
 
 def claim_backfill(
@@ -129,7 +162,7 @@ def _read_range(
     crashes = int(str(row["crash_count"]))
     limit = min(limit, ROWS_PER_CLAIM_AFTER_CRASHES.get(crashes, limit if crashes == 0 else 1))
     found = session.query(
-        f"SELECT r.row_tid::text AS row_tid, {pipeline.key_texts_of('r')} AS key"  # noqa: S608
+        f"SELECT r.row_tid::text AS row_tid, {pipeline.key_texts_of('r')} AS key"
         f" FROM {pipeline.generated('range')}($1::bigint::oid::regclass, $2::tid, $3::tid, $4) AS r",
         ["bigint", "text", "text", "integer"],
         row["relation"],
@@ -152,7 +185,8 @@ def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None
         """
         WITH gone AS (DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 AND relation = $2::oid)
         INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
-        SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid, format('(%s,0)', least(b + 128, size.blocks))::tid
+        SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid,
+            format('(%s,0)', least(b + 128, size.blocks))::tid
         FROM pg_class AS c
         CROSS JOIN LATERAL (SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
         CROSS JOIN LATERAL generate_series(0, size.blocks - 1, 128) AS b
@@ -181,9 +215,9 @@ def finish(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], wor
     ids = [outbox_id for row in rows for outbox_id in row.outbox_ids]
     if ids:
         session.query(
-            f"DELETE FROM {pipeline.outbox} WHERE outbox_id = ANY ($1) AND claimed_by IS NOT DISTINCT FROM $2"  # noqa: S608
+            f"DELETE FROM {pipeline.outbox} WHERE outbox_id = ANY ($1) AND claimed_by IS NOT DISTINCT FROM $2"
             if worker_id is not None
-            else f"DELETE FROM {pipeline.outbox} WHERE outbox_id = ANY ($1) AND $2::integer IS NULL",  # noqa: S608
+            else f"DELETE FROM {pipeline.outbox} WHERE outbox_id = ANY ($1) AND $2::integer IS NULL",
             ["bigint[]", "integer"],
             ids,
             worker_id,
@@ -197,7 +231,7 @@ def give_back(
     message = None if error is None else error[:_MAX_ERROR_CHARACTERS]
     if not row.outbox_ids:
         session.query(
-            f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, attempts, not_before, last_error)"  # noqa: S608
+            f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, attempts, not_before, last_error)"
             f" SELECT k.*, $%d, clock_timestamp() + make_interval(secs => $%d), $%d FROM unnest({pipeline.key_arrays()}) AS k"
             % tuple(len(row.key) + n for n in (1, 2, 3)),
             [*pipeline.key_parameter_types, "smallint", "double precision", "text"],
@@ -212,7 +246,7 @@ def give_back(
         UPDATE {pipeline.outbox} SET claimed_by = NULL, attempts = $2, last_error = coalesce($4, last_error),
             not_before = clock_timestamp() + make_interval(secs => $3)
         WHERE outbox_id = ANY ($1)
-        """,  # noqa: S608
+        """,
         ["bigint[]", "smallint", "double precision", "text"],
         row.outbox_ids,
         row.attempts if charged else row.attempts - 1,
@@ -235,7 +269,7 @@ def bury(
     count = len(row.key)
     for table in (pipeline.chunk,):
         session.query(
-            f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"  # noqa: S608
+            f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
             f" WHERE {pipeline.key_join('t', 'k')}",
             pipeline.key_parameter_types,
             *arrays,
@@ -246,7 +280,7 @@ def bury(
         SELECT k.*, ${count + 1}, 'dead', clock_timestamp() FROM unnest({pipeline.key_arrays()}) AS k
         ON CONFLICT ({pipeline.key_list}) DO UPDATE SET content_hash = excluded.content_hash, state = 'dead',
             embedded_at = excluded.embedded_at
-        """,  # noqa: S608
+        """,
         [*pipeline.key_parameter_types, "bytea"],
         *arrays,
         content_hash,
@@ -294,7 +328,7 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
 def release_claims(session: Session, pipeline: Pipeline, worker_id: int) -> None:
     """Give back whatever a worker that ends in order still has claimed; the tries are not counted."""
     session.query(
-        f"UPDATE {pipeline.outbox} SET claimed_by = NULL, attempts = greatest(attempts - 1, 0) WHERE claimed_by = $1",  # noqa: S608
+        f"UPDATE {pipeline.outbox} SET claimed_by = NULL, attempts = greatest(attempts - 1, 0) WHERE claimed_by = $1",
         ["integer"],
         worker_id,
     )

@@ -36,7 +36,8 @@ _SOURCE = """
 # The primary key, else the narrowest unique index over NOT NULL columns.
 _KEY = """
     SELECT a.attname, a.attnum,
-           format_type(coalesce(nullif(b.typbasetype, 0), a.atttypid), CASE WHEN b.typbasetype <> 0 THEN b.typtypmod ELSE a.atttypmod END) AS type,
+           format_type(coalesce(nullif(b.typbasetype, 0), a.atttypid),
+               CASE WHEN b.typbasetype <> 0 THEN b.typtypmod ELSE a.atttypmod END) AS type,
            CASE WHEN a.attcollation <> 0 THEN (SELECT quote_ident(cn.nspname) || '.' || quote_ident(co.collname)
                FROM pg_collation AS co JOIN pg_namespace AS cn ON cn.oid = co.collnamespace
                WHERE co.oid = a.attcollation AND co.collname <> 'default') END AS collation
@@ -167,11 +168,13 @@ def _load_source(session: Session, oid: int, role: str) -> _Source:
     if row["schema"] in ("embedline", "embedline_data", "pg_catalog", "information_schema"):
         raise InvalidParameter(f"{label} cannot be a source: it is a table of the system")
     if not row["owned"]:
-        raise NotPermitted(f"must be owner of table {label}", hint=f"GRANT {row['owner']} TO the role that creates pipelines.")
+        raise NotPermitted(
+            f"must be owner of table {label}", hint=f"GRANT {row['owner']} TO the role that creates pipelines."
+        )
     if not row["may_create"]:
         raise NotPermitted(
-            f'permission denied for schema "{row["schema"]}"', hint=f'GRANT CREATE ON SCHEMA "{row["schema"]}" TO {role}; '
-            "the routing view is created there.",
+            f'permission denied for schema "{row["schema"]}"',
+            hint=f'GRANT CREATE ON SCHEMA "{row["schema"]}" TO {role}; the routing view is created there.',
         )
     return _Source(
         oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"], row_type=row["row_type"],
@@ -198,13 +201,16 @@ def _check_recipe(given: dict[str, Any], model: Model) -> None:
         hint = "Use index_method => 'none', or a model of fewer dimensions."
         if given["column_type"] == "vector" and dimensions <= _INDEX_DIMENSIONS["halfvec"]:
             hint = "Use column_type => 'halfvec', which HNSW indexes up to 4000 dimensions."
-        raise InvalidParameter(f"HNSW indexes {given['column_type']} up to {limit} dimensions; {dimensions} are too many", hint=hint)
+        raise InvalidParameter(
+            f"HNSW indexes {given['column_type']} up to {limit} dimensions; {dimensions} are too many", hint=hint
+        )
     options = as_mapping(given["index_options"])
     for option, value in options.items():
         low, high = {"m": (2, 100), "ef_construction": (4, 1000)}.get(option, (1, 0))
         if not isinstance(value, int) or not low <= value <= high:
             raise InvalidParameter(
-                f'index option "{option}" cannot be {value}', hint="HNSW takes m (2 to 100) and ef_construction (4 to 1000)."
+                f'index option "{option}" cannot be {value}',
+                hint="HNSW takes m (2 to 100) and ef_construction (4 to 1000).",
             )
 
 
@@ -227,9 +233,7 @@ def _chunk_tokens(given: dict[str, Any], model: Model) -> int | None:
 
 def _bound_lock_wait(session: Session) -> None:
     # A CREATE TRIGGER that waits makes every later write wait behind it: better to fail and be run again.
-    session.execute(
-        "SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'"
-    )
+    session.execute("SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'")
 
 
 def _make_plan(session: Session, name: str, source: _Source, given: dict[str, Any]) -> CapturePlan:
@@ -243,6 +247,12 @@ def _make_plan(session: Session, name: str, source: _Source, given: dict[str, An
         KeyColumn(row["attname"], _key_column_name(row["attname"], i), row["type"], row["collation"])
         for i, row in enumerate(rows)
     )
+    for row in rows:
+        if row["type"].endswith("[]"):
+            raise InvalidParameter(
+                f'key column "{row["attname"]}" of {source.qualified} is an array',
+                hint="Use a key of scalar columns, for example a bigint identity.",
+            )
     mode = given["capture"]
     if mode == "auto":
         mode = "row" if source.partitioned or source.subscribed else "statement"
@@ -283,7 +293,7 @@ def _deparse(
         try:
             session.execute(with_path)
             session.execute(
-                f"CREATE TEMPORARY VIEW embedline_deparse AS SELECT (\n{expression}\n)::pg_catalog.{cast} AS embedline_expression"  # noqa: S608
+                f"CREATE TEMPORARY VIEW embedline_deparse AS SELECT (\n{expression}\n)::pg_catalog.{cast} AS embedline_expression"
                 f" FROM {source.qualified} AS {alias}, (SELECT 1) AS embedline_one"
             )
             session.execute("SET LOCAL search_path = pg_catalog, pg_temp")
@@ -297,7 +307,11 @@ def _deparse(
         definition = str(session.scalar("SELECT pg_get_viewdef('pg_temp.embedline_deparse'::regclass)"))
         session.execute("DROP VIEW pg_temp.embedline_deparse")
         start = definition.index("SELECT ") + len("SELECT ")
-        texts.append(re.sub(r"\bembedline_(old|new)\.", r"\1.", definition[start : definition.rindex(" AS embedline_expression")]))
+        texts.append(
+            re.sub(
+                r"\bembedline_(old|new)\.", r"\1.", definition[start : definition.rindex(" AS embedline_expression")]
+            )
+        )
     if re.search(r"\bSELECT\b", re.sub(r"'(?:[^']|'')*'", "''", texts[0])):
         raise InvalidParameter(
             f"{parameter} must not hold a subquery",
@@ -312,7 +326,8 @@ def _create_functions(session: Session, plan: CapturePlan, source: _Source, sear
         session.execute(statement)
     owner = quote_ident(source.owner)
     session.execute(f"GRANT USAGE ON SCHEMA embedline_data TO {owner}")
-    session.execute(f"GRANT SELECT ON {plan.generated('document')}, {plan.generated('outbox')} TO {owner}")
+    tables = ", ".join(plan.generated(suffix) for suffix in ("inbox", "outbox", "document"))
+    session.execute(f"GRANT SELECT ON {tables} TO {owner}")
     # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's.
     for row in _generated_functions(session, plan.name):
         session.execute(f"REVOKE ALL ON FUNCTION {row['signature']} FROM public")
@@ -334,10 +349,15 @@ def _generated_functions(session: Session, name: str) -> list[dict[str, Any]]:
 
 
 def _with_watched_columns(session: Session, plan: CapturePlan, source: _Source) -> CapturePlan:
-    names = [f"{plan.name}_content", f"{plan.name}_filter"] + [f"{plan.name}_key_{i + 1}" for i in range(len(plan.keys))]
+    names = [f"{plan.name}_content", f"{plan.name}_filter"] + [
+        f"{plan.name}_key_{i + 1}" for i in range(len(plan.keys))
+    ]
     rows = session.query(_INPUT_COLUMNS, ["bigint", "name[]"], source.oid, names)
     whole_row = any(row["refobjsubid"] == 0 for row in rows)
-    if not any(row["attname"] and row["attname"] not in {k.source_name for k in plan.keys} for row in rows) and not whole_row:
+    if (
+        not any(row["attname"] and row["attname"] not in {k.source_name for k in plan.keys} for row in rows)
+        and not whole_row
+    ):
         # A content of key columns only is unusual, yet fine; a content of no column at all is a slip.
         content_rows = session.query(_INPUT_COLUMNS, ["bigint", "name[]"], source.oid, names[:1])
         if not content_rows:
@@ -399,7 +419,9 @@ def _view_name(source: _Source, plan: CapturePlan) -> str:
 def _create_view(session: Session, pipeline_id: int, plan: CapturePlan, source: _Source) -> None:
     view = _view_name(source, plan)
     if session.scalar("SELECT to_regclass($1)::text", ["text"], view) is not None:
-        raise AlreadyExists(f"{view} exists already", hint="Choose another pipeline name: its routing view is <name>_embedding.")
+        raise AlreadyExists(
+            f"{view} exists already", hint="Choose another pipeline name: its routing view is <name>_embedding."
+        )
     names = [str(row["attname"]) for row in session.query(_COLUMNS, ["bigint"], source.oid)]
     if len(names) + len(capture.CHUNK_COLUMNS) > _MAX_VIEW_COLUMNS:
         session.plpy.notice(
@@ -457,13 +479,15 @@ def drop_pipeline(session: Session, name: str) -> None:
         SELECT format('%I', t.tgname) AS trigger, t.tgrelid::regclass::text AS source FROM pg_trigger AS t
         JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE p.pronamespace = 'embedline_data'::regnamespace AND t.tgparentid = 0
-            AND p.proname = ANY (ARRAY[$1 || '_capture_insert', $1 || '_capture_update', $1 || '_capture_delete', $1 || '_capture_truncate'])
+            AND p.proname = ANY (
+                SELECT $1 || '_capture_' || e FROM unnest('{insert,update,delete,truncate}'::text[]) AS e)
         """,
         ["text"], name,
     ):  # fmt: skip
         session.execute(f"DROP TRIGGER {row['trigger']} ON {row['source']}")
     view = session.scalar(
-        "SELECT c.oid::regclass::text FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.routing_view WHERE p.name = $1",
+        "SELECT c.oid::regclass::text FROM embedline.pipeline AS p"
+        " JOIN pg_class AS c ON c.oid = p.routing_view WHERE p.name = $1",
         ["text"], name,
     )  # fmt: skip
     if view is not None:
@@ -479,7 +503,8 @@ def drop_pipeline(session: Session, name: str) -> None:
         session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")
     for version in numbers:
         session.execute(f"DROP TABLE IF EXISTS {pipeline.generated('v' + str(version['number']))}")
-    session.execute(f"DROP TABLE IF EXISTS {pipeline.chunk}, {pipeline.document}, {pipeline.outbox}")
+    tables = ", ".join(pipeline.generated(suffix) for suffix in ("inbox", "outbox", "document", "chunk"))
+    session.execute(f"DROP TABLE IF EXISTS {tables}")
     session.query("DELETE FROM embedline.pipeline WHERE name = $1", ["text"], name)
 
 
@@ -523,9 +548,21 @@ def refresh_pipeline(session: Session, name: str) -> None:
 
 
 def _refresh_view(
-    session: Session, pipeline_id: int, plan: CapturePlan, source: _Source, view_oid: int | None, view_columns: dict[str, str]
+    session: Session,
+    pipeline_id: int,
+    plan: CapturePlan,
+    source: _Source,
+    view_oid: int | None,
+    view_columns: dict[str, str],
 ) -> None:
-    number = int(session.scalar("SELECT v.number FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id WHERE p.pipeline_id = $1", ["bigint"], pipeline_id))
+    number = int(
+        session.scalar(
+            "SELECT v.number FROM embedline.pipeline AS p"
+            " JOIN embedline.version AS v ON v.version_id = p.serving_version_id WHERE p.pipeline_id = $1",
+            ["bigint"],
+            pipeline_id,
+        )
+    )
     view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], view_oid)
     if view is None:
         _create_view(session, pipeline_id, plan, source)

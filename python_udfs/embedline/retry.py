@@ -20,7 +20,7 @@ def backoff_seconds(attempts: int, retry_after: float | None = None, *, draw: fl
     a floor. `draw` in [0, 1) replaces the random draw, for tests.
     """
     base = _BASE_SECONDS[min(max(attempts, 1), len(_BASE_SECONDS)) - 1]
-    jitter = (random.random() if draw is None else draw) * base  # noqa: S311 - spreading retries needs no secrecy
+    jitter = (random.random() if draw is None else draw) * base
     return max(jitter, retry_after or 0.0)
 
 

@@ -15,10 +15,8 @@ def repair_text(text: str) -> str:
 
     Raises UnusableText where nothing printable is left: such a text has no meaning to embed.
     """
-    if text.isascii() and "&" not in text and text.isprintable():
-        repaired = text
-    else:
-        repaired = _repair(text)
+    is_plain = text.isascii() and "&" not in text and text.isprintable()
+    repaired = text if is_plain else _repair(text)
     if not any(map(_is_visible, repaired)):
         raise UnusableText(
             "the content is empty or has nothing printable in it",

@@ -21,7 +21,8 @@ def matrix_from_bytes(data: bytes, count: int, dimensions: int) -> FloatMatrix:
             "the vectors have another size than announced",
             detail=f"{len(data)} bytes for {count} vectors of {dimensions} dimensions",
         )
-    return np.frombuffer(data, dtype="<f4").reshape(count, dimensions).astype(np.float32, copy=False)
+    matrix: FloatMatrix = np.frombuffer(data, dtype="<f4").reshape(count, dimensions).astype(np.float32, copy=False)
+    return matrix
 
 
 def check_shape(matrix: FloatMatrix, count: int, dimensions: int) -> None:
@@ -38,19 +39,24 @@ def find_faults(matrix: FloatMatrix, column_type: str) -> dict[int, str]:
     A vector with NaN, infinity or norm zero would silently be left out of an HNSW index; float16 overflows past 65504.
     """
     finite = np.isfinite(matrix).all(axis=1)
-    squared = np.einsum("ij,ij->i", np.where(np.isfinite(matrix), matrix, 0).astype(np.float64), matrix.astype(np.float64))
+    squared = np.einsum(
+        "ij,ij->i", np.where(np.isfinite(matrix), matrix, 0).astype(np.float64), matrix.astype(np.float64)
+    )
     faults = {int(row): "the vector has a value that is not a finite number" for row in np.flatnonzero(~finite)}
     faults |= {int(row): "the vector has norm zero" for row in np.flatnonzero(finite & (squared == 0))}
     if column_type == "halfvec":
         overflow = finite & (np.abs(matrix) > HALF_MAX).any(axis=1)
-        faults |= {int(row): "the vector has a value outside the float16 range of halfvec" for row in np.flatnonzero(overflow)}
+        faults |= {
+            int(row): "the vector has a value outside the float16 range of halfvec" for row in np.flatnonzero(overflow)
+        }
     return faults
 
 
 def normalise(matrix: FloatMatrix) -> FloatMatrix:
     """Return the rows divided by their L2 norm (computed in float64); rows must be finite and not zero."""
     wide = matrix.astype(np.float64)
-    return (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
+    unit: FloatMatrix = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
+    return unit
 
 
 def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_type: str) -> bytes:

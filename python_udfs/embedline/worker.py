@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import Any, Literal
 
-from embedline import backfill, circuit, indexing, outbox
+from embedline import backfill, circuit, indexing, outbox, schedule
 from embedline.catalog import Pipeline, load_active_pipelines
 from embedline.database import (
     SLOT_LOCK_CLASS,
@@ -27,10 +27,11 @@ _POLL_SECONDS = (0.05, 1.0)
 # A poll may cost this share of the time: an outbox full of dead rows (a long transaction pins them) is polled less often.
 _POLL_COST_SHARE = 0.1
 _MAINTENANCE_SECONDS = 5.0
+_LAUNCHER_SECONDS = 1.0
 _WRITE_LOCK_TIMEOUT = "2s"
 _CACHE_KEY = "embedline.worker"
 
-Step = Literal["begin", "claim", "read", "write", "finish", "abandon", "end"]
+Step = Literal["begin", "claim", "read", "submit", "write", "finish", "abandon", "end"]
 
 
 @entry_point
@@ -76,6 +77,8 @@ def _drain_swept(engine: Engine, pipelines: list[Pipeline], max_rows: int) -> in
 
 def _run_batch(engine: Engine, batch: Batch, on_wait: Any) -> int:
     engine.read(batch)
+    engine.chunk(batch, on_wait)
+    engine.submit(batch)
     while batch.units:
         if not engine.write_ready(batch):
             wait_first(batch.futures, on_wait)
@@ -93,16 +96,24 @@ class ResidentWorker:
         self.batch: Batch | None = None
         self._turn = 0
         self._maintain_at = 0.0
+        self._launcher_at = 0.0
 
     def claim(self) -> str:
         """Claim the next batch; say "work", "idle" or "stop"."""
         session = self.engine.session
-        if session.scalar("SELECT stop_requested FROM embedline.worker WHERE worker_id = $1", ["integer"], self.worker_id):
+        if session.scalar(
+            "SELECT stop_requested FROM embedline.worker WHERE worker_id = $1", ["integer"], self.worker_id
+        ):
             return "stop"
+        if time.monotonic() >= self._launcher_at:
+            schedule.let_launcher_breathe(session)
+            self._launcher_at = time.monotonic() + _LAUNCHER_SECONDS
         pipelines = load_active_pipelines(session, self.pipeline_name)
         # Each pipeline has its turn to be first, so that a busy one does not starve the others.
         self._turn += 1
-        turned = pipelines[self._turn % len(pipelines) :] + pipelines[: self._turn % len(pipelines)] if pipelines else []
+        turned = (
+            pipelines[self._turn % len(pipelines) :] + pipelines[: self._turn % len(pipelines)] if pipelines else []
+        )
         self.batch = self.engine.claim(turned, _BATCH_ROWS, backfill=False) or self.engine.claim(
             turned, _BATCH_ROWS, backfill=True
         )
@@ -124,6 +135,8 @@ class ResidentWorker:
         session.execute(f"SET LOCAL lock_timeout = {quote_literal(_WRITE_LOCK_TIMEOUT)}")
         if step == "read":
             self.engine.read(self.batch)
+        elif step == "submit":
+            self.engine.submit(self.batch)
         elif step == "write":
             return "written" if self.engine.write_ready(self.batch) else "waiting"
         elif step == "finish":
@@ -168,6 +181,8 @@ def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> str
     if pipeline_name is not None:
         load_active_pipelines(session, pipeline_name)
     worker_id = int(session.scalar("SELECT nextval('embedline.worker_id_seq')"))
+    # Known to the session before the lock is held: whatever happens next, the end finds what it has to free.
+    session.cache[_CACHE_KEY] = ResidentWorker(session, worker_id, pipeline_name)
     session.query("SELECT pg_advisory_lock($1, $2)", ["integer", "integer"], WORKER_LOCK_CLASS, worker_id)
     session.query(
         """
@@ -184,7 +199,6 @@ def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> str
         worker_id,
         slot,
     )
-    session.cache[_CACHE_KEY] = ResidentWorker(session, worker_id, pipeline_name)
     return "done"
 
 
@@ -202,15 +216,16 @@ def run_worker(
     if slot is not None and not _lock_slot(plpy, slot):
         return
     plpy.execute("SELECT pg_catalog.set_config('jit', 'off', false)")
-    _step(plpy, "begin", slot, pipeline_name)
-    plpy.commit()
     try:
+        _step(plpy, "begin", slot, pipeline_name)
+        plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
     finally:
         # After pg_terminate_backend this cannot run any more: then the freed lock itself gives the claims back.
         with contextlib.suppress(Exception):
             plpy.rollback()
-        _end(plpy, cache)
+        if _CACHE_KEY in cache:
+            _end(plpy, cache)
         if slot is not None:
             plpy.execute(f"SELECT pg_catalog.pg_advisory_unlock({SLOT_LOCK_CLASS}, {int(slot)})")
         plpy.commit()
@@ -249,7 +264,9 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
 
 
 def _has_waiting_rows(plpy: Plpy) -> bool:
-    row = plpy.execute("SELECT pg_catalog.sum(s.pending) AS pending FROM embedline.status AS s WHERE s.state = 'active'")
+    row = plpy.execute(
+        "SELECT pg_catalog.sum(s.pending) AS pending FROM embedline.status AS s WHERE s.state = 'active'"
+    )
     return bool(row[0]["pending"])
 
 
@@ -257,7 +274,14 @@ def _work(plpy: Plpy, cache: SessionCache) -> None:
     try:
         _step(plpy, "read")
         plpy.commit()
-        batch = cache[_CACHE_KEY].batch
+        resident: ResidentWorker = cache[_CACHE_KEY]
+        batch = resident.batch
+        if batch is None:
+            return
+        # Chunking a large document takes seconds: no transaction is open, and a cancel gets through.
+        resident.engine.chunk(batch, lambda: _breathe(plpy))
+        _step(plpy, "submit")
+        plpy.commit()
         while batch.units:
             state = _step(plpy, "write")
             plpy.commit()
@@ -282,6 +306,8 @@ def _breathe(plpy: Plpy) -> None:
     plpy.commit()
 
 
-def _step(plpy: Plpy, step: Step, slot: int | None = None, pipeline_name: str | None = None, message: str | None = None) -> str:
+def _step(
+    plpy: Plpy, step: Step, slot: int | None = None, pipeline_name: str | None = None, message: str | None = None
+) -> str:
     plan = plpy.prepare("SELECT embedline._worker_step($1, $2, $3, $4) AS state", ["text", "integer", "text", "text"])
     return str(plpy.execute(plan, [step, slot, pipeline_name, message])[0]["state"])

@@ -9,9 +9,14 @@ SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
     RETURN QUERY EXECUTE format(
-        'SELECT count(*), min(o.enqueued_at), (array_agg(o.last_error ORDER BY o.outbox_id) '
-        'FILTER (WHERE o.last_error IS NOT NULL))[1] FROM embedline_data.%I AS o',
-        pipeline_name || '_outbox'
+        'SELECT q.n + i.n, least(q.oldest, i.oldest), q.error FROM ('
+        'SELECT count(*) AS n, min(o.enqueued_at) AS oldest, (array_agg(o.last_error ORDER BY o.outbox_id) '
+        'FILTER (WHERE o.last_error IS NOT NULL))[1] AS error FROM embedline_data.%I AS o) AS q, ('
+        'SELECT coalesce(sum(cardinality(n.%I)), 0)::bigint AS n, min(n.enqueued_at) AS oldest '
+        'FROM embedline_data.%I AS n) AS i',
+        pipeline_name || '_outbox',
+        (SELECT p.key_columns[1] FROM embedline.pipeline AS p WHERE p.name = pipeline_name),
+        pipeline_name || '_inbox'
     );
 EXCEPTION WHEN undefined_table THEN
     -- A pipeline that is being dropped in another session.

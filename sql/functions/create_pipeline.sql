@@ -1,4 +1,4 @@
--- Keep the embeddings of a table true to its rows: capture, tables, routing view, backfill ranges. Embeds nothing itself.
+-- Keep a table's embeddings true to its rows: capture, tables, routing view, backfill ranges. Embeds nothing itself.
 -- Locks: SHARE ROW EXCLUSIVE on the source while its triggers are made; waits at most 5 s for it.
 CREATE OR REPLACE FUNCTION embedline.create_pipeline(
     name text,

@@ -1,4 +1,5 @@
--- The vector of a text, made by the model that serves the pipeline: ORDER BY embedding <=> embed_query(...).
+-- The vector of a text, made by the model that serves the pipeline. As a scalar subquery it is computed once:
+-- ORDER BY embedding <=> (SELECT embedline.embed_query('docs', 'text')).
 CREATE OR REPLACE FUNCTION embedline.embed_query(pipeline_name text, query text)
 RETURNS public.vector
 LANGUAGE plpython3u

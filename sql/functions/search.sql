@@ -10,8 +10,9 @@ RETURNS TABLE (key text, chunk text, score double precision)
 LANGUAGE plpython3u
 VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET jit = off
 -- Without an iterative scan, dead tuples and row-level security would shorten the result.
-SET hnsw.iterative_scan = 'strict_order'
+SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
 AS $python$
     from embedline import search

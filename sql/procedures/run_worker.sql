@@ -1,5 +1,5 @@
--- Resident worker: claims, embeds without an open transaction, writes, until max_seconds are over or it is told to stop.
--- It commits, so it can have neither SECURITY DEFINER nor a SET clause: every name is qualified and all work is delegated.
+-- Resident worker: claims, embeds without an open transaction, writes; until max_seconds are over or it is to stop.
+-- It commits, so it can have neither SECURITY DEFINER nor a SET clause: names are qualified and work is delegated.
 CREATE OR REPLACE PROCEDURE embedline.run_worker(
     max_seconds double precision DEFAULT 1200,
     pipeline_name text DEFAULT NULL,

@@ -5,7 +5,8 @@ REVOKE ALL ON ALL ROUTINES IN SCHEMA embedline FROM public;
 REVOKE ALL ON FUNCTION public.embed_pending(integer, text) FROM public;
 
 -- An administrator does all that a worker and a reader do.
-GRANT embedline_worker, embedline_reader TO embedline_admin;
+GRANT embedline_worker TO embedline_admin;
+GRANT embedline_reader TO embedline_admin;
 
 GRANT USAGE ON SCHEMA embedline TO embedline_worker, embedline_reader;
 
@@ -16,10 +17,12 @@ TO embedline_reader, embedline_worker;
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
 GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
-GRANT EXECUTE ON FUNCTION embedline._pipeline_counts(text), embedline._workers_alive() TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION embedline._pipeline_counts(text), embedline._workers_alive()
+TO embedline_reader, embedline_worker;
 
 -- Workers: embed, and nothing else.
-GRANT EXECUTE ON FUNCTION embedline.embed_pending(integer, text), public.embed_pending(integer, text) TO embedline_worker;
+GRANT EXECUTE ON FUNCTION embedline.embed_pending(integer, text), public.embed_pending(integer, text)
+TO embedline_worker;
 GRANT EXECUTE ON FUNCTION embedline._worker_step(text, integer, text, text) TO embedline_worker;
 GRANT EXECUTE ON PROCEDURE embedline.run_worker(double precision, text, integer, boolean) TO embedline_worker;
 

@@ -43,7 +43,7 @@ CROSS JOIN LATERAL (
     SELECT count(*) AS dead_letters FROM embedline.dead_letter AS l
     WHERE l.pipeline_id = p.pipeline_id
 ) AS d
-CROSS JOIN (SELECT embedline._workers_alive() AS workers_alive) AS w;
+CROSS JOIN LATERAL embedline._workers_alive() AS w (workers_alive);
 
 COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far the backfill is, the last error, who works';
 COMMENT ON COLUMN embedline.status.pending IS 'Changes in the outbox, in work or waiting';

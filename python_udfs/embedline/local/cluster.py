@@ -356,7 +356,8 @@ for top in sys.argv[2:]:
         if not os.access(component, os.F_OK | (os.X_OK if os.path.isdir(component) else os.R_OK)):
             sys.exit(component)
     if sys.argv[1] == "deep":
-        for folder, _, files in os.walk(top):
+        for folder, folders, files in os.walk(top):
+            folders[:] = [name for name in folders if name != "__pycache__"]  # an unreadable cache is passed over
             check(folder, os.R_OK | os.X_OK)
             for name in files:
                 check(os.path.join(folder, name), os.R_OK)

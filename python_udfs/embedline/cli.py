@@ -1,0 +1,460 @@
+"""The command line: `embedline upgrade`, `status`, `build-index`, `worker`, `doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, LiteralString, cast
+
+import psycopg
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import embedline
+
+app = typer.Typer(
+    help="Vector embeddings in PostgreSQL, kept true to their source rows.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Dsn = Annotated[
+    str,
+    typer.Option(
+        envvar="EMBEDLINE_DSN",
+        help="Connection URI, for example postgresql://postgres@localhost/mydb.",
+        show_default=False,
+    ),
+]
+Connection = psycopg.Connection[tuple[Any, ...]]
+Verdict = Literal["ok", "note", "warning", "error"]
+
+_BUILD_SECONDS = 24 * 3600.0
+# pgvector before 0.8.2 may overflow a buffer in parallel HNSW builds (CVE-2026-3172).
+_SAFE_PARALLEL_BUILD = (0, 8, 2)
+_PGVECTOR_BUGS = (
+    ((0, 8, 2), "parallel HNSW builds may overflow a buffer (CVE-2026-3172)"),
+    ((0, 8, 3), "VACUUM may corrupt an HNSW index"),
+    ((0, 8, 4), "an HNSW graph damaged by deletes is not repaired"),
+)
+_COLOURS: dict[Verdict, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
+
+
+@app.command()
+def upgrade(dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision.")] = "head") -> None:
+    """Install Embedline into a database, or bring it to the package's version."""
+    _migrate(dsn, "upgrade", revision)
+
+
+@app.command()
+def downgrade(
+    dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision; base removes everything.")]
+) -> None:
+    """Go back to an earlier revision; `base` removes every trace except your own tables."""
+    _migrate(dsn, "downgrade", revision)
+
+
+@app.command()
+def status(dsn: Dsn) -> None:
+    """Show each pipeline: what waits, how far the backfill is, the last error."""
+    with _connect(dsn) as connection:
+        cursor = connection.execute(
+            "SELECT pipeline, source, model, state, pending, backfill_done || '/' || backfill_total AS backfill,"
+            " oldest_pending_age AS oldest, dead_letters, index_state AS index, workers_alive AS workers, last_error"
+            " FROM embedline.status ORDER BY pipeline"
+        )
+        table = Table(*(column.name.replace("_", " ") for column in cursor.description or ()))
+        for row in cursor:
+            table.add_row(*("" if value is None else str(value).partition(".")[0] for value in row[:-1]), row[-1] or "")
+    console = Console(highlight=False)
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print("There is no pipeline yet: SELECT embedline.create_pipeline(name, source, content, model);")
+
+
+@app.command("build-index")
+def build_index_command(dsn: Dsn, pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")]) -> None:
+    """Build a pipeline's HNSW index CONCURRENTLY and show how far it is."""
+    console = Console(highlight=False)
+    with (
+        _connect(dsn) as connection,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console
+        ) as progress,
+    ):
+        task = progress.add_task("starting", total=100)
+
+        def show(phase: str, percent: float) -> None:
+            progress.update(task, description=phase, completed=percent)
+
+        statement = build_index(connection, pipeline, show)
+        progress.update(task, description="done", completed=100)
+    if statement is None:
+        console.print(f"The index of pipeline {pipeline} is valid, or it has none: nothing to build.")
+
+
+@app.command()
+def worker(
+    dsn: Dsn,
+    pipeline: Annotated[str | None, typer.Option(help="Only this pipeline.")] = None,
+    max_seconds: Annotated[float, typer.Option(help="End after so many seconds.")] = 1200.0,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when nothing waits any more.")] = False,
+) -> None:
+    """Run a worker in a session of the database: CALL embedline.run_worker(). Stop it with Ctrl-C."""
+    with _connect(dsn) as connection:
+        connection.add_notice_handler(lambda notice: typer.echo(notice.message_primary or "", err=True))
+        call = (
+            "CALL embedline.run_worker(max_seconds => %s::float8, pipeline_name => %s::text, until_idle => %s::boolean)"
+        )
+        connection.execute(call, (max_seconds, pipeline, until_idle))
+
+
+@app.command()
+def doctor(dsn: Dsn) -> None:
+    """Check the server for what Embedline needs and for known troubles; exit 1 where something is broken."""
+    with _connect(dsn) as connection:
+        findings = list(_examine(connection))
+    table = Table("check", "found", "verdict", "advice")
+    for finding in findings:
+        colour = _COLOURS[finding.verdict]
+        table.add_row(finding.check, finding.found, f"[{colour}]{finding.verdict}[/{colour}]", finding.advice)
+    Console(highlight=False).print(table)
+    if any(finding.verdict == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def build_index(connection: Connection, pipeline: str, report: Any = None) -> str | None:
+    """Build a pipeline's vector index as a client and wait until it is valid; return the statement that did it.
+
+    The connection must be in autocommit mode. `report(phase, percent)` is called meanwhile. None: nothing to build.
+    A build of the same index by pg_cron is waited for.
+    """
+    first: str | None = None
+    limit = time.monotonic() + _BUILD_SECONDS
+    while (statement := _scalar(connection, "SELECT embedline.index_statement(%s)", pipeline)) is not None:
+        first = first or str(statement)
+        if time.monotonic() > limit:
+            raise TimeoutError(f"the index of pipeline {pipeline} did not become valid")
+        with _serial_where_unsafe(connection), _watch(connection, report):
+            connection.execute(cast(LiteralString, statement))
+        if _scalar(connection, "SELECT embedline.index_statement(%s)", pipeline) is not None:
+            time.sleep(0.5)
+    return first
+
+
+@contextlib.contextmanager
+def _serial_where_unsafe(connection: Connection) -> Iterator[None]:
+    version = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")
+    unsafe = version is not None and _version(str(version)) < _SAFE_PARALLEL_BUILD
+    if unsafe:
+        connection.execute("SET max_parallel_maintenance_workers = 0")
+    try:
+        yield
+    finally:
+        if unsafe:
+            connection.execute("RESET max_parallel_maintenance_workers")
+
+
+@contextlib.contextmanager
+def _watch(connection: Connection, report: Any) -> Iterator[None]:
+    """Follow the build from a second connection while the block runs."""
+    if report is None:
+        yield
+        return
+    finished = threading.Event()
+    dsn = connection.info.dsn
+    password = connection.info.password
+
+    def follow() -> None:
+        query = (
+            "SELECT phase, coalesce(100.0 * nullif(blocks_done, 0) / nullif(blocks_total, 0),"
+            " 100.0 * nullif(tuples_done, 0) / nullif(tuples_total, 0), 0)::float8"
+            " FROM pg_stat_progress_create_index WHERE pid = %s"
+        )
+        with psycopg.connect(dsn, password=password, autocommit=True) as observer:
+            while not finished.wait(0.2):
+                row = observer.execute(query, (connection.info.backend_pid,)).fetchone()
+                if row is not None:
+                    report(row[0], row[1])
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `embedline doctor`."""
+
+    check: str
+    found: str
+    verdict: Verdict
+    advice: str = ""
+
+
+def _examine(connection: Connection) -> Iterator[Finding]:
+    yield _postgresql(connection)
+    yield _plpython(connection)
+    yield from _pgvector(connection)
+    yield _schema(connection)
+    server_side = _server_side(connection)
+    yield server_side.get(
+        "package", Finding("Python package", "not checked", "note", "Connect as a superuser to check it.")
+    )
+    yield _pg_cron(connection)
+    yield _workers(connection)
+    yield _memory(connection, server_side.get("shm"))
+
+
+def _postgresql(connection: Connection) -> Finding:
+    number = connection.info.server_version
+    found = f"{number // 10000}.{number % 10000}"
+    if number < 150000:
+        return Finding("PostgreSQL", found, "error", "Embedline needs PostgreSQL 15 to 18.")
+    if number >= 190000:
+        return Finding("PostgreSQL", found, "warning", "Embedline is tested with PostgreSQL 15 to 18.")
+    return Finding("PostgreSQL", found, "ok")
+
+
+def _plpython(connection: Connection) -> Finding:
+    if _scalar(connection, "SELECT 1 FROM pg_available_extensions WHERE name = 'plpython3u'") is None:
+        major = connection.info.server_version // 10000
+        return Finding("plpython3u", "missing", "error", f"On Debian: apt-get install postgresql-plpython3-{major}.")
+    installed = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'plpython3u'")
+    if installed is None:
+        return Finding("plpython3u", "available", "note", "embedline upgrade installs it into this database.")
+    return Finding("plpython3u", str(installed), "ok")
+
+
+def _pgvector(connection: Connection) -> Iterator[Finding]:
+    installed = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")
+    offered = _scalar(connection, "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
+    version = installed or offered
+    if version is None:
+        major = connection.info.server_version // 10000
+        yield Finding(
+            "pgvector",
+            "missing",
+            "error",
+            f"Debian 13, PGDG: apt-get install postgresql-{major}-pgvector; else build it.",
+        )
+        return
+    if _version(str(version)) < (0, 8, 0):
+        yield Finding(
+            "pgvector", str(version), "error", "Embedline needs 0.8.0 or newer: iterative scans came with it."
+        )
+        return
+    bugs = [
+        f"before {'.'.join(map(str, fixed))}: {bug}" for fixed, bug in _PGVECTOR_BUGS if _version(str(version)) < fixed
+    ]
+    if not bugs:
+        yield Finding("pgvector", str(version), "ok")
+    for bug in bugs:
+        yield Finding("pgvector", str(version), "warning", f"Known bug, {bug}. Upgrade pgvector.")
+    if installed and offered and _version(str(installed)) < _version(str(offered)):
+        yield Finding(
+            "pgvector", f"{installed} here, {offered} on the server", "note", "ALTER EXTENSION vector UPDATE;"
+        )
+    parallel = int(str(_scalar(connection, "SELECT current_setting('max_parallel_maintenance_workers')")))
+    if _version(str(version)) < _SAFE_PARALLEL_BUILD and parallel > 0:
+        yield Finding(
+            "parallel builds",
+            f"{parallel} workers",
+            "warning",
+            "ALTER SYSTEM SET max_parallel_maintenance_workers = 0; until 0.8.2.",
+        )
+
+
+def _schema(connection: Connection) -> Finding:
+    if _scalar(connection, "SELECT to_regclass('embedline.setting') IS NOT NULL") is not True:
+        return Finding("schema embedline", "missing", "note", "Run: embedline upgrade")
+    version = str(_scalar(connection, "SELECT value FROM embedline.setting WHERE name = 'version'"))
+    if version != embedline.__version__:
+        return Finding(
+            "schema embedline", version, "error", f"This package is {embedline.__version__}. Run: embedline upgrade"
+        )
+    return Finding("schema embedline", version, "ok")
+
+
+_PROBE = """
+DO LANGUAGE plpython3u $python$
+import os, sys
+try:
+    import embedline
+    plpy.notice(f'embedline package {embedline.__version__} in {os.path.dirname(embedline.__file__)}')
+except ImportError as error:
+    path = os.pathsep.join(folder for folder in sys.path if folder)
+    plpy.notice(f'embedline missing {error}; Python {sys.version.split()[0]} looks in {path}')
+try:
+    disk = os.statvfs('/dev/shm')
+    plpy.notice(f'embedline shm {disk.f_frsize * disk.f_bavail}')
+except OSError:
+    pass
+$python$
+"""
+
+
+def _server_side(connection: Connection) -> dict[str, Finding]:
+    """Look at the server's interpreter and memory file system from inside a backend; empty where that is not allowed."""
+    notices: list[str] = []
+
+    def keep(notice: psycopg.errors.Diagnostic) -> None:
+        notices.append(notice.message_primary or "")
+
+    connection.add_notice_handler(keep)
+    try:
+        connection.execute("SET client_min_messages = notice")
+        connection.execute(_PROBE)
+    except psycopg.Error:
+        return {}
+    finally:
+        connection.remove_notice_handler(keep)
+    findings = {}
+    for notice in notices:
+        word, _, rest = notice.removeprefix("embedline ").partition(" ")
+        if word == "package":
+            same = rest.split(" ")[0] == embedline.__version__
+            advice = "" if same else f"The client's package is {embedline.__version__}."
+            findings["package"] = Finding("Python package", rest, "ok" if same else "error", advice)
+        elif word == "missing":
+            advice = "Install it for that interpreter, or start the server with PYTHONPATH naming its site-packages."
+            findings["package"] = Finding("Python package", rest, "error", advice)
+        elif word == "shm":
+            findings["shm"] = Finding("shared memory", rest, "ok")
+    return findings
+
+
+def _pg_cron(connection: Connection) -> Finding:
+    version = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'pg_cron'")
+    if version is None:
+        home = _scalar(connection, "SELECT current_setting('cron.database_name', true)")
+        advice = "Without it let any scheduler CALL embedline.run_worker(), and run: embedline build-index PIPELINE"
+        if home:
+            advice = f'It lives in database "{home}": there use cron.schedule_in_database (docs/operations.md).'
+        return Finding("pg_cron", "not in this database", "note", advice)
+    mode = _scalar(connection, "SELECT current_setting('cron.use_background_workers', true)")
+    found = f"{version}, {'background workers' if mode == 'on' else 'libpq mode'}"
+    if mode == "on" and _version(str(version)) < (1, 5):
+        return Finding(
+            "pg_cron", found, "error", "A resident job blocks its launcher: cron.use_background_workers = off, or 1.5."
+        )
+    return Finding("pg_cron", found, "ok")
+
+
+def _workers(connection: Connection) -> Finding:
+    if _scalar(connection, "SELECT to_regclass('embedline.worker') IS NOT NULL") is not True:
+        return Finding("workers", "none", "note")
+    alive = _scalar(connection, "SELECT embedline._workers_alive()")
+    if not alive:
+        return Finding(
+            "workers", "none alive", "note", "SELECT embedline.schedule_workers(1); or run: embedline worker"
+        )
+    return Finding("workers", f"{alive} alive", "ok")
+
+
+def _memory(connection: Connection, shm: Finding | None) -> Finding:
+    kilobytes = int(str(_scalar(connection, "SELECT setting FROM pg_settings WHERE name = 'maintenance_work_mem'")))
+    megabytes = kilobytes // 1024
+    found = f"maintenance_work_mem {megabytes} MB"
+    if shm is not None:
+        free = int(shm.found) // 1024**2
+        found += f", /dev/shm {free:,} MB free"
+        if free < megabytes:
+            advice = "A parallel HNSW build needs it: docker --shm-size, or max_parallel_maintenance_workers = 0."
+            return Finding("memory", found, "warning", advice)
+    if megabytes < 256:
+        return Finding(
+            "memory", found, "note", "An HNSW graph larger than maintenance_work_mem builds many times slower."
+        )
+    return Finding("memory", found, "ok")
+
+
+def _migrate(dsn: str, direction: Literal["upgrade", "downgrade"], revision: str) -> None:
+    from alembic import command
+    from alembic.util import CommandError
+
+    with _connect(dsn):
+        pass  # a wrong address is told in one line, not in SQLAlchemy's many
+    try:
+        getattr(command, direction)(_alembic_config(dsn), revision)
+        typer.echo(f"Embedline {embedline.__version__}: {direction} to {revision} is done")
+    except CommandError as error:
+        _fail(str(error))
+    except Exception as error:
+        original = getattr(error, "orig", None)
+        if not isinstance(original, psycopg.Error):
+            raise
+        _fail(_message(original))
+
+
+def _alembic_config(dsn: str) -> Any:
+    from alembic.config import Config
+
+    packaged = Path(str(resources.files("embedline"))) / "_alembic"
+    if packaged.is_dir():
+        config = Config(str(packaged / "alembic.ini"))
+        config.set_main_option("script_location", str(packaged).replace("%", "%%"))
+    else:
+        config = Config(str(Path(__file__).resolve().parents[2] / "alembic.ini"))
+    config.set_main_option("sqlalchemy.url", dsn.replace("%", "%%"))
+    return config
+
+
+@contextlib.contextmanager
+def _connect(dsn: str) -> Iterator[Connection]:
+    """Connect in autocommit mode; a database error ends the command with its message, detail and hint."""
+    try:
+        with psycopg.connect(dsn, autocommit=True, application_name="embedline") as connection:
+            yield connection
+    except psycopg.Error as error:
+        if isinstance(error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedTable):
+            _fail("Embedline is not installed in this database\nHINT: embedline upgrade")
+        _fail(_message(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _message(error: psycopg.Error) -> str:
+    lines = [error.diag.message_primary or str(error).strip()]
+    lines += [f"DETAIL: {error.diag.message_detail}"] if error.diag.message_detail else []
+    lines += [f"HINT: {error.diag.message_hint}"] if error.diag.message_hint else []
+    return "\n".join(lines)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def _scalar(connection: Connection, query: LiteralString, *parameters: object) -> object:
+    row = connection.execute(query, parameters or None).fetchone()
+    return None if row is None else row[0]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("-")[0]))
+
+
+def main() -> None:
+    """Entry point for `python -m embedline.cli`."""
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
+    app()
+
+
+if __name__ == "__main__":
+    main()

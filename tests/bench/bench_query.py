@@ -1,0 +1,182 @@
+"""How long a search takes: the first of a session while the model host is warm, and later ones.
+
+The texts are sentences of the PostgreSQL manual, one chunk each; the queries are sentences that are not among them.
+"""
+
+from __future__ import annotations
+
+import html
+import random
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from harness import Bench, Figure, percentile, scalar, timed
+
+CHUNKS, QUERIES, SESSIONS, WARM_UP = 10_000, 200, 10, 10
+MANUAL = Path("/usr/share/doc")
+WORDS = range(8, 31)
+FIRST_MS = 300
+LATER_MS = {"static-256": 20, "minilm": 40}
+
+SEARCH = "SELECT key, chunk, score FROM embedline.search(%s, %s)"
+# A search taken apart: the same calls as embedline.search.search makes, each under its own clock.
+STAGES = """
+    CREATE FUNCTION bench_stages(pipeline_name text, query text) RETURNS double precision[]
+    LANGUAGE plpython3u
+    SET search_path = pg_catalog, pg_temp
+    SET hnsw.iterative_scan = 'strict_order'
+    SET hnsw.ef_search = 40
+    AS $python$
+        from time import perf_counter
+        clock = [perf_counter()]
+        from embedline import catalog, search
+        from embedline.database import Session, _check_version
+        clock.append(perf_counter())
+        session = Session(plpy, GD)
+        _check_version(session)
+        pipeline = catalog.load_pipeline(session, pipeline_name)
+        clock.append(perf_counter())
+        vector = search._embed(session, pipeline, query)
+        clock.append(perf_counter())
+        statement = search._search_statement(session, pipeline)
+        clock.append(perf_counter())
+        session.query(statement, ["text", "bigint"], vector, 10)
+        clock.append(perf_counter())
+        return [(b - a) * 1000 for a, b in zip(clock, clock[1:])]
+    $python$
+"""
+STAGE_NAMES = ("imports", "catalogue", "embed", "statement text", "ranking")
+PLAN = """
+    CREATE FUNCTION bench_plan(pipeline_name text, query text) RETURNS SETOF text
+    LANGUAGE plpython3u
+    SET search_path = pg_catalog, pg_temp
+    SET hnsw.iterative_scan = 'strict_order'
+    SET hnsw.ef_search = 40
+    AS $python$
+        from embedline import catalog, search
+        from embedline.database import Session, quote_literal
+        session = Session(plpy, GD)
+        pipeline = catalog.load_pipeline(session, pipeline_name)
+        vector = search._embed(session, pipeline, query)
+        statement = search._search_statement(session, pipeline).replace("$1", quote_literal(vector)).replace("$2", "10")
+        return [row["QUERY PLAN"] for row in plpy.execute("EXPLAIN (ANALYZE, TIMING off) " + statement)]
+    $python$
+"""
+
+
+def run(bench: Bench) -> None:
+    """Measure with each model on the same texts."""
+    texts = _sentences(CHUNKS + QUERIES)
+    queries = texts[CHUNKS:]
+    with bench.connect() as connection:
+        connection.execute("CREATE TABLE bench_text (id bigint PRIMARY KEY, body text NOT NULL)")
+        with connection.cursor().copy("COPY bench_text (id, body) FROM STDIN") as copy:
+            for number, text in enumerate(texts[:CHUNKS]):
+                copy.write_row((number, text))
+        connection.execute(STAGES)
+        connection.execute(PLAN)
+        for model in LATER_MS:
+            _embed_all(bench, connection, model)
+    for model, limit in LATER_MS.items():
+        _measure_first(bench, model, queries)
+        _measure_later(bench, model, queries, limit)
+
+
+def _sentences(count: int) -> list[str]:
+    """Return `count` different sentences of the manual, in an order that is the same every time."""
+    found: set[str] = set()
+    for page in sorted(MANUAL.glob("postgresql-doc-*/html/*.html")):
+        markup = page.read_text(errors="replace")
+        for paragraph in re.findall(r"<p>(.*?)</p>", markup, re.DOTALL):
+            text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", paragraph)).split())
+            found.update(s for s in re.split(r"(?<=[.?!])\s+(?=[A-Z])", text) if len(s.split()) in WORDS)
+    if len(found) < count:
+        raise SystemExit(
+            f"the manual has {len(found)} sentences here, {count} are needed; is postgresql-doc installed?"
+        )
+    return random.Random(count).sample(sorted(found), count)
+
+
+def _embed_all(bench: Bench, connection: psycopg.Connection[Any], model: str) -> None:
+    pipeline = _pipeline(model)
+    connection.execute("SELECT embedline.create_pipeline(%s, 'bench_text', 'body', %s)", (pipeline, model))
+    task = bench.progress.add_task(f"Embedding with {model}", total=CHUNKS)
+    start = time.perf_counter()
+    while embedded := scalar(connection, "SELECT embedline.embed_pending(500, %s)", (pipeline,)):
+        bench.progress.update(task, advance=embedded)
+    seconds = time.perf_counter() - start
+    bench.progress.update(task, description=f"Building the index for {model}")
+    statement = scalar(connection, "SELECT embedline.index_statement(%s)", (pipeline,))
+    build = timed(lambda: connection.execute(statement))
+    # As autovacuum would within a minute.
+    for table in ("bench_text", f"embedline_data.{pipeline}_chunk", f"embedline_data.{pipeline}_v1"):
+        connection.execute(f"VACUUM ANALYZE {table}")
+    chunks = scalar(connection, f"SELECT count(*) FROM embedline_data.{pipeline}_v1")
+    if chunks != CHUNKS:
+        raise SystemExit(f"{model}: {chunks} chunks, not {CHUNKS}")
+    bench.add(Figure(f"{model}: embedding", CHUNKS / seconds, "chunks/s", detail=f"HNSW built in {build:.1f} s"))
+
+
+def _measure_first(bench: Bench, model: str, queries: list[str]) -> None:
+    pipeline, first, connected, second = _pipeline(model), [], [], []
+    stages: list[list[float]] = []
+    task = bench.progress.add_task(f"New sessions with {model}", total=SESSIONS)
+    for query, other in zip(queries[:SESSIONS], queries[-SESSIONS:], strict=True):
+        start = time.perf_counter()
+        with bench.connect() as connection:
+            opened = time.perf_counter()
+            _search(connection, pipeline, query)
+            first.append((time.perf_counter() - opened) * 1000)
+            connected.append((time.perf_counter() - start) * 1000)
+            second.append(timed(lambda c=connection, q=other: _search(c, pipeline, q)) * 1000)
+        with bench.connect() as connection:
+            stages.append(scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, query)))
+        bench.progress.update(task, advance=1)
+    detail = (
+        f"slowest of {SESSIONS} sessions; p50 {statistics.median(first):.0f} ms,"
+        f" second search {statistics.median(second):.1f} ms"
+    )
+    bench.add(Figure(f"{model}: first search of a session", max(first), "ms", FIRST_MS, detail))
+    bench.add(Figure("  with the time to connect", max(connected), "ms", detail=_spent(stages)))
+
+
+def _measure_later(bench: Bench, model: str, queries: list[str], limit: float) -> None:
+    pipeline = _pipeline(model)
+    task = bench.progress.add_task(f"Searching with {model}", total=QUERIES)
+    with bench.connect() as connection:
+        for query in queries[-WARM_UP:]:
+            _search(connection, pipeline, query)
+            scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, query))
+        searches, stages = [], []
+        for query in queries:
+            searches.append(timed(lambda q=query: _search(connection, pipeline, q)) * 1000)
+            stages.append(scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, query)))
+            bench.progress.update(task, advance=1)
+        plan = [row[0] for row in connection.execute("SELECT bench_plan(%s, %s)", (pipeline, queries[0]))]
+    nodes = [line.strip() for line in plan if "Scan" in line or "Planning Time" in line or "JIT" in line]
+    bench.note("\n  ".join([f"plan of a search with {model}:", *nodes]))
+    index = f"{pipeline}_v1_embedding_idx"
+    if not any(f"Index Scan using {index}" in line for line in plan):
+        raise SystemExit("\n".join([f"{model}: the search does not use {index}", *plan]))
+    detail = f"p50 {statistics.median(searches):.1f} ms, slowest {max(searches):.1f} ms of {QUERIES} different queries"
+    bench.add(Figure(f"{model}: later searches, p95", percentile(searches, 0.95), "ms", limit, detail))
+    bench.add(Figure("  p50", statistics.median(searches), "ms", detail=_spent(stages)))
+
+
+def _search(connection: psycopg.Connection[Any], pipeline: str, query: str) -> None:
+    rows = connection.execute(SEARCH, (pipeline, query)).fetchall()
+    if len(rows) != 10:
+        raise SystemExit(f"{len(rows)} results for {query!r}")
+
+
+def _spent(stages: list[list[float]]) -> str:
+    medians = (statistics.median(stage) for stage in zip(*stages, strict=True))
+    return ", ".join(f"{name} {median:.1f}" for name, median in zip(STAGE_NAMES, medians, strict=True)) + " ms"
+
+
+def _pipeline(model: str) -> str:
+    return "bench_" + model.replace("-", "_")

@@ -1,0 +1,84 @@
+"""Runs a bench: `make bench NAME=capture`, or `.venv/bin/python tests/bench/run.py capture [--save]`.
+
+EMBEDLINE_DSN names a superuser's database on the server to measure; the benches make, use and drop a database of
+their own beside it. They exit with 1 where a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from harness import (
+    ROOT,
+    Bench,
+    drop_database,
+    machine_facts,
+    progress_bars,
+    recreate_database,
+    register_models,
+    save,
+    show,
+)
+from rich.console import Console
+
+BENCHES = {
+    "capture": "what the triggers add to INSERT, UPDATE and DELETE of 50,000 rows",
+    "create": "create_pipeline on 1,000,000 rows",
+    "write": "20,000 vectors of 384 dimensions against psycopg's COPY BINARY",
+    "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
+}
+
+
+def main() -> int:
+    """Run the benches named; return the number to exit with."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES)}, or all")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of each comparison (7)")
+    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="folder of the two local models")
+    parser.add_argument("--save", action="store_true", help="put the figures into tests/bench/RESULTS.md")
+    parser.add_argument("--keep", action="store_true", help="leave the bench database when done")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not options.names:
+        console.print("Benches: make bench NAME=…")
+        for name, what in BENCHES.items():
+            console.print(f"  {name:8} {what}", highlight=False)
+        return 0
+    names = list(BENCHES) if options.names == ["all"] else options.names
+    for name in names:
+        if name not in BENCHES:
+            parser.error(f"there is no bench {name}; there are {', '.join(BENCHES)}")
+    dsn = os.environ.get("EMBEDLINE_DSN")
+    if not dsn:
+        parser.error("set EMBEDLINE_DSN, or run make bench NAME=…")
+    return 1 if any([_run(name, dsn, options, console) for name in names]) else 0
+
+
+def _run(name: str, dsn: str, options: argparse.Namespace, console: Console) -> bool:
+    """Run one bench in a fresh database; say whether a target was missed."""
+    try:
+        with progress_bars(console) as progress:
+            task = progress.add_task("Making the bench database", total=2)
+            url = recreate_database(dsn)
+            progress.update(task, advance=1, description="Registering the models")
+            register_models(url, options.models.resolve())
+            progress.remove_task(task)
+            bench = Bench(url, options.models, progress, options.rounds)
+            import_module(f"bench_{name}").run(bench)
+        facts = machine_facts(url)
+    finally:
+        if not options.keep:
+            drop_database(dsn)
+    show(console, name, bench, facts)
+    if options.save:
+        rounds = "" if options.rounds == 7 else f" --rounds {options.rounds}"
+        save(name, bench, facts, f"tests/bench/run.py {name}{rounds} --save")
+    return any(figure.verdict == "FAIL" for figure in bench.figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

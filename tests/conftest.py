@@ -1,0 +1,289 @@
+"""Databases for the tests: one template with Embedline installed, a clone of it for each test, and servers of their own.
+
+`make test` sets EMBEDLINE_DSN; tests that need no server run without it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import psycopg
+import pytest
+from psycopg import conninfo, sql
+from pytest_postgresql import factories
+from pytest_postgresql.executors import NoopExecutor
+from pytest_postgresql.janitor import DatabaseJanitor
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
+
+import support
+from embedline.local.bootstrap import local_cluster
+from embedline.local.cluster import Cluster
+from embedline.local.settings import load_settings
+
+_SERVER = conninfo.conninfo_to_dict(os.environ.get("EMBEDLINE_DSN", ""))
+# Unique to this run, so that two runs on one server never meet.
+_RUN = f"{os.getpid()}_{secrets.token_hex(3)}"
+
+
+class Connect(Protocol):
+    """Opens one more connection to the test's database."""
+
+    def __call__(
+        self, role: str | None = None, *, autocommit: bool = True, options: str = ""
+    ) -> psycopg.Connection: ...
+
+
+class MakeRole(Protocol):
+    """Creates a role that can log in; it is gone after the test."""
+
+    def __call__(self, *memberships: str) -> str: ...
+
+
+@pytest.fixture(scope="session")
+def server_dsn() -> str:
+    """URI of the server that the tests run on."""
+    dsn = os.environ.get("EMBEDLINE_DSN")
+    if not dsn:
+        pytest.fail("EMBEDLINE_DSN is not set: run make test", pytrace=False)
+    return dsn
+
+
+def _install(*, host: str, port: int, user: str, dbname: str, password: str | None, **_: Any) -> None:
+    """Load step of the template: what `make up` does to its database."""
+    support.install(support.uri(host, port, user, password, dbname))
+
+
+_server = factories.postgresql_noproc(
+    host=str(_SERVER.get("host", "127.0.0.1")),
+    port=_SERVER.get("port"),
+    user=str(_SERVER.get("user", "postgres")),
+    password=str(_SERVER.get("password", "")),
+    dbname=f"embedline_test_{_RUN}",
+    maintenance_dbname="postgres",
+    load=[_install],
+)
+
+
+@pytest.fixture(scope="session")
+def resting_worker(server_dsn: str) -> Iterator[None]:
+    """Let the server's own scheduled worker rest: pg_cron's launcher holds DROP DATABASE up while a job is running."""
+    with psycopg.connect(server_dsn, autocommit=True) as connection:
+        ours = support.scalar(
+            connection, "SELECT to_regclass('embedline.status') IS NOT NULL AND to_regclass('cron.job') IS NOT NULL"
+        )
+        if ours:
+            connection.execute("SELECT embedline.unschedule_workers()")
+            alive = "SELECT embedline._workers_alive()"
+            support.wait_until(lambda: not support.scalar(connection, alive), 60, "the scheduled worker has stopped")
+        yield
+        if ours:
+            connection.execute("SELECT embedline.schedule_workers(1)")
+
+
+@pytest.fixture(scope="session")
+def template_server(server_dsn: str, resting_worker: None, request: pytest.FixtureRequest) -> Iterator[NoopExecutor]:
+    """The server with the template database on it."""
+    executor: NoopExecutor = request.getfixturevalue("_server")
+    yield executor
+    _drop_database(server_dsn, executor.template_dbname)
+
+
+def _drop_database(dsn: str, name: str) -> None:
+    """Drop a database with whatever is still connected to it.
+
+    DROP DATABASE waits until every process has answered a signal barrier. With a resident job in libpq mode, pg_cron 1.4
+    answers only when it next reads cron.job, up to a minute later. So: have it read cron.job at the barrier's own signal
+    (an UPDATE of nothing does), and where another wake-up came first, begin again.
+    """
+    identifier = sql.Identifier(name)
+    with psycopg.connect(conninfo.make_conninfo(dsn, dbname="postgres"), autocommit=True) as connection:
+        home = support.scalar(connection, "SELECT current_setting('cron.database_name', true)")
+        exists = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %s)"
+        if not support.scalar(connection, exists, (name,)):
+            return
+        connection.execute(sql.SQL("ALTER DATABASE {} IS_TEMPLATE false").format(identifier))
+        connection.execute("SET statement_timeout = '500ms'")
+
+        def dropped() -> bool:
+            if home:
+                _wake_cron(conninfo.make_conninfo(dsn, dbname=home))
+            with contextlib.suppress(psycopg.errors.QueryCanceled):
+                connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(identifier))
+            return not support.scalar(connection, exists, (name,))
+
+        support.wait_until(dropped, 60, f"database {name} is dropped")
+
+
+def _wake_cron(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        if support.scalar(connection, "SELECT to_regclass('cron.job') IS NOT NULL"):
+            connection.execute("UPDATE cron.job SET active = active WHERE false")
+
+
+@pytest.fixture
+def maintenance(server_dsn: str) -> Iterator[psycopg.Connection]:
+    """A superuser's connection to the server's database postgres."""
+    with psycopg.connect(conninfo.make_conninfo(server_dsn, dbname="postgres"), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def role_passwords(maintenance: psycopg.Connection) -> Iterator[dict[str, str]]:
+    """Roles of this test with their passwords; dropped once the test's databases are."""
+    passwords: dict[str, str] = {}
+    yield passwords
+    for role in reversed(passwords):
+        maintenance.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(role)))
+
+
+@pytest.fixture
+def database_dsn(template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
+    """URI of a fresh clone of the template, for a superuser."""
+    with _database(template_server, template_server.template_dbname) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def empty_database_dsn(server_dsn: str, template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
+    """URI of a database without Embedline in it. The template stays beside it, so that the server's roles stay too."""
+    with _database(template_server, "template0") as dsn:
+        yield dsn
+
+
+@contextlib.contextmanager
+def _database(server: NoopExecutor, template: str) -> Iterator[str]:
+    name = f"embedline_test_{_RUN}_{secrets.token_hex(4)}"
+    janitor = DatabaseJanitor(
+        user=server.user,
+        host=server.host,
+        port=server.port,
+        dbname=name,
+        template_dbname=template,
+        maintenance_dbname=server.maintenance_dbname,
+        password=server.password,
+    )
+    janitor.init()
+    try:
+        yield support.uri(server.host, server.port, server.user, server.password, name)
+    finally:
+        _drop_database(os.environ["EMBEDLINE_DSN"], name)
+
+
+@pytest.fixture
+def connect(database_dsn: str, role_passwords: dict[str, str]) -> Iterator[Connect]:
+    """Open further connections to the test's database; a role logs in as itself, so it cannot become a superuser."""
+    opened: list[psycopg.Connection] = []
+
+    def _connect(role: str | None = None, *, autocommit: bool = True, options: str = "") -> psycopg.Connection:
+        login: Mapping[str, str] = {} if role is None else {"user": role, "password": role_passwords[role]}
+        dsn = conninfo.make_conninfo(database_dsn, options=options, **login)
+        connection = psycopg.connect(dsn, autocommit=autocommit)
+        opened.append(connection)
+        return connection
+
+    yield _connect
+    for connection in opened:
+        connection.close()
+
+
+@pytest.fixture
+def database(connect: Connect) -> psycopg.Connection:
+    """A superuser's autocommit connection to the test's own database, models static-256 and minilm registered."""
+    return connect()
+
+
+@pytest.fixture
+def make_role(maintenance: psycopg.Connection, role_passwords: dict[str, str]) -> MakeRole:
+    """Create roles that can log in; arguments are the roles of which it is a member."""
+
+    def _make(*memberships: str) -> str:
+        name, password = f"embedline_test_{secrets.token_hex(4)}", secrets.token_hex(8)
+        maintenance.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(name), password))
+        role_passwords[name] = password
+        for group in memberships:
+            maintenance.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(group), sql.Identifier(name)))
+        return name
+
+    return _make
+
+
+StartCluster = Callable[..., Cluster]
+
+
+@pytest.fixture(scope="module")
+def start_cluster() -> Iterator[StartCluster]:
+    """Start throw-away servers with Embedline installed and static-256 registered: start_cluster(cron_database=None, ...).
+
+    Each has a data directory and a free port of its own. All are removed at the end, also after kill -9 of the server.
+    """
+    settings = load_settings()
+    with contextlib.ExitStack() as stack:
+
+        def _start(
+            *,
+            cron_database: str | None = None,
+            settings_: Mapping[str, str] | None = None,
+            environment: Mapping[str, str] | None = None,
+        ) -> Cluster:
+            # Not pytest's tmp_path, which is closed to the server's OS user.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="embedline-", ignore_cleanup_errors=True))
+            Path(folder).chmod(0o755)
+            cluster = Cluster(
+                data_dir=Path(folder) / "data",
+                port=_free_port(),
+                bin_dir=local_cluster(settings).bin_dir,
+                python_path=settings.server_python_path,
+                cron_database=cron_database,
+                settings={"shared_buffers": "64MB", "max_wal_size": "1GB", "fsync": "off", **(settings_ or {})},
+                environment=environment or {},
+            )
+            stack.callback(cluster.remove)
+            atexit.register(cluster.remove)
+            stack.callback(atexit.unregister, cluster.remove)
+            cluster.init()
+            cluster.start()
+            if cron_database is not None:
+                with psycopg.connect(cluster.dsn(cron_database), autocommit=True) as connection:
+                    connection.execute("CREATE EXTENSION IF NOT EXISTS pg_cron")
+            support.install(cluster.dsn(), models=("static-256",))
+            return cluster
+
+        yield _start
+
+
+@pytest.fixture(scope="module")
+def own_cluster(start_cluster: StartCluster) -> Cluster:
+    """A server of the test module's own, without pg_cron."""
+    return start_cluster()
+
+
+@pytest.fixture(scope="module")
+def cron_cluster(start_cluster: StartCluster) -> Cluster:
+    """A server of the test module's own with pg_cron in database embedline; no worker is scheduled yet."""
+    return start_cluster(cron_database="embedline")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def module_database(template_server: NoopExecutor) -> Iterator[psycopg.Connection]:
+    """Like `database`, but one clone for all tests of a module that only read what its first fixture wrote."""
+    with (
+        _database(template_server, template_server.template_dbname) as dsn,
+        psycopg.connect(dsn, autocommit=True) as connection,
+    ):
+        yield connection

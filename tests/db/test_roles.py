@@ -1,0 +1,319 @@
+"""Who may do what: nobody anything by default; readers what the source lets them; nobody more through us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+
+from support import assert_exact, create_pages, create_pipeline, drain, scalar, searching, settle
+
+Connect = Callable[..., psycopg.Connection]
+MakeRole = Callable[..., str]
+
+
+def _grant(database: psycopg.Connection, grant: str, role: str) -> None:
+    database.execute(sql.SQL("GRANT {} TO {}").format(sql.SQL(grant), sql.Identifier(role)))
+
+
+@pytest.fixture
+def pages(database: psycopg.Connection) -> psycopg.Connection:
+    create_pages(database, 20)
+    create_pipeline(database)
+    settle(database)
+    return database
+
+
+def test_public_has_no_right_on_anything_of_ours(pages: psycopg.Connection) -> None:
+    schemas = "('embedline'::regnamespace, 'embedline_data'::regnamespace)"
+    grants = pages.execute(
+        f"""
+        SELECT 'schema ' || nspname FROM pg_namespace AS n, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) AS a
+        WHERE n.oid IN {schemas} AND a.grantee = 0
+        UNION ALL
+        SELECT 'relation ' || c.oid::regclass FROM pg_class AS c,
+            aclexplode(coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))) AS a
+        WHERE c.relnamespace IN {schemas} AND a.grantee = 0
+        UNION ALL
+        SELECT 'function ' || p.oid::regprocedure FROM pg_proc AS p, aclexplode(coalesce(proacl, acldefault('f', proowner))) AS a
+        WHERE (p.pronamespace IN {schemas} OR p.oid = 'public.embed_pending(integer, text)'::regprocedure) AND a.grantee = 0
+        UNION ALL
+        SELECT 'view page_embedding' FROM pg_class AS c, aclexplode(relacl) AS a
+        WHERE c.oid = 'page_embedding'::regclass AND a.grantee = 0
+        """
+    ).fetchall()
+    assert grants == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT * FROM embedline.status",
+        "SELECT * FROM embedline.model",
+        "SELECT * FROM embedline.dead_letter",
+        "SELECT * FROM embedline_data.page_chunk",
+        "SELECT * FROM embedline_data.page_outbox",
+        "INSERT INTO embedline_data.page_outbox (key_id) VALUES (1)",
+        "SELECT embedline_data.page_content(page) FROM page",
+        "SELECT * FROM embedline_data.page_read('{1}', 1000)",
+        "SELECT * FROM page_embedding",
+        "SELECT * FROM embedline.search('page', 'rivers')",
+        "SELECT embedline.embed_query('page', 'rivers')",
+        "SELECT embed_pending(1)",
+        "SELECT embedline.embed_pending(1)",
+        "SELECT embedline.create_pipeline('x', 'page', 'body', 'static-256')",
+        "SELECT embedline.drop_pipeline('page')",
+        "SELECT embedline.pause_pipeline('page')",
+        "SELECT embedline.refresh_pipeline('page')",
+        "SELECT embedline.create_model('x', 'openai', 'x', base_url => 'http://127.0.0.1:1/v1')",
+        "SELECT embedline.drop_model('static-256')",
+        "SELECT embedline.schedule_workers(1)",
+        "SELECT embedline._worker_step('begin', NULL, NULL, NULL)",
+        "CALL embedline.run_worker(max_seconds => 0)",
+    ],
+)
+def test_a_role_without_a_grant_can_do_nothing(
+    pages: psycopg.Connection, connect: Connect, make_role: MakeRole, statement: str
+) -> None:
+    role = make_role()
+    _grant(pages, "SELECT ON page", role)
+    with pytest.raises(errors.InsufficientPrivilege):
+        connect(role).execute(statement)
+
+
+def test_a_reader_with_the_source_may_search_and_use_the_view(
+    pages: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    role = make_role("embedline_reader")
+    _grant(pages, "SELECT ON page", role)
+    reader = connect(role)
+    assert len(searching(reader, "page", "rivers", k=5)) == 5
+    assert scalar(reader, "SELECT count(*) FROM page_embedding") == 20
+    ranked = "SELECT id FROM page_embedding ORDER BY embedding <=> embedline.embed_query('page', 'rivers') LIMIT 1"
+    assert scalar(reader, ranked)
+    assert scalar(reader, "SELECT pending FROM embedline.status") == 0
+
+
+def test_a_reader_without_the_source_sees_nothing(
+    pages: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    reader = connect(make_role("embedline_reader"))
+    for statement in (
+        "SELECT * FROM embedline.search('page', 'rivers')",
+        "SELECT chunk FROM page_embedding",
+        "SELECT content FROM embedline_data.page_chunk",
+        "SELECT embedline_data.page_content(NULL)",
+        "SELECT * FROM embedline_data.page_read('{1}', 1000)",
+    ):
+        with pytest.raises(errors.InsufficientPrivilege):
+            reader.execute(statement)
+
+
+def test_a_reader_changes_nothing(pages: psycopg.Connection, connect: Connect, make_role: MakeRole) -> None:
+    role = make_role("embedline_reader")
+    _grant(pages, "ALL ON page", role)
+    reader = connect(role)
+    for statement in (
+        "SELECT embed_pending(1)",
+        "SELECT embedline.drop_pipeline('page')",
+        "UPDATE embedline.pipeline SET state = 'paused'",
+        "DELETE FROM embedline_data.page_chunk",
+        "CALL embedline.run_worker(max_seconds => 0)",
+    ):
+        with pytest.raises(errors.InsufficientPrivilege):
+            reader.execute(statement)
+
+
+def test_row_level_security_of_the_source_decides_in_view_and_search(
+    pages: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    role = make_role("embedline_reader")
+    _grant(pages, "SELECT ON page", role)
+    pages.execute("ALTER TABLE page ENABLE ROW LEVEL SECURITY")
+    pages.execute("CREATE POLICY odd ON page FOR SELECT USING (id % 2 = 1)")
+    reader = connect(role)
+    assert {row[0] for row in reader.execute("SELECT id % 2 FROM page_embedding")} == {1}
+    found = searching(reader, "page", "about mountains", k=20)
+    assert len(found) == 10
+    assert all(int(key) % 2 == 1 for key, _, _ in found)
+    assert len(searching(pages, "page", "about mountains", k=20)) == 20
+
+
+def test_a_column_that_the_reader_may_not_see_stays_hidden(
+    pages: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    role = make_role("embedline_reader")
+    _grant(pages, "SELECT (id, title) ON page", role)
+    with pytest.raises(errors.InsufficientPrivilege):
+        connect(role).execute("SELECT body FROM page_embedding")
+
+
+def test_row_level_security_that_is_forced_on_the_owner_does_not_lose_rows(
+    database: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    """Workers read as the source's owner: a policy that hides rows from the owner hides them from the worker too."""
+    create_pages(database, 10)
+    database.execute("ALTER TABLE page ENABLE ROW LEVEL SECURITY")
+    database.execute("CREATE POLICY odd ON page USING (id % 2 = 1)")
+    create_pipeline(database)
+    settle(database)
+    assert assert_exact(database) == 10
+
+
+def test_a_worker_embeds_without_any_right_on_the_source(
+    pages: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    worker = connect(make_role("embedline_worker"))
+    pages.execute("UPDATE page SET body = 'changed' WHERE id <= 3")
+    assert scalar(worker, "SELECT embed_pending(1000)") == 3
+    pages.execute("UPDATE page SET body = 'changed again' WHERE id <= 3")
+    worker.execute("CALL embedline.run_worker(max_seconds => 20, until_idle => true)")
+    assert_exact(pages)
+    for statement in (
+        "SELECT * FROM page",
+        "SELECT * FROM page_embedding",
+        "SELECT content FROM embedline_data.page_chunk",
+        "SELECT embedline.drop_pipeline('page')",
+        "SELECT * FROM embedline.search('page', 'x')",
+    ):
+        with pytest.raises(errors.InsufficientPrivilege):
+            worker.execute(statement)
+
+
+@pytest.fixture
+def owner(database: psycopg.Connection, make_role: MakeRole) -> str:
+    """An administrator who owns table mine in a schema of its own."""
+    role = make_role("embedline_admin")
+    create_pages(database, 5)
+    database.execute("CREATE SCHEMA own")
+    _grant(database, "ALL ON SCHEMA own", role)
+    create_pages(database, 5, table="own.mine")
+    database.execute(sql.SQL("ALTER TABLE own.mine OWNER TO {}").format(sql.Identifier(role)))
+    return role
+
+
+def test_an_administrator_runs_pipelines_on_own_tables(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    admin = connect(owner)
+    create_pipeline(admin, name="mine", source="own.mine")
+    assert drain(admin) == 5
+    assert len(searching(admin, "mine", "rivers", k=2)) == 2
+    admin.execute("SELECT embedline.pause_pipeline('mine')")
+    admin.execute("SELECT embedline.resume_pipeline('mine')")
+    admin.execute("SELECT embedline.refresh_pipeline('mine')")
+    assert_exact(database, "mine")
+    admin.execute("SELECT embedline.drop_pipeline('mine')")
+
+
+def test_an_administrator_cannot_touch_what_others_own(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    create_pipeline(database)
+    admin = connect(owner)
+    with pytest.raises(errors.InsufficientPrivilege, match="owner"):
+        create_pipeline(admin, name="theirs", source="page")
+    for function in ("drop_pipeline", "pause_pipeline", "resume_pipeline", "refresh_pipeline"):
+        with pytest.raises(errors.InsufficientPrivilege, match="owner"):
+            admin.execute(f"SELECT embedline.{function}('page')")
+    with pytest.raises(errors.InsufficientPrivilege):
+        admin.execute("SELECT embedline.create_model('x', 'openai', 'x', base_url => 'http://127.0.0.1:1/v1')")
+    with pytest.raises(errors.InsufficientPrivilege):
+        admin.execute("SELECT embedline.drop_model('static-256')")
+
+
+def test_the_view_needs_the_right_to_create_in_the_sources_schema(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    database.execute(sql.SQL("REVOKE CREATE ON SCHEMA own FROM {}").format(sql.Identifier(owner)))
+    with pytest.raises(errors.InsufficientPrivilege, match='schema "own"') as caught:
+        create_pipeline(connect(owner), name="mine", source="own.mine")
+    assert "GRANT CREATE" in (caught.value.diag.message_hint or "")
+
+
+_WHO = "CREATE FUNCTION own.who(text) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN current_user || ' ' || $1; END $$"
+
+
+def test_the_content_expression_runs_as_the_sources_owner(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    admin = connect(owner)
+    admin.execute(_WHO)
+    create_pipeline(admin, name="mine", source="own.mine", content="own.who(body)", filter="own.who(title) IS NOT NULL")
+    settle(database)  # drained by a superuser
+    chunks = {row[0].split()[0] for row in database.execute("SELECT content FROM embedline_data.mine_chunk")}
+    assert chunks == {owner}
+
+
+def test_an_expression_cannot_act_with_our_rights(database: psycopg.Connection, connect: Connect, owner: str) -> None:
+    """A function that an administrator writes into the content tries to make its author a superuser, at every step."""
+    admin = connect(owner)
+    admin.execute(
+        """
+        CREATE FUNCTION own.grab(text) RETURNS text LANGUAGE plpgsql AS $$
+        BEGIN
+            BEGIN
+                EXECUTE format('ALTER ROLE %I SUPERUSER', session_user);
+                EXECUTE format('ALTER ROLE %I SUPERUSER', current_user);
+            EXCEPTION WHEN OTHERS THEN NULL;
+            END;
+            RETURN current_user || ' ' || $1;
+        END $$
+        """
+    )
+    create_pipeline(admin, name="mine", source="own.mine", content="own.grab(body)", filter="own.grab(title) <> ''")
+    settle(database)
+    database.execute("UPDATE own.mine SET body = 'by a superuser' WHERE id = 1")
+    settle(database)
+    admin.execute("SELECT embedline.refresh_pipeline('mine')")
+    assert not scalar(database, "SELECT rolsuper FROM pg_roles WHERE rolname = %s", (owner,))
+
+
+def test_a_search_path_of_the_callers_does_not_redirect_us(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    admin = connect(owner)
+    admin.execute("CREATE FUNCTION own.lower(text) RETURNS text LANGUAGE sql AS $$ SELECT 1 / 0 || $1 $$")
+    admin.execute("CREATE FUNCTION own.count() RETURNS bigint LANGUAGE sql AS $$ SELECT 1 / 0 $$")
+    admin.execute("CREATE TABLE own.pg_class (oid oid)")
+    admin.execute("SET search_path = own, pg_catalog, public")
+    create_pipeline(admin, name="mine", source="mine", content="title || body")
+    assert drain(admin) == 5
+    assert searching(admin, "mine", "rivers", k=1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "body FROM own.mine; ALTER ROLE CURRENT_USER SUPERUSER; SELECT (title",
+        "body$$; DROP TABLE page; --$$",
+        "own.tag'\\'; DROP TABLE page; --'",
+        # An identifier that ends in e, and a string constant of the type that it names.
+        "own.tage'\\') AS x FROM own.mine; DROP TABLE page; SELECT (1 --'",
+        # Dollar signs are letters within an identifier.
+        "body$$) AS x FROM own.mine; DROP TABLE page; SELECT (1 --$$",
+        "body$a$) AS x FROM own.mine; DROP TABLE page; SELECT (1 --$a$",
+        "body) AS x FROM own.mine; DROP TABLE page; SELECT (1",
+    ],
+)
+def test_an_injection_through_the_content_does_nothing(
+    database: psycopg.Connection, connect: Connect, owner: str, content: str
+) -> None:
+    admin = connect(owner)
+    admin.execute('CREATE DOMAIN own."tagE" AS text; CREATE DOMAIN own."tage" AS text; CREATE DOMAIN own.tag AS text')
+    admin.execute('ALTER TABLE own.mine ADD COLUMN "body$$" text, ADD COLUMN "body$a$" text')
+    admin.execute("SET search_path = own, public")
+    with pytest.raises(psycopg.Error):
+        create_pipeline(admin, name="mine", source="own.mine", content=content)
+    assert scalar(database, "SELECT count(*) FROM page") == 5
+
+
+def test_set_role_counts_as_the_role(database: psycopg.Connection, connect: Connect, owner: str) -> None:
+    """A superuser who has taken a lesser role has only that role's rights."""
+    database.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
+    with pytest.raises(errors.InsufficientPrivilege):
+        create_pipeline(database, name="theirs", source="page")
+    with pytest.raises(errors.InsufficientPrivilege):
+        database.execute("SELECT embedline.create_model('x', 'openai', 'x', base_url => 'http://127.0.0.1:1/v1')")

@@ -1,0 +1,147 @@
+"""kill -9 of the model host, of a worker's backend and of the server, during a drain: every row ends with its current vectors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from embedline.local.cluster import Cluster
+from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, take_inbox, wait_until
+
+ROWS = 4000
+
+
+@pytest.fixture
+def page(own_cluster: Cluster) -> psycopg.Connection:
+    """A pipeline on a table of its own on a server of its own."""
+    with psycopg.connect(own_cluster.dsn(), autocommit=True) as connection:
+        names = [row[0] for row in connection.execute("SELECT name FROM embedline.pipeline")]
+        for name in names:
+            connection.execute("SELECT embedline.drop_pipeline(%s)", (name,))
+        connection.execute("DROP TABLE IF EXISTS page")
+        create_pages(connection, ROWS)
+        create_pipeline(connection)
+        connection.execute("UPDATE page SET body = body || ' edited' WHERE id % 4 = 0")
+    return psycopg.connect(own_cluster.dsn(), autocommit=True)
+
+
+def _work(dsn: str) -> threading.Thread:
+    def call() -> None:
+        with contextlib.suppress(psycopg.Error), psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("SET application_name = 'victim'")
+            connection.execute("CALL embedline.run_worker(max_seconds => 60, until_idle => true)")
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread
+
+
+def _half_done(page: psycopg.Connection) -> None:
+    wait_until(lambda: data_count(page, "page_document") >= 500, 60, "the drain is under way")
+
+
+def _host_pids(postmaster: int) -> list[int]:
+    """Model hosts of a server: their command line names the socket's folder, which names the postmaster."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = entry.read_bytes().decode(errors="replace")
+            if "embedline.model_host" in command and f"/{postmaster}-" in command:
+                found.append(int(entry.parent.name))
+    return found
+
+
+def test_kill_9_of_the_model_host_during_a_drain(own_cluster: Cluster, page: psycopg.Connection) -> None:
+    with page:
+        thread = _work(own_cluster.dsn())
+        _half_done(page)
+        hosts = _host_pids(own_cluster.postmaster_pid())
+        assert len(hosts) == 1, "one model host serves all backends"
+        os.kill(hosts[0], signal.SIGKILL)
+        thread.join(90)
+        assert not thread.is_alive()
+        settle(page, 60)
+        assert assert_exact(page) == ROWS
+        assert scalar(page, "SELECT count(*) FROM embedline.dead_letter") == 0
+
+
+def test_kill_9_of_a_workers_backend_during_a_drain(own_cluster: Cluster, page: psycopg.Connection) -> None:
+    thread = _work(own_cluster.dsn())
+    _half_done(page)
+    pid = scalar(page, "SELECT pid FROM pg_stat_activity WHERE application_name = 'victim'")
+    host = _host_pids(own_cluster.postmaster_pid())
+    # The postmaster restarts every backend after a crash; the model host is none of them.
+    os.kill(int(pid), signal.SIGKILL)
+    thread.join(30)
+    page.close()
+    after = _reconnect(own_cluster)
+    with after:
+        settle(after, 60)
+        assert assert_exact(after) == ROWS
+        assert scalar(after, "SELECT count(*) FROM embedline.dead_letter") == 0
+        assert _host_pids(own_cluster.postmaster_pid()) == host, "the model host outlives a crash of a backend"
+
+
+def test_kill_9_of_the_server_during_a_drain(own_cluster: Cluster, page: psycopg.Connection) -> None:
+    thread = _work(own_cluster.dsn())
+    _half_done(page)
+    postmaster = own_cluster.postmaster_pid()
+    own_cluster.kill()
+    page.close()
+    thread.join(30)
+    own_cluster.start()
+    after = _reconnect(own_cluster)
+    with after:
+        settle(after, 60)
+        assert assert_exact(after) == ROWS
+        assert scalar(after, "SELECT count(*) FROM embedline.dead_letter") == 0
+    wait_until(lambda: not _host_pids(postmaster), 10, "the model host of the killed server is gone")
+
+
+def test_terminated_backend_is_taken_over_at_once(own_cluster: Cluster, page: psycopg.Connection) -> None:
+    with page:
+        thread = _work(own_cluster.dsn())
+        _half_done(page)
+        page.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'victim'")
+        thread.join(30)
+        settle(page, 60)
+        assert assert_exact(page) == ROWS
+
+
+def test_a_row_that_crashes_its_workers_is_quarantined_alone(own_cluster: Cluster, page: psycopg.Connection) -> None:
+    with page:
+        settle(page, 60)
+        page.execute("UPDATE page SET body = body || ' crash' WHERE id <= 100")
+        take_inbox(page)
+        # As three dead workers leave it: claimed by ids whose locks nobody holds.
+        for crash in range(3):
+            page.execute(
+                "UPDATE embedline_data.page_outbox SET claimed_by = nextval('embedline.worker_id_seq'), crash_count = %s"
+                " WHERE key_id = 42",
+                (crash,),
+            )
+        page.execute(
+            "UPDATE embedline_data.page_outbox SET claimed_by = nextval('embedline.worker_id_seq') WHERE key_id = 43"
+        )
+        settle(page, 60)
+        letters = page.execute("SELECT key, stage, error_code FROM embedline.dead_letter").fetchall()
+        assert letters == [({"id": "42"}, "claim", "EL020")]
+        assert data_count(page, "page_chunk") == ROWS - 1
+
+
+def _reconnect(cluster: Cluster) -> psycopg.Connection:
+    opened: list[psycopg.Connection] = []
+
+    def connected() -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            opened.append(psycopg.connect(cluster.dsn(), autocommit=True))
+        return bool(opened)
+
+    wait_until(connected, 30, "the server accepts connections")
+    return opened[0]

@@ -1,0 +1,330 @@
+"""What the database tests share: installing, draining, waiting, and the oracle that says what must be stored."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+from alembic import command
+from alembic.config import Config
+from psycopg import sql
+
+from embedline.chunking import recursive_chunker, whole_text
+from embedline.errors import UnusableText
+from embedline.text import repair_text
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / ".models"
+
+PAGE = "CREATE TABLE page (id integer PRIMARY KEY, title text, body text, views integer NOT NULL DEFAULT 0)"
+CONTENT = "title || E'\\n\\n' || body"
+
+Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+
+
+def uri(host: str, port: int | str, user: str, password: str | None, dbname: str) -> str:
+    """Return a connection URI."""
+    login = quote(user, safe="") + (f":{quote(password, safe='')}" if password else "")
+    return f"postgresql://{login}@{host}:{port}/{quote(dbname, safe='')}"
+
+
+def alembic_config(dsn: str) -> Config:
+    """Return Alembic's configuration for a database."""
+    config = Config(str(ROOT / "alembic.ini"))
+    config.set_main_option("sqlalchemy.url", dsn.replace("%", "%%"))
+    return config
+
+
+def install(dsn: str, models: Sequence[str] = ("static-256", "minilm")) -> None:
+    """Bring a database to head and register the local models."""
+    command.upgrade(alembic_config(dsn), "head")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for name in models:
+            connection.execute(
+                "SELECT embedline.create_model(%s, 'sentence-transformers', %s)", (name, str(MODELS / name))
+            )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str = "the condition holds") -> None:
+    """Return once the condition is true; fail after `seconds`."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"waited {seconds:.0f} s in vain until {what}"
+        time.sleep(0.01)
+
+
+def scalar(connection: psycopg.Connection, query: str, parameters: Sequence[Any] = ()) -> Any:
+    """Return the first column of a query's only row."""
+    row = connection.execute(query, parameters or None).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def create_pages(connection: psycopg.Connection, count: int, table: str = "page") -> None:
+    """Create table page (id, title, body, views) with `count` rows of different words."""
+    connection.execute(PAGE.replace("TABLE page", f"TABLE {table}"))
+    connection.execute(
+        f"INSERT INTO {table} (id, title, body) SELECT n, 'Title ' || n, 'Body number ' || n || ' about ' || "
+        "(ARRAY['rivers', 'mountains', 'databases', 'violins', 'bread', 'rockets', 'law'])[1 + mod(n, 7)] "
+        "FROM generate_series(1, %s) AS n",
+        (count,),
+    )
+
+
+def create_pipeline(
+    connection: psycopg.Connection,
+    name: str = "page",
+    source: str = "page",
+    content: str = CONTENT,
+    model: str = "static-256",
+    **options: Any,
+) -> str:
+    """Call embedline.create_pipeline with the defaults of these tests; return the routing view."""
+    named = "".join(f", {option} => %s" for option in options)
+    query = f"SELECT embedline.create_pipeline(%s, %s::regclass, %s, %s{named})"
+    return str(scalar(connection, query, (name, source, content, model, *options.values())))
+
+
+def drain(connection: psycopg.Connection, pipeline: str | None = None, max_rows: int = 1000) -> int:
+    """Call embed_pending until it has nothing more to do; return the number of rows embedded."""
+    total = 0
+    while embedded := scalar(connection, "SELECT embedline.embed_pending(%s, %s)", (max_rows, pipeline)):
+        total += int(embedded)
+    return total
+
+
+def settle(connection: psycopg.Connection, seconds: float = 20.0) -> None:
+    """Drain until nothing waits in any pipeline and every backfill is complete."""
+
+    def settled() -> bool:
+        drain(connection)
+        query = (
+            "SELECT coalesce(sum(pending), 0) = 0 AND coalesce(bool_and(backfill_complete), true) FROM embedline.status"
+        )
+        return bool(scalar(connection, query))
+
+    wait_until(settled, seconds, "every pipeline is drained")
+
+
+def searching(
+    connection: psycopg.Connection, pipeline: str, text: str, k: int = 10, **options: Any
+) -> list[tuple[str, str, float]]:
+    """Return embedline.search's rows: key, chunk, score."""
+    named = "".join(f", {option} => %s" for option in options)
+    query = f"SELECT key, chunk, score FROM embedline.search(%s, %s, %s{named})"
+    return connection.execute(query, (pipeline, text, k, *options.values())).fetchall()
+
+
+def data_count(connection: psycopg.Connection, table: str) -> int:
+    """Return the number of rows of a generated table, such as page_outbox."""
+    query = sql.SQL("SELECT count(*) FROM embedline_data.{}").format(sql.Identifier(table))
+    return int(connection.execute(query).fetchone()[0])  # type: ignore[index]
+
+
+def queued(connection: psycopg.Connection, pipeline: str = "page") -> int:
+    """Return the number of changes that wait in a pipeline or are in work."""
+    return int(scalar(connection, "SELECT pending FROM embedline.status WHERE pipeline = %s", (pipeline,)))
+
+
+def take_inbox(connection: psycopg.Connection, pipeline: str = "page", key: str = "key_id") -> None:
+    """Move what applications appended to the outbox, as a worker's claim does first."""
+    connection.execute(
+        sql.SQL(
+            "WITH taken AS (DELETE FROM embedline_data.{} RETURNING {})"
+            " INSERT INTO embedline_data.{} ({}) SELECT unnest(taken.{}) FROM taken"
+        ).format(*map(sql.Identifier, (f"{pipeline}_inbox", key, f"{pipeline}_outbox", key, key)))
+    )
+
+
+def chunked_keys(connection: psycopg.Connection, pipeline: str = "page") -> set[Any]:
+    """Return the keys (first column) that have chunks."""
+    query = "SELECT key_columns[1] FROM embedline.pipeline WHERE name = %s"
+    column = str(scalar(connection, query, (pipeline,)))
+    found = sql.SQL("SELECT DISTINCT {} FROM embedline_data.{}").format(
+        sql.Identifier(column), sql.Identifier(f"{pipeline}_chunk")
+    )
+    return {row[0] for row in connection.execute(found)}
+
+
+@functools.cache
+def _static_model() -> tuple[Any, npt.NDArray[np.float32]]:
+    from safetensors.numpy import load_file
+    from tokenizers import Tokenizer
+
+    folder = MODELS / "static-256"
+    (table,) = load_file(folder / "model.safetensors").values()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    return tokenizer, table.astype(np.float32)
+
+
+def embed_static(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Return static-256's vectors, made without Embedline: the mean of the tokens' rows in the model's table."""
+    tokenizer, table = _static_model()
+    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return np.stack([table[encoding.ids].mean(axis=0) for encoding in encoded])
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    source: str
+    keys: tuple[str, ...]
+    key_names: tuple[str, ...]
+    content: str
+    filter: str | None
+    search_path: str
+    chunking: str
+    chunk_tokens: int
+    chunk_overlap: int
+    vectors: str
+    column: str
+    normalised: bool
+    model: str
+    tokenizer: str | None
+    document_prefix: str
+
+
+def _recipe(connection: psycopg.Connection, pipeline: str) -> _Recipe:
+    row = connection.execute(
+        """
+        SELECT p.source::oid::regclass::text,
+            (SELECT array_agg(a.attname::text ORDER BY k.position)
+             FROM unnest(p.key_attributes) WITH ORDINALITY AS k (attnum, position)
+             JOIN pg_attribute AS a ON a.attrelid = p.source AND a.attnum = k.attnum),
+            p.key_columns, p.content_expression, p.filter_expression, p.expression_search_path, p.chunking,
+            coalesce(p.chunk_tokens, 0), p.chunk_overlap, p.name || '_v' || v.number, 'embedding_v' || v.number,
+            v.distance <> 'l2', m.name, m.tokenizer, m.document_prefix
+        FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+        JOIN embedline.model AS m USING (model_id) WHERE p.name = %s
+        """,
+        (pipeline,),
+    ).fetchone()
+    assert row is not None, f"there is no pipeline {pipeline}"
+    source, keys, names, *rest = row
+    return _Recipe(source, tuple(keys), tuple(names), *rest)
+
+
+_chunker = functools.cache(recursive_chunker)
+
+
+def _expected_chunks(recipe: _Recipe, content: str | None) -> list[tuple[int, int, int, str]] | None:
+    """Return (seq, start, end, text) of each chunk; None where the content must have become a dead letter."""
+    if content is None:
+        return []
+    try:
+        text = repair_text(content)
+    except UnusableText:
+        return None
+    chunker = (
+        whole_text
+        if recipe.chunking == "none"
+        else _chunker(recipe.tokenizer, recipe.chunk_tokens, recipe.chunk_overlap)
+    )
+    return [(chunk.sequence, chunk.start, chunk.end, chunk.content) for chunk in chunker(text)]
+
+
+def assert_exact(
+    connection: psycopg.Connection,
+    pipeline: str = "page",
+    *,
+    content: str | None = None,
+    filter: str | None = None,
+    embed: Embed | None = None,
+) -> int:
+    """Assert that a drained pipeline holds exactly what its source asks for; return the number of chunks.
+
+    Nothing is queued; every row that the filter accepts has the chunks of its current content and no others; each chunk
+    has one vector, the one that the model gives for its text; there is nothing besides. `content` and `filter` replace
+    the expressions of the catalogue, for sources whose columns were renamed. `embed` computes vectors of other models.
+    """
+    recipe = _recipe(connection, pipeline)
+    assert queued(connection, pipeline) == 0, "changes are still queued"
+    rows = _source_rows(connection, recipe, content or recipe.content, filter or recipe.filter)
+    chunks = _stored_chunks(connection, pipeline, recipe)
+    states = _stored_states(connection, pipeline, recipe)
+    expected = {key: _expected_chunks(recipe, text) for key, text in rows.items()}
+    wanted = {key: found for key, found in expected.items() if found}
+    actual = {key: [chunk[:4] for chunk in found] for key, found in chunks.items()}
+    assert actual.keys() == wanted.keys(), f"chunks of other keys: {sorted(actual.keys() ^ wanted.keys())[:5]}"
+    for key, found in wanted.items():
+        assert actual[key] == found, f"chunks of {key} are not those of its content"
+    names = {True: "embedded", False: "empty"}
+    assert states == {
+        key: "dead" if found is None else names[rows[key] is not None] for key, found in expected.items()
+    }, "document states differ"
+    _assert_dead_letters(connection, pipeline, {key for key, found in expected.items() if found is None})
+    _assert_vectors(connection, pipeline, recipe, chunks, embed)
+    return sum(map(len, chunks.values()))
+
+
+def _source_rows(
+    connection: psycopg.Connection, recipe: _Recipe, content: str, filter: str | None
+) -> dict[tuple[str, ...], str | None]:
+    with connection.transaction():
+        connection.execute("SELECT set_config('search_path', %s, true)", (recipe.search_path,))
+        keys = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(key)) for key in recipe.keys)
+        statement = sql.SQL("SELECT ARRAY[{}], ({})::text FROM {} WHERE ({})::boolean").format(
+            keys, sql.SQL(content), sql.SQL(recipe.source), sql.SQL(filter or "true")
+        )
+        return {tuple(key): text for key, text in connection.execute(statement)}
+
+
+def _stored_chunks(
+    connection: psycopg.Connection, pipeline: str, recipe: _Recipe
+) -> dict[tuple[str, ...], list[tuple[int, int, int, str, bytes]]]:
+    keys = sql.SQL(", ").join(sql.SQL("c.{}::text").format(sql.Identifier(key)) for key in recipe.key_names)
+    statement = sql.SQL(
+        "SELECT ARRAY[{}], c.seq, c.start_offset, c.end_offset, c.content, v.{}::vector::real[], c.content_hash"
+        " FROM embedline_data.{} AS c LEFT JOIN embedline_data.{} AS v USING (chunk_id) ORDER BY c.seq"
+    ).format(keys, sql.Identifier(recipe.column), sql.Identifier(f"{pipeline}_chunk"), sql.Identifier(recipe.vectors))
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for key, sequence, start, end, text, vector, digest in connection.execute(statement):
+        assert vector is not None, f"chunk {sequence} of {key} has no vector"
+        assert digest.bytes == hashlib.sha256(text.encode()).digest()[:16]
+        found.setdefault(tuple(key), []).append((sequence, start, end, text, vector))
+    return found
+
+
+def _stored_states(connection: psycopg.Connection, pipeline: str, recipe: _Recipe) -> dict[tuple[str, ...], str]:
+    keys = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(key)) for key in recipe.key_names)
+    statement = sql.SQL("SELECT ARRAY[{}], state FROM embedline_data.{}").format(
+        keys, sql.Identifier(f"{pipeline}_document")
+    )
+    return {tuple(key): state for key, state in connection.execute(statement)}
+
+
+def _assert_dead_letters(connection: psycopg.Connection, pipeline: str, keys: set[tuple[str, ...]]) -> None:
+    letters = connection.execute(
+        "SELECT key FROM embedline.dead_letter JOIN embedline.pipeline USING (pipeline_id) WHERE name = %s", (pipeline,)
+    )
+    assert sorted(sorted(row[0].values()) for row in letters) == sorted(sorted(key) for key in keys), "dead letters"
+
+
+def _assert_vectors(
+    connection: psycopg.Connection, pipeline: str, recipe: _Recipe, chunks: dict[Any, list[Any]], embed: Embed | None
+) -> None:
+    flat = [chunk for found in chunks.values() for chunk in found]
+    assert data_count(connection, recipe.vectors) == len(flat), "vectors without a chunk"
+    if not flat:
+        return
+    if embed is None:
+        assert recipe.model == "static-256", "pass embed for this model"
+        embed = embed_static
+    texts = list(dict.fromkeys(chunk[3].strip() for chunk in flat))
+    matrix = embed([recipe.document_prefix + text for text in texts]).astype(np.float64)
+    wanted = dict(zip(texts, matrix / np.linalg.norm(matrix, axis=1, keepdims=True), strict=True))
+    stored = np.array([chunk[4] for chunk in flat], dtype=np.float64)
+    norms = np.linalg.norm(stored, axis=1)
+    cosines = np.einsum("ij,ij->i", stored, np.stack([wanted[chunk[3].strip()] for chunk in flat])) / norms
+    assert cosines.min() >= 0.9999, f"a vector is not that of its text: cosine {cosines.min():.4f}"
+    if recipe.normalised:
+        assert np.abs(norms - 1).max() < 2e-3

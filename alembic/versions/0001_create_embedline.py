@@ -104,6 +104,7 @@ UPGRADE = (
         filter_expression text,
         expression_search_path text NOT NULL,
         key_attributes smallint[] NOT NULL,
+        input_attributes smallint[] NOT NULL,
         key_columns text[] NOT NULL,
         key_types text[] NOT NULL,
         view_columns jsonb NOT NULL,
@@ -120,6 +121,7 @@ UPGRADE = (
     """,
     "COMMENT ON TABLE embedline.pipeline IS 'One row for each watched source table; see embedline.create_pipeline'",
     "COMMENT ON COLUMN embedline.pipeline.key_attributes IS 'Attribute numbers of the source''s key; they survive RENAME COLUMN'",
+    "COMMENT ON COLUMN embedline.pipeline.input_attributes IS 'Attribute numbers of the columns that content and filter read'",
     "COMMENT ON COLUMN embedline.pipeline.key_columns IS 'Names of the key columns in the generated tables'",
     "COMMENT ON COLUMN embedline.pipeline.capture IS "
     "'statement: transition-table triggers; row: row triggers (partitioned sources and logical-replication subscribers)'",
@@ -260,6 +262,7 @@ DOWNGRADE = (
     END
     $do$
     """,
+    "DROP EVENT TRIGGER IF EXISTS embedline_follow_source",
     "DROP FUNCTION IF EXISTS public.embed_pending(integer, text)",
     # Replayed functions go with their schema; env.py drops schema embedline itself once the version row is gone.
     "DROP SCHEMA embedline_data CASCADE",

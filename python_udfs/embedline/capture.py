@@ -1,9 +1,15 @@
 """Generating a pipeline's objects: tables, capture triggers, read functions and the routing view, as SQL text.
 
-Users' expressions enter only the functions that read the source, which belong to the source's owner, and the trigger
-conditions, which run as whoever writes. The trigger functions and tables belong to Embedline and hold key columns only.
-Key columns are reached through generated functions of the row (`<pipeline>_key_1`), because a body that names columns
-in plain text would break at RENAME COLUMN, and with it the application's write.
+Users' expressions enter only the content and filter functions and what reads through them; these belong to the source's
+owner. The trigger functions and tables belong to Embedline and hold key columns only.
+
+The triggers' conditions compare the input columns and never evaluate the expression as the writer: it could raise, or
+call what the writer may not call, and an application's write never fails because of Embedline. Only where an input
+changed does `<pipeline>_changed` evaluate it, as the source's owner, and an error counts as a change.
+
+No function takes the source's row type as a parameter: PostgreSQL would then refuse ALTER TABLE ... ADD COLUMN ...
+DEFAULT. So trigger functions name the columns in plain text, and the event trigger embedline_follow_source writes them
+anew when one is renamed.
 """
 
 from __future__ import annotations
@@ -33,11 +39,10 @@ class KeyColumn:
 
 @dataclass(frozen=True)
 class SourceExpression:
-    """A user's expression, deparsed by PostgreSQL for each place where it is used."""
+    """A user's expression as PostgreSQL prints it, with bare column names, and the (name, type) of its input columns."""
 
-    of_source_row: str
-    of_old: str
-    of_new: str
+    text: str
+    columns: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,12 @@ class CapturePlan:
 
     name: str
     source: str
-    row_type: str
     keys: tuple[KeyColumn, ...]
     content: SourceExpression
     filter: SourceExpression | None
     capture: str
     always: bool = False
-    watched_columns: tuple[str, ...] = ()
+    watch_all: bool = False
 
     def generated(self, suffix: str) -> str:
         """Qualified, quoted name of a generated object."""
@@ -69,8 +73,24 @@ class CapturePlan:
 
     def enqueue_row(self, row: str) -> str:
         """Return the INSERT of one row's key into the inbox."""
-        keys = ", ".join(f"ARRAY[{self.generated(f'key_{i + 1}')}({row})]" for i in range(len(self.keys)))
+        keys = ", ".join(f"ARRAY[{row}.{quote_ident(key.source_name)}::{key.type}]" for key in self.keys)
         return f"INSERT INTO {self.generated('inbox')} ({self.key_names}) VALUES ({keys});"
+
+    @property
+    def expression_columns(self) -> tuple[tuple[str, str], ...]:
+        """(name, type) of the source columns that the content and the filter read."""
+        expressions = (self.content, *((self.filter,) if self.filter else ()))
+        return tuple(dict.fromkeys(column for expression in expressions for column in expression.columns))
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        """Source columns that decide the content, the filter or the key."""
+        names = [name for name, _ in self.expression_columns]
+        return tuple(dict.fromkeys([*names, *(key.source_name for key in self.keys)]))
+
+    def call(self, suffix: str, expression: SourceExpression, row: str) -> str:
+        """The call of the content or filter function for a row of the source."""
+        return f"{self.generated(suffix)}({', '.join(f'{row}.{quote_ident(name)}' for name, _ in expression.columns)})"
 
     @property
     def key_names(self) -> str:
@@ -78,8 +98,8 @@ class CapturePlan:
         return ", ".join(quote_ident(key.name) for key in self.keys)
 
     def keys_of_row(self, row: str) -> str:
-        """The key of a row expression, column by column."""
-        return ", ".join(f"{self.generated(f'key_{i + 1}')}({row})" for i in range(len(self.keys)))
+        """The key of a row, column by column, as the generated tables hold it."""
+        return ", ".join(f"{row}.{quote_ident(key.source_name)}::{key.type}" for key in self.keys)
 
 
 def storage_statements(plan: CapturePlan) -> list[str]:
@@ -149,7 +169,7 @@ def version_statements(plan: CapturePlan, number: int, vector_type: str) -> list
         f"""CREATE TABLE {table} (
             chunk_id bigint NOT NULL CONSTRAINT {quote_ident(f"{plan.name}_v{number}_chunk_id_fkey")}
                 REFERENCES {plan.generated("chunk")} ON DELETE CASCADE,
-            {quote_ident(f"embedding_v{number}")} public.{vector_type} NOT NULL,
+            {quote_ident(f"embedding_v{number}")} {vector_type} NOT NULL,
             CONSTRAINT {quote_ident(f"{plan.name}_v{number}_pkey")} PRIMARY KEY (chunk_id)
         )""",
         # Vectors of up to 2 kB stay in the row; longer ones go out of line uncompressed: floats do not compress.
@@ -158,26 +178,51 @@ def version_statements(plan: CapturePlan, number: int, vector_type: str) -> list
     ]
 
 
-def row_function_statements(plan: CapturePlan) -> list[str]:
-    """Functions of a source row: its content, its filter, its key. Inlined by the planner where they are called."""
-    functions = [("content", "text", plan.content.of_source_row)]
+def content_function_statements(plan: CapturePlan) -> list[str]:
+    """The content and the filter as functions of their input columns. Inlined by the planner where they are called."""
+    functions = [("content", "text", plan.content)]
     if plan.filter is not None:
-        functions.append(("filter", "boolean", plan.filter.of_source_row))
-    functions += [
-        (f"key_{i + 1}", key.type, f"source_row.{quote_ident(key.source_name)}") for i, key in enumerate(plan.keys)
-    ]
+        functions.append(("filter", "boolean", plan.filter))
     return [
-        f"""CREATE OR REPLACE FUNCTION {plan.generated(suffix)}(source_row {plan.row_type})
+        f"""CREATE OR REPLACE FUNCTION {plan.generated(suffix)}(
+            {", ".join(f"{quote_ident(name)} {column_type}" for name, column_type in expression.columns)})
         RETURNS {result} LANGUAGE sql STABLE
-        BEGIN ATOMIC SELECT ({body})::{result}; END"""
-        for suffix, result, body in functions
+        BEGIN ATOMIC SELECT {expression.text}; END"""
+        for suffix, result, expression in functions
     ]
+
+
+def changed_function_statement(plan: CapturePlan) -> str:
+    """The function that tells whether a change of input columns changes content or filter; an error counts as a change."""
+    columns = plan.expression_columns
+    parameters = [
+        f"{side}_{i + 1} {column_type}" for side in ("old", "new") for i, (_, column_type) in enumerate(columns)
+    ]
+    places = {name: i + 1 for i, (name, _) in enumerate(columns)}
+    functions = [("content", plan.content), *([("filter", plan.filter)] if plan.filter else [])]
+    differences = [
+        " IS DISTINCT FROM ".join(
+            f"{plan.generated(suffix)}({', '.join(f'{side}_{places[name]}' for name, _ in expression.columns)})"
+            for side in ("old", "new")
+        )
+        for suffix, expression in functions
+    ]
+    return f"""CREATE OR REPLACE FUNCTION {plan.generated("changed")}({", ".join(parameters)})
+        RETURNS boolean LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS $plpgsql$
+        BEGIN
+            RETURN {" OR ".join(differences)};
+        EXCEPTION WHEN OTHERS THEN
+            -- The application's write goes through; the worker will meet the same error and keep it as a dead letter.
+            RETURN true;
+        END
+        $plpgsql$"""
 
 
 def read_function_statements(plan: CapturePlan) -> list[str]:
     """SECURITY DEFINER functions of the source's owner through which workers read the source."""
-    content = f"{plan.generated('content')}(source_row.*)"
-    accepted = f"coalesce({plan.generated('filter')}(source_row.*), false)" if plan.filter else "true"
+    content = plan.call("content", plan.content, "source_row")
+    accepted = f"coalesce({plan.call('filter', plan.filter, 'source_row')}, false)" if plan.filter else "true"
     arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
     unnested = plan.key_names
     max_bytes = f"${len(plan.keys) + 1}"
@@ -225,19 +270,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         ORDER BY {order}
         FOR KEY SHARE OF source_row SKIP LOCKED;
         END""",
-        f"""CREATE OR REPLACE FUNCTION {plan.generated("range")}(
-            relation regclass, from_tid tid, to_tid tid, row_limit integer)
-        RETURNS TABLE (row_tid tid, {returned_keys})
-        LANGUAGE plpgsql STABLE {definer}
-        AS $plpgsql$
-        BEGIN
-            RETURN QUERY EXECUTE format(
-                'SELECT source_row.ctid, %s FROM ONLY %s AS source_row'
-                ' WHERE source_row.ctid >= $1 AND source_row.ctid < $2 ORDER BY source_row.ctid LIMIT $3',
-                {quote_literal(plan.keys_of_row("source_row"))}, relation)
-            USING from_tid, to_tid, row_limit;
-        END
-        $plpgsql$""",
+        range_function_statement(plan),
         # The closing sweep of a backfill: an update that moved a row to a block already read was not captured.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("missing")}(row_limit integer)
         RETURNS TABLE ({returned_keys})
@@ -255,16 +288,34 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
     ]
 
 
+def range_function_statement(plan: CapturePlan) -> str:
+    """The function that reads keys of a block range of the source or of one of its partitions."""
+    returned_keys = ", ".join(f"{quote_ident(key.name)} {key.type}" for key in plan.keys)
+    return f"""CREATE OR REPLACE FUNCTION {plan.generated("range")}(
+            relation regclass, from_tid tid, to_tid tid, row_limit integer)
+        RETURNS TABLE (row_tid tid, {returned_keys})
+        LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS $plpgsql$
+        BEGIN
+            RETURN QUERY EXECUTE format(
+                'SELECT source_row.ctid, %s FROM ONLY %s AS source_row'
+                ' WHERE source_row.ctid >= $1 AND source_row.ctid < $2 ORDER BY source_row.ctid LIMIT $3',
+                {quote_literal(plan.keys_of_row("source_row"))}, relation)
+            USING from_tid, to_tid, row_limit;
+        END
+        $plpgsql$"""
+
+
 def trigger_function_statements(plan: CapturePlan) -> list[str]:
     """Trigger functions, SECURITY DEFINER: an application role needs no right on our tables."""
     bodies = _statement_bodies(plan) if plan.capture == "statement" else _row_bodies(plan)
-    changed = " OR ".join(
-        f"{plan.generated(f'key_{i + 1}')}(OLD) IS DISTINCT FROM {plan.generated(f'key_{i + 1}')}(NEW)"
-        for i in range(len(plan.keys))
-    )
+    changed = " OR ".join(_differs(key.source_name) for key in plan.keys)
+    inputs = ", ".join(f"{row}.{quote_ident(name)}" for row in ("OLD", "NEW") for name, _ in plan.expression_columns)
     bodies["update"] = f"""
         IF {changed} THEN
             {plan.enqueue_row("OLD")}
+        ELSIF NOT {plan.generated("changed")}({inputs}) THEN
+            RETURN NULL;
         END IF;
         {plan.enqueue_row("NEW")}
         RETURN NULL;"""
@@ -290,18 +341,18 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
 def _statement_bodies(plan: CapturePlan) -> dict[str, str]:
     outbox, document, chunk = (plan.generated(suffix) for suffix in ("outbox", "document", "chunk"))
     names = [quote_ident(key.name) for key in plan.keys]
-    gone = ", ".join(f"{plan.generated(f'key_{i + 1}')}(ROW(o.*)) AS {name}" for i, name in enumerate(names))
+    gone = ", ".join(f"o.{quote_ident(key.source_name)}::{key.type} AS {quote_ident(key.name)}" for key in plan.keys)
     join = " AND ".join(f"t.{name} = gone.{name}" for name in names)
     returned = ", ".join(f"t.{name}" for name in names)
     return {
         "insert": f"""
-        {plan.enqueue(plan.keys_of_row("ROW(n.*)"), "new_rows AS n")}
+        {plan.enqueue(plan.keys_of_row("n"), "new_rows AS n")}
         RETURN NULL;""",
         # At REPEATABLE READ a row that a worker wrote after the snapshot would raise a serialization failure, or stay
         # unseen: there the delete is left to the worker. Search never shows it: the routing view joins the live row.
         "delete": f"""
         IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-            {plan.enqueue(plan.keys_of_row("ROW(o.*)"), "old_rows AS o")}
+            {plan.enqueue(plan.keys_of_row("o"), "old_rows AS o")}
             RETURN NULL;
         END IF;
         WITH gone AS MATERIALIZED (
@@ -334,15 +385,16 @@ def trigger_name(pipeline: str, event: str) -> str:
     return f"embedline_{pipeline}_{event}"
 
 
+def _differs(column: str) -> str:
+    # As text and byte by byte: some types have no equality (json), and equal is not the same (numeric 1.0 and 1.00, citext).
+    name = quote_ident(column)
+    return f'(OLD.{name}::text COLLATE "C") IS DISTINCT FROM (NEW.{name}::text COLLATE "C")'
+
+
 def trigger_statements(plan: CapturePlan) -> list[str]:
     """Triggers on the source. CREATE TRIGGER takes SHARE ROW EXCLUSIVE on it for an instant."""
-    columns = f" OF {', '.join(map(quote_ident, plan.watched_columns))}" if plan.watched_columns else ""
-    conditions = [f"({plan.content.of_old}) IS DISTINCT FROM ({plan.content.of_new})"]
-    if plan.filter is not None:
-        conditions.append(f"({plan.filter.of_old}) IS DISTINCT FROM ({plan.filter.of_new})")
-    conditions += [
-        f"old.{quote_ident(key.source_name)} IS DISTINCT FROM new.{quote_ident(key.source_name)}" for key in plan.keys
-    ]
+    columns = "" if plan.watch_all else f" OF {', '.join(map(quote_ident, plan.input_columns))}"
+    conditions = [_differs(name) for name in plan.input_columns]
     if plan.capture == "statement":
         insert, delete = (
             "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT",

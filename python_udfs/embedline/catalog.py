@@ -26,7 +26,11 @@ _PIPELINE_SQL = f"""
 """
 
 PIPELINE_BY_NAME = _PIPELINE_SQL + " WHERE p.name = $1"
-ACTIVE_PIPELINES = _PIPELINE_SQL + " WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) ORDER BY p.pipeline_id"
+# A source that was dropped takes its functions along; its pipeline must not stop the others.
+ACTIVE_PIPELINES = f"""{_PIPELINE_SQL}
+    WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
+    ORDER BY p.pipeline_id
+"""
 
 # pgvector's operator and operator class of each distance; the class is prefixed with the column type.
 OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
@@ -132,6 +136,10 @@ class Pipeline:
     def key_texts_of(self, alias: str) -> str:
         """`key_texts` with the columns qualified by a table alias."""
         return "ARRAY[" + ", ".join(f"{alias}.{quote_ident(column)}::text" for column in self.key_columns) + "]"
+
+    def key_list_of(self, alias: str) -> str:
+        """`key_list` with the columns qualified by a table alias."""
+        return ", ".join(f"{alias}.{quote_ident(column)}" for column in self.key_columns)
 
     def key_arrays(self, first_parameter: int = 1) -> str:
         """Parameters $n::text[] of each key column, cast to arrays of the column's type."""

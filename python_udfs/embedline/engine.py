@@ -168,7 +168,15 @@ class Engine:
     ) -> Iterable[tuple[int, ClaimedRow, documents.ReadRow | None]]:
         remaining = list(enumerate(rows))
         while remaining:
-            read = documents.read_rows(self.session, batch.pipeline, [row.key for _, row in remaining], MAX_BATCH_BYTES)
+            try:
+                read = documents.read_rows(
+                    self.session, batch.pipeline, [row.key for _, row in remaining], MAX_BATCH_BYTES
+                )
+            except Exception as error:
+                if not _is_row_fault(error):
+                    raise
+                yield from self._read_halves(batch, remaining, error)
+                return
             deferred = []
             for position, (index, row) in enumerate(remaining):
                 found = read.get(position)
@@ -177,6 +185,20 @@ class Engine:
                 else:
                     yield index, row, found
             remaining = deferred
+
+    def _read_halves(
+        self, batch: Batch, rows: list[tuple[int, ClaimedRow]], error: Exception
+    ) -> Iterable[tuple[int, ClaimedRow, documents.ReadRow | None]]:
+        """Find the rows whose content expression raises, by halves; those are given up, their neighbours go on."""
+        if len(rows) == 1:
+            message = str(error).removeprefix("spiexceptions.")
+            code = str(getattr(error, "sqlstate", "EL022"))
+            self._bury(batch, Document(rows[0][1]), "read", code, message)
+            return
+        middle = len(rows) // 2
+        for part in (rows[:middle], rows[middle:]):
+            for position, row, read in self._read_all(batch, [row for _, row in part]):
+                yield part[position][0], row, read
 
     def _chunker(self, pipeline: Pipeline) -> Chunker:
         if pipeline.chunking == "none":
@@ -234,7 +256,8 @@ class Engine:
             except InvalidVectors as invalid:
                 unit.error = invalid
                 continue
-            faults = vectors.find_faults(matrix, version.column_type)
+            # A normalised vector fits float16 whatever the model's scale.
+            faults = vectors.find_faults(matrix, version.column_type if version.distance == "l2" else "vector")
             sound = [i for i in range(len(digests)) if i not in faults]
             usable = matrix[sound]
             if version.distance != "l2":
@@ -328,6 +351,11 @@ class Engine:
 
     def _finish(self, batch: Batch, rows: list[ClaimedRow]) -> None:
         outbox.finish(self.session, batch.pipeline, rows, self.worker_id)
+
+
+def _is_row_fault(error: Exception) -> bool:
+    # Data exceptions, wrong text for a type, an error raised by a function of the expression, a missing right or function.
+    return str(getattr(error, "sqlstate", ""))[:2] in ("21", "22", "23", "38", "39", "42", "P0")
 
 
 def _tokens(text: str) -> int:

@@ -6,15 +6,24 @@ import re
 
 from embedline.errors import InvalidParameter
 
-_LITERALS = re.compile(
+# PostgreSQL's lexical rules, as far as they decide where a quotation begins and ends. A letter or a dollar sign within a
+# word begins none; a quotation that does not end is "broken". standard_conforming_strings is pinned on.
+_TOKENS = re.compile(
     r"""
-    [eE]'(?:[^'\\]|\\.|'')*'          # escape string
-    | '(?:[^']|'')*'                  # string (standard_conforming_strings is pinned on)
-    | "(?:[^"]|"")*"                  # quoted identifier
-    | (\$(?:[A-Za-z_][A-Za-z_0-9]*)?\$).*?\1   # dollar-quoted string
+    (?P<constant> [eE]'(?:[^'\\]|\\.|'')*' | (?:[uU]&|[bBxXnN])?'(?:[^']|'')*' | (?:[uU]&)?"(?:[^"]|"")*"
+      | (?P<tag>\$(?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?\$).*?(?P=tag) )
+    | (?P<broken> [eE]' | \$(?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?\$ )
+    | (?P<word> [\w\x80-\U0010ffff][\w$\x80-\U0010ffff]*+ )
     """,
     re.VERBOSE | re.DOTALL,
 )
+_CLOSING = {")": "(", "]": "["}
+
+
+def _bare(match: re.Match[str]) -> str:
+    if match["constant"]:
+        return " '' "
+    return " ' " if match["broken"] else "w"
 
 
 def require_single_expression(expression: str, parameter: str) -> str:
@@ -22,20 +31,22 @@ def require_single_expression(expression: str, parameter: str) -> str:
 
     A second statement, a comment or a parenthesis that closes more than it opened would let it leave its place.
     """
-    bare = _LITERALS.sub("''", expression)
-    depth = 0
+    bare = _TOKENS.sub(_bare, expression)
+    open_brackets: list[str] = []
+    matched = True
     for character in bare:
-        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)
-        if depth < 0:
-            break
+        if character in "([":
+            open_brackets.append(character)
+        elif character in ")]":
+            matched = matched and bool(open_brackets) and open_brackets.pop() == _CLOSING[character]
     reason = None
     if not bare.strip():
         reason = "it is empty"
-    elif depth != 0:
+    elif open_brackets or not matched:
         reason = "its parentheses do not match"
     elif any(mark in bare for mark in (";", "--", "/*", "\x00")):
         reason = "it has a semicolon or a comment"
-    elif re.sub(r"''", "", bare).count("'") or '"' in bare or re.search(r"\$\w*\$", bare):
+    elif "'" in bare.replace("''", "") or '"' in bare:
         reason = "a quotation in it does not end"
     if reason:
         raise InvalidParameter(

@@ -57,6 +57,12 @@ def replay(connection: Connection) -> None:
     """Bring every function, procedure, view and grant to the text that this package carries."""
     # Bodies may name objects that a later file creates.
     run_script(connection, "SET LOCAL check_function_bodies = off")
+    # Type vector is named without its schema: it is wherever pgvector was put.
+    run_script(
+        connection,
+        "SELECT set_config('search_path', 'pg_catalog, ' || quote_ident(n.nspname), true) FROM pg_extension AS e"
+        " JOIN pg_namespace AS n ON n.oid = e.extnamespace WHERE e.extname = 'vector'",
+    )
     for path in object_files():
         run_script(connection, path.read_text(encoding="utf-8"))
     version = embedline.__version__.replace("'", "")

@@ -59,16 +59,16 @@ def claim_changes(session: Session, pipeline: Pipeline, limit: int, worker_id: i
         wanted = "o.claimed_by IS NULL AND (o.not_before IS NULL OR o.not_before <= now()) AND $3 IS NOT NULL"
     mark = (
         f"UPDATE {pipeline.outbox} AS t SET claimed_by = $4, attempts = t.attempts + 1,"
-        " crash_count = t.crash_count + c.crashed FROM candidate AS c WHERE t.outbox_id = c.outbox_id"
+        " crash_count = t.crash_count + c.crashed FROM folded AS c WHERE t.outbox_id = c.outbox_id"
         " RETURNING t.outbox_id, c.key, t.attempts, t.crash_count"
         if worker_id is not None
-        else "SELECT outbox_id, key, attempts + 1 AS attempts, crash_count + crashed AS crash_count FROM candidate"
+        else "SELECT outbox_id, key, attempts + 1 AS attempts, crash_count + crashed AS crash_count FROM folded"
         " WHERE $4::integer IS NULL"
     )
     rows = session.query(
         f"""
         WITH candidate AS MATERIALIZED (
-            SELECT o.outbox_id, {pipeline.key_texts_of("o")} AS key, o.attempts, o.crash_count,
+            SELECT o.outbox_id, {pipeline.key_list_of("o")}, o.attempts, o.crash_count,
                 (o.claimed_by IS NOT NULL)::integer AS crashed
             FROM {pipeline.outbox} AS o
             WHERE {wanted}
@@ -79,6 +79,11 @@ def claim_changes(session: Session, pipeline: Pipeline, limit: int, worker_id: i
             ORDER BY o.outbox_id
             LIMIT $2
             FOR UPDATE OF o SKIP LOCKED
+        ), folded AS (
+            -- Equal keys may be spelled differently (1.0 and 1.00): all go by the spelling of the first.
+            SELECT c.outbox_id, c.attempts, c.crash_count, c.crashed, first_value({pipeline.key_texts_of("c")}) OVER (
+                PARTITION BY {pipeline.key_list_of("c")} ORDER BY c.outbox_id) AS key
+            FROM candidate AS c
         )
         {mark}
         """,

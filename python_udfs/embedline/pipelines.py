@@ -9,8 +9,8 @@ from typing import Any
 
 from embedline import capture
 from embedline.capture import CapturePlan, KeyColumn, SourceExpression
-from embedline.catalog import Model, load_model, load_pipeline
-from embedline.database import Session, as_mapping, entry_point, quote_ident, quote_literal
+from embedline.catalog import Model, Pipeline, load_model, load_pipeline
+from embedline.database import Session, as_mapping, entry_point, quote_ident, quote_literal, vector_schema
 from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermitted
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
@@ -27,7 +27,7 @@ _DEFAULT_CHUNK_TOKENS = 256
 
 _SOURCE = """
     SELECT c.relkind, c.relpersistence, c.relispartition, n.nspname AS schema, c.relname AS name,
-           pg_get_userbyid(c.relowner) AS owner, c.reltype::regtype::text AS row_type,
+           pg_get_userbyid(c.relowner) AS owner,
            pg_has_role($2, c.relowner, 'USAGE') AS owned, has_schema_privilege($2, n.oid, 'CREATE') AS may_create,
            EXISTS (SELECT FROM pg_subscription_rel AS s WHERE s.srrelid = c.oid) AS subscribed
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -47,7 +47,8 @@ _KEY = """
             AND i.indpred IS NULL AND i.indexprs IS NULL
             AND NOT EXISTS (
                 SELECT FROM pg_attribute AS a
-                WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::smallint[]) AND NOT a.attnotnull)
+                WHERE a.attrelid = i.indrelid AND NOT a.attnotnull
+                    AND a.attnum = ANY ((i.indkey::smallint[])[0:i.indnkeyatts - 1]))
         ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1
     ) AS k
     JOIN pg_index AS i ON i.indexrelid = k.indexrelid
@@ -60,15 +61,29 @@ _COLUMNS = """
     SELECT attname FROM pg_attribute
     WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """
+_EXPRESSION = """
+    SELECT pg_get_expr(conbin, conrelid) AS text FROM pg_constraint
+    WHERE conrelid = 'pg_temp.embedline_check'::regclass AND contype = 'c'
+"""
 _INPUT_COLUMNS = """
-    SELECT DISTINCT d.refobjsubid, a.attname
-    FROM pg_depend AS d
-    JOIN pg_proc AS p ON p.oid = d.objid
-    JOIN pg_namespace AS n ON n.oid = p.pronamespace
-    LEFT JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-    WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::oid
-        AND n.nspname = 'embedline_data' AND p.proname = ANY ($2)
-    ORDER BY d.refobjsubid
+    SELECT a.attname, format_type(a.atttypid, NULL) AS type
+    FROM pg_constraint AS c, unnest(c.conkey) AS k (attnum), pg_attribute AS a
+    WHERE c.conrelid = 'pg_temp.embedline_check'::regclass AND c.contype = 'c'
+        AND a.attrelid = c.conrelid AND a.attnum = k.attnum
+    ORDER BY a.attnum
+"""
+# Functions and operators' functions of an expression, by the node tree that PostgreSQL stores of it.
+_VOLATILE = """
+    SELECT p.oid::regprocedure::text AS signature
+    FROM pg_constraint AS c, regexp_matches(c.conbin::text, ':(?:funcid|opfuncid) (\\d+)', 'g') AS m
+    JOIN pg_proc AS p ON p.oid = m[1]::oid
+    WHERE c.conrelid = 'pg_temp.embedline_check'::regclass AND c.contype = 'c' AND p.provolatile = 'v'
+        -- A function of the user's is volatile until declared otherwise; only the known ones are refused.
+        AND p.pronamespace = 'pg_catalog'::regnamespace LIMIT 1
+"""
+_VIEW_GRANTS = """
+    SELECT g.privilege_type, g.is_grantable, CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END AS grantee
+    FROM pg_class AS c, aclexplode(c.relacl) AS g WHERE c.oid = $1::oid AND g.grantee <> c.relowner
 """
 # A BEFORE UPDATE row trigger may change an input that the statement does not name: UPDATE OF would not see it.
 _BEFORE_UPDATE = """
@@ -96,7 +111,6 @@ class _Source:
     schema: str
     name: str
     owner: str
-    row_type: str
     partitioned: bool
     subscribed: bool
 
@@ -113,16 +127,14 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     source = _load_source(session, _source_oid(session, given["source"]), role)
     model = load_model(session, given["model"])
     _check_recipe(given, model)
-    session.execute("SET LOCAL standard_conforming_strings = on")
     _bound_lock_wait(session)
     plan = _make_plan(session, name, source, given)
     chunk_tokens = _chunk_tokens(given, model)
     for statement in capture.storage_statements(plan):
         session.execute(statement)
-    _create_functions(session, plan, source, given["expression_search_path"])
-    plan = _with_watched_columns(session, plan, source)
+    _create_functions(session, plan, source)
     pipeline_id = _register(session, given, plan, source, model, chunk_tokens)
-    vector_type = f"{given['column_type']}({model.config.dimensions})"
+    vector_type = f"{vector_schema(session)}.{given['column_type']}({model.config.dimensions})"
     for statement in capture.version_statements(plan, 1, vector_type):
         session.execute(statement)
     for statement in (*capture.trigger_function_statements(plan), *capture.trigger_statements(plan)):
@@ -177,7 +189,7 @@ def _load_source(session: Session, oid: int, role: str) -> _Source:
             hint=f'GRANT CREATE ON SCHEMA "{row["schema"]}" TO {role}; the routing view is created there.',
         )
     return _Source(
-        oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"], row_type=row["row_type"],
+        oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"],
         partitioned=row["relkind"] == "p", subscribed=row["subscribed"],
     )  # fmt: skip
 
@@ -262,13 +274,18 @@ def _make_plan(session: Session, name: str, source: _Source, given: dict[str, An
             detail="A parent's statement triggers do not fire on a write to a partition.",
         )
     search_path = given["expression_search_path"]
-    content = _deparse(session, source, given["content"], "content", "text", search_path)
+    content = _deparse(session, source, given["content"], "content", search_path)
+    if not content.columns:
+        raise InvalidParameter(
+            "content names no column of the source", hint="For example content => $$title || E'\\n\\n' || body$$."
+        )
     filter_expression = None
     if given["filter"] is not None:
-        filter_expression = _deparse(session, source, given["filter"], "filter", "boolean", search_path)
+        filter_expression = _deparse(session, source, given["filter"], "filter", search_path)
     return CapturePlan(
-        name=name, source=source.qualified, row_type=source.row_type, keys=keys, content=content,
+        name=name, source=source.qualified, keys=keys, content=content,
         filter=filter_expression, capture=mode, always=source.subscribed or given["capture"] == "row",
+        watch_all=bool(session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid)),
     )  # fmt: skip
 
 
@@ -277,52 +294,50 @@ def _key_column_name(source_name: str, position: int) -> str:
     return name if len(name.encode()) <= 63 else f"key_{position + 1}"
 
 
-def _deparse(
-    session: Session, source: _Source, expression: str, parameter: str, cast: str, search_path: str
-) -> SourceExpression:
-    """Let PostgreSQL resolve the expression and print it back with each column qualified as the place of use needs.
+def _deparse(session: Session, source: _Source, expression: str, parameter: str, search_path: str) -> SourceExpression:
+    """Let PostgreSQL resolve the expression with the caller's search_path, and print it back fully qualified.
 
-    With two relations in FROM, pg_get_viewdef qualifies every column with the alias: the deparsed text of alias "old"
-    is at once a valid trigger condition.
+    A CHECK constraint on a temporary copy of the table takes exactly what is wanted: an expression over one row, without
+    aggregates, window or set-returning functions and subqueries, and prints it with bare column names.
     """
     require_single_expression(expression, parameter)
-    texts = []
-    # A view cannot have relations called old and new; the marks become these names below.
-    for alias in ("source_row", "embedline_old", "embedline_new"):
-        with_path = f"SELECT set_config('search_path', {quote_literal(search_path)}, true)"
-        try:
-            session.execute(with_path)
-            session.execute(
-                f"CREATE TEMPORARY VIEW embedline_deparse AS SELECT (\n{expression}\n)::pg_catalog.{cast} AS embedline_expression"
-                f" FROM {source.qualified} AS {alias}, (SELECT 1) AS embedline_one"
-            )
-            session.execute("SET LOCAL search_path = pg_catalog, pg_temp")
-        except Exception as error:
-            if not hasattr(error, "sqlstate") or not str(error.sqlstate).startswith("42"):
-                raise
-            raise InvalidParameter(
-                f"{parameter} is not an expression over the columns of {source.qualified}: {error}",
-                hint="Name columns without the table, for example title || E'\\n\\n' || body.",
-            ) from error
-        definition = str(session.scalar("SELECT pg_get_viewdef('pg_temp.embedline_deparse'::regclass)"))
-        session.execute("DROP VIEW pg_temp.embedline_deparse")
-        start = definition.index("SELECT ") + len("SELECT ")
-        texts.append(
-            re.sub(
-                r"\bembedline_(old|new)\.", r"\1.", definition[start : definition.rindex(" AS embedline_expression")]
-            )
-        )
-    if re.search(r"\bSELECT\b", re.sub(r"'(?:[^']|'')*'", "''", texts[0])):
+    # IS TRUE takes a boolean only; anything can be the text of a content.
+    cast, test = ("::pg_catalog.text", " IS NULL") if parameter == "content" else ("", " IS TRUE")
+    session.execute(f"CREATE TEMPORARY TABLE embedline_check (LIKE {source.qualified}) ON COMMIT DROP")
+    try:
+        session.execute(f"SELECT set_config('search_path', {quote_literal(search_path)}, true)")
+        session.execute(f"ALTER TABLE pg_temp.embedline_check ADD CHECK ((\n{expression}\n){cast}{test})")
+    except Exception as error:
+        state = str(getattr(error, "sqlstate", ""))
+        if state[:2] not in ("42", "22", "0A"):
+            raise
         raise InvalidParameter(
-            f"{parameter} must not hold a subquery",
-            detail="A change of another table would not be captured.",
-            hint="Keep what belongs to the row in the row, for example with a trigger of your own.",
+            f"{parameter} is not an expression over the columns of {source.qualified}: {error}",
+            hint="Name columns without the table, for example title || E'\\n\\n' || body.",
+        ) from error
+    session.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+    volatile = session.scalar(_VOLATILE)
+    text = str(session.scalar(_EXPRESSION)).removeprefix("(").removesuffix(f"{test})")
+    columns = session.query(_INPUT_COLUMNS)
+    session.execute("DROP TABLE pg_temp.embedline_check")
+    if volatile:
+        raise InvalidParameter(
+            f"{parameter} calls {volatile}, which is volatile",
+            hint="The same row must give the same text each time: use functions that are immutable or stable.",
         )
-    return SourceExpression(*texts)
+    if re.match(r"\(*ROW\(", text) or re.search(r"\.\*", re.sub(r"'(?:[^']|'')*'", "''", text)):
+        raise InvalidParameter(
+            f"{parameter} is a row, not a single value", hint="Join the columns: title || E'\\n\\n' || body."
+        )
+    return SourceExpression(text, tuple((str(row["attname"]), str(row["type"])) for row in columns))
 
 
-def _create_functions(session: Session, plan: CapturePlan, source: _Source, search_path: str) -> None:
-    for statement in (*capture.row_function_statements(plan), *capture.read_function_statements(plan)):
+def _create_functions(session: Session, plan: CapturePlan, source: _Source) -> None:
+    for statement in (
+        *capture.content_function_statements(plan),
+        capture.changed_function_statement(plan),
+        *capture.read_function_statements(plan),
+    ):
         session.execute(statement)
     owner = quote_ident(source.owner)
     session.execute(f"GRANT USAGE ON SCHEMA embedline_data TO {owner}")
@@ -340,34 +355,12 @@ def _generated_functions(session: Session, name: str) -> list[dict[str, Any]]:
         SELECT p.oid::regprocedure::text AS signature, p.proname AS name FROM pg_proc AS p
         WHERE p.pronamespace = 'embedline_data'::regnamespace AND starts_with(p.proname, $1 || '_')
             AND substr(p.proname, length($1) + 2)
-                ~ '^(content|filter|key_[0-9]+|read|lock|range|missing|capture_(insert|update|delete|truncate))$'
+                ~ '^(content|filter|changed|read|lock|range|missing|capture_(insert|update|delete|truncate))$'
         ORDER BY p.proname
         """,
         ["text"],
         name,
     )
-
-
-def _with_watched_columns(session: Session, plan: CapturePlan, source: _Source) -> CapturePlan:
-    names = [f"{plan.name}_content", f"{plan.name}_filter"] + [
-        f"{plan.name}_key_{i + 1}" for i in range(len(plan.keys))
-    ]
-    rows = session.query(_INPUT_COLUMNS, ["bigint", "name[]"], source.oid, names)
-    whole_row = any(row["refobjsubid"] == 0 for row in rows)
-    if (
-        not any(row["attname"] and row["attname"] not in {k.source_name for k in plan.keys} for row in rows)
-        and not whole_row
-    ):
-        # A content of key columns only is unusual, yet fine; a content of no column at all is a slip.
-        content_rows = session.query(_INPUT_COLUMNS, ["bigint", "name[]"], source.oid, names[:1])
-        if not content_rows:
-            raise InvalidParameter(
-                "content names no column of the source", hint="For example content => $$title || E'\\n\\n' || body$$."
-            )
-    if whole_row or session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid):
-        return plan
-    watched = tuple(dict.fromkeys(str(row["attname"]) for row in rows if row["attname"]))
-    return CapturePlan(**{**plan.__dict__, "watched_columns": watched})
 
 
 def _register(
@@ -376,17 +369,22 @@ def _register(
     pipeline_id = session.scalar(
         """
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
-            key_attributes, key_columns, key_types, view_columns, chunking, chunk_tokens, chunk_overlap, capture, created_by)
+            key_attributes, input_attributes, key_columns, key_types, view_columns, chunking, chunk_tokens, chunk_overlap,
+            capture, created_by)
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
+                JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
+            (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($14) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
             $7, $8, '{}', $9, $10, $11, $12, $13
         RETURNING pipeline_id
         """,
-        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "integer", "integer", "text", "text"],
+        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "integer", "integer", "text", "text",
+         "name[]"],
         plan.name, source.oid, given["content"], given["filter"], given["expression_search_path"],
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
         given["chunking"], chunk_tokens, given["chunk_overlap"], plan.capture, caller(session),
+        [name for name, _ in plan.expression_columns],
     )  # fmt: skip
     recipe = {
         "model": model.fingerprint, "document_prefix": model.config.document_prefix,
@@ -430,6 +428,7 @@ def _create_view(session: Session, pipeline_id: int, plan: CapturePlan, source: 
         names = [key.source_name for key in plan.keys]
     view_columns = {column: _free_name(column, names) for column in capture.CHUNK_COLUMNS}
     columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
+    view_columns |= {key.name: key.source_name for key in plan.keys}
     session.execute(f"CREATE VIEW {view} WITH (security_invoker = true) AS {capture.view_query(plan, columns, 1)}")
     session.execute(f"ALTER VIEW {view} OWNER TO {quote_ident(source.owner)}")
     comment = f"Embedline pipeline {plan.name}: each row of {source.qualified} with its chunks and their embeddings"
@@ -499,7 +498,7 @@ def drop_pipeline(session: Session, name: str) -> None:
     pipeline = load_pipeline(session, name)
     functions = _generated_functions(session, name)
     # The read functions depend on the row functions and on the tables.
-    for row in sorted(functions, key=lambda r: not re.search(r"_(read|lock|range|missing)$", str(r["name"]))):
+    for row in sorted(functions, key=lambda r: not re.search(r"_(changed|read|lock|range|missing)$", str(r["name"]))):
         session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")
     for version in numbers:
         session.execute(f"DROP TABLE IF EXISTS {pipeline.generated('v' + str(version['number']))}")
@@ -521,30 +520,62 @@ def refresh_pipeline(session: Session, name: str) -> None:
     require_control(session, name)
     _bound_lock_wait(session)
     pipeline = load_pipeline(session, name)
-    key_rows = session.query(
-        """
-        SELECT a.attname FROM embedline.pipeline AS p, unnest(p.key_attributes) WITH ORDINALITY AS k (attnum, position)
-        JOIN pg_attribute AS a ON a.attnum = k.attnum WHERE p.name = $1 AND a.attrelid = p.source ORDER BY k.position
-        """,
-        ["text"], name,
+    plan, source = _current_plan(session, pipeline)
+    _refresh_view(session, pipeline.pipeline_id, plan, source, pipeline.view_oid, pipeline.view_columns)
+    _refresh_update_trigger(session, plan, source)
+    _rewrite_trigger_functions(session, plan)
+    # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
+    session.query(
+        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
+        ["bigint"], pipeline.version.version_id,
     )  # fmt: skip
-    source_rows = session.query(
-        "SELECT n.nspname, c.relname, pg_get_userbyid(c.relowner) AS owner FROM pg_class AS c"
-        " JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = $1::oid",
-        ["bigint"], pipeline.source_oid,
+
+
+@entry_point
+def follow_source(session: Session, name: str) -> None:
+    """Write the trigger functions anew with the current names of the key columns; called by the event trigger."""
+    _rewrite_trigger_functions(session, _current_plan(session, load_pipeline(session, name))[0])
+
+
+def _rewrite_trigger_functions(session: Session, plan: CapturePlan) -> None:
+    for statement in (*capture.trigger_function_statements(plan), capture.range_function_statement(plan)):
+        session.execute(statement)
+
+
+def _current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, _Source]:
+    """Return what is needed to write a pipeline's trigger functions and view, with the names of now."""
+    key_rows, input_rows = (
+        session.query(
+            f"""
+            SELECT a.attname
+            FROM embedline.pipeline AS p, unnest(p.{attributes}) WITH ORDINALITY AS k (attnum, position)
+            JOIN pg_attribute AS a ON a.attnum = k.attnum
+            WHERE p.name = $1 AND a.attrelid = p.source ORDER BY k.position
+            """,
+            ["text"],
+            pipeline.name,
+        )
+        for attributes in ("key_attributes", "input_attributes")
+    )
+    rows = session.query(
+        "SELECT n.nspname, c.relname, pg_get_userbyid(c.relowner) AS owner, p.capture FROM pg_class AS c"
+        " JOIN pg_namespace AS n ON n.oid = c.relnamespace JOIN embedline.pipeline AS p ON p.source = c.oid"
+        " WHERE p.name = $1",
+        ["text"], pipeline.name,
     )  # fmt: skip
-    if not source_rows:
-        raise NotFound(f'the source of pipeline "{name}" is gone', hint=f"SELECT embedline.drop_pipeline('{name}').")
-    first = source_rows[0]
-    source = _Source(pipeline.source_oid, first["nspname"], first["relname"], first["owner"], "", False, False)
+    if not rows:
+        raise NotFound(
+            f'the source of pipeline "{pipeline.name}" is gone',
+            hint=f"SELECT embedline.drop_pipeline('{pipeline.name}').",
+        )
+    first = rows[0]
+    source = _Source(pipeline.source_oid, first["nspname"], first["relname"], first["owner"], False, False)
     keys = tuple(
         KeyColumn(str(row["attname"]), column, key_type, None)
         for row, column, key_type in zip(key_rows, pipeline.key_columns, pipeline.key_types, strict=True)
     )
-    empty = SourceExpression("", "", "")
-    plan = CapturePlan(name, source.qualified, "", keys, empty, None, "statement")
-    _refresh_view(session, pipeline.pipeline_id, plan, source, pipeline.view_oid, pipeline.view_columns)
-    _refresh_update_trigger(session, plan, source)
+    inputs = SourceExpression("", tuple((str(row["attname"]), "") for row in input_rows))
+    return CapturePlan(pipeline.name, source.qualified, keys, inputs, None, str(first["capture"])), source
 
 
 def _refresh_view(
@@ -568,7 +599,7 @@ def _refresh_view(
         _create_view(session, pipeline_id, plan, source)
         _grant(session, plan, source)
         return
-    of_chunk = {name: column for column, name in view_columns.items()}
+    of_chunk = {view_columns[column]: column for column in capture.CHUNK_COLUMNS}
     # A renamed source column keeps the name it had in the view: pg_depend tells which column it shows.
     shown = session.query(
         """
@@ -582,10 +613,16 @@ def _refresh_view(
         return
     renamed = [name for name in existing if name not in columns and name not in of_chunk]
     if renamed:
-        # CREATE OR REPLACE VIEW cannot rename; the view is made anew where nothing depends on it.
+        # CREATE OR REPLACE VIEW cannot rename; the view is made anew where nothing depends on it, with its grants.
+        grants = session.query(_VIEW_GRANTS, ["bigint"], view_oid)
         session.execute(f"DROP VIEW {view}")
         _create_view(session, pipeline_id, plan, source)
         _grant(session, plan, source)
+        for grant in grants:
+            option = " WITH GRANT OPTION" if grant["is_grantable"] else ""
+            session.execute(
+                f"GRANT {grant['privilege_type']} ON {_view_name(source, plan)} TO {grant['grantee']}{option}"
+            )
         return
     layout = [(of_chunk.get(name, name), name, name in of_chunk) for name in existing]
     layout += [(column, column, False) for column in columns if column not in existing]

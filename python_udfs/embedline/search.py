@@ -82,18 +82,18 @@ def _search_statement(session: Session, pipeline: Pipeline) -> str:
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
         )
     version, schema, names = pipeline.version, vector_schema(session), pipeline.view_columns
-    embedding, chunk, chunk_id = (quote_ident(names[c]) for c in ("embedding", "chunk", "chunk_id"))
+    embedding, chunk = quote_ident(names["embedding"]), quote_ident(names["chunk"])
     distance = f"{embedding} OPERATOR({schema}.{version.operator}) $1::{schema}.{version.vector_type}"
     score = {"cosine": "1 - n.distance", "inner_product": "-n.distance", "l2": "-n.distance"}[version.distance]
-    keys = ", ".join(f"c.{quote_ident(column)}::text" for column in pipeline.key_columns)
+    keys = ", ".join(f"n.{quote_ident(column)}::text" for column in pipeline.key_columns)
     key = keys if len(pipeline.key_columns) == 1 else f"jsonb_build_array({keys})::text"
-    # The ten nearest come from the view alone, so that the index scan has nothing around it but nested loops.
+    shown = ", ".join(f"{quote_ident(names[column])} AS {quote_ident(column)}" for column in pipeline.key_columns)
+    # Only the view is named: its reader needs no right to name our tables, and the index scan has nothing around it but
+    # nested loops.
     return f"""
-        SELECT {key} AS key, n.chunk, {score} AS score
+        SELECT {key} AS key, n.embedline_chunk AS chunk, {score} AS score
         FROM (
-            SELECT {chunk_id} AS chunk_id, {chunk} AS chunk, {distance} AS distance FROM {view}
-            ORDER BY {distance} LIMIT $2
+            SELECT {shown}, {chunk} AS embedline_chunk, {distance} AS distance FROM {view} ORDER BY {distance} LIMIT $2
         ) AS n
-        JOIN {pipeline.chunk} AS c ON c.chunk_id = n.chunk_id
         ORDER BY n.distance
     """

@@ -46,6 +46,9 @@ def find_faults(matrix: FloatMatrix, column_type: str) -> dict[int, str]:
     faults |= {int(row): "the vector has norm zero" for row in np.flatnonzero(finite & (squared == 0))}
     if column_type == "halfvec":
         overflow = finite & (np.abs(matrix) > HALF_MAX).any(axis=1)
+        with np.errstate(over="ignore"):
+            vanished = finite & (squared > 0) & ~matrix.astype(np.float16).any(axis=1)
+        faults |= {int(row): "the vector is zero in the float16 of halfvec" for row in np.flatnonzero(vanished)}
         faults |= {
             int(row): "the vector has a value outside the float16 range of halfvec" for row in np.flatnonzero(overflow)
         }

@@ -10,6 +10,11 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+-- Keys travel as text: the session's own formats must not change them.
+SET extra_float_digits = 1
+SET datestyle = 'ISO'
+SET intervalstyle = 'postgres'
+SET bytea_output = 'hex'
 AS $python$
     from embedline import worker
     return worker.worker_step(plpy, GD, step, slot, pipeline_name, message)

@@ -22,6 +22,9 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+-- What is generated must not depend on the session.
+SET quote_all_identifiers = off
+SET standard_conforming_strings = on
 AS $python$
     from embedline import pipelines
     return pipelines.create_pipeline(plpy, GD, {

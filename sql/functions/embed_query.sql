@@ -1,7 +1,7 @@
 -- The vector of a text, made by the model that serves the pipeline. As a scalar subquery it is computed once:
 -- ORDER BY embedding <=> (SELECT embedline.embed_query('docs', 'text')).
 CREATE OR REPLACE FUNCTION embedline.embed_query(pipeline_name text, query text)
-RETURNS public.vector
+RETURNS vector
 LANGUAGE plpython3u
 STABLE
 SET search_path = pg_catalog, pg_temp

@@ -305,7 +305,7 @@ def test_an_injection_through_the_content_does_nothing(
     admin.execute('CREATE DOMAIN own."tagE" AS text; CREATE DOMAIN own."tage" AS text; CREATE DOMAIN own.tag AS text')
     admin.execute('ALTER TABLE own.mine ADD COLUMN "body$$" text, ADD COLUMN "body$a$" text')
     admin.execute("SET search_path = own, public")
-    with pytest.raises(psycopg.Error):
+    with pytest.raises(errors.InvalidParameterValue, match="not a single SQL expression"):
         create_pipeline(admin, name="mine", source="own.mine", content=content)
     assert scalar(database, "SELECT count(*) FROM page") == 5
 

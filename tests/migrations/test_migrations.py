@@ -11,9 +11,10 @@ from pathlib import Path
 import psycopg
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from psycopg import conninfo
 
 from embedline.local.cluster import Cluster
-from support import MODELS, ROOT, assert_exact, create_pages, create_pipeline, drain, scalar, settle
+from support import MODELS, ROOT, assert_exact, create_pages, create_pipeline, drain, scalar, settle, uri
 
 _CATALOGUE = {
     "pg_class": "SELECT n.nspname || '.' || relname || relkind::text FROM pg_class AS c"
@@ -194,7 +195,9 @@ def test_a_role_that_is_no_superuser_is_told_why(
     empty_database_dsn: str, make_role: Callable[..., str], role_passwords: dict[str, str]
 ) -> None:
     role = make_role()
-    done = _alembic(conninfo_uri(empty_database_dsn, role, role_passwords[role]), "upgrade", "head", check=False)
+    parts = conninfo.conninfo_to_dict(empty_database_dsn)
+    dsn = uri(str(parts["host"]), str(parts["port"]), role, role_passwords[role], str(parts["dbname"]))
+    done = _alembic(dsn, "upgrade", "head", check=False)
     assert done.returncode != 0
     assert "is not a superuser" in done.stderr
     assert "HINT" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 
 import pytest
@@ -74,7 +75,7 @@ def test_slices_with_overlap_cover_the_text_in_order(model: str | None, text: st
         return
     assert chunks[0].start == 0
     assert chunks[-1].end == len(text)
-    for before, after in zip(chunks, chunks[1:], strict=False):
+    for before, after in itertools.pairwise(chunks):
         assert before.start < after.start <= before.end
 
 

@@ -100,7 +100,7 @@ def test_what_is_accepted_has_no_semicolon_outside_a_quotation(text: str) -> Non
     assert ";" not in bare
     assert "--" not in bare
     assert "/*" not in bare
-    assert bare.count("(") == bare.count(")")
+    assert bare.count("(") + bare.count("[") == bare.count(")") + bare.count("]")
 
 
 def _bare(text: str) -> str | None:

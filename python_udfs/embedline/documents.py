@@ -343,7 +343,7 @@ def copy_vectors(
 
 
 @contextmanager
-def _server_file(data: bytes) -> Iterator[str]:
+def _server_file(data: bytes | bytearray) -> Iterator[str]:
     """Hold `data` in a file that only the server's user can read, in memory where the system has such a place."""
     directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - mkstemp makes a 0600 file of a new name
     descriptor, path = tempfile.mkstemp(prefix="embedline-copy-", dir=directory)

@@ -62,7 +62,7 @@ def normalise(matrix: FloatMatrix) -> FloatMatrix:
     return unit
 
 
-def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_type: str) -> bytes:
+def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_type: str) -> bytearray:
     """Return rows (chunk_id bigint, embedding vector|halfvec) in PostgreSQL's COPY BINARY format.
 
     Format: postgresql.org/docs/current/sql-copy.html, "Binary Format"; the vector's own binary form (int16 dimensions,
@@ -70,9 +70,8 @@ def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_ty
     """
     count, dimensions = matrix.shape
     element = ">f4" if column_type == "vector" else ">f2"
-    rows = np.empty(
-        count,
-        dtype=[
+    layout = np.dtype(
+        [
             ("fields", ">i2"),
             ("id_bytes", ">i4"),
             ("id", ">i8"),
@@ -80,8 +79,13 @@ def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_ty
             ("dimensions", ">i2"),
             ("unused", ">i2"),
             ("values", element, (dimensions,)),
-        ],
+        ]
     )
+    # Filled in place: each further copy of 20,000 x 384 values costs as much as a tenth of the whole write.
+    buffer = bytearray(len(_COPY_HEADER) + count * layout.itemsize + len(_COPY_TRAILER))
+    buffer[: len(_COPY_HEADER)] = _COPY_HEADER
+    buffer[-len(_COPY_TRAILER) :] = _COPY_TRAILER
+    rows = np.frombuffer(buffer, dtype=layout, count=count, offset=len(_COPY_HEADER))
     rows["fields"] = 2
     rows["id_bytes"] = 8
     rows["id"] = chunk_ids
@@ -89,7 +93,7 @@ def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_ty
     rows["dimensions"] = dimensions
     rows["unused"] = 0
     rows["values"] = matrix
-    return _COPY_HEADER + rows.tobytes() + _COPY_TRAILER
+    return buffer
 
 
 def vectors_from_send(blobs: list[bytes], column_type: str) -> FloatMatrix:

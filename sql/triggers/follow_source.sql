@@ -27,7 +27,7 @@ $plpgsql$;
 
 COMMENT ON FUNCTION embedline._on_alter_table() IS 'Internal: event trigger function, follows renamed columns of sources.';
 
-DROP EVENT TRIGGER IF EXISTS embedline_follow_source;
+DROP EVENT TRIGGER IF EXISTS embedline_follow_source; -- noqa: PRS
 CREATE EVENT TRIGGER embedline_follow_source
 ON ddl_command_end
 WHEN TAG IN ('ALTER TABLE')

@@ -46,7 +46,7 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL embedline._workers_alive() AS w (workers_alive);
 
 COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far the backfill is, the last error, who works';
-COMMENT ON COLUMN embedline.status.pending IS 'Changes in the outbox, in work or waiting';
+COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in work';
 COMMENT ON COLUMN embedline.status.backfill_done IS 'Block ranges of the source that are read through';
 COMMENT ON COLUMN embedline.status.backfill_total IS 'Block ranges of the source as it was when the pipeline was created';
 COMMENT ON COLUMN embedline.status.workers_alive IS 'Resident workers of this database, whichever pipeline they are at';

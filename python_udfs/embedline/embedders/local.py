@@ -31,6 +31,8 @@ from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, en
 _RECEIVE_BYTES = 1 << 18
 # A request that two hosts did not survive is not given to a third: it may be what kills them.
 _MAX_ATTEMPTS = 2
+_MAX_UNHEARD = 40
+_UNHEARD_PAUSE_SECONDS = 0.05
 _CLOSE_SECONDS = 1.0
 
 
@@ -43,6 +45,7 @@ class _Call:
     future: Future[Any]
     read: Callable[[Frame], object]
     attempts: int = 0
+    unheard: int = 0
 
 
 @dataclass
@@ -54,6 +57,7 @@ class _Link:
     unsent: bytearray = field(default_factory=bytearray)
     calls: dict[int, _Call] = field(default_factory=dict)
     last_heard: float = field(default_factory=time.monotonic)
+    heard: bool = False
 
 
 class LocalEmbedder:
@@ -234,6 +238,7 @@ class LocalEmbedder:
         try:
             while data := link.socket.recv(_RECEIVE_BYTES):
                 link.last_heard = time.monotonic()
+                link.heard = True
                 for frame in link.decoder.feed(data):
                     self._answer(link, frame)
         except BlockingIOError:
@@ -262,7 +267,13 @@ class LocalEmbedder:
         self._link = None
         detail = "\n".join(filter(None, (f"The connection ended: {reason}.", log_tail(self._place))))
         again = []
+        if not link.heard and link.calls:
+            # A host that is being killed accepts connections until the kernel is through with it: not a try of ours.
+            time.sleep(_UNHEARD_PAUSE_SECONDS)
         for call in link.calls.values():
+            if not link.heard and call.unheard < _MAX_UNHEARD:
+                call.unheard += 1
+                call.attempts -= 1
             if call.attempts < _MAX_ATTEMPTS:
                 again.append(call)
             else:

@@ -127,7 +127,7 @@ def searching(
 def data_count(connection: psycopg.Connection, table: str) -> int:
     """Return the number of rows of a generated table, such as page_outbox."""
     query = sql.SQL("SELECT count(*) FROM embedline_data.{}").format(sql.Identifier(table))
-    return int(connection.execute(query).fetchone()[0])  # type: ignore[index]
+    return int(connection.execute(query).fetchone()[0])
 
 
 def queued(connection: psycopg.Connection, pipeline: str = "page") -> int:

@@ -62,7 +62,7 @@ def _plan(connection: psycopg.Connection, where: str, vector: np.ndarray) -> str
     with connection.transaction():
         connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")
         statement = sql.SQL("EXPLAIN (FORMAT json) ") + _query(where)
-        return json.dumps(scalar(connection, statement, (str(vector.tolist()),)))  # type: ignore[arg-type]
+        return json.dumps(scalar(connection, statement, (str(vector.tolist()),)))
 
 
 def test_the_ten_nearest_of_all_use_the_index_and_nested_loops(filled: psycopg.Connection, vectors: np.ndarray) -> None:

@@ -42,13 +42,13 @@ class _Plpy:
 
 def test_an_error_reaches_postgresql_with_its_sqlstate_detail_and_hint() -> None:
     error = InvalidParameter("wrong", detail="why", hint="do this")
-    raised = postgres_error(_Plpy, error)  # type: ignore[arg-type]
+    raised = postgres_error(_Plpy, error)
     assert isinstance(raised, _Plpy.Error)
-    assert (str(raised), raised.sqlstate, raised.detail, raised.hint) == ("wrong", "22023", "why", "do this")  # type: ignore[attr-defined]
+    assert (str(raised), raised.sqlstate, raised.detail, raised.hint) == ("wrong", "22023", "why", "do this")
 
 
 def test_an_error_without_detail_and_hint_sets_none() -> None:
-    raised = postgres_error(_Plpy, InvalidParameter("wrong"))  # type: ignore[arg-type]
+    raised = postgres_error(_Plpy, InvalidParameter("wrong"))
     assert not hasattr(raised, "detail")
     assert not hasattr(raised, "hint")
 

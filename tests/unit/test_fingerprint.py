@@ -22,7 +22,7 @@ def test_a_fingerprint_is_a_sha256_that_stays_the_same_between_releases() -> Non
 @given(st.dictionaries(st.text(), _VALUES), st.randoms())
 def test_the_order_of_the_recipe_does_not_matter(recipe: dict[str, object], random: object) -> None:
     items = list(recipe.items())
-    random.shuffle(items)  # type: ignore[attr-defined]
+    random.shuffle(items)
     assert recipe_fingerprint(dict(items)) == recipe_fingerprint(recipe)
 
 

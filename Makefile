@@ -33,7 +33,7 @@ test: up ## run the tests (ARGS='-k name' goes to pytest)
 	@echo "» Running the tests" >&2
 	@$(WITH_DSN) .venv/bin/pytest $(ARGS)
 
-bench: up ## run one benchmark, or all (NAME=capture, create, write or query)
+bench: up ## run a benchmark (NAME=drain-stub, all, or "x --save"; without NAME it lists them)
 	@echo "» Running benchmark $(or $(NAME),of every kind)" >&2
 	@$(WITH_DSN) .venv/bin/python tests/bench/run.py $(NAME)
 

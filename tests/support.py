@@ -18,7 +18,7 @@ from alembic import command
 from alembic.config import Config
 from psycopg import sql
 
-from embedline.chunking import recursive_chunker, whole_text
+from embedline.chunking import Chunk, Chunker, ChunkingSpec, make_chunker
 from embedline.errors import UnusableText
 from embedline.text import repair_text
 
@@ -182,9 +182,11 @@ class _Recipe:
     content: str
     filter: str | None
     search_path: str
+    prefix: str | None
     chunking: str
-    chunk_tokens: int
+    chunk_tokens: int | None
     chunk_overlap: int
+    chunking_options: dict[str, float]
     vectors: str
     column: str
     normalised: bool
@@ -200,8 +202,9 @@ def _recipe(connection: psycopg.Connection, pipeline: str) -> _Recipe:
             (SELECT array_agg(a.attname::text ORDER BY k.position)
              FROM unnest(p.key_attributes) WITH ORDINALITY AS k (attnum, position)
              JOIN pg_attribute AS a ON a.attrelid = p.source AND a.attnum = k.attnum),
-            p.key_columns, p.content_expression, p.filter_expression, p.expression_search_path, p.chunking,
-            coalesce(p.chunk_tokens, 0), p.chunk_overlap, p.name || '_v' || v.number, 'embedding_v' || v.number,
+            p.key_columns, p.content_expression, p.filter_expression, p.expression_search_path,
+            p.document_prefix_expression, p.chunking, p.chunk_tokens, p.chunk_overlap, p.chunking_options,
+            p.name || '_v' || v.number, 'embedding_v' || v.number,
             v.distance <> 'l2', m.name, m.tokenizer, m.document_prefix
         FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id
         JOIN embedline.model AS m USING (model_id) WHERE p.name = %s
@@ -213,23 +216,30 @@ def _recipe(connection: psycopg.Connection, pipeline: str) -> _Recipe:
     return _Recipe(source, tuple(keys), tuple(names), *rest)
 
 
-_chunker = functools.cache(recursive_chunker)
+@functools.cache
+def _fixed_chunker(spec: ChunkingSpec, tokenizer: str | None) -> Chunker:
+    return make_chunker(spec, tokenizer, None)
 
 
-def _expected_chunks(recipe: _Recipe, content: str | None) -> list[tuple[int, int, int, str]] | None:
-    """Return (seq, start, end, text) of each chunk; None where the content must have become a dead letter."""
+def _chunker(recipe: _Recipe, embed: Embed) -> Chunker:
+    options = tuple(sorted(recipe.chunking_options.items()))
+    spec = ChunkingSpec(recipe.chunking, recipe.chunk_tokens, recipe.chunk_overlap, options)
+    if recipe.chunking != "semantic":
+        return _fixed_chunker(spec, recipe.tokenizer)
+    return make_chunker(
+        spec, recipe.tokenizer, lambda texts, _: embed([recipe.document_prefix + text for text in texts])
+    )
+
+
+def _expected_chunks(chunker: Chunker, content: str | None, prefix: str | None) -> list[Chunk] | None:
+    """Return the chunks of a row; None where the content must have become a dead letter."""
     if content is None:
         return []
     try:
         text = repair_text(content)
     except UnusableText:
         return None
-    chunker = (
-        whole_text
-        if recipe.chunking == "none"
-        else _chunker(recipe.tokenizer, recipe.chunk_tokens, recipe.chunk_overlap)
-    )
-    return [(chunk.sequence, chunk.start, chunk.end, chunk.content) for chunk in chunker(text)]
+    return chunker(text, prefix=prefix or "")
 
 
 def assert_exact(
@@ -248,49 +258,56 @@ def assert_exact(
     """
     recipe = _recipe(connection, pipeline)
     assert queued(connection, pipeline) == 0, "changes are still queued"
+    if embed is None:
+        assert recipe.model == "static-256", "pass embed for this model"
+        embed = embed_static
     rows = _source_rows(connection, recipe, content or recipe.content, filter or recipe.filter)
-    chunks = _stored_chunks(connection, pipeline, recipe)
+    stored = _stored_chunks(connection, pipeline, recipe)
     states = _stored_states(connection, pipeline, recipe)
-    expected = {key: _expected_chunks(recipe, text) for key, text in rows.items()}
+    chunker = _chunker(recipe, embed)
+    expected = {key: _expected_chunks(chunker, text, prefix) for key, (text, prefix) in rows.items()}
     wanted = {key: found for key, found in expected.items() if found}
-    actual = {key: [chunk[:4] for chunk in found] for key, found in chunks.items()}
+    actual = {key: [chunk for chunk, _ in found] for key, found in stored.items()}
     assert actual.keys() == wanted.keys(), f"chunks of other keys: {sorted(actual.keys() ^ wanted.keys())[:5]}"
     for key, found in wanted.items():
         assert actual[key] == found, f"chunks of {key} are not those of its content"
     names = {True: "embedded", False: "empty"}
     assert states == {
-        key: "dead" if found is None else names[rows[key] is not None] for key, found in expected.items()
+        key: "dead" if found is None else names[rows[key][0] is not None] for key, found in expected.items()
     }, "document states differ"
     _assert_dead_letters(connection, pipeline, {key for key, found in expected.items() if found is None})
-    _assert_vectors(connection, pipeline, recipe, chunks, embed)
-    return sum(map(len, chunks.values()))
+    _assert_vectors(connection, recipe, [pair for found in stored.values() for pair in found], embed)
+    return sum(map(len, stored.values()))
 
 
 def _source_rows(
     connection: psycopg.Connection, recipe: _Recipe, content: str, filter: str | None
-) -> dict[tuple[str, ...], str | None]:
+) -> dict[tuple[str, ...], tuple[str | None, str | None]]:
     with connection.transaction():
         connection.execute("SELECT set_config('search_path', %s, true)", (recipe.search_path,))
         keys = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(key)) for key in recipe.keys)
-        statement = sql.SQL("SELECT ARRAY[{}], ({})::text FROM {} WHERE ({})::boolean").format(
-            keys, sql.SQL(content), sql.SQL(recipe.source), sql.SQL(filter or "true")
+        statement = sql.SQL("SELECT ARRAY[{}], ({})::text, ({})::text FROM {} WHERE ({})::boolean").format(
+            keys, sql.SQL(content), sql.SQL(recipe.prefix or "NULL"), sql.SQL(recipe.source), sql.SQL(filter or "true")
         )
-        return {tuple(key): text for key, text in connection.execute(statement)}
+        return {tuple(key): (text, prefix) for key, text, prefix in connection.execute(statement)}
 
 
 def _stored_chunks(
     connection: psycopg.Connection, pipeline: str, recipe: _Recipe
-) -> dict[tuple[str, ...], list[tuple[int, int, int, str, bytes]]]:
+) -> dict[tuple[str, ...], list[tuple[Chunk, list[float]]]]:
     keys = sql.SQL(", ").join(sql.SQL("c.{}::text").format(sql.Identifier(key)) for key in recipe.key_names)
     statement = sql.SQL(
-        "SELECT ARRAY[{}], c.seq, c.start_offset, c.end_offset, c.content, v.{}::vector::real[], c.content_hash"
+        "SELECT ARRAY[{}], c.seq, c.start_offset, c.end_offset, c.content, c.content_hash, c.prefix, v.{}::vector::real[]"
         " FROM embedline_data.{} AS c LEFT JOIN embedline_data.{} AS v USING (chunk_id) ORDER BY c.seq"
     ).format(keys, sql.Identifier(recipe.column), sql.Identifier(f"{pipeline}_chunk"), sql.Identifier(recipe.vectors))
-    found: dict[tuple[str, ...], list[Any]] = {}
-    for key, sequence, start, end, text, vector, digest in connection.execute(statement):
+    found: dict[tuple[str, ...], list[tuple[Chunk, list[float]]]] = {}
+    for key, sequence, start, end, text, digest, prefix, vector in connection.execute(statement):
         assert vector is not None, f"chunk {sequence} of {key} has no vector"
-        assert digest.bytes == hashlib.sha256(text.encode()).digest()[:16]
-        found.setdefault(tuple(key), []).append((sequence, start, end, text, vector))
+        assert prefix != "", "no prefix is NULL"
+        hashed = text if prefix is None else f"{prefix}\0{text}"
+        assert digest.bytes == hashlib.sha256(hashed.encode()).digest()[:16]
+        chunk = Chunk(sequence, start, end, text, digest.bytes, prefix or "")
+        found.setdefault(tuple(key), []).append((chunk, vector))
     return found
 
 
@@ -310,21 +327,18 @@ def _assert_dead_letters(connection: psycopg.Connection, pipeline: str, keys: se
 
 
 def _assert_vectors(
-    connection: psycopg.Connection, pipeline: str, recipe: _Recipe, chunks: dict[Any, list[Any]], embed: Embed | None
+    connection: psycopg.Connection, recipe: _Recipe, found: list[tuple[Chunk, list[float]]], embed: Embed
 ) -> None:
-    flat = [chunk for found in chunks.values() for chunk in found]
-    assert data_count(connection, recipe.vectors) == len(flat), "vectors without a chunk"
-    if not flat:
+    assert data_count(connection, recipe.vectors) == len(found), "vectors without a chunk"
+    if not found:
         return
-    if embed is None:
-        assert recipe.model == "static-256", "pass embed for this model"
-        embed = embed_static
-    texts = list(dict.fromkeys(chunk[3].strip() for chunk in flat))
+    embedded = [chunk.prefix + chunk.content.strip() for chunk, _ in found]
+    texts = list(dict.fromkeys(embedded))
     matrix = embed([recipe.document_prefix + text for text in texts]).astype(np.float64)
     wanted = dict(zip(texts, matrix / np.linalg.norm(matrix, axis=1, keepdims=True), strict=True))
-    stored = np.array([chunk[4] for chunk in flat], dtype=np.float64)
+    stored = np.array([vector for _, vector in found], dtype=np.float64)
     norms = np.linalg.norm(stored, axis=1)
-    cosines = np.einsum("ij,ij->i", stored, np.stack([wanted[chunk[3].strip()] for chunk in flat])) / norms
+    cosines = np.einsum("ij,ij->i", stored, np.stack([wanted[text] for text in embedded])) / norms
     assert cosines.min() >= 0.9999, f"a vector is not that of its text: cosine {cosines.min():.4f}"
     if recipe.normalised:
         assert np.abs(norms - 1).max() < 2e-3

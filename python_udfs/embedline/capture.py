@@ -1,7 +1,7 @@
 """Generating a pipeline's objects: tables, capture triggers, read functions and the routing view, as SQL text.
 
-Users' expressions enter only the content and filter functions and what reads through them; these belong to the source's
-owner. The trigger functions and tables belong to Embedline and hold key columns only.
+Users' expressions enter only the functions of content, filter, prefix and tenant and what reads through them; these belong
+to the source's owner. The trigger functions and tables belong to Embedline and hold key columns only.
 
 The triggers' conditions compare the input columns and never evaluate the expression as the writer: it could raise, or
 call what the writer may not call, and an application's write never fails because of Embedline. Only where an input
@@ -18,7 +18,23 @@ from dataclasses import dataclass
 
 from embedline.database import data_name, quote_ident, quote_literal
 
+# The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
+CODE_VERSION = 2
+
+# Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
+FUNCTIONS = (
+    *("read", "lock", "missing", "range", "tenant", "audit", "gone", "present"),
+    *("changed", "digest", "tenant_or_null"),
+    *("content", "filter", "prefix", "tenant_value"),
+)
+TRIGGER_FUNCTIONS = ("capture_insert", "capture_update", "capture_delete", "capture_truncate")
+
 CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "embedding")
+
+
+TENANT_COMMENT = "Whose change it is, set when it is claimed; NULL without a tenant expression"
+RECIPE_COMMENT = "First four bytes of the version''s fingerprint at the time of embedding"
+PREFIX_COMMENT = "Text put before the chunk for embedding, NULL if none"
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,10 @@ class KeyColumn:
 
 @dataclass(frozen=True)
 class SourceExpression:
-    """A user's expression as PostgreSQL prints it, with bare column names, and the (name, type) of its input columns."""
+    """A user's expression as PostgreSQL prints it, with bare column names, and the (name, type) of its input columns.
+
+    An empty `text` stands for an expression whose generated function is there already and stays as it is.
+    """
 
     text: str
     columns: tuple[tuple[str, str], ...]
@@ -57,6 +76,8 @@ class CapturePlan:
     capture: str
     always: bool = False
     watch_all: bool = False
+    prefix: SourceExpression | None = None
+    tenant: SourceExpression | None = None
 
     def generated(self, suffix: str) -> str:
         """Qualified, quoted name of a generated object."""
@@ -77,19 +98,24 @@ class CapturePlan:
         return f"INSERT INTO {self.generated('inbox')} ({self.key_names}) VALUES ({keys});"
 
     @property
+    def watched(self) -> dict[str, SourceExpression]:
+        """The expressions, by the suffix of their function, of which a change is a change of what is to be embedded."""
+        expressions = {"content": self.content, "filter": self.filter, "prefix": self.prefix}
+        return {suffix: expression for suffix, expression in expressions.items() if expression is not None}
+
+    @property
     def expression_columns(self) -> tuple[tuple[str, str], ...]:
-        """(name, type) of the source columns that the content and the filter read."""
-        expressions = (self.content, *((self.filter,) if self.filter else ()))
-        return tuple(dict.fromkeys(column for expression in expressions for column in expression.columns))
+        """(name, type) of the source columns that the watched expressions read."""
+        return tuple(dict.fromkeys(column for expression in self.watched.values() for column in expression.columns))
 
     @property
     def input_columns(self) -> tuple[str, ...]:
-        """Source columns that decide the content, the filter or the key."""
+        """Source columns that decide the content, its prefix, the filter or the key."""
         names = [name for name, _ in self.expression_columns]
         return tuple(dict.fromkeys([*names, *(key.source_name for key in self.keys)]))
 
     def call(self, suffix: str, expression: SourceExpression, row: str) -> str:
-        """The call of the content or filter function for a row of the source."""
+        """The call of an expression's function for a row of the source."""
         return f"{self.generated(suffix)}({', '.join(f'{row}.{quote_ident(name)}' for name, _ in expression.columns)})"
 
     @property
@@ -118,7 +144,8 @@ def storage_statements(plan: CapturePlan) -> list[str]:
             enqueued_at timestamptz NOT NULL DEFAULT now()
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
-        f"COMMENT ON TABLE {plan.generated('inbox')} IS 'Changed keys as applications append them; workers move them on'",
+        f"COMMENT ON TABLE {plan.generated('inbox')} IS 'Changed keys as applications append them; workers take them out'",
+        *claim_statements(plan),
         f"""CREATE TABLE {outbox} (
             outbox_id bigint GENERATED ALWAYS AS IDENTITY,
             {columns},
@@ -126,25 +153,32 @@ def storage_statements(plan: CapturePlan) -> list[str]:
             crash_count smallint NOT NULL DEFAULT 0,
             claimed_by integer,
             enqueued_at timestamptz NOT NULL DEFAULT now(),
-            not_before timestamptz,
+            not_before timestamptz NOT NULL DEFAULT now(),
             last_error text,
+            of_backfill boolean NOT NULL DEFAULT false,
+            tenant text,
             CONSTRAINT {quote_ident(plan.name + "_outbox_pkey")} PRIMARY KEY (outbox_id)
         ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
             autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000,
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
-        # Only claims are in this index, so an application's insert never pays for it.
-        f"CREATE INDEX {quote_ident(plan.name + '_outbox_claim_idx')} ON {outbox} (claimed_by) WHERE claimed_by IS NOT NULL",
-        f"COMMENT ON TABLE {outbox} IS 'Changed keys that wait for a worker or are in its hands'",
+        *outbox_index_statements(plan),
+        *tenant_index_statements(plan),
+        f"COMMENT ON TABLE {outbox} IS 'Changed keys with a history: to be tried again, or left by a worker that died'",
+        f"COMMENT ON COLUMN {outbox}.not_before IS 'When the key is due'",
+        f"COMMENT ON COLUMN {outbox}.of_backfill IS 'Of a backfill, which is not complete before the row is through'",
+        f"COMMENT ON COLUMN {outbox}.tenant IS '{TENANT_COMMENT}'",
         f"""CREATE TABLE {document} (
             {columns},
             content_hash bytea,
             state text NOT NULL CONSTRAINT {quote_ident(plan.name + "_document_state_check")}
                 CHECK (state IN ('embedded', 'empty', 'dead')),
             embedded_at timestamptz NOT NULL,
+            recipe integer,
             CONSTRAINT {quote_ident(plan.name + "_document_pkey")} PRIMARY KEY ({plan.key_names})
         ) WITH (fillfactor = 80)""",
         f"COMMENT ON TABLE {document} IS 'What was last embedded of each source row: embedded (its chunks are current), "
         "empty (content is NULL, no chunks), dead (see embedline.dead_letter)'",
+        f"COMMENT ON COLUMN {document}.recipe IS '{RECIPE_COMMENT}'",
         f"""CREATE TABLE {chunk} (
             chunk_id bigint GENERATED BY DEFAULT AS IDENTITY,
             {columns},
@@ -153,13 +187,60 @@ def storage_statements(plan: CapturePlan) -> list[str]:
             end_offset integer NOT NULL,
             content_hash uuid NOT NULL,
             content text NOT NULL,
+            prefix text,
             CONSTRAINT {quote_ident(plan.name + "_chunk_pkey")} PRIMARY KEY (chunk_id)
         )""",
         f"CREATE INDEX {quote_ident(plan.name + '_chunk_key_idx')} ON {chunk} ({plan.key_names})",
         f"CREATE INDEX {quote_ident(plan.name + '_chunk_content_hash_idx')} ON {chunk} (content_hash)",
         f"COMMENT ON TABLE {chunk} IS 'Chunks of the current content; offsets count characters of the repaired content'",
+        f"COMMENT ON COLUMN {chunk}.prefix IS '{PREFIX_COMMENT}'",
         *(f"REVOKE ALL ON TABLE {table} FROM public" for table in (plan.generated("inbox"), outbox, document, chunk)),
     ]
+
+
+def claim_statements(plan: CapturePlan) -> list[str]:
+    """The table of claims: one row for all keys that a worker took out of the inbox at once."""
+    table = plan.generated("claim")
+    arrays = ", ".join(
+        f"{quote_ident(key.name)} {key.type}[]{f' COLLATE {key.collation}' if key.collation else ''} NOT NULL"
+        for key in plan.keys
+    )
+    return [
+        f"""CREATE TABLE {table} (
+            claim_id bigint GENERATED ALWAYS AS IDENTITY,
+            {arrays},
+            claimed_by integer NOT NULL,
+            enqueued_at timestamptz NOT NULL,
+            CONSTRAINT {quote_ident(plan.name + "_claim_pkey")} PRIMARY KEY (claim_id)
+        ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500)""",
+        f"COMMENT ON TABLE {table} IS 'Changed keys in the hands of a worker, all of one claim in one row'",
+        f"REVOKE ALL ON TABLE {table} FROM public",
+    ]
+
+
+def outbox_index_statements(plan: CapturePlan) -> list[str]:
+    """Indexes of the outbox: what is claimed, what is due, what was in hand when a worker died, what a backfill waits for."""
+    outbox = plan.generated("outbox")
+    return [
+        f"CREATE INDEX {quote_ident(plan.name + '_outbox_claim_idx')} ON {outbox} (claimed_by) WHERE claimed_by IS NOT NULL",
+        f"CREATE INDEX {quote_ident(plan.name + '_outbox_due_idx')} ON {outbox} (not_before, outbox_id) WHERE claimed_by IS NULL",
+        f"CREATE INDEX {quote_ident(plan.name + '_outbox_suspect_idx')} ON {outbox} (crash_count, not_before)"
+        " WHERE claimed_by IS NULL AND crash_count > 0",
+        f"CREATE INDEX {quote_ident(plan.name + '_outbox_backfill_idx')} ON {outbox} (outbox_id) WHERE of_backfill",
+    ]
+
+
+def tenant_index(plan: CapturePlan) -> str:
+    """Name of the index of `tenant_index_statements`."""
+    return f"{plan.name}_outbox_tenant_idx"
+
+
+def tenant_index_statements(plan: CapturePlan) -> list[str]:
+    """The index through which claims share the queue among tenants; only where there are tenants."""
+    if plan.tenant is None:
+        return []
+    index = quote_ident(tenant_index(plan))
+    return [f"CREATE INDEX IF NOT EXISTS {index} ON {plan.generated('outbox')} (tenant, outbox_id)"]
 
 
 def version_statements(plan: CapturePlan, number: int, vector_type: str) -> list[str]:
@@ -179,33 +260,33 @@ def version_statements(plan: CapturePlan, number: int, vector_type: str) -> list
 
 
 def content_function_statements(plan: CapturePlan) -> list[str]:
-    """The content and the filter as functions of their input columns. Inlined by the planner where they are called."""
-    functions = [("content", "text", plan.content)]
-    if plan.filter is not None:
-        functions.append(("filter", "boolean", plan.filter))
+    """The users' expressions as functions of their input columns. Inlined by the planner where they are called."""
+    functions = dict(plan.watched)
+    if plan.tenant is not None:
+        functions["tenant_value"] = plan.tenant
     return [
         f"""CREATE OR REPLACE FUNCTION {plan.generated(suffix)}(
             {", ".join(f"{quote_ident(name)} {column_type}" for name, column_type in expression.columns)})
-        RETURNS {result} LANGUAGE sql STABLE
+        RETURNS {"boolean" if suffix == "filter" else "text"} LANGUAGE sql STABLE
         BEGIN ATOMIC SELECT {expression.text}; END"""
-        for suffix, result, expression in functions
+        for suffix, expression in functions.items()
+        if expression.text
     ]
 
 
 def changed_function_statement(plan: CapturePlan) -> str:
-    """The function that tells whether a change of input columns changes content or filter; an error counts as a change."""
+    """The function that tells whether a change of input columns changes what is embedded; an error counts as a change."""
     columns = plan.expression_columns
     parameters = [
         f"{side}_{i + 1} {column_type}" for side in ("old", "new") for i, (_, column_type) in enumerate(columns)
     ]
     places = {name: i + 1 for i, (name, _) in enumerate(columns)}
-    functions = [("content", plan.content), *([("filter", plan.filter)] if plan.filter else [])]
     differences = [
         " IS DISTINCT FROM ".join(
             f"{plan.generated(suffix)}({', '.join(f'{side}_{places[name]}' for name, _ in expression.columns)})"
             for side in ("old", "new")
         )
-        for suffix, expression in functions
+        for suffix, expression in plan.watched.items()
     ]
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("changed")}({", ".join(parameters)})
         RETURNS boolean LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -222,6 +303,7 @@ def changed_function_statement(plan: CapturePlan) -> str:
 def read_function_statements(plan: CapturePlan) -> list[str]:
     """SECURITY DEFINER functions of the source's owner through which workers read the source."""
     content = plan.call("content", plan.content, "source_row")
+    prefix = plan.call("prefix", plan.prefix, "source_row") if plan.prefix else "NULL::text"
     accepted = f"coalesce({plan.call('filter', plan.filter, 'source_row')}, false)" if plan.filter else "true"
     arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
     unnested = plan.key_names
@@ -241,18 +323,21 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
     return [
         # Contents up to max_bytes in all; past that the row comes back deferred, and is asked for again.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("read")}({arrays}, max_bytes bigint)
-        RETURNS TABLE (ordinality bigint, accepted boolean, deferred boolean, content text, content_hash bytea)
+        RETURNS TABLE (
+            ordinality bigint, accepted boolean, deferred boolean, content text, content_hash bytea, prefix text)
         LANGUAGE sql STABLE {definer}
         BEGIN ATOMIC
         SELECT r.ordinality, r.accepted, r.before >= {max_bytes},
             CASE WHEN r.before < {max_bytes} THEN r.content END,
-            CASE WHEN r.before < {max_bytes} THEN sha256(convert_to(r.content, 'UTF8')) END
+            CASE WHEN r.before < {max_bytes} THEN {content_hash_sql(plan, "r.content", "r.prefix")} END,
+            CASE WHEN r.before < {max_bytes} THEN r.prefix END
         FROM (
-            SELECT c.ordinality, c.accepted, c.content,
+            SELECT c.ordinality, c.accepted, c.content, c.prefix,
                 coalesce(sum(octet_length(c.content)::bigint) OVER (
                     ORDER BY c.ordinality ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before
             FROM (
-                SELECT wanted.ordinality, {accepted} AS accepted, CASE WHEN {accepted} THEN {content} END AS content
+                SELECT wanted.ordinality, {accepted} AS accepted, CASE WHEN {accepted} THEN {content} END AS content,
+                    CASE WHEN {accepted} THEN {prefix} END AS prefix
                 FROM {wanted} JOIN {plan.source} AS source_row ON {join}
             ) AS c
         ) AS r
@@ -265,7 +350,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         LANGUAGE sql VOLATILE {definer}
         BEGIN ATOMIC
         SELECT wanted.ordinality, {accepted},
-            CASE WHEN {accepted} THEN sha256(convert_to({content}, 'UTF8')) END
+            CASE WHEN {accepted} THEN {content_hash_sql(plan, content, prefix)} END
         FROM {wanted} JOIN {plan.source} AS source_row ON {join}
         ORDER BY {order}
         FOR KEY SHARE OF source_row SKIP LOCKED;
@@ -283,7 +368,53 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
             AND NOT EXISTS (
                 SELECT FROM {plan.generated("inbox")} AS i CROSS JOIN LATERAL unnest({taken}) AS other ({plan.key_names})
                 WHERE {anti})
+            AND NOT EXISTS (
+                SELECT FROM {plan.generated("claim")} AS i CROSS JOIN LATERAL unnest({taken}) AS other ({plan.key_names})
+                WHERE {anti})
         LIMIT row_limit;
+        END""",
+    ]
+
+
+def content_hash_sql(plan: CapturePlan, content: str, prefix: str) -> str:
+    """The hash that tells whether a row must be embedded again: of its content and, where there is one, its prefix."""
+    hashed = f"sha256(convert_to({content}, 'UTF8'))"
+    if plan.prefix is None:
+        return hashed
+    # The hash of two hashes: no other pair of texts gives the same bytes. NULL where the content is.
+    return f"sha256({hashed} || sha256(convert_to(coalesce({prefix}, ''), 'UTF8')))"
+
+
+def tenant_function_statements(plan: CapturePlan) -> list[str]:
+    """SECURITY DEFINER function of the source's owner that tells whose rows those of an array of keys are.
+
+    An expression that fails must not hold the queue up: such a row has no tenant.
+    """
+    if plan.tenant is None:
+        return []
+    types = ", ".join(column_type for _, column_type in plan.tenant.columns)
+    places = ", ".join(f"${i + 1}" for i in range(len(plan.tenant.columns)))
+    arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
+    join = " AND ".join(
+        f"source_row.{quote_ident(key.source_name)} = wanted.{quote_ident(key.name)}" for key in plan.keys
+    )
+    return [
+        f"""CREATE OR REPLACE FUNCTION {plan.generated("tenant_or_null")}({types})
+        RETURNS text LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+        AS $plpgsql$
+        BEGIN
+            RETURN {plan.generated("tenant_value")}({places});
+        EXCEPTION WHEN OTHERS THEN
+            RETURN NULL;
+        END
+        $plpgsql$""",
+        f"""CREATE OR REPLACE FUNCTION {plan.generated("tenant")}({arrays})
+        RETURNS TABLE (ordinality bigint, tenant text)
+        LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        BEGIN ATOMIC
+        SELECT wanted.ordinality, {plan.call("tenant_or_null", plan.tenant, "source_row")}
+        FROM unnest({plan.key_names}) WITH ORDINALITY AS wanted ({plan.key_names}, ordinality)
+        JOIN {plan.source} AS source_row ON {join};
         END""",
     ]
 
@@ -393,8 +524,6 @@ def _differs(column: str) -> str:
 
 def trigger_statements(plan: CapturePlan) -> list[str]:
     """Triggers on the source. CREATE TRIGGER takes SHARE ROW EXCLUSIVE on it for an instant."""
-    columns = "" if plan.watch_all else f" OF {', '.join(map(quote_ident, plan.input_columns))}"
-    conditions = [_differs(name) for name in plan.input_columns]
     if plan.capture == "statement":
         insert, delete = (
             "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT",
@@ -402,19 +531,25 @@ def trigger_statements(plan: CapturePlan) -> list[str]:
         )
     else:
         insert = delete = "FOR EACH ROW"
-    clauses = {
-        "insert": f"AFTER INSERT ON {plan.source} {insert}",
-        "delete": f"AFTER DELETE ON {plan.source} {delete}",
-        "update": f"AFTER UPDATE{columns} ON {plan.source} FOR EACH ROW WHEN ({' OR '.join(conditions)})",
-        "truncate": f"AFTER TRUNCATE ON {plan.source} FOR EACH STATEMENT",
-    }
-    statements = []
-    for event, clause in clauses.items():
-        name = quote_ident(trigger_name(plan.name, event))
-        statements.append(f"CREATE TRIGGER {name} {clause} EXECUTE FUNCTION {plan.generated('capture_' + event)}()")
-        if plan.always:
-            statements.append(f"ALTER TABLE {plan.source} ENABLE ALWAYS TRIGGER {name}")
-    return statements
+    return [
+        *_trigger(plan, "insert", f"AFTER INSERT ON {plan.source} {insert}"),
+        *_trigger(plan, "delete", f"AFTER DELETE ON {plan.source} {delete}"),
+        *update_trigger_statements(plan),
+        *_trigger(plan, "truncate", f"AFTER TRUNCATE ON {plan.source} FOR EACH STATEMENT"),
+    ]
+
+
+def update_trigger_statements(plan: CapturePlan) -> list[str]:
+    """The trigger that names the input columns."""
+    columns = "" if plan.watch_all else f" OF {', '.join(map(quote_ident, plan.input_columns))}"
+    condition = " OR ".join(_differs(name) for name in plan.input_columns)
+    return _trigger(plan, "update", f"AFTER UPDATE{columns} ON {plan.source} FOR EACH ROW WHEN ({condition})")
+
+
+def _trigger(plan: CapturePlan, event: str, clause: str) -> list[str]:
+    name = quote_ident(trigger_name(plan.name, event))
+    create = f"CREATE OR REPLACE TRIGGER {name} {clause} EXECUTE FUNCTION {plan.generated('capture_' + event)}()"
+    return [create, *([f"ALTER TABLE {plan.source} ENABLE ALWAYS TRIGGER {name}"] if plan.always else [])]
 
 
 def view_query(plan: CapturePlan, columns: list[tuple[str, str, bool]], number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from embedline.chunking import ChunkingSpec
 from embedline.database import Session, as_mapping, data_name, quote_ident
 from embedline.embedders import ModelConfig
 from embedline.errors import NotFound
@@ -17,7 +18,9 @@ _MODEL_COLUMNS = """
 
 _PIPELINE_SQL = f"""
     SELECT p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
-           p.routing_view::oid::bigint AS view_oid, p.chunking, p.chunk_tokens, p.chunk_overlap, p.state,
+           p.routing_view::oid::bigint AS view_oid, p.chunking, p.chunk_tokens, p.chunk_overlap, p.chunking_options, p.state,
+           p.document_prefix_expression, p.tenant_expression, p.weight, v.fingerprint AS version_fingerprint,
+           v.vectors_valid_from::text AS vectors_valid_from,
            v.version_id, v.number, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
            v.state AS version_state, {_MODEL_COLUMNS}
     FROM embedline.pipeline AS p
@@ -26,8 +29,14 @@ _PIPELINE_SQL = f"""
 """
 
 PIPELINE_BY_NAME = _PIPELINE_SQL + " WHERE p.name = $1"
+# Only workers ask whether requests are counted: readers, who search, may not read budgets.
+_METERED = """
+    (m.provider <> 'sentence-transformers' OR m.price_per_million_tokens IS NOT NULL
+        OR EXISTS (SELECT FROM embedline.spending_cap AS s WHERE s.pipeline_id = p.pipeline_id OR s.model_id = m.model_id)
+        OR EXISTS (SELECT FROM embedline.rate_limit AS l WHERE l.model_id = m.model_id)) AS metered,
+"""
 # A source that was dropped takes its functions along; its pipeline must not stop the others.
-ACTIVE_PIPELINES = f"""{_PIPELINE_SQL}
+ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
     WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
     ORDER BY p.pipeline_id
 """
@@ -59,7 +68,14 @@ class Version:
     index_method: str
     state: str
     model: Model
+    fingerprint: str
+    vectors_valid_from: str | None = None
     index_options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> int:
+        """The fingerprint's first four bytes as PostgreSQL's integer: the stamp on each document that is embedded."""
+        return int.from_bytes(bytes.fromhex(self.fingerprint[:8]), "big", signed=True)
 
     @property
     def column(self) -> str:
@@ -84,7 +100,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A row of embedline.pipeline with its serving version and the names of its generated objects."""
+    """A row of embedline.pipeline with its serving version and the names of its generated objects.
+
+    `metered`, where workers loaded it: requests are counted, of remote models and of those with a price or a limit.
+    """
 
     pipeline_id: int
     name: str
@@ -93,11 +112,18 @@ class Pipeline:
     key_columns: tuple[str, ...]
     key_types: tuple[str, ...]
     view_columns: dict[str, str]
-    chunking: str
-    chunk_tokens: int | None
-    chunk_overlap: int
+    spec: ChunkingSpec
+    document_prefix: str | None
+    tenant: str | None
+    weight: float
+    metered: bool
     state: str
     version: Version
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether an expression gives each document a text to put before its chunks."""
+        return self.document_prefix is not None
 
     def generated(self, suffix: str) -> str:
         """Return the qualified, quoted name of a generated object, such as the outbox."""
@@ -132,6 +158,11 @@ class Pipeline:
     def key_texts(self) -> str:
         """The key columns as one text[] value each row, to travel to Python and back without loss."""
         return "ARRAY[" + ", ".join(f"{quote_ident(column)}::text" for column in self.key_columns) + "]"
+
+    @cached_property
+    def quoted_key_columns(self) -> list[str]:
+        """The key columns of the generated tables, each quoted."""
+        return [quote_ident(column) for column in self.key_columns]
 
     def key_texts_of(self, alias: str) -> str:
         """`key_texts` with the columns qualified by a table alias."""
@@ -173,6 +204,11 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
     return [pipeline_from_row(row) for row in session.query(ACTIVE_PIPELINES, ["text"], name)]
 
 
+def load_all_pipelines(session: Session) -> list[Pipeline]:
+    """Return every pipeline, in whatever state."""
+    return [pipeline_from_row(row) for row in session.query(_PIPELINE_SQL)]
+
+
 def load_model(session: Session, name: str) -> Model:
     """Return the model of that name or raise NotFound."""
     rows = session.query(f"SELECT {_MODEL_COLUMNS} FROM embedline.model AS m WHERE m.name = $1", ["text"], name)
@@ -196,9 +232,11 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         index_method=str(values["index_method"]),
         state=str(values["version_state"]),
         model=_model_from_row(values),
+        fingerprint=str(values["version_fingerprint"]),
+        vectors_valid_from=_optional(values["vectors_valid_from"]),
         index_options=dict(as_mapping(values["index_options"])),
     )
-    view_oid, chunk_tokens = values["view_oid"], values["chunk_tokens"]
+    view_oid = values["view_oid"]
     return Pipeline(
         pipeline_id=int(str(values["pipeline_id"])),
         name=str(values["name"]),
@@ -207,11 +245,23 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         key_columns=_texts(values["key_columns"]),
         key_types=_texts(values["key_types"]),
         view_columns={str(k): str(v) for k, v in as_mapping(values["view_columns"]).items()},
-        chunking=str(values["chunking"]),
-        chunk_tokens=None if chunk_tokens is None else int(str(chunk_tokens)),
-        chunk_overlap=int(str(values["chunk_overlap"])),
+        spec=_spec_from_row(values),
+        document_prefix=_optional(values["document_prefix_expression"]),
+        tenant=_optional(values["tenant_expression"]),
+        weight=float(str(values["weight"])),
+        metered=bool(values.get("metered")),
         state=str(values["state"]),
         version=version,
+    )
+
+
+def _spec_from_row(row: dict[str, object]) -> ChunkingSpec:
+    tokens, options = row["chunk_tokens"], as_mapping(row["chunking_options"])
+    return ChunkingSpec(
+        method=str(row["chunking"]),
+        tokens=None if tokens is None else int(str(tokens)),
+        overlap=int(str(row["chunk_overlap"])),
+        options=tuple(sorted((name, float(value)) for name, value in options.items())),
     )
 
 

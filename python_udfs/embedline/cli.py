@@ -1,4 +1,4 @@
-"""The command line: `embedline upgrade`, `status`, `build-index`, `worker`, `doctor`."""
+"""The command line: `embedline upgrade`, `status`, `build-index`, `worker`, `verify`, `export-onnx`, `doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, LiteralString, cast
+from typing import Annotated, Any, Literal, LiteralString, NoReturn, cast
 
 import psycopg
 import typer
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import embedline
+from embedline.errors import ProviderError
 
 app = typer.Typer(
     help="Vector embeddings in PostgreSQL, kept true to their source rows.",
@@ -118,6 +119,51 @@ def worker(
             "CALL embedline.run_worker(max_seconds => %s::float8, pipeline_name => %s::text, until_idle => %s::boolean)"
         )
         connection.execute(call, (max_seconds, pipeline, until_idle))
+
+
+@app.command()
+def verify(
+    dsn: Dsn,
+    pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Put right what can be.")] = False,
+    sample: Annotated[int, typer.Option(help="Chunks that the model is asked for again; 0: none.")] = 20,
+) -> None:
+    """Compare a pipeline with its source; exit 1 where something is amiss and not repaired."""
+    table = Table("finding", "count", "repaired", "example")
+    amiss = False
+    with _connect(dsn) as connection:
+        query = "SELECT finding, count, repaired, example::text FROM embedline.verify(%s, %s, %s)"
+        for finding, count, repaired, example in connection.execute(query, (pipeline, repair, sample)):
+            table.add_row(finding, "not checked" if count is None else str(count), str(repaired), example)
+            amiss |= finding != "pending" and (count is None or repaired < count)
+    console = Console(highlight=False)
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(f"Pipeline {pipeline} is what its source asks for.")
+    if amiss:
+        raise typer.Exit(1)
+
+
+@app.command("export-onnx")
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="Directory of a sentence-transformers model, or its name on the hub.")],
+    target: Annotated[Path, typer.Argument(help="Directory to make; the server must be able to read it.")],
+    precision: Annotated[Literal["float32", "int8"], typer.Option(help="int8 is for processors.")] = "float32",
+    revision: Annotated[str | None, typer.Option(help="Commit or tag on the hub.")] = None,
+) -> None:
+    """Prepare a local model for onnxruntime ahead of time; a model host would otherwise do it at its first start."""
+    from embedline.model_host import onnx_export
+
+    try:
+        manifest = onnx_export.export(model, str(target), precision, revision)
+    except ProviderError as error:
+        _fail(_lines(error.message, error.detail, error.hint))
+    options = f'{{"backend": "onnx", "precision": "{precision}"}}'
+    typer.echo(f"{target}: {manifest.dimensions} dimensions, {precision}. Register it as a superuser:")
+    typer.echo(
+        f"SELECT embedline.create_model(NAME, 'sentence-transformers', '{target.resolve()}', options => '{options}');"
+    )
 
 
 @app.command()
@@ -430,13 +476,18 @@ def _connect(dsn: str) -> Iterator[Connection]:
 
 
 def _message(error: psycopg.Error) -> str:
-    lines = [error.diag.message_primary or str(error).strip()]
-    lines += [f"DETAIL: {error.diag.message_detail}"] if error.diag.message_detail else []
-    lines += [f"HINT: {error.diag.message_hint}"] if error.diag.message_hint else []
+    primary = error.diag.message_primary or str(error).strip()
+    return _lines(primary, error.diag.message_detail, error.diag.message_hint)
+
+
+def _lines(message: str, detail: str | None, hint: str | None) -> str:
+    lines = [message]
+    lines += [f"DETAIL: {detail}"] if detail else []
+    lines += [f"HINT: {hint}"] if hint else []
     return "\n".join(lines)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(1)
 

@@ -17,12 +17,18 @@ T = TypeVar("T")
 # GD, the dictionary that PL/Python shares between the functions of a session.
 SessionCache = dict[str, Any]
 
+# SQLSTATEs that are handled in more than one place.
+LOCK_NOT_AVAILABLE = "55P03"
+UNDEFINED_TABLE = "42P01"
+
 # First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
 WORKER_LOCK_CLASS = 1164797804
 # First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").
 SLOT_LOCK_CLASS = 1164800817
 # First key of the transaction lock under which workers claim rows of one pipeline ("Emc1").
 CLAIM_LOCK_CLASS = 1164796721
+# First key of the session lock under which rows are tried that were in hand when a worker died ("Emx1").
+SUSPECT_LOCK_CLASS = 1164802097
 
 
 class Result(Protocol):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
@@ -16,24 +15,29 @@ import numpy.typing as npt
 from embedline import vectors
 from embedline.catalog import Pipeline
 from embedline.chunking import Chunk
-from embedline.database import Session, quote_ident, quote_literal, vector_schema
-from embedline.errors import UnusableText
-from embedline.outbox import ClaimedRow, Key
+from embedline.database import LOCK_NOT_AVAILABLE, Session, quote_ident, quote_literal, vector_schema
+from embedline.dead_letters import forget_dead_letters
+from embedline.errors import EmbedlineError
+from embedline.outbox import ClaimedRow, Key, key_columns
 
 Vector = npt.NDArray[np.float32]
 
+_ALL_BYTES = 1 << 62
+# Below this a plan that reads whole tables costs nothing.
+_GROWN_ROWS = 2000
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
-@dataclass
+@dataclass(slots=True)
 class Document:
-    """A source row on its way: its claim, and what was read of it."""
+    """A source row on its way: its claim, and what was read of it. `prefix` stands before each chunk when it is embedded."""
 
     row: ClaimedRow
     content_hash: bytes | None = None
     content: str | None = None
+    prefix: str = ""
     chunks: list[Chunk] = field(default_factory=list)
-    problem: UnusableText | None = None
+    problem: EmbedlineError | None = None
 
     @property
     def key(self) -> Key:
@@ -41,17 +45,24 @@ class Document:
         return self.row.key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ReadRow:
-    """What the source says of a key: `accepted` by the filter; `deferred` where the content was too much for one read."""
+    """What the source says of a key.
+
+    `accepted` by the filter; `deferred` where the content was too much for one read; `current` where exactly this content
+    was embedded by this recipe already, so that it is not handed over again; `given_up` where it is a dead letter.
+    """
 
     accepted: bool
     deferred: bool
+    current: bool
+    given_up: bool
     content: str | None
     content_hash: bytes | None
+    prefix: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
     """A chunk that is in the table."""
 
@@ -70,39 +81,67 @@ class WriteResult:
     absent: list[int] = field(default_factory=list)
 
 
-def key_columns(keys: Sequence[Key], count: int) -> list[list[str]]:
-    """Turn keys into one list for each key column, as array parameters take them."""
-    return [[key[i] for key in keys] for i in range(count)]
-
-
 def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_bytes: int) -> dict[int, ReadRow]:
     """Read the content of keys as the source's owner; a key that has no row is missing from the result."""
     count = len(pipeline.key_columns)
     rows = session.query(
-        f"SELECT * FROM {pipeline.generated('read')}({pipeline.key_arrays()}, ${count + 1})",
-        [*pipeline.key_parameter_types, "bigint"],
+        f"""
+        SELECT r.ordinality, r.accepted, r.deferred, c.current, c.given_up, r.content_hash, r.prefix,
+            CASE WHEN NOT c.current THEN r.content END AS content
+        FROM {pipeline.generated("read")}({pipeline.key_arrays()}, ${count + 1}) AS r
+        LEFT JOIN (
+            SELECT k.ordinality, d.state, d.content_hash, d.recipe, d.embedded_at
+            FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+            JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "k")}
+        ) AS s ON s.ordinality = r.ordinality
+        CROSS JOIN LATERAL (
+            SELECT r.accepted AND NOT r.deferred AND s.content_hash IS NOT DISTINCT FROM r.content_hash
+                AND coalesce(s.recipe = ${count + 2}, true)
+                AND coalesce(s.embedded_at >= ${count + 3}::timestamptz, true) AS same
+        ) AS m
+        CROSS JOIN LATERAL (
+            SELECT coalesce(m.same AND s.state = CASE WHEN r.content_hash IS NULL THEN 'empty' ELSE 'embedded' END, false)
+                AS current, coalesce(m.same AND s.state = 'dead' AND s.content_hash IS NOT NULL, false) AS given_up
+        ) AS c
+        """,
+        [*pipeline.key_parameter_types, "bigint", "integer", "text"],
         *key_columns(keys, count),
         max_bytes,
+        pipeline.version.recipe,
+        pipeline.version.vectors_valid_from,
     )
     return {
-        int(row["ordinality"]) - 1: ReadRow(row["accepted"], row["deferred"], row["content"], row["content_hash"])
+        row["ordinality"] - 1: ReadRow(
+            row["accepted"],
+            row["deferred"],
+            row["current"],
+            row["given_up"],
+            row["content"],
+            row["content_hash"],
+            row["prefix"] or "",
+        )
         for row in rows
     }
 
 
-def stored_hashes(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> dict[int, tuple[str, bytes | None]]:
-    """Return state and content hash of the keys that have a document row."""
-    count = len(pipeline.key_columns)
-    rows = session.query(
+def still_current(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> set[int]:
+    """Return the indexes of the keys whose documents nobody is writing now and that still are what the source says, or dead.
+
+    Without the lock another session's write of an older content could be under way: it would follow, unseen.
+    """
+    arrays = key_columns(keys, len(pipeline.key_columns))
+    locked = session.query(
         f"""
-        SELECT k.ordinality, d.state, d.content_hash
-        FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        SELECT k.ordinality FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
         JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "k")}
+        ORDER BY {pipeline.key_list_of("d")} FOR SHARE OF d SKIP LOCKED
         """,
         pipeline.key_parameter_types,
-        *key_columns(keys, count),
+        *arrays,
     )
-    return {int(row["ordinality"]) - 1: (str(row["state"]), row["content_hash"]) for row in rows}
+    free = {row["ordinality"] - 1 for row in locked}
+    read = read_rows(session, pipeline, keys, _ALL_BYTES)
+    return {index for index, row in read.items() if (row.current or row.given_up) and index in free}
 
 
 def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
@@ -118,14 +157,41 @@ def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes])
         FROM unnest($1::uuid[]) AS w (content_hash)
         JOIN {pipeline.chunk} AS c ON c.content_hash = w.content_hash
         JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
+        {_valid_join(pipeline, "$2")}
         """,
-        ["text[]"],
-        [str(UUID(bytes=digest)) for digest in digests],
+        ["text[]", "text"],
+        [digest.hex() for digest in digests],
+        pipeline.version.vectors_valid_from,
     )
     if not rows:
         return {}
     matrix = vectors.vectors_from_send([row["vector"] for row in rows], pipeline.version.column_type)
     return {bytes(row["digest"]): matrix[i] for i, row in enumerate(rows)}
+
+
+def _valid_join(pipeline: Pipeline, valid_from: str) -> str:
+    """Return the join that leaves out vectors of before a change of the model that was found out; none in common life."""
+    if pipeline.version.vectors_valid_from is None:
+        return f"AND {valid_from}::text IS NULL"
+    return (
+        f"JOIN {pipeline.document} AS d ON {pipeline.key_join('d', 'c')} AND d.embedded_at >= {valid_from}::timestamptz"
+    )
+
+
+def can_hold_source(session: Session, pipeline: Pipeline) -> bool:
+    """Lock the source as its readers do, to the end of the transaction; False where an application is about to change it.
+
+    TRUNCATE locks the source first and then our tables. Whoever locks them in another order deadlocks with it, and the
+    application may be the one that fails: so a worker begins each transaction with this. It waits for no application.
+    """
+    name = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], pipeline.source_oid)
+    try:
+        session.execute(f"LOCK TABLE ONLY {name} IN ROW SHARE MODE NOWAIT")
+    except Exception as error:
+        if getattr(error, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+            raise
+        return False
+    return True
 
 
 def write_documents(
@@ -138,17 +204,16 @@ def write_documents(
     is seen. Both SKIP LOCKED: a worker waits for no application.
     """
     result = WriteResult()
-    ready = _lock_unchanged(session, pipeline, documents, result)
-    if not ready:
-        _drop_placeholders(session, pipeline, documents, [])
-        return result
-    stored = _stored_chunks(session, pipeline, [documents[i].key for i in ready])
+    fresh, free = _place_documents(session, pipeline, documents)
+    ready = _unchanged(session, pipeline, documents, fresh | free, result)
+    # Of new documents, too: a chunk whose document row was lost must not stay beside the new one.
+    stored = _stored_chunks(session, pipeline, documents, ready)
     removed: list[int] = []
     moved: list[tuple[int, Chunk]] = []
     added: list[tuple[Key, Chunk]] = []
-    for position, index in enumerate(ready):
+    for index in ready:
         document = documents[index]
-        changes = _diff(stored.get(position, []), document.chunks)
+        changes = _diff(stored[index], document.chunks) if stored[index] else ([], [], document.chunks)
         if any(chunk.digest not in known for chunk in changes[2]):
             # Another session took the chunk away that was to stay or to lend its vector: look again.
             result.busy.append(index)
@@ -158,97 +223,166 @@ def write_documents(
         added += [(document.key, chunk) for chunk in changes[2]]
         result.written.append(index)
     _apply(session, pipeline, removed, moved, added, known)
-    _write_state(session, pipeline, [documents[i] for i in result.written])
-    _drop_placeholders(session, pipeline, documents, result.written)
+    written = set(result.written)
+    _update_state(session, pipeline, [documents[i] for i in result.written if i in free])
+    _take_back(session, pipeline, [documents[i] for i in sorted(fresh - written)])
+    if written:
+        forget_dead_letters(session, pipeline, [documents[i].key for i in result.written])
     return result
 
 
-def _lock_unchanged(
-    session: Session, pipeline: Pipeline, documents: Sequence[Document], result: WriteResult
+def _place_documents(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> tuple[set[int], set[int]]:
+    """Insert the document rows that there are none of yet, and lock the others as far as that can be had at once.
+
+    Return the indexes of (inserted, locked). An inserted row is a lock, too: two writers of a new document meet at it.
+    """
+    count = len(pipeline.key_columns)
+    arrays = key_columns([document.key for document in documents], count)
+    placed = session.query(
+        f"""
+        WITH placed AS (
+            INSERT INTO {pipeline.document} ({pipeline.key_list}, content_hash, state, recipe, embedded_at)
+            SELECT {pipeline.key_list_of("k")}, k.content_hash,
+                CASE WHEN k.content_hash IS NULL THEN 'empty' ELSE 'embedded' END, ${count + 2}, clock_timestamp()
+            FROM unnest({pipeline.key_arrays()}, ${count + 1}) AS k ({pipeline.key_list}, content_hash)
+            -- Not left to ON CONFLICT, which waits for the transaction that is deleting the row.
+            WHERE NOT EXISTS (SELECT FROM {pipeline.document} AS d WHERE {pipeline.key_join("d", "k")})
+            ORDER BY {pipeline.key_list_of("k")}
+            ON CONFLICT DO NOTHING
+            RETURNING {pipeline.key_list}
+        )
+        SELECT {", ".join(f"array_agg({column}::text) AS {column}" for column in pipeline.quoted_key_columns)} FROM placed
+        """,
+        [*pipeline.key_parameter_types, "bytea[]", "integer"],
+        *arrays,
+        [document.content_hash for document in documents],
+        pipeline.version.recipe,
+    )[0]
+    new_keys = set(zip(*(placed[column] or () for column in pipeline.key_columns), strict=True))
+    fresh = {index for index, document in enumerate(documents) if document.key in new_keys}
+    if len(fresh) == len(documents):
+        return fresh, set()
+    locked = session.query(
+        f"""
+        SELECT k.ordinality FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "k")}
+        ORDER BY {pipeline.key_list_of("d")} FOR UPDATE OF d SKIP LOCKED
+        """,
+        pipeline.key_parameter_types,
+        *arrays,
+    )
+    return fresh, {row["ordinality"] - 1 for row in locked} - fresh
+
+
+def take_documents(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> set[int]:
+    """Lock the documents' rows, inserting those that there are none of; return the indexes of those that could be had."""
+    fresh, free = _place_documents(session, pipeline, documents)
+    return fresh | free
+
+
+def queued_anew(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow]) -> set[int]:
+    """Return the indexes of the rows of which a newer change waits in the queue."""
+    count = len(pipeline.key_columns)
+    keys = ", ".join(f"i.{quote_ident(column)}" for column in pipeline.key_columns)
+    found = session.query(
+        f"""
+        SELECT k.ordinality FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        WHERE ({pipeline.key_list_of("k")}) IN (
+            SELECT {pipeline.key_list_of("w")} FROM {pipeline.generated("inbox")} AS i
+                CROSS JOIN LATERAL unnest({keys}) AS w ({pipeline.key_list})
+            UNION ALL SELECT {pipeline.key_list_of("o")} FROM {pipeline.outbox} AS o
+                WHERE o.claimed_by IS NULL AND o.outbox_id <> ALL (${count + 1}))
+        """,
+        [*pipeline.key_parameter_types, "bigint[]"],
+        *key_columns([row.key for row in rows], count),
+        # Inside embed_pending these bear no mark.
+        [outbox_id for row in rows for outbox_id in row.outbox_ids],
+    )
+    return {row["ordinality"] - 1 for row in found}
+
+
+def _unchanged(
+    session: Session, pipeline: Pipeline, documents: Sequence[Document], ours: set[int], result: WriteResult
 ) -> list[int]:
+    """Lock the source rows and look at them again; return the indexes of the documents that can be written.
+
+    Only the exceptions come back from the server: most rows are as they were.
+    """
     keys = [document.key for document in documents]
-    arrays = key_columns(keys, len(pipeline.key_columns))
-    free = _lock_state_rows(session, pipeline, arrays)
-    locked = {
-        int(row["ordinality"]) - 1: (row["accepted"], row["content_hash"])
+    count = len(pipeline.key_columns)
+    changed = {
+        row["ordinality"] - 1: row["accepted"]
         for row in session.query(
-            f"SELECT * FROM {pipeline.generated('lock')}({pipeline.key_arrays()})",
-            pipeline.key_parameter_types,
-            *arrays,
+            f"""
+            SELECT w.ordinality, l.accepted
+            FROM unnest(${count + 1}::bytea[]) WITH ORDINALITY AS w (content_hash, ordinality)
+            LEFT JOIN {pipeline.generated("lock")}({pipeline.key_arrays()}) AS l ON l.ordinality = w.ordinality
+            WHERE l.accepted IS NOT TRUE OR l.content_hash IS DISTINCT FROM w.content_hash
+                -- The recipe was altered after this batch was chunked.
+                OR NOT EXISTS (
+                    SELECT FROM embedline.version AS v
+                    WHERE v.version_id = ${count + 2} AND v.fingerprint = ${count + 3})
+            """,
+            [*pipeline.key_parameter_types, "bytea[]", "bigint", "text"],
+            *key_columns(keys, count),
+            [document.content_hash for document in documents],
+            pipeline.version.version_id,
+            pipeline.version.fingerprint,
         )
     }
-    unlocked = [i for i in range(len(documents)) if i not in locked]
+    unlocked = [index for index, accepted in changed.items() if accepted is None]
     still_there = read_rows(session, pipeline, [keys[i] for i in unlocked], 0) if unlocked else {}
     for position, index in enumerate(unlocked):
         (result.busy if position in still_there else result.absent).append(index)
-    ready = []
-    for index, (accepted, content_hash) in sorted(locked.items()):
-        if not accepted:
+    ready: list[int] = []
+    for index in range(len(documents)):
+        accepted = changed.get(index)
+        if index not in changed:
+            (ready if index in ours else result.busy).append(index)
+        elif accepted is False:
             result.absent.append(index)
-        elif content_hash != documents[index].content_hash:
+        elif accepted:
             result.stale.append(index)
-        elif index not in free:
-            result.busy.append(index)
-        else:
-            ready.append(index)
     return ready
 
 
-def _lock_state_rows(session: Session, pipeline: Pipeline, arrays: list[list[str]]) -> set[int]:
-    """Lock the document rows that can be had at once; return their indexes.
-
-    A key that has none gets a placeholder, so that two writers of a new document meet at a row, too.
-    """
-    wanted = f"unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)"
-    session.query(
-        f"""
-        INSERT INTO {pipeline.document} ({pipeline.key_list}, state, embedded_at)
-        SELECT {pipeline.key_list}, 'empty', '-infinity' FROM {wanted} ORDER BY {pipeline.key_list}
-        ON CONFLICT DO NOTHING
-        """,
-        pipeline.key_parameter_types,
-        *arrays,
-    )
-    ordered = ", ".join(f"d.{quote_ident(column)}" for column in pipeline.key_columns)
-    locked = session.query(
-        f"SELECT k.ordinality FROM {wanted} JOIN {pipeline.document} AS d ON {pipeline.key_join('d', 'k')}"
-        f" ORDER BY {ordered} FOR UPDATE OF d SKIP LOCKED",
-        pipeline.key_parameter_types,
-        *arrays,
-    )
-    return {int(row["ordinality"]) - 1 for row in locked}
-
-
-def _drop_placeholders(
-    session: Session, pipeline: Pipeline, documents: Sequence[Document], written: Sequence[int]
-) -> None:
-    unused = [document.key for i, document in enumerate(documents) if i not in set(written)]
-    if unused:
+def _take_back(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> None:
+    """Remove document rows that this transaction inserted and does not stand by."""
+    if documents:
         session.query(
             f"DELETE FROM {pipeline.document} AS d USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
-            f" WHERE {pipeline.key_join('d', 'k')} AND d.embedded_at = '-infinity'",
+            f" WHERE {pipeline.key_join('d', 'k')}",
             pipeline.key_parameter_types,
-            *key_columns(unused, len(pipeline.key_columns)),
+            *key_columns([document.key for document in documents], len(pipeline.key_columns)),
         )
 
 
-def _stored_chunks(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> dict[int, list[StoredChunk]]:
+def _stored_chunks(
+    session: Session, pipeline: Pipeline, documents: Sequence[Document], wanted: Sequence[int]
+) -> dict[int, list[StoredChunk]]:
+    """Return the chunks of the documents wanted, by index; each has an entry."""
+    if not wanted:
+        return {}
+    count = len(pipeline.key_columns)
     rows = session.query(
         f"""
-        SELECT k.ordinality, c.chunk_id, uuid_send(c.content_hash) AS digest, c.seq, c.start_offset, c.end_offset
+        SELECT k.ordinality, c.chunk_id, uuid_send(c.content_hash) AS digest, c.seq, c.start_offset, c.end_offset,
+            v.chunk_id IS NOT NULL AND coalesce(d.embedded_at >= ${count + 1}::timestamptz, true) AS usable
         FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "k")}
         JOIN {pipeline.chunk} AS c ON {pipeline.key_join("c", "k")}
-        JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
+        LEFT JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
         """,
-        pipeline.key_parameter_types,
-        *key_columns(keys, len(pipeline.key_columns)),
+        [*pipeline.key_parameter_types, "text"],
+        *key_columns([documents[i].key for i in wanted], count),
+        pipeline.version.vectors_valid_from,
     )
-    stored: dict[int, list[StoredChunk]] = {}
+    stored: dict[int, list[StoredChunk]] = {index: [] for index in wanted}
     for row in rows:
-        chunk = StoredChunk(
-            int(row["chunk_id"]), bytes(row["digest"]), (row["seq"], row["start_offset"], row["end_offset"])
-        )
-        stored.setdefault(int(row["ordinality"]) - 1, []).append(chunk)
+        position = (row["seq"], row["start_offset"], row["end_offset"])
+        # A chunk without a usable vector is no match for anything: it goes, and its content is added anew.
+        digest = row["digest"] if row["usable"] else b""
+        stored[wanted[row["ordinality"] - 1]].append(StoredChunk(row["chunk_id"], digest, position))
     return stored
 
 
@@ -320,13 +454,13 @@ def copy_rows(
             str(chunk_id),
             *(part.translate(_COPY_ESCAPES) for part in key),
             str(chunk.sequence), str(chunk.start), str(chunk.end), chunk.digest.hex(),
-            chunk.content.translate(_COPY_ESCAPES),
+            chunk.content.translate(_COPY_ESCAPES), chunk.prefix.translate(_COPY_ESCAPES) if chunk.prefix else "\\N",
         ))
         for chunk_id, (key, chunk) in zip(chunk_ids.tolist(), added, strict=True)
     ]  # fmt: skip
     with _server_file(("\n".join(lines) + "\n").encode()) as path:
         session.execute(
-            f"COPY {pipeline.chunk} (chunk_id, {pipeline.key_list}, seq, start_offset, end_offset, content_hash, content)"
+            f"COPY {pipeline.chunk} (chunk_id, {pipeline.key_list}, seq, start_offset, end_offset, content_hash, content, prefix)"
             f" FROM {quote_literal(path)} WITH (FORMAT text, ENCODING 'UTF8')"
         )
 
@@ -344,9 +478,18 @@ def copy_vectors(
 
 @contextmanager
 def _server_file(data: bytes | bytearray) -> Iterator[str]:
-    """Hold `data` in a file that only the server's user can read, in memory where the system has such a place."""
-    directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - mkstemp makes a 0600 file of a new name
-    descriptor, path = tempfile.mkstemp(prefix="embedline-copy-", dir=directory)
+    """Hold `data` in a file in memory that nobody else can open and that goes with the process, however it ends.
+
+    COPY opens it by its descriptor's name, in the same process. Where a system has no such files it is one of mode 0600 in
+    the server's temporary directory.
+    """
+    if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
+        with os.fdopen(os.memfd_create("embedline-copy"), "wb") as file:
+            file.write(data)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+        return
+    descriptor, path = tempfile.mkstemp(prefix="embedline-copy-")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -355,59 +498,58 @@ def _server_file(data: bytes | bytearray) -> Iterator[str]:
         Path(path).unlink()
 
 
-def _write_state(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> None:
+def analyze_grown(session: Session, pipeline: Pipeline, written: int) -> bool:
+    """ANALYZE the pipeline's tables once `written` new rows make them three times what the planner knows; True if so.
+
+    Plans that were made while the tables were empty read them whole: without this the rate fell from 10,000 rows/s to
+    2,000 by 220,000 rows. Autovacuum comes a minute later. Only keys are looked at: a sample of vectors would be large.
+    """
+    if written < _GROWN_ROWS:
+        return False
+    known = session.scalar("SELECT reltuples FROM pg_class WHERE oid = to_regclass($1)", ["text"], pipeline.document)
+    if known is None or written < 2 * known:
+        return False
+    session.execute(f"ANALYZE {pipeline.document} ({pipeline.key_list})")
+    session.execute(f"ANALYZE {pipeline.chunk} (chunk_id, content_hash, {pipeline.key_list})")
+    session.execute(f"ANALYZE {pipeline.vectors} (chunk_id)")
+    return True
+
+
+def _update_state(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> None:
+    """Note what is embedded now of documents that were there before; their rows are locked."""
     if not documents:
         return
     count = len(pipeline.key_columns)
-    keys = [document.key for document in documents]
     session.query(
         f"""
-        INSERT INTO {pipeline.document} AS d ({pipeline.key_list}, content_hash, state, embedded_at)
-        SELECT {", ".join(f"k.{quote_ident(c)}" for c in pipeline.key_columns)}, k.content_hash,
-            CASE WHEN k.content_hash IS NULL THEN 'empty' ELSE 'embedded' END, clock_timestamp()
+        UPDATE {pipeline.document} AS d SET content_hash = k.content_hash, recipe = ${count + 2},
+            state = CASE WHEN k.content_hash IS NULL THEN 'empty' ELSE 'embedded' END, embedded_at = clock_timestamp()
         FROM unnest({pipeline.key_arrays()}, ${count + 1}) AS k ({pipeline.key_list}, content_hash)
-        ORDER BY {pipeline.key_list}
-        ON CONFLICT ({pipeline.key_list}) DO UPDATE
-        SET content_hash = excluded.content_hash, state = excluded.state, embedded_at = excluded.embedded_at
+        WHERE {pipeline.key_join("d", "k")}
         """,
-        [*pipeline.key_parameter_types, "bytea[]"],
-        *key_columns(keys, count),
+        [*pipeline.key_parameter_types, "bytea[]", "integer"],
+        *key_columns([document.key for document in documents], count),
         [document.content_hash for document in documents],
+        pipeline.version.recipe,
     )
-    forget_dead_letters(session, pipeline, keys)
-
-
-def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:
-    """Remove the dead letters of keys that are embedded or gone."""
-    from embedline.outbox import key_json
-
-    if session.scalar(
-        "SELECT 1 FROM embedline.dead_letter WHERE pipeline_id = $1 LIMIT 1", ["bigint"], pipeline.pipeline_id
-    ):
-        session.query(
-            "DELETE FROM embedline.dead_letter WHERE pipeline_id = $1 AND key = ANY ($2::text[]::jsonb[])",
-            ["bigint", "text[]"],
-            pipeline.pipeline_id,
-            [key_json(pipeline, key) for key in keys],
-        )
 
 
 def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> list[int]:
     """Remove chunks and state of keys whose row is gone or filtered out; return the indexes that are still there after all."""
     keys = [document.key for document in documents]
-    arrays = key_columns(keys, len(pipeline.key_columns))
-    free = _lock_state_rows(session, pipeline, arrays)
+    # A row of ours first, as in write_documents: a writer who is about to bring the key back has to wait for it.
+    fresh, free = _place_documents(session, pipeline, [Document(ClaimedRow(key)) for key in keys])
     present = {i for i, row in read_rows(session, pipeline, keys, 0).items() if row.accepted}
-    gone = [i for i in range(len(keys)) if i in free and i not in present]
-    gone_arrays = key_columns([keys[i] for i in gone], len(pipeline.key_columns))
-    for table in (pipeline.chunk, pipeline.document):
+    gone = sorted((fresh | free) - present)
+    arrays = key_columns([keys[i] for i in gone], len(pipeline.key_columns))
+    for table in (pipeline.chunk, pipeline.document) if gone else ():
         session.query(
             f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
             f" WHERE {pipeline.key_join('t', 'k')}",
             pipeline.key_parameter_types,
-            *gone_arrays,
+            *arrays,
         )
-    _drop_placeholders(session, pipeline, documents, gone)
+    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & present)])
     if gone:
         forget_dead_letters(session, pipeline, [keys[i] for i in gone])
     return [i for i in range(len(keys)) if i not in set(gone)]

@@ -1,355 +1,428 @@
 """The engine: one batch of claimed rows from source to vectors, in steps that the callers put into transactions.
 
-`embed_pending` runs all steps in the caller's transaction. The resident worker commits between them and holds no
-transaction while a provider works.
+`embed_pending` runs all steps in the caller's transaction. The resident worker commits between them, holds no
+transaction while a provider works, and has several batches in work at a time.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
-from embedline import circuit, documents, outbox
-from embedline.catalog import Pipeline
-from embedline.chunking import Chunker, recursive_chunker, whole_text
+from embedline import backfill, circuit, dead_letters, documents, inbox, outbox, spending
+from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
+from embedline.chunking import Chunker, make_chunker
 from embedline.database import Session
+from embedline.dead_letters import DeadLetter
 from embedline.documents import Document, Vector
-from embedline.embedder_pool import embedder_for
-from embedline.embedders import EmbeddingBlock
+from embedline.embedder_pool import embedder_for, sentence_embedder
 from embedline.errors import (
+    DimensionMismatch,
     EmbedlineError,
     InputRejected,
     InvalidVectors,
     ModelHostUnavailable,
+    ProviderError,
     ProviderMisconfigured,
     TransientProviderError,
     UnusableText,
 )
-from embedline.outbox import ClaimedRange, ClaimedRow
-from embedline.retry import MAX_ATTEMPTS, backoff_seconds
+from embedline.outbox import ClaimedRow
+from embedline.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
 from embedline.text import repair_text
 
-# Content that is held in memory at a time; one larger row is read alone.
-MAX_BATCH_BYTES = 16 * 1024 * 1024
+# Content that a batch holds; what is beyond it goes back to the queue, and one larger row is read alone.
+MAX_BATCH_BYTES = 8 * 1024 * 1024
+# Documents of one write: its transaction stays short.
+_WRITE_DOCUMENTS = 2000
 # A busy row is in an application's hands: look again soon, without charge.
 _BUSY_SECONDS = 0.1
-# Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
-_LOCAL_REQUEST_ITEMS = 64
 _MISCONFIGURED_PAUSE_SECONDS = 10.0
-
-
-@dataclass
-class Unit:
-    """Documents that are embedded and written together: one or more requests, one write."""
-
-    documents: list[Document]
-    requests: dict[Future[EmbeddingBlock], list[bytes]] = field(default_factory=dict)
-    vectors: dict[bytes, Vector] = field(default_factory=dict)
-    faults: dict[bytes, str] = field(default_factory=dict)
-    error: EmbedlineError | None = None
-
-
-@dataclass
-class Batch:
-    """Claimed rows of one pipeline in work."""
-
-    pipeline: Pipeline
-    rows: list[ClaimedRow]
-    claimed_range: ClaimedRange | None = None
-    units: list[Unit] = field(default_factory=list)
-    found: list[Document] = field(default_factory=list)
-    chunker: Chunker = whole_text
-    embedded_count: int = 0
-
-    @property
-    def futures(self) -> list[Future[EmbeddingBlock]]:
-        """Requests in flight."""
-        return [future for unit in self.units for future in unit.requests]
+_MONEY_SECONDS = 1.0
 
 
 class Engine:
-    """Embeds batches for one session. `worker_id` is None inside embed_pending."""
+    """Embeds batches for one session. `worker_id` is None inside embed_pending.
 
-    def __init__(self, session: Session, worker_id: int | None) -> None:
+    `patience` is how many seconds a batch may wait for a grant of rate limit or budget before its rows go back.
+    """
+
+    def __init__(self, session: Session, worker_id: int | None, patience: float) -> None:
         self.session = session
         self.worker_id = worker_id
-
-    def claim(self, pipelines: Sequence[Pipeline], limit: int, *, backfill: bool) -> Batch | None:
-        """Claim rows of the first pipeline that has any: live changes, or ranges of the backfill."""
-        for pipeline in pipelines:
-            if circuit.is_open(self.session, pipeline.version.model.model_id):
-                continue
-            if backfill:
-                if pipeline.version.state == "complete":
-                    continue
-                claimed = outbox.claim_backfill(self.session, pipeline, limit, self.worker_id)
-                if claimed is not None:
-                    return Batch(pipeline, claimed[1], claimed[0])
-            else:
-                rows = outbox.claim_changes(self.session, pipeline, limit, self.worker_id)
-                if rows:
-                    return Batch(pipeline, rows)
-        return None
+        self._patience = patience
+        # Why requests were last refused a grant; None while none was.
+        self.refusal: str | None = None
 
     def read(self, batch: Batch) -> None:
         """Read and compare; settle at once what is gone or has not changed."""
-        pending = [row for row in batch.rows if not self._bury_fatal(batch, row)]
-        keys = [row.key for row in pending]
-        stored = documents.stored_hashes(self.session, batch.pipeline, keys) if keys else {}
-        if batch.claimed_range is not None:
-            # A row that a live change has already brought needs no backfill.
-            pending = [row for i, row in enumerate(pending) if i not in stored]
-            keys, stored = [row.key for row in pending], {}
+        fatal = [row for row in batch.rows if row.crash_count >= MAX_CRASHES]
+        self._bury(batch, [_fatal_letter(row) for row in fatal])
+        pending = [row for row in batch.rows if row.crash_count < MAX_CRASHES]
         absent: list[Document] = []
-        for index, row, read in self._read_all(batch, pending):
-            if read is None or not read.accepted:
+        settled: list[ClaimedRow] = []
+        deferred: list[ClaimedRow] = []
+        for row, read in self._read_all(batch, pending):
+            if read is not None and read.deferred:
+                deferred.append(row)
+            elif read is None or not read.accepted:
                 absent.append(Document(row))
-            elif stored.get(index) in (("embedded", read.content_hash), ("empty", None)) and (
-                stored[index][1] == read.content_hash
-            ):
-                self._finish(batch, [row])
+            elif read.current or (read.given_up and batch.claimed_range is not None):
+                # A backfill tries no dead letter again; a change of its row does, and so does requeue.
+                settled.append(row)
             else:
-                batch.found.append(Document(row, read.content_hash, read.content))
+                batch.found.append(Document(row, read.content_hash, read.content, read.prefix))
+                batch.content_bytes += len(read.content or "")
+        self._settle_current(batch, settled)
+        if deferred:
+            self._give_back(batch, deferred, 0.0, charged=False, error=None)
         self._settle_absent(batch, absent)
-        batch.chunker = self._chunker(batch.pipeline)
+        if batch.pipeline.spec.method == "semantic" and batch.pipeline.metered and batch.found:
+            self._reserve_sentences(batch)
 
     def chunk(self, batch: Batch, breathe: Callable[[], None]) -> None:
         """Repair and chunk what was read. Touches no table: the resident worker holds no transaction meanwhile."""
+        if not batch.found:
+            return
+        chunker = self._chunker(batch, breathe)
         for document in batch.found:
             if document.content is not None:
                 try:
-                    document.chunks = batch.chunker(repair_text(document.content), breathe)
-                except UnusableText as error:
+                    document.chunks = chunker(repair_text(document.content), breathe, document.prefix)
+                except (UnusableText, ProviderError) as error:
                     document.problem = error
                 document.content = None
 
     def submit(self, batch: Batch) -> None:
-        """Give up what has nothing to embed, lend what is known already, and start the requests for the rest."""
-        for document in batch.found:
-            if document.problem is not None:
-                self._bury(batch, document, "validate", document.problem.sqlstate, document.problem.message)
+        """Give up what has nothing to embed, lend what is known already, and reserve the requests for the rest."""
+        problems = [document for document in batch.found if document.problem is not None]
+        unusable = [document for document in problems if isinstance(document.problem, UnusableText)]
+        self._bury(batch, [_letter(document, "validate", document.problem) for document in unusable])
+        for document in problems:
+            if isinstance(document.problem, ProviderError):
+                # The chunker asks the model where the meaning changes: a failure there is one of the model.
+                self._give_up_or_retry(batch, Unit([document], error=document.problem))
         sound = [document for document in batch.found if document.problem is None]
-        known = self._lend(batch.pipeline, sound)
-        batch.units = _pack(sound, known, self._request_items(batch.pipeline), batch.pipeline)
-        for unit in batch.units:
-            self._submit(batch.pipeline, unit)
+        batch.found = []
+        left = spending.tokens_left(self.session, batch.pipeline) if batch.pipeline.metered else None
+        batch.units = pack(batch.pipeline, sound, self._lend(batch, sound), left)
+        texts = sum(len(request.texts) for request in batch.requests)
+        batch.vector_bytes = vector_memory(batch.pipeline, texts)
+        self.grant(batch)
+
+    def grant(self, batch: Batch) -> None:
+        """Reserve what budget and rate limit allow; give the rest back where the wait would be long."""
+        waiting = batch.ungranted
+        if not waiting:
+            return
+        grant = spending.Grant(len(waiting), None, None, None)
+        if batch.pipeline.metered:
+            estimates = [request.tokens for request in waiting]
+            grant = spending.reserve(self.session, batch.pipeline, estimates, self.worker_id)
+        for request in waiting[: grant.count]:
+            request.is_granted, request.reservation_id = True, grant.reservation_id
+        if grant.count and grant.reservation_id is not None:
+            batch.tokens_used[grant.reservation_id] = 0
+        if grant.count < len(waiting):
+            wait = grant.wait_seconds or 0.0
+            batch.grant_at = time.monotonic() + wait
+            if wait > self._patience:
+                self.give_back_waiting(batch, grant.reason or "the budget is used up")
+
+    def give_back_waiting(self, batch: Batch, reason: str) -> None:
+        """Give back the documents of units of which nothing is on its way: their grant is long in coming.
+
+        They are soon due again, because a budget can be raised at any time; until then nobody claims them.
+        """
+        later = [unit for unit in batch.units if unit.requests and not any(r.is_granted for r in unit.requests)]
+        batch.units = [unit for unit in batch.units if unit not in later]
+        rows = [document.row for unit in later for document in unit.documents]
+        self.refusal = reason
+        if rows:
+            dead_letters.note_error(self.session, batch.pipeline, reason)
+            self._give_back(batch, rows, _MONEY_SECONDS, charged=False, error=reason)
+
+    def start(self, batch: Batch) -> None:
+        """Send the requests that were granted; the transaction that reserved them is committed."""
+        granted = [request for request in batch.requests if request.is_granted and request.future is None]
+        embedder = embedder_for(self.session, batch.pipeline.version.model) if granted else None
+        for request in granted:
+            if embedder is not None:
+                request.future = embedder.submit(list(request.texts.values()), "document")
 
     def write_ready(self, batch: Batch) -> bool:
-        """Write one unit whose requests are all done; False where none is."""
+        """Write the units whose requests have all come back; False where there is none."""
+        ready: list[Unit] = []
+        count = 0
         for unit in batch.units:
-            if all(future.done() for future in unit.requests):
-                batch.units.remove(unit)
-                self._collect(batch.pipeline, unit)
-                if unit.error is not None:
-                    self._handle_failure(batch, unit)
-                else:
-                    self._write(batch, unit)
-                return True
-        return False
-
-    def finish(self, batch: Batch) -> None:
-        """Note the progress of a backfill range once all of its claimed rows are settled."""
-        if batch.claimed_range is not None:
-            outbox.finish_range(self.session, batch.claimed_range)
-
-    def _bury_fatal(self, batch: Batch, row: ClaimedRow) -> bool:
-        if not outbox.was_fatal(row):
+            if unit.is_answered and (not ready or count + len(unit.documents) <= _WRITE_DOCUMENTS):
+                ready.append(unit)
+                count += len(unit.documents)
+        if not ready:
             return False
-        message = f"the worker died {row.crash_count} times while it had this row"
-        outbox.bury(self.session, batch.pipeline, row, "claim", "EL020", message, None)
-        outbox.note_error(self.session, batch.pipeline, f"{outbox.key_json(batch.pipeline, row.key)}: {message}")
-        self._finish(batch, [row])
+        batch.units = [unit for unit in batch.units if unit not in ready]
+        self._write_units(batch, ready)
         return True
 
-    def _read_all(
-        self, batch: Batch, rows: list[ClaimedRow]
-    ) -> Iterable[tuple[int, ClaimedRow, documents.ReadRow | None]]:
-        remaining = list(enumerate(rows))
-        while remaining:
-            try:
-                read = documents.read_rows(
-                    self.session, batch.pipeline, [row.key for _, row in remaining], MAX_BATCH_BYTES
-                )
-            except Exception as error:
-                if not _is_row_fault(error):
-                    raise
-                yield from self._read_halves(batch, remaining, error)
-                return
-            deferred = []
-            for position, (index, row) in enumerate(remaining):
-                found = read.get(position)
-                if found is not None and found.deferred:
-                    deferred.append((index, row))
-                else:
-                    yield index, row, found
-            remaining = deferred
+    def _write_units(self, batch: Batch, ready: list[Unit]) -> None:
+        known: dict[bytes, Vector] = {}
+        sound: list[Document] = []
+        for unit in ready:
+            self._collect(batch, unit)
+            if unit.error is None:
+                known |= unit.vectors
+                sound += self._without_faults(batch, unit)
+            elif isinstance(unit.error, InputRejected | InvalidVectors):
+                self._halve(batch, unit, unit.error)
+            else:
+                self._give_up_or_retry(batch, unit)
+        self._settle_reservations(batch)
+        if sound:
+            self._write(batch, sound, known)
+        self.grant(batch)
 
-    def _read_halves(
-        self, batch: Batch, rows: list[tuple[int, ClaimedRow]], error: Exception
-    ) -> Iterable[tuple[int, ClaimedRow, documents.ReadRow | None]]:
-        """Find the rows whose content expression raises, by halves; those are given up, their neighbours go on."""
-        if len(rows) == 1:
-            message = str(error).removeprefix("spiexceptions.")
-            code = str(getattr(error, "sqlstate", "EL022"))
-            self._bury(batch, Document(rows[0][1]), "read", code, message)
+    def finish(self, batch: Batch) -> None:
+        """Give the claim back once all of its rows are settled."""
+        if batch.claimed_range is not None:
+            backfill.finish_range(self.session, batch.claimed_range, self.worker_id)
+        if batch.claim_id is not None:
+            inbox.finish_claim(self.session, batch.pipeline, batch.claim_id, self.worker_id)
+
+    # Reading
+
+    def _read_all(self, batch: Batch, rows: list[ClaimedRow]) -> Iterable[tuple[ClaimedRow, documents.ReadRow | None]]:
+        if not rows:
             return
-        middle = len(rows) // 2
-        for part in (rows[:middle], rows[middle:]):
-            for position, row, read in self._read_all(batch, [row for _, row in part]):
-                yield part[position][0], row, read
+        try:
+            read = documents.read_rows(self.session, batch.pipeline, [row.key for row in rows], MAX_BATCH_BYTES)
+        except Exception as error:
+            if not _is_row_fault(error):
+                raise
+            # Find the rows whose expression raises, by halves; those are given up, their neighbours go on.
+            if len(rows) == 1:
+                message = str(error).removeprefix("spiexceptions.")
+                code = str(getattr(error, "sqlstate", "EL022"))
+                self._bury(batch, [DeadLetter(rows[0], "read", code, message, None)])
+            else:
+                middle = len(rows) // 2
+                yield from self._read_all(batch, rows[:middle])
+                yield from self._read_all(batch, rows[middle:])
+            return
+        for index, row in enumerate(rows):
+            yield row, read.get(index)
 
-    def _chunker(self, pipeline: Pipeline) -> Chunker:
-        if pipeline.chunking == "none":
-            return whole_text
+    def _chunker(self, batch: Batch, breathe: Callable[[], None]) -> Chunker:
+        pipeline = batch.pipeline
         cache: dict[object, Chunker] = self.session.cache.setdefault("embedline.chunkers", {})
-        tokens = pipeline.chunk_tokens or 256
-        model_id = pipeline.version.model.model_id
-        key = (model_id, tokens, pipeline.chunk_overlap)
+        key = (pipeline.version.model.model_id, pipeline.spec)
         if key not in cache:
             tokenizer = self.session.scalar(
-                "SELECT tokenizer FROM embedline.model WHERE model_id = $1", ["bigint"], model_id
+                "SELECT tokenizer FROM embedline.model WHERE model_id = $1", ["bigint"], pipeline.version.model.model_id
             )
-            cache[key] = recursive_chunker(tokenizer, tokens, pipeline.chunk_overlap)
+            # The sentences' embedder is looked up at each use: the session's own may have been replaced.
+            cache[key] = make_chunker(pipeline.spec, tokenizer, sentence_embedder(self.session, pipeline.version))
         return cache[key]
 
-    def _lend(self, pipeline: Pipeline, found: list[Document]) -> dict[bytes, Vector]:
+    def _lend(self, batch: Batch, found: list[Document]) -> dict[bytes, Vector]:
         digests = list(dict.fromkeys(chunk.digest for document in found for chunk in document.chunks))
-        return documents.lend_vectors(self.session, pipeline, digests)
+        return documents.lend_vectors(self.session, batch.pipeline, digests)
 
-    def _request_items(self, pipeline: Pipeline) -> int:
-        config = pipeline.version.model.config
-        return (
-            min(config.max_batch_items, _LOCAL_REQUEST_ITEMS)
-            if config.provider == "sentence-transformers"
-            else config.max_batch_items
-        )
+    def _reserve_sentences(self, batch: Batch) -> None:
+        """Reserve what the semantic chunker will ask of the model, or give the batch back; the estimate stands as spent."""
+        tokens = sum(likely_tokens(document.content or "") for document in batch.found)
+        grant = spending.reserve(self.session, batch.pipeline, [tokens], self.worker_id)
+        if grant.count:
+            if grant.reservation_id is not None:
+                spending.settle(self.session, grant.reservation_id, None)
+            return
+        self.refusal = grant.reason or "the budget is used up"
+        rows, batch.found = [document.row for document in batch.found], []
+        self._give_back(batch, rows, _MONEY_SECONDS, charged=False, error=self.refusal)
 
-    def _submit(self, pipeline: Pipeline, unit: Unit) -> None:
-        texts: dict[bytes, str] = {}
-        for document in unit.documents:
-            for chunk in document.chunks:
-                if chunk.digest not in unit.vectors:
-                    texts.setdefault(chunk.digest, chunk.content.strip())
-        embedder = embedder_for(self.session, pipeline.version.model) if texts else None
-        for digests in _split_requests(texts, self._request_items(pipeline), pipeline):
-            if embedder is not None:
-                unit.requests[embedder.submit([texts[digest] for digest in digests], "document")] = digests
+    # Answers
 
-    def _collect(self, pipeline: Pipeline, unit: Unit) -> None:
+    def _collect(self, batch: Batch, unit: Unit) -> None:
         """Take over the vectors of a unit's answers, checked and normalised; note the error of a failed one."""
         from embedline import vectors
 
-        version = pipeline.version
-        for future, digests in unit.requests.items():
-            error = future.exception()
-            if error is not None:
-                if not isinstance(error, EmbedlineError):
-                    raise error
-                unit.error = error
+        version = batch.pipeline.version
+        for request in unit.requests:
+            if request.future is None:
                 continue
-            block = future.result()
+            error = request.future.exception()
+            if error is not None and not isinstance(error, EmbedlineError):
+                raise error
+            self._count_tokens(batch, request)
+            if error is not None:
+                unit.error = _graver(unit.error, error)
+                continue
+            block = request.future.result()
+            digests = list(request.texts)
             try:
                 matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
                 vectors.check_shape(matrix, len(digests), version.dimensions)
             except InvalidVectors as invalid:
-                unit.error = invalid
+                unit.error = _graver(unit.error, invalid)
                 continue
+            normalise = version.distance != "l2"
             # A normalised vector fits float16 whatever the model's scale.
-            faults = vectors.find_faults(matrix, version.column_type if version.distance == "l2" else "vector")
-            sound = [i for i in range(len(digests)) if i not in faults]
-            usable = matrix[sound]
-            if version.distance != "l2":
-                usable = vectors.normalise(usable)
-            unit.vectors.update({digests[i]: usable[n] for n, i in enumerate(sound)})
-            unit.faults.update({digests[i]: reason for i, reason in faults.items()})
-        unit.requests = {}
-        if unit.error is None:
+            usable, faults = vectors.usable_vectors(matrix, "vector" if normalise else version.column_type, normalise)
+            unit.vectors.update(zip(digests, usable, strict=True))
+            for index, reason in faults.items():
+                unit.faults[digests[index]] = reason
+                del unit.vectors[digests[index]]
+        batch.answered_at = time.monotonic()
+        if unit.error is None and unit.requests:
             circuit.close_circuit(self.session, version.model.model_id)
 
-    def _write(self, batch: Batch, unit: Unit) -> None:
-        sound = []
-        for document in unit.documents:
-            reasons = [unit.faults[chunk.digest] for chunk in document.chunks if chunk.digest in unit.faults]
-            if reasons:
-                self._bury(batch, document, "embed", InvalidVectors.sqlstate, reasons[0])
-            else:
-                sound.append(document)
-        if not sound:
+    def _count_tokens(self, batch: Batch, request: Request) -> None:
+        """Add up what the answers to a reservation say they cost; None once one does not say."""
+        if request.reservation_id is None or request.future is None:
             return
-        result = documents.write_documents(self.session, batch.pipeline, sound, unit.vectors)
-        self._finish(batch, [sound[i].row for i in result.written])
+        error = request.future.exception()
+        used: int | None
+        if isinstance(error, EmbedlineError):
+            # Refused requests cost nothing; one that timed out may have been served.
+            used = 0 if getattr(error, "is_refusal", False) else request.tokens
+        else:
+            used = request.future.result().tokens if error is None else None
+        so_far = batch.tokens_used.get(request.reservation_id)
+        batch.tokens_used[request.reservation_id] = None if so_far is None or used is None else so_far + used
+
+    def _settle_reservations(self, batch: Batch) -> None:
+        open_ids = {request.reservation_id for request in batch.requests}
+        for reservation_id in [i for i in batch.tokens_used if i not in open_ids]:
+            spending.settle(self.session, reservation_id, batch.tokens_used.pop(reservation_id))
+
+    def _without_faults(self, batch: Batch, unit: Unit) -> list[Document]:
+        """Return the documents whose vectors are all usable; the others are asked for once more, then given up."""
+        if not unit.faults:
+            return unit.documents
+        faulty = [d for d in unit.documents if any(chunk.digest in unit.faults for chunk in d.chunks)]
+        if unit.is_second_look:
+            reasons = [next(unit.faults[c.digest] for c in d.chunks if c.digest in unit.faults) for d in faulty]
+            letters = [
+                DeadLetter(d.row, "embed", InvalidVectors.sqlstate, reason, d.content_hash)
+                for d, reason in zip(faulty, reasons, strict=True)
+            ]
+            self._bury(batch, letters)
+        else:
+            batch.units.append(self._again(batch, unit, faulty, is_second_look=True))
+        return [document for document in unit.documents if document not in faulty]
+
+    def _again(self, batch: Batch, unit: Unit, members: list[Document], *, is_second_look: bool) -> Unit:
+        """Return a unit that asks once more for what the members lack."""
+        texts = {c.digest: c.embedded_text for d in members for c in d.chunks if c.digest not in unit.vectors}
+        again = unit_of(batch.pipeline, members, texts, unit.vectors)
+        again.is_second_look = is_second_look
+        return again
+
+    # Writing
+
+    def _write(self, batch: Batch, sound: list[Document], known: dict[bytes, Vector]) -> None:
+        result = documents.write_documents(self.session, batch.pipeline, sound, known)
+        self._finish([sound[i].row for i in result.written], batch)
         batch.embedded_count += sum(1 for i in result.written if sound[i].chunks)
         self._settle_absent(batch, [sound[i] for i in result.absent])
-        for index in result.busy:
-            outbox.give_back(self.session, batch.pipeline, sound[index].row, _BUSY_SECONDS, charged=False, error=None)
-        for index in result.stale:
-            self._give_back_stale(batch, sound[index])
+        if result.busy:
+            self._give_back(batch, [sound[i].row for i in result.busy], _BUSY_SECONDS, charged=False, error=None)
+        self._give_back_stale(batch, [sound[i] for i in result.stale])
 
-    def _give_back_stale(self, batch: Batch, document: Document) -> None:
-        # The newer change has its own outbox row. Only an expression that never gives the same text twice comes here often.
-        if document.row.attempts >= MAX_ATTEMPTS:
-            self._bury(
-                batch,
-                document,
-                "write",
-                "EL021",
-                "the content differs at every read; is the content expression volatile?",
-            )
-        else:
-            outbox.give_back(self.session, batch.pipeline, document.row, 0.0, charged=True, error=None)
+    def _give_back_stale(self, batch: Batch, stale: list[Document]) -> None:
+        # A newer change has its own row in the queue, however often that happens. Only an expression that never gives the
+        # same text twice is left.
+        newer = documents.queued_anew(self.session, batch.pipeline, [d.row for d in stale]) if stale else set()
+        self._finish([stale[i].row for i in newer], batch)
+        stale = [document for i, document in enumerate(stale) if i not in newer]
+        spent = [document for document in stale if document.row.attempts >= MAX_ATTEMPTS]
+        message = "the content differs at every read; is the content expression volatile?"
+        self._bury(batch, [DeadLetter(d.row, "write", "EL021", message, d.content_hash) for d in spent])
+        rest = [document.row for document in stale if document.row.attempts < MAX_ATTEMPTS]
+        if rest:
+            self._give_back(batch, rest, 0.0, charged=True, error=None)
+
+    def _settle_current(self, batch: Batch, rows: list[ClaimedRow]) -> None:
+        if not rows:
+            return
+        current = documents.still_current(self.session, batch.pipeline, [row.key for row in rows])
+        self._finish([row for i, row in enumerate(rows) if i in current], batch)
+        again = [row for i, row in enumerate(rows) if i not in current]
+        if again:
+            self._give_back(batch, again, _BUSY_SECONDS, charged=False, error=None)
 
     def _settle_absent(self, batch: Batch, absent: list[Document]) -> None:
         if not absent:
             return
         again = set(documents.remove_absent(self.session, batch.pipeline, absent))
-        self._finish(batch, [document.row for i, document in enumerate(absent) if i not in again])
-        for index in again:
-            outbox.give_back(self.session, batch.pipeline, absent[index].row, _BUSY_SECONDS, charged=False, error=None)
+        self._finish([document.row for i, document in enumerate(absent) if i not in again], batch)
+        if again:
+            self._give_back(batch, [absent[i].row for i in again], _BUSY_SECONDS, charged=False, error=None)
 
-    def _handle_failure(self, batch: Batch, unit: Unit) -> None:
+    # Failures
+
+    def _give_up_or_retry(self, batch: Batch, unit: Unit) -> None:
+        """Put a failed unit's rows back together, or give up those that have been tried often enough."""
         error = unit.error
-        if isinstance(error, InputRejected | InvalidVectors):
-            self._halve(batch, unit, error)
-            return
-        message = str(error)
-        outbox.note_error(self.session, batch.pipeline, message)
-        pause: float | None
+        message = _words(error)
+        dead_letters.note_error(self.session, batch.pipeline, message)
+        model_id = batch.pipeline.version.model.model_id
+        pause, charged = None, True
         if isinstance(error, ProviderMisconfigured):
             pause, charged = _MISCONFIGURED_PAUSE_SECONDS, False
-            circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, pause)
+            circuit.open_circuit(self.session, model_id, message, pause)
         elif isinstance(error, TransientProviderError):
             # A provider that cannot be reached, or that limits its rate, says nothing about these rows.
-            pause, charged = error.retry_after, not (error.throttled or isinstance(error, ModelHostUnavailable))
+            says_nothing = error.throttled or error.unreachable or isinstance(error, ModelHostUnavailable)
+            pause, charged = error.retry_after, not says_nothing
             if not charged:
-                circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, pause)
-        else:
-            pause, charged = None, True
-        for document in unit.documents:
-            if charged and document.row.attempts >= MAX_ATTEMPTS:
-                self._bury(batch, document, "embed", getattr(error, "sqlstate", "EL010"), message)
-            else:
-                delay = backoff_seconds(document.row.attempts, pause) if charged else (pause or 0.0)
-                outbox.give_back(self.session, batch.pipeline, document.row, delay, charged=charged, error=message)
+                pause = circuit.open_circuit(self.session, model_id, message, pause)
+        rows = [document.row for document in unit.documents]
+        if charged:
+            spent = [document for document in unit.documents if document.row.attempts >= MAX_ATTEMPTS]
+            self._bury(batch, [_letter(document, "embed", error) for document in spent])
+            rows = [row for row in rows if row.attempts < MAX_ATTEMPTS]
+            pause = backoff_seconds(max((row.attempts for row in rows), default=1), pause)
+        if rows:
+            self._give_back(batch, rows, pause or 0.0, charged=charged, error=message)
 
     def _halve(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
-        """Split a rejected unit until the rows that are the cause stand alone; those are given up."""
-        if len(unit.documents) == 1:
-            self._bury(batch, unit.documents[0], "embed", error.sqlstate, str(error))
+        """Split a rejected unit until the rows that are the cause stand alone; those are given up.
+
+        The requests of one large document are halved, too: it may be their size that the provider rejects.
+        """
+        if len(unit.documents) > 1:
+            middle = len(unit.documents) // 2
+            for part in (unit.documents[:middle], unit.documents[middle:]):
+                batch.units.append(self._again(batch, unit, part, is_second_look=unit.is_second_look))
+        elif smaller := halved_requests(unit):
+            batch.units.append(Unit(unit.documents, unit.vectors, smaller, is_second_look=unit.is_second_look))
+        elif isinstance(error, InputRejected | DimensionMismatch) or unit.is_second_look:
+            self._bury(batch, [_letter(unit.documents[0], "embed", error)])
+        else:
+            batch.units.append(self._again(batch, unit, unit.documents, is_second_look=True))
+
+    def _bury(self, batch: Batch, letters: Sequence[DeadLetter]) -> None:
+        if not letters:
             return
-        middle = len(unit.documents) // 2
-        for part in (unit.documents[:middle], unit.documents[middle:]):
-            half = Unit(part, vectors=dict(unit.vectors))
-            self._submit(batch.pipeline, half)
-            batch.units.append(half)
+        wanted = [Document(letter.row, letter.content_hash) for letter in letters]
+        had = documents.take_documents(self.session, batch.pipeline, wanted)
+        given_up = [letter for i, letter in enumerate(letters) if i in had]
+        if given_up:
+            dead_letters.bury(self.session, batch.pipeline, given_up)
+            self._finish([letter.row for letter in given_up], batch)
+        busy = [letter.row for i, letter in enumerate(letters) if i not in had]
+        if busy:
+            self._give_back(batch, busy, _BUSY_SECONDS, charged=False, error=None)
 
-    def _bury(self, batch: Batch, document: Document, stage: str, error_code: str, message: str) -> None:
-        outbox.bury(self.session, batch.pipeline, document.row, stage, error_code, message, document.content_hash)
-        outbox.note_error(self.session, batch.pipeline, f"{outbox.key_json(batch.pipeline, document.key)}: {message}")
-        self._finish(batch, [document.row])
+    def _give_back(
+        self, batch: Batch, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
+    ) -> None:
+        of_backfill = batch.claimed_range is not None
+        outbox.give_back(
+            self.session, batch.pipeline, rows, delay, charged=charged, error=error, of_backfill=of_backfill
+        )
 
-    def _finish(self, batch: Batch, rows: list[ClaimedRow]) -> None:
+    def _finish(self, rows: Sequence[ClaimedRow], batch: Batch) -> None:
         outbox.finish(self.session, batch.pipeline, rows, self.worker_id)
 
 
@@ -358,48 +431,22 @@ def _is_row_fault(error: Exception) -> bool:
     return str(getattr(error, "sqlstate", ""))[:2] in ("21", "22", "23", "38", "39", "42", "P0")
 
 
-def _tokens(text: str) -> int:
-    # An estimate on the safe side: no vocabulary in use has under one byte a token, most have about four.
-    return math.ceil(len(text) / 2)
+def _fatal_letter(row: ClaimedRow) -> DeadLetter:
+    message = f"the worker died {row.crash_count} times while it had this row"
+    return DeadLetter(row, "claim", "EL020", message, None)
 
 
-def _pack(found: list[Document], known: dict[bytes, Vector], items: int, pipeline: Pipeline) -> list[Unit]:
-    """Group documents into units of about one request each; a document is never split over two units."""
-    units: list[Unit] = []
-    current: list[Document] = []
-    new: dict[bytes, int] = {}
-    budget = pipeline.version.model.config.max_batch_tokens
-    for document in found:
-        wanted = {
-            c.digest: _tokens(c.content) for c in document.chunks if c.digest not in known and c.digest not in new
-        }
-        if current and (len(new) + len(wanted) > items or sum(new.values()) + sum(wanted.values()) > budget):
-            units.append(_unit(current, known))
-            current, new = [], {}
-            wanted = {c.digest: _tokens(c.content) for c in document.chunks if c.digest not in known}
-        current.append(document)
-        new |= wanted
-    if current:
-        units.append(_unit(current, known))
-    return units
+def _letter(document: Document, stage: str, error: EmbedlineError | None) -> DeadLetter:
+    code = error.sqlstate if error is not None else EmbedlineError.sqlstate
+    return DeadLetter(document.row, stage, code, _words(error), document.content_hash)
 
 
-def _unit(members: list[Document], known: dict[bytes, Vector]) -> Unit:
-    digests = {chunk.digest for document in members for chunk in document.chunks}
-    return Unit(members, vectors={digest: known[digest] for digest in digests if digest in known})
+def _words(error: EmbedlineError | None) -> str:
+    """What went wrong, with the provider's own words where it had some; these are free of keys."""
+    detail = error.detail if isinstance(error, ProviderError) else None
+    return f"{error}: {detail}" if detail else str(error)
 
 
-def _split_requests(texts: dict[bytes, str], items: int, pipeline: Pipeline) -> list[list[bytes]]:
-    requests: list[list[bytes]] = []
-    current: list[bytes] = []
-    tokens = 0
-    for digest, text in texts.items():
-        size = _tokens(text)
-        if current and (len(current) >= items or tokens + size > pipeline.version.model.config.max_batch_tokens):
-            requests.append(current)
-            current, tokens = [], 0
-        current.append(digest)
-        tokens += size
-    if current:
-        requests.append(current)
-    return requests
+def _graver(first: EmbedlineError | None, second: EmbedlineError) -> EmbedlineError:
+    """Of two requests' errors of one unit, the one to act on: a provider that is away says nothing about the texts."""
+    return second if first is None or isinstance(second, TransientProviderError | ProviderMisconfigured) else first

@@ -62,13 +62,15 @@ class ProviderError(EmbedlineError):
     """The embedding provider failed."""
 
     sqlstate = "EL010"
+    # Whether the provider said no before it did any work, so that nothing was paid for.
+    is_refusal = False
 
 
 class TransientProviderError(ProviderError):
     """The embedding provider is unavailable for now; the same request may succeed later.
 
-    `retry_after` is the provider's own wish in seconds, where it gave one. `throttled` marks a rate limit, which
-    burns no try.
+    `retry_after` is the provider's own wish in seconds, where it gave one. `throttled` marks a rate limit and
+    `unreachable` that there was no connection: neither burns a try.
     """
 
     sqlstate = "EL011"
@@ -81,10 +83,12 @@ class TransientProviderError(ProviderError):
         hint: str | None = None,
         retry_after: float | None = None,
         throttled: bool = False,
+        unreachable: bool = False,
     ) -> None:
         super().__init__(message, detail=detail, hint=hint)
         self.retry_after = retry_after
         self.throttled = throttled
+        self.unreachable = unreachable
 
 
 class InputRejected(ProviderError):

@@ -71,6 +71,7 @@ def replay(connection: Connection) -> None:
         f"INSERT INTO embedline.setting (name, value) VALUES ('version', '{version}')"
         " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
     )
+    run_script(connection, "SELECT embedline._regenerate_pipelines()")
 
 
 def check_server(connection: Connection) -> None:
@@ -123,8 +124,8 @@ def _check_extensions(connection: Connection, major: int) -> None:
 def _check_package(connection: Connection) -> None:
     """Import the package in the server's interpreter, in a transaction that leaves nothing behind."""
     probe = (
-        "DO LANGUAGE plpython3u $python$\nimport sys\ntry:\n    import embedline, numpy, ftfy, semantic_text_splitter\n"
-        "except ImportError as error:\n"
+        "DO LANGUAGE plpython3u $python$\nimport sys\ntry:\n    import embedline, ftfy, markdown_it, numpy\n"
+        "    import semantic_text_splitter, tokenizers\nexcept ImportError as error:\n"
         "    plpy.error(f'{error}', detail=f'interpreter {sys.version.split()[0]} of {sys.prefix}; path {sys.path}')\n"
         "GD['embedline.installed'] = embedline.__version__\n"
         f"if embedline.__version__ != '{embedline.__version__}':\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,26 @@ _LIMITS = {
 INSERT_MODEL = """
     INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
         api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
-        options, fingerprint)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+        options, fingerprint, price_per_million_tokens)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
 """
-INSERT_TYPES = ["text"] * 4 + ["integer"] * 2 + ["text"] * 5 + ["integer"] * 3 + ["double precision", "jsonb", "text"]
+INSERT_TYPES = (
+    ["text"] * 4 + ["integer"] * 2 + ["text"] * 5 + ["integer"] * 3 + ["double precision", "jsonb", "text", "numeric"]
+)
 
 CALLER = """
     SELECT CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END
 """
+
+
+def check_price(price: Decimal | None) -> Decimal | None:
+    """Return the price of a million tokens if it is one; None: not known."""
+    if price is not None and not (price.is_finite() and price >= 0):
+        raise InvalidParameter(
+            f"price_per_million_tokens must be at least 0, not {price}",
+            hint="Give what the provider takes for 1,000,000 tokens, for example 0.02; NULL where it is not known.",
+        )
+    return price
 
 
 def caller(session: Session) -> str:
@@ -46,6 +59,7 @@ def is_superuser(session: Session, role: str) -> bool:
 @entry_point
 def create_model(session: Session, parameters: dict[str, Any]) -> str:
     """Probe a model, store what it is, return its name. Raises where the declaration does not fit the model."""
+    price = check_price(parameters.pop("price_per_million_tokens"))
     config = _validated_config(session, parameters)
     if session.scalar("SELECT model_id FROM embedline.model WHERE name = $1", ["text"], config.name) is not None:
         raise AlreadyExists(
@@ -66,7 +80,7 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
         config.name, config.provider, config.model, config.revision, info.dimensions, max_tokens, tokenizer,
         config.base_url, config.api_key_env, config.document_prefix, config.query_prefix, config.max_batch_items,
         config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
-        info.fingerprint,
+        info.fingerprint, price,
     )  # fmt: skip
     return config.name
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from embedline import capture
+from embedline.audit_functions import audit_function_statements
 from embedline.capture import CapturePlan, KeyColumn, SourceExpression
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
+from embedline.chunking import ChunkingSpec, chunking_spec
 from embedline.database import Session, as_mapping, entry_point, quote_ident, quote_literal, vector_schema
 from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermitted
 from embedline.expression import require_single_expression
@@ -22,6 +25,8 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}\Z")
 _BLOCKS_PER_RANGE = 128
 # pgvector 0.8: HNSW indexes up to 2,000 dimensions of vector and 4,000 of halfvec.
 _INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000}
+# Parameters that are SQL expressions over a row of the source.
+EXPRESSIONS = ("content", "filter", "document_prefix", "tenant")
 _MAX_VIEW_COLUMNS = 1600
 _DEFAULT_CHUNK_TOKENS = 256
 
@@ -106,7 +111,9 @@ _INSERT_RANGES = """
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """A watched table."""
+
     oid: int
     schema: str
     name: str
@@ -116,6 +123,7 @@ class _Source:
 
     @property
     def qualified(self) -> str:
+        """Schema and name, quoted."""
         return f"{quote_ident(self.schema)}.{quote_ident(self.name)}"
 
 
@@ -127,23 +135,28 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     source = _load_source(session, _source_oid(session, given["source"]), role)
     model = load_model(session, given["model"])
     _check_recipe(given, model)
-    _bound_lock_wait(session)
+    bound_lock_wait(session)
+    spec = spec_for(given["chunking"], given["chunk_tokens"], given["chunk_overlap"], given["chunking_options"], model)
     plan = _make_plan(session, name, source, given)
-    chunk_tokens = _chunk_tokens(given, model)
     for statement in capture.storage_statements(plan):
         session.execute(statement)
-    _create_functions(session, plan, source)
-    pipeline_id = _register(session, given, plan, source, model, chunk_tokens)
+    create_functions(session, plan, source)
+    pipeline_id = _register(session, given, plan, source, model, spec)
     vector_type = f"{vector_schema(session)}.{given['column_type']}({model.config.dimensions})"
     for statement in capture.version_statements(plan, 1, vector_type):
         session.execute(statement)
     for statement in (*capture.trigger_function_statements(plan), *capture.trigger_statements(plan)):
         session.execute(statement)
     # Only now, under the triggers' lock: no row can come between the measured size and the capture.
-    session.query(_INSERT_RANGES, ["bigint", "bigint", "bigint"], pipeline_id, source.oid, _BLOCKS_PER_RANGE)
+    insert_ranges(session, pipeline_id, source.oid)
     _create_view(session, pipeline_id, plan, source)
     _grant(session, plan, source)
     return _view_name(source, plan)
+
+
+def insert_ranges(session: Session, pipeline_id: int, source_oid: int) -> None:
+    """Write a backfill row for each range of blocks that the source has now."""
+    session.query(_INSERT_RANGES, ["bigint", "bigint", "bigint"], pipeline_id, source_oid, _BLOCKS_PER_RANGE)
 
 
 def _validated_name(session: Session, name: str) -> str:
@@ -166,7 +179,7 @@ def _source_oid(session: Session, source: str | None) -> int:
     return int(session.scalar("SELECT $1::regclass::oid::bigint", ["text"], source))
 
 
-def _load_source(session: Session, oid: int, role: str) -> _Source:
+def _load_source(session: Session, oid: int, role: str) -> Source:
     rows = session.query(_SOURCE, ["bigint", "name"], oid, role)
     if not rows:
         raise NotFound("the source table does not exist")
@@ -188,7 +201,7 @@ def _load_source(session: Session, oid: int, role: str) -> _Source:
             f'permission denied for schema "{row["schema"]}"',
             hint=f'GRANT CREATE ON SCHEMA "{row["schema"]}" TO {role}; the routing view is created there.',
         )
-    return _Source(
+    return Source(
         oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"],
         partitioned=row["relkind"] == "p", subscribed=row["subscribed"],
     )  # fmt: skip
@@ -196,7 +209,6 @@ def _load_source(session: Session, oid: int, role: str) -> _Source:
 
 def _check_recipe(given: dict[str, Any], model: Model) -> None:
     choices = {
-        "chunking": ("recursive", "none"),
         "column_type": ("vector", "halfvec"),
         "distance": ("cosine", "inner_product", "l2"),
         "index_method": ("hnsw", "none"),
@@ -207,6 +219,7 @@ def _check_recipe(given: dict[str, Any], model: Model) -> None:
             raise InvalidParameter(
                 f'{parameter} "{given[parameter]}" is not known', hint=f"Use one of {', '.join(allowed)}."
             )
+    check_weight(given["weight"])
     dimensions = model.config.dimensions or 0
     limit = _INDEX_DIMENSIONS[given["column_type"]]
     if given["index_method"] == "hnsw" and dimensions > limit:
@@ -226,29 +239,36 @@ def _check_recipe(given: dict[str, Any], model: Model) -> None:
             )
 
 
-def _chunk_tokens(given: dict[str, Any], model: Model) -> int | None:
-    if given["chunking"] == "none":
-        return None
-    tokens, limit = given["chunk_tokens"], model.max_tokens
+def check_weight(weight: float | None) -> None:
+    """Raise unless the value can be a pipeline's weight."""
+    if weight is None or not 0 < weight < math.inf:
+        raise InvalidParameter(
+            f"weight cannot be {weight}",
+            hint="Use a number above 0: a pipeline of weight 2 gets twice the share of one of 1.",
+        )
+
+
+def spec_for(method: str, tokens: int | None, overlap: int, options: Any, model: Model) -> ChunkingSpec:
+    """Return the chunking recipe of these parameters, checked against what the model reads."""
+    limit = model.max_tokens
     if tokens is None:
         tokens = min(_DEFAULT_CHUNK_TOKENS, limit or _DEFAULT_CHUNK_TOKENS)
-    if tokens < 1 or (limit is not None and tokens > limit):
+    spec = chunking_spec(method, tokens, overlap, as_mapping(options))
+    if spec.tokens is not None and limit is not None and spec.tokens > limit:
         raise InvalidParameter(
-            f"chunk_tokens {tokens} does not fit the model",
+            f"chunk_tokens {spec.tokens} does not fit the model",
             detail=f'Model "{model.config.name}" reads {limit} tokens.',
             hint=f"Use chunk_tokens => {limit} or less.",
         )
-    if not 0 <= given["chunk_overlap"] < tokens:
-        raise InvalidParameter("chunk_overlap must be at least 0 and smaller than chunk_tokens")
-    return int(tokens)
+    return spec
 
 
-def _bound_lock_wait(session: Session) -> None:
+def bound_lock_wait(session: Session) -> None:
     # A CREATE TRIGGER that waits makes every later write wait behind it: better to fail and be run again.
     session.execute("SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'")
 
 
-def _make_plan(session: Session, name: str, source: _Source, given: dict[str, Any]) -> CapturePlan:
+def _make_plan(session: Session, name: str, source: Source, given: dict[str, Any]) -> CapturePlan:
     rows = session.query(_KEY, ["bigint"], source.oid)
     if not rows:
         raise InvalidParameter(
@@ -273,20 +293,27 @@ def _make_plan(session: Session, name: str, source: _Source, given: dict[str, An
             f"{source.qualified} is partitioned and needs capture => 'row'",
             detail="A parent's statement triggers do not fire on a write to a partition.",
         )
-    search_path = given["expression_search_path"]
-    content = _deparse(session, source, given["content"], "content", search_path)
-    if not content.columns:
+    expressions = deparsed(session, source, given)
+    return CapturePlan(
+        name=name, source=source.qualified, keys=keys, content=expressions["content"],
+        filter=expressions.get("filter"), capture=mode, always=source.subscribed or given["capture"] == "row",
+        watch_all=bool(session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid)),
+        prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"),
+    )  # fmt: skip
+
+
+def deparsed(session: Session, source: Source, given: dict[str, Any]) -> dict[str, SourceExpression]:
+    """Return the expressions among the parameters that are given, by parameter."""
+    found = {
+        parameter: _deparse(session, source, given[parameter], parameter, given["expression_search_path"])
+        for parameter in EXPRESSIONS
+        if given[parameter] is not None
+    }
+    if "content" in found and not found["content"].columns:
         raise InvalidParameter(
             "content names no column of the source", hint="For example content => $$title || E'\\n\\n' || body$$."
         )
-    filter_expression = None
-    if given["filter"] is not None:
-        filter_expression = _deparse(session, source, given["filter"], "filter", search_path)
-    return CapturePlan(
-        name=name, source=source.qualified, keys=keys, content=content,
-        filter=filter_expression, capture=mode, always=source.subscribed or given["capture"] == "row",
-        watch_all=bool(session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid)),
-    )  # fmt: skip
+    return found
 
 
 def _key_column_name(source_name: str, position: int) -> str:
@@ -294,7 +321,7 @@ def _key_column_name(source_name: str, position: int) -> str:
     return name if len(name.encode()) <= 63 else f"key_{position + 1}"
 
 
-def _deparse(session: Session, source: _Source, expression: str, parameter: str, search_path: str) -> SourceExpression:
+def _deparse(session: Session, source: Source, expression: str, parameter: str, search_path: str) -> SourceExpression:
     """Let PostgreSQL resolve the expression with the caller's search_path, and print it back fully qualified.
 
     A CHECK constraint on a temporary copy of the table takes exactly what is wanted: an expression over one row, without
@@ -302,7 +329,7 @@ def _deparse(session: Session, source: _Source, expression: str, parameter: str,
     """
     require_single_expression(expression, parameter)
     # IS TRUE takes a boolean only; anything can be the text of a content.
-    cast, test = ("::pg_catalog.text", " IS NULL") if parameter == "content" else ("", " IS TRUE")
+    cast, test = ("", " IS TRUE") if parameter == "filter" else ("::pg_catalog.text", " IS NULL")
     session.execute(f"CREATE TEMPORARY TABLE embedline_check (LIKE {source.qualified}) ON COMMIT DROP")
     try:
         session.execute(f"SELECT set_config('search_path', {quote_literal(search_path)}, true)")
@@ -332,66 +359,66 @@ def _deparse(session: Session, source: _Source, expression: str, parameter: str,
     return SourceExpression(text, tuple((str(row["attname"]), str(row["type"])) for row in columns))
 
 
-def _create_functions(session: Session, plan: CapturePlan, source: _Source) -> None:
+def create_functions(session: Session, plan: CapturePlan, source: Source) -> None:
+    """Create the functions that read the source; those of users' expressions only where the plan has their text."""
     for statement in (
         *capture.content_function_statements(plan),
         capture.changed_function_statement(plan),
         *capture.read_function_statements(plan),
+        *capture.tenant_function_statements(plan),
+        *audit_function_statements(plan),
     ):
         session.execute(statement)
     owner = quote_ident(source.owner)
     session.execute(f"GRANT USAGE ON SCHEMA embedline_data TO {owner}")
-    tables = ", ".join(plan.generated(suffix) for suffix in ("inbox", "outbox", "document"))
+    tables = ", ".join(plan.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document"))
     session.execute(f"GRANT SELECT ON {tables} TO {owner}")
     # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's.
-    for row in _generated_functions(session, plan.name):
+    for row in generated_functions(session, plan.name, capture.FUNCTIONS):
         session.execute(f"REVOKE ALL ON FUNCTION {row['signature']} FROM public")
         session.execute(f"ALTER FUNCTION {row['signature']} OWNER TO {owner}")
 
 
-def _generated_functions(session: Session, name: str) -> list[dict[str, Any]]:
+def generated_functions(session: Session, name: str, suffixes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return signature and suffix of a pipeline's generated functions of these suffixes, in their order."""
     return session.query(
         """
-        SELECT p.oid::regprocedure::text AS signature, p.proname AS name FROM pg_proc AS p
-        WHERE p.pronamespace = 'embedline_data'::regnamespace AND starts_with(p.proname, $1 || '_')
-            AND substr(p.proname, length($1) + 2)
-                ~ '^(content|filter|changed|read|lock|range|missing|capture_(insert|update|delete|truncate))$'
-        ORDER BY p.proname
+        SELECT p.oid::regprocedure::text AS signature, w.suffix
+        FROM unnest($2::text[]) WITH ORDINALITY AS w (suffix, position)
+        JOIN pg_proc AS p ON p.proname = $1 || '_' || w.suffix AND p.pronamespace = 'embedline_data'::regnamespace
+        ORDER BY w.position, p.oid
         """,
-        ["text"],
+        ["text", "text[]"],
         name,
+        list(suffixes),
     )
 
 
 def _register(
-    session: Session, given: dict[str, Any], plan: CapturePlan, source: _Source, model: Model, chunk_tokens: int | None
+    session: Session, given: dict[str, Any], plan: CapturePlan, source: Source, model: Model, spec: ChunkingSpec
 ) -> int:
     pipeline_id = session.scalar(
         """
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
             key_attributes, input_attributes, key_columns, key_types, view_columns, chunking, chunk_tokens, chunk_overlap,
-            capture, created_by)
+            capture, created_by, chunking_options, document_prefix_expression, tenant_expression, weight, code_version)
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($14) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-            $7, $8, '{}', $9, $10, $11, $12, $13
+            $7, $8, '{}', $9, $10, $11, $12, $13, $15, $16, $17, $18, $19
         RETURNING pipeline_id
         """,
         ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "integer", "integer", "text", "text",
-         "name[]"],
+         "name[]", "jsonb", "text", "text", "double precision", "integer"],
         plan.name, source.oid, given["content"], given["filter"], given["expression_search_path"],
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
-        given["chunking"], chunk_tokens, given["chunk_overlap"], plan.capture, caller(session),
-        [name for name, _ in plan.expression_columns],
+        spec.method, spec.tokens, spec.overlap, plan.capture, caller(session),
+        [name for name, _ in plan.expression_columns], json.dumps(dict(spec.options)), given["document_prefix"],
+        given["tenant"], given["weight"], capture.CODE_VERSION,
     )  # fmt: skip
-    recipe = {
-        "model": model.fingerprint, "document_prefix": model.config.document_prefix,
-        "query_prefix": model.config.query_prefix, "column_type": given["column_type"], "distance": given["distance"],
-        "normalised": given["distance"] != "l2", "chunking": given["chunking"], "chunk_tokens": chunk_tokens,
-        "chunk_overlap": given["chunk_overlap"],
-    }  # fmt: skip
+    fingerprint = version_fingerprint(model, given["column_type"], given["distance"], spec, given["document_prefix"])
     version_id = session.scalar(
         """
         INSERT INTO embedline.version (pipeline_id, number, model_id, dimensions, column_type, distance, index_method,
@@ -400,7 +427,7 @@ def _register(
         """,
         ["bigint", "bigint", "integer", "text", "text", "text", "jsonb", "text"],
         pipeline_id, model.model_id, model.config.dimensions, given["column_type"], given["distance"],
-        given["index_method"], json.dumps(dict(as_mapping(given["index_options"]))), recipe_fingerprint(recipe),
+        given["index_method"], json.dumps(dict(as_mapping(given["index_options"]))), fingerprint,
     )  # fmt: skip
     session.query(
         "UPDATE embedline.pipeline SET serving_version_id = $2 WHERE pipeline_id = $1",
@@ -410,11 +437,23 @@ def _register(
     return int(pipeline_id)
 
 
-def _view_name(source: _Source, plan: CapturePlan) -> str:
+def version_fingerprint(
+    model: Model, column_type: str, distance: str, spec: ChunkingSpec, document_prefix: str | None
+) -> str:
+    """Return the fingerprint of all that decides a version's chunks and vectors but the content, which has its own hash."""
+    return recipe_fingerprint({
+        "model": model.fingerprint, "document_prefix": model.config.document_prefix,
+        "query_prefix": model.config.query_prefix, "dimensions": model.config.dimensions, "column_type": column_type,
+        "distance": distance, "normalised": distance != "l2", "chunking": spec.method, "chunk_tokens": spec.tokens,
+        "chunk_overlap": spec.overlap, "chunking_options": dict(spec.options), "prefix_expression": document_prefix,
+    })  # fmt: skip
+
+
+def _view_name(source: Source, plan: CapturePlan) -> str:
     return f"{quote_ident(source.schema)}.{quote_ident(plan.name + '_embedding')}"
 
 
-def _create_view(session: Session, pipeline_id: int, plan: CapturePlan, source: _Source) -> None:
+def _create_view(session: Session, pipeline_id: int, plan: CapturePlan, source: Source) -> None:
     view = _view_name(source, plan)
     if session.scalar("SELECT to_regclass($1)::text", ["text"], view) is not None:
         raise AlreadyExists(
@@ -446,7 +485,7 @@ def _free_name(column: str, taken: list[str]) -> str:
     return name
 
 
-def _grant(session: Session, plan: CapturePlan, source: _Source) -> None:
+def _grant(session: Session, plan: CapturePlan, source: Source) -> None:
     # The view runs with its reader's rights (security_invoker), so the source's own grants and row-level security decide
     # at each query, also those given later. Readers have no USAGE on embedline_data: they cannot name the tables directly.
     tables = f"{plan.generated('chunk')}, {plan.generated('v1')}"
@@ -472,7 +511,7 @@ def require_control(session: Session, name: str) -> None:
 def drop_pipeline(session: Session, name: str) -> None:
     """Remove a pipeline with its triggers, view, functions and tables; the source stays as it is."""
     require_control(session, name)
-    _bound_lock_wait(session)
+    bound_lock_wait(session)
     for row in session.query(
         """
         SELECT format('%I', t.tgname) AS trigger, t.tgrelid::regclass::text AS source FROM pg_trigger AS t
@@ -496,13 +535,11 @@ def drop_pipeline(session: Session, name: str) -> None:
         ["text"], name,
     )  # fmt: skip
     pipeline = load_pipeline(session, name)
-    functions = _generated_functions(session, name)
-    # The read functions depend on the row functions and on the tables.
-    for row in sorted(functions, key=lambda r: not re.search(r"_(changed|read|lock|range|missing)$", str(r["name"]))):
+    for row in generated_functions(session, name, (*capture.FUNCTIONS, *capture.TRIGGER_FUNCTIONS)):
         session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")
     for version in numbers:
         session.execute(f"DROP TABLE IF EXISTS {pipeline.generated('v' + str(version['number']))}")
-    tables = ", ".join(pipeline.generated(suffix) for suffix in ("inbox", "outbox", "document", "chunk"))
+    tables = ", ".join(pipeline.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document", "chunk"))
     session.execute(f"DROP TABLE IF EXISTS {tables}")
     session.query("DELETE FROM embedline.pipeline WHERE name = $1", ["text"], name)
 
@@ -518,12 +555,12 @@ def set_pipeline_state(session: Session, name: str, state: str) -> None:
 def refresh_pipeline(session: Session, name: str) -> None:
     """Add new source columns to the routing view, and watch every update where a BEFORE trigger now exists."""
     require_control(session, name)
-    _bound_lock_wait(session)
+    bound_lock_wait(session)
     pipeline = load_pipeline(session, name)
-    plan, source = _current_plan(session, pipeline)
+    plan, source = current_plan(session, pipeline)
     _refresh_view(session, pipeline.pipeline_id, plan, source, pipeline.view_oid, pipeline.view_columns)
     _refresh_update_trigger(session, plan, source)
-    _rewrite_trigger_functions(session, plan)
+    rewrite_trigger_functions(session, plan)
     # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
     session.query(
         "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
@@ -534,15 +571,16 @@ def refresh_pipeline(session: Session, name: str) -> None:
 @entry_point
 def follow_source(session: Session, name: str) -> None:
     """Write the trigger functions anew with the current names of the key columns; called by the event trigger."""
-    _rewrite_trigger_functions(session, _current_plan(session, load_pipeline(session, name))[0])
+    rewrite_trigger_functions(session, current_plan(session, load_pipeline(session, name))[0])
 
 
-def _rewrite_trigger_functions(session: Session, plan: CapturePlan) -> None:
+def rewrite_trigger_functions(session: Session, plan: CapturePlan) -> None:
+    """Write the functions anew that name the source's columns in plain text."""
     for statement in (*capture.trigger_function_statements(plan), capture.range_function_statement(plan)):
         session.execute(statement)
 
 
-def _current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, _Source]:
+def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     """Return what is needed to write a pipeline's trigger functions and view, with the names of now."""
     key_rows, input_rows = (
         session.query(
@@ -569,7 +607,7 @@ def _current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, _S
             hint=f"SELECT embedline.drop_pipeline('{pipeline.name}').",
         )
     first = rows[0]
-    source = _Source(pipeline.source_oid, first["nspname"], first["relname"], first["owner"], False, False)
+    source = Source(pipeline.source_oid, first["nspname"], first["relname"], first["owner"], False, False)
     keys = tuple(
         KeyColumn(str(row["attname"]), column, key_type, None)
         for row, column, key_type in zip(key_rows, pipeline.key_columns, pipeline.key_types, strict=True)
@@ -582,7 +620,7 @@ def _refresh_view(
     session: Session,
     pipeline_id: int,
     plan: CapturePlan,
-    source: _Source,
+    source: Source,
     view_oid: int | None,
     view_columns: dict[str, str],
 ) -> None:
@@ -630,7 +668,7 @@ def _refresh_view(
     session.execute(f"CREATE OR REPLACE VIEW {view} WITH (security_invoker = true) AS {query}")
 
 
-def _refresh_update_trigger(session: Session, plan: CapturePlan, source: _Source) -> None:
+def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
     if not session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid):
         return
     name = capture.trigger_name(plan.name, "update")

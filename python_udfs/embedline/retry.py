@@ -25,5 +25,10 @@ def backoff_seconds(attempts: int, retry_after: float | None = None, *, draw: fl
 
 
 def circuit_seconds(failures: int, retry_after: float | None = None) -> float:
-    """Return how long a model stays untried after `failures` provider-wide failures in a row: 0.5 s doubling to 60 s."""
-    return max(min(0.5 * 2.0 ** min(failures, 10), 60.0), retry_after or 0.0)
+    """Return how long a model stays untried after `failures` earlier provider-wide failures in a row.
+
+    What the provider asks for, but 50 ms at least; without its wish 0.5 s doubling to 60 s.
+    """
+    if retry_after is not None:
+        return max(retry_after, 0.05)
+    return float(min(0.5 * 2.0 ** min(max(failures, 0), 10), 60.0))

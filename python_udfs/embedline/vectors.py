@@ -10,6 +10,8 @@ from embedline.errors import DimensionMismatch, InvalidVectors
 FloatMatrix = npt.NDArray[np.float32]
 
 HALF_MAX = float(np.finfo(np.float16).max)
+# Below this a squared norm in float32 has lost digits.
+_SMALLEST_SQUARE = 1e-30
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + b"\x00" * 8
 _COPY_TRAILER = b"\xff\xff"
 
@@ -53,6 +55,26 @@ def find_faults(matrix: FloatMatrix, column_type: str) -> dict[int, str]:
             int(row): "the vector has a value outside the float16 range of halfvec" for row in np.flatnonzero(overflow)
         }
     return faults
+
+
+def usable_vectors(matrix: FloatMatrix, column_type: str, normalised: bool) -> tuple[FloatMatrix, dict[int, str]]:
+    """Return the rows as they are to be stored, and {row number: reason} of those that must not be.
+
+    Faulty rows stay in the array, as they are. The common case costs one pass: a row's squared norm in float32 is finite
+    and far from zero exactly where nothing is wrong with the row; all else goes the exact way.
+    """
+    squared = np.einsum("ij,ij->i", matrix, matrix)
+    plain = bool(np.isfinite(squared).all() and (squared > _SMALLEST_SQUARE).all())
+    faults = {} if plain and column_type == "vector" else find_faults(matrix, column_type)
+    if not normalised:
+        return matrix, faults
+    if plain:
+        # Accurate to about 1e-7: the norms in float64 would cost four times this.
+        return matrix / np.sqrt(squared)[:, np.newaxis], faults
+    unit = matrix.copy()
+    sound = [row for row in range(len(matrix)) if row not in faults]
+    unit[sound] = normalise(matrix[sound])
+    return unit, faults
 
 
 def normalise(matrix: FloatMatrix) -> FloatMatrix:

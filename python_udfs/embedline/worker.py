@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, wait
 
-from embedline import backfill, circuit, indexing, outbox, schedule
+from embedline import backfill, circuit, documents, indexing
+from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_active_pipelines
+from embedline.claiming import Claimant
 from embedline.database import (
     SLOT_LOCK_CLASS,
+    UNDEFINED_TABLE,
     WORKER_LOCK_CLASS,
     Plpy,
     Session,
     SessionCache,
     entry_point,
     prepare_environment,
-    quote_literal,
 )
 from embedline.embedder_pool import let_cancel_through, wait_first
-from embedline.engine import Batch, Engine
+from embedline.engine import Engine
 from embedline.errors import InvalidParameter
+from embedline.resident import ResidentWorker, Step
 
 _BATCH_ROWS = 1000
 _POLL_SECONDS = (0.05, 1.0)
 # A poll may cost this share of the time: an outbox full of dead rows (a long transaction pins them) is polled less often.
 _POLL_COST_SHARE = 0.1
-_MAINTENANCE_SECONDS = 5.0
-_LAUNCHER_SECONDS = 1.0
-_WRITE_LOCK_TIMEOUT = "2s"
+# Waits are interrupted so often, to let a cancel through; chunking no more often, for each time is a transaction.
+_CANCEL_SECONDS = 0.1
+# A statement that ran into a lock, a deadlock or a full disk is tried again: the answers are paid for and at hand.
+_PASSING_FAULTS = ("40001", "40P01", "53100", "53200", "53300", "55P03")
+# The end of the session, or of the call.
+_ENDING = ("57014", "57P01", "57P02", "57P03")
+# embed_pending waits no longer for a rate limit: its caller waits, too.
+_PATIENCE_SECONDS = 2.0
 _CACHE_KEY = "embedline.worker"
-
-Step = Literal["begin", "claim", "read", "submit", "write", "finish", "abandon", "end"]
+_PLAN_KEY = "embedline.worker_step"
 
 
 @entry_point
@@ -40,118 +49,100 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
     if max_rows < 1:
         raise InvalidParameter("max_rows must be at least 1", hint="SELECT embed_pending(1000);")
     prepare_environment()
-    engine = Engine(session, None)
-    on_wait = let_cancel_through(session)
-    embedded = examined = 0
-    # Rows that end as dead letters or need no embedding do not count as embedded, so a run of them must not end the
-    # work; ten times max_rows bounds the transaction all the same.
-    for is_backfill in (False, True):
-        while embedded < max_rows and examined < 10 * max_rows:
-            pipelines = load_active_pipelines(session, pipeline_name)
-            batch = engine.claim(pipelines, min(_BATCH_ROWS, max_rows - embedded), backfill=is_backfill)
-            if batch is None:
-                if is_backfill and any([backfill.close_backfill(session, pipeline) for pipeline in pipelines]):
-                    embedded += _drain_swept(engine, pipelines, max_rows - embedded)
-                break
-            examined += max(len(batch.rows), 1)
-            embedded += _run_batch(engine, batch, on_wait)
-    for pipeline in load_active_pipelines(session, pipeline_name):
+    run = _Run(session, max_rows, pipeline_name)
+    run.embed(embed_backfill=False)
+    while run.embed(embed_backfill=True) and run.close_backfills():
+        # The sweep that closes a backfill found rows.
+        pass
+    for pipeline in run.pipelines():
         indexing.maintain(session, pipeline)
         if circuit.is_open(session, pipeline.version.model.model_id):
             session.plpy.warning(f'model "{pipeline.version.model.config.name}" is unavailable; its rows stay queued')
-    return embedded
+    if run.refusal is not None:
+        session.plpy.warning(f"{run.refusal}; the rows stay queued")
+    return run.embedded
 
 
-def _drain_swept(engine: Engine, pipelines: list[Pipeline], max_rows: int) -> int:
-    embedded = 0
-    on_wait = let_cancel_through(engine.session)
-    while embedded < max_rows:
-        batch = engine.claim(pipelines, min(_BATCH_ROWS, max_rows - embedded), backfill=False)
-        if batch is None:
-            break
-        embedded += _run_batch(engine, batch, on_wait)
-    for pipeline in pipelines:
-        backfill.close_backfill(engine.session, pipeline)
-    return embedded
+class _Run:
+    """One call of embed_pending."""
+
+    def __init__(self, session: Session, max_rows: int, pipeline_name: str | None) -> None:
+        self.embedded = 0
+        self._session = session
+        self._max_rows = max_rows
+        self._pipeline_name = pipeline_name
+        self._engine = Engine(session, None, _PATIENCE_SECONDS)
+        self._claimant = Claimant(session, None, live_share=1.0)
+        self._examined = 0
+        self._written = Counter[int]()
+
+    def pipelines(self) -> list[Pipeline]:
+        """The pipelines that are embedded."""
+        return load_active_pipelines(self._session, self._pipeline_name)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why a budget or a rate limit has kept rows back, where it has."""
+        return self._engine.refusal
+
+    @property
+    def _is_full(self) -> bool:
+        # Rows that end as dead letters or need no embedding do not count as embedded, so a run of them must not end the
+        # work; ten times max_rows bounds the transaction all the same.
+        return self.embedded >= self._max_rows or self._examined >= 10 * self._max_rows
+
+    def embed(self, *, embed_backfill: bool) -> bool:
+        """Embed until nothing can be claimed (True) or max_rows are reached (False)."""
+        while not self._is_full:
+            batch = self._claimant.claim(self.pipelines(), self._rows, is_idle=True, embed_backfill=embed_backfill)
+            if batch is None:
+                return True
+            self._examined += max(len(batch.rows), 1)
+            self.embedded += self._embed_batch(batch)
+        return False
+
+    def _rows(self, pipeline: Pipeline) -> int:
+        return min(_BATCH_ROWS, self._max_rows - self.embedded)
+
+    def close_backfills(self) -> bool:
+        """Close the backfills that are read through; True where there turns out to be more to do."""
+        return any([backfill.close_backfill(self._session, pipeline) for pipeline in self.pipelines()])
+
+    def _embed_batch(self, batch: Batch) -> int:
+        on_wait = let_cancel_through(self._session)
+        engine = self._engine
+        engine.read(batch)
+        engine.chunk(batch, _now_and_then(on_wait))
+        engine.submit(batch)
+        while batch.units:
+            engine.start(batch)
+            if engine.write_ready(batch):
+                continue
+            if batch.futures:
+                wait_first(batch.futures, on_wait)
+                continue
+            time.sleep(max(min(batch.grant_at - time.monotonic(), _CANCEL_SECONDS), 0.0))
+            on_wait()
+            if time.monotonic() >= batch.grant_at:
+                engine.grant(batch)
+        engine.finish(batch)
+        self._written[batch.pipeline.pipeline_id] += batch.embedded_count
+        if documents.analyze_grown(self._session, batch.pipeline, self._written[batch.pipeline.pipeline_id]):
+            self._written[batch.pipeline.pipeline_id] = 0
+        return batch.embedded_count
 
 
-def _run_batch(engine: Engine, batch: Batch, on_wait: Any) -> int:
-    engine.read(batch)
-    engine.chunk(batch, on_wait)
-    engine.submit(batch)
-    while batch.units:
-        if not engine.write_ready(batch):
-            wait_first(batch.futures, on_wait)
-    engine.finish(batch)
-    return batch.embedded_count
+def _now_and_then(breathe: Callable[[], None]) -> Callable[[], None]:
+    """Return `breathe` as something that may be called as often as one likes."""
+    last = time.monotonic()
 
+    def rarely() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _CANCEL_SECONDS:
+            breathe()
+            last = time.monotonic()
 
-class ResidentWorker:
-    """State of a resident worker between its steps, each of which is one short transaction."""
-
-    def __init__(self, session: Session, worker_id: int, pipeline_name: str | None) -> None:
-        self.worker_id = worker_id
-        self.pipeline_name = pipeline_name
-        self.engine = Engine(session, worker_id)
-        self.batch: Batch | None = None
-        self._turn = 0
-        self._maintain_at = 0.0
-        self._launcher_at = 0.0
-
-    def claim(self) -> str:
-        """Claim the next batch; say "work", "idle" or "stop"."""
-        session = self.engine.session
-        if session.scalar(
-            "SELECT stop_requested FROM embedline.worker WHERE worker_id = $1", ["integer"], self.worker_id
-        ):
-            return "stop"
-        if time.monotonic() >= self._launcher_at:
-            schedule.let_launcher_breathe(session)
-            self._launcher_at = time.monotonic() + _LAUNCHER_SECONDS
-        pipelines = load_active_pipelines(session, self.pipeline_name)
-        # Each pipeline has its turn to be first, so that a busy one does not starve the others.
-        self._turn += 1
-        turned = (
-            pipelines[self._turn % len(pipelines) :] + pipelines[: self._turn % len(pipelines)] if pipelines else []
-        )
-        self.batch = self.engine.claim(turned, _BATCH_ROWS, backfill=False) or self.engine.claim(
-            turned, _BATCH_ROWS, backfill=True
-        )
-        if self.batch is not None:
-            return "work"
-        if any([backfill.close_backfill(session, pipeline) for pipeline in pipelines]):
-            return "again"
-        if time.monotonic() >= self._maintain_at:
-            for pipeline in pipelines:
-                indexing.maintain(session, pipeline)
-            self._maintain_at = time.monotonic() + _MAINTENANCE_SECONDS
-        return "idle"
-
-    def step(self, step: Step) -> str:
-        """Do one step of the current batch."""
-        if self.batch is None:
-            return "idle"
-        session = self.engine.session
-        session.execute(f"SET LOCAL lock_timeout = {quote_literal(_WRITE_LOCK_TIMEOUT)}")
-        if step == "read":
-            self.engine.read(self.batch)
-        elif step == "submit":
-            self.engine.submit(self.batch)
-        elif step == "write":
-            return "written" if self.engine.write_ready(self.batch) else "waiting"
-        elif step == "finish":
-            self.engine.finish(self.batch)
-            self.batch = None
-        elif step == "abandon":
-            self.abandon()
-        return "done"
-
-    def abandon(self) -> None:
-        """Give every claim of this worker back, uncounted."""
-        session = self.engine.session
-        for pipeline in load_active_pipelines(session, None):
-            outbox.release_claims(session, pipeline, self.worker_id)
-        self.batch = None
+    return rarely
 
 
 @entry_point
@@ -162,17 +153,20 @@ def worker_step(session: Session, step: Step, slot: int | None, pipeline_name: s
     resident: ResidentWorker | None = session.cache.get(_CACHE_KEY)
     if resident is None:
         raise InvalidParameter("no worker runs in this session", hint="CALL embedline.run_worker();")
-    # The wrapper's Session belongs to this call; plans and caches are shared through GD.
-    resident.engine.session = session
+    resident.use(session)
     if step == "claim":
         return resident.claim()
+    if step == "report":
+        return resident.report()
+    if step == "is_waiting":
+        return "yes" if resident.is_waiting() else "no"
     if step == "end":
-        resident.abandon()
+        resident.release_all()
         session.query("DELETE FROM embedline.worker WHERE worker_id = $1", ["integer"], resident.worker_id)
         del session.cache[_CACHE_KEY]
         return "done"
-    if step == "abandon" and message and resident.batch is not None:
-        outbox.note_error(session, resident.batch.pipeline, message)
+    if step == "abandon" and message:
+        resident.note_error(message)
     return resident.step(step)
 
 
@@ -217,7 +211,7 @@ def run_worker(
         return
     plpy.execute("SELECT pg_catalog.set_config('jit', 'off', false)")
     try:
-        _step(plpy, "begin", slot, pipeline_name)
+        _step(plpy, cache, "begin", slot, pipeline_name)
         plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
     finally:
@@ -239,7 +233,7 @@ def _lock_slot(plpy: Plpy, slot: int) -> bool:
 def _end(plpy: Plpy, cache: SessionCache) -> None:
     worker_id = cache[_CACHE_KEY].worker_id
     try:
-        _step(plpy, "end")
+        _step(plpy, cache, "end")
         plpy.commit()
     finally:
         cache.pop(_CACHE_KEY, None)
@@ -247,58 +241,125 @@ def _end(plpy: Plpy, cache: SessionCache) -> None:
 
 
 def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) -> None:
-    while time.monotonic() < deadline:
-        started = time.monotonic()
-        state = _step(plpy, "claim")
-        plpy.commit()
-        if state == "stop":
-            return
-        if state == "work":
-            _work(plpy, cache)
-        elif state == "idle":
-            if until_idle and not _has_waiting_rows(plpy):
-                return
-            pause = min(max((time.monotonic() - started) / _POLL_COST_SHARE, _POLL_SECONDS[0]), _POLL_SECONDS[1])
-            plpy.execute(f"SELECT pg_catalog.pg_sleep({pause:.3f})")
+    resident: ResidentWorker = cache[_CACHE_KEY]
+    claim_at = 0.0
+    while True:
+        resident.is_ending = resident.is_ending or time.monotonic() >= deadline
+        if not resident.is_ending and time.monotonic() >= claim_at and resident.has_room:
+            started = time.monotonic()
+            state = _claim(plpy, cache, resident)
+            if state == "work":
+                _take_in(plpy, cache, resident)
+            elif state == "stop":
+                resident.is_ending = True
+            elif state == "idle":
+                if until_idle and not resident.batches and _step(plpy, cache, "is_waiting") == "no":
+                    return
+                pause = max((time.monotonic() - started) / _POLL_COST_SHARE, _POLL_SECONDS[0])
+                claim_at = time.monotonic() + min(pause, _POLL_SECONDS[1])
+        elif resident.is_report_due:
+            resident.is_ending = _step(plpy, cache, "report") == "stop" or resident.is_ending
             plpy.commit()
+        if resident.has_answers:
+            _write(plpy, cache, resident)
+        elif resident.is_ending and not resident.batches:
+            return
+        elif resident.is_ending or time.monotonic() < claim_at or not resident.has_room:
+            _rest(plpy, resident, claim_at)
 
 
-def _has_waiting_rows(plpy: Plpy) -> bool:
-    row = plpy.execute(
-        "SELECT pg_catalog.sum(s.pending) AS pending FROM embedline.status AS s WHERE s.state = 'active'"
-    )
-    return bool(row[0]["pending"])
-
-
-def _work(plpy: Plpy, cache: SessionCache) -> None:
+def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> str:
+    """Claim the next batch; a pipeline of which that fails is left alone for a while, and the others go on."""
     try:
-        _step(plpy, "read")
+        state = _step(plpy, cache, "claim")
         plpy.commit()
-        resident: ResidentWorker = cache[_CACHE_KEY]
-        batch = resident.batch
-        if batch is None:
-            return
-        # Chunking a large document takes seconds: no transaction is open, and a cancel gets through.
-        resident.engine.chunk(batch, lambda: _breathe(plpy))
-        _step(plpy, "submit")
-        plpy.commit()
-        while batch.units:
-            state = _step(plpy, "write")
-            plpy.commit()
-            if state == "waiting":
-                # No transaction is open while a provider works; each look for a cancel is one of its own.
-                wait_first(batch.futures, lambda: _breathe(plpy))
-        _step(plpy, "finish")
-        plpy.commit()
+        return state
     except Exception as error:
-        if getattr(error, "sqlstate", None) in ("57014", "57P01", "57P02", "57P03"):
+        pipeline = resident.claimant.asking
+        if getattr(error, "sqlstate", None) in _ENDING or pipeline is None:
             raise
         plpy.rollback()
-        _step(plpy, "abandon", message=f"{type(error).__name__}: {error}")
+        resident.put_off(pipeline)
+        plpy.warning(f"embedline worker, pipeline {pipeline.name}: {error}")
         plpy.commit()
+        return "again"
+
+
+def _rest(plpy: Plpy, resident: ResidentWorker, claim_at: float) -> None:
+    """Wait for an answer or the next poll. No transaction is open; each look for a cancel is one of its own."""
+    until_claim = claim_at - time.monotonic()
+    if futures := resident.futures:
+        # Without room for another batch there is nothing to poll for.
+        seconds = min(until_claim, _CANCEL_SECONDS) if until_claim > 0 else _CANCEL_SECONDS
+        wait(futures, timeout=seconds, return_when=FIRST_COMPLETED)
+        _breathe(plpy)
+    else:
+        seconds = min(max(until_claim, _POLL_SECONDS[0]), _POLL_SECONDS[1])
+        plpy.execute(f"SELECT pg_catalog.pg_sleep({seconds:.3f})")
+        plpy.commit()
+
+
+def _take_in(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
+    """Read, chunk and submit the batch that was just claimed."""
+
+    def take_in() -> None:
+        is_done = _step(plpy, cache, "read") == "done"
+        plpy.commit()
+        if is_done:
+            # Chunking a large document takes seconds: no transaction is open, and a cancel gets through.
+            resident.chunk(_now_and_then(lambda: _breathe(plpy)))
+            is_done = _step(plpy, cache, "submit") == "done"
+            plpy.commit()
+        if is_done:
+            resident.start()
+        else:
+            _abandon(plpy, cache, resident, None)
+
+    _guarded(plpy, cache, resident, take_in, can_wait=False)
+
+
+def _write(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
+    """Write what has come back, in one transaction."""
+
+    def write() -> None:
+        started = time.monotonic()
+        written = _step(plpy, cache, "write") == "written"
+        plpy.commit()
+        resident.start()
+        if written:
+            resident.wrote(time.monotonic() - started)
+
+    _guarded(plpy, cache, resident, write, can_wait=True)
+
+
+def _guarded(
+    plpy: Plpy, cache: SessionCache, resident: ResidentWorker, work: Callable[[], None], *, can_wait: bool
+) -> None:
+    """Do a step. A fault gives the batch back; one that will pass only puts a write off: it `can_wait`, the answers are here."""
+    try:
+        work()
+    except Exception as error:
+        sqlstate = getattr(error, "sqlstate", None)
+        if sqlstate in _ENDING:
+            raise
+        plpy.rollback()
+        resident.undo()
+        if can_wait and sqlstate in _PASSING_FAULTS and resident.put_off_write():
+            return
+        _abandon(plpy, cache, resident, f"{type(error).__name__}: {error}")
         plpy.warning(f"embedline worker: {error}")
-        plpy.execute("SELECT pg_catalog.pg_sleep(1)")
-        plpy.commit()
+
+
+def _abandon(plpy: Plpy, cache: SessionCache, resident: ResidentWorker, message: str | None) -> None:
+    try:
+        _step(plpy, cache, "abandon", message=message)
+    except Exception as error:
+        # The pipeline was dropped meanwhile, and its claims with it.
+        if getattr(error, "sqlstate", None) != UNDEFINED_TABLE:
+            raise
+        plpy.rollback()
+        resident.forget_current()
+    plpy.commit()
 
 
 def _breathe(plpy: Plpy) -> None:
@@ -307,7 +368,15 @@ def _breathe(plpy: Plpy) -> None:
 
 
 def _step(
-    plpy: Plpy, step: Step, slot: int | None = None, pipeline_name: str | None = None, message: str | None = None
+    plpy: Plpy,
+    cache: SessionCache,
+    step: Step,
+    slot: int | None = None,
+    pipeline_name: str | None = None,
+    message: str | None = None,
 ) -> str:
-    plan = plpy.prepare("SELECT embedline._worker_step($1, $2, $3, $4) AS state", ["text", "integer", "text", "text"])
-    return str(plpy.execute(plan, [step, slot, pipeline_name, message])[0]["state"])
+    # One plan for all steps: each plpy.prepare takes memory that only the end of the CALL gives back.
+    if _PLAN_KEY not in cache:
+        types = ["text", "integer", "text", "text"]
+        cache[_PLAN_KEY] = plpy.prepare("SELECT embedline._worker_step($1, $2, $3, $4) AS state", types)
+    return str(plpy.execute(cache[_PLAN_KEY], [step, slot, pipeline_name, message])[0]["state"])

@@ -13,7 +13,8 @@ CREATE OR REPLACE FUNCTION embedline.create_model(
     max_batch_tokens integer DEFAULT 300000,
     concurrency integer DEFAULT 8,
     timeout_seconds double precision DEFAULT 60,
-    options jsonb DEFAULT '{}'
+    options jsonb DEFAULT '{}',
+    price_per_million_tokens numeric DEFAULT NULL
 )
 RETURNS text
 LANGUAGE plpython3u
@@ -27,7 +28,8 @@ AS $python$
         "api_key_env": api_key_env, "revision": revision, "document_prefix": document_prefix,
         "query_prefix": query_prefix, "max_batch_items": max_batch_items, "max_batch_tokens": max_batch_tokens,
         "concurrency": concurrency, "timeout_seconds": timeout_seconds, "options": options,
+        "price_per_million_tokens": price_per_million_tokens,
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.create_model(text, text, text, integer, text, text, text, text, text, integer, integer, integer, double precision, jsonb) IS 'Register an embedding model (provider sentence-transformers or openai); probes it once and returns its name.';
+COMMENT ON FUNCTION embedline.create_model(text, text, text, integer, text, text, text, text, text, integer, integer, integer, double precision, jsonb, numeric) IS 'Register an embedding model (provider sentence-transformers or openai); probes it once and returns its name.';

@@ -14,7 +14,11 @@ CREATE OR REPLACE FUNCTION embedline.create_pipeline(
     index_method text DEFAULT 'hnsw',
     index_options jsonb DEFAULT '{}',
     capture text DEFAULT 'auto',
-    -- Evaluated as the caller's: names in content and filter mean what they mean in the session.
+    document_prefix text DEFAULT NULL,
+    tenant text DEFAULT NULL,
+    weight double precision DEFAULT 1,
+    chunking_options jsonb DEFAULT '{}',
+    -- Evaluated as the caller's: names in the expressions mean what they mean in the session.
     expression_search_path text DEFAULT current_setting('search_path')
 )
 RETURNS text
@@ -31,8 +35,9 @@ AS $python$
         "name": name, "source": source, "content": content, "model": model, "filter": filter,
         "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,
         "column_type": column_type, "distance": distance, "index_method": index_method,
-        "index_options": index_options, "capture": capture, "expression_search_path": expression_search_path,
+        "index_options": index_options, "capture": capture, "document_prefix": document_prefix, "tenant": tenant,
+        "weight": weight, "chunking_options": chunking_options, "expression_search_path": expression_search_path,
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text) IS 'Watch a table: content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';
+COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text, text, double precision, jsonb, text) IS 'Watch a table: content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';

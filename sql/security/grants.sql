@@ -14,6 +14,7 @@ GRANT USAGE ON SCHEMA embedline TO embedline_worker, embedline_reader;
 GRANT SELECT ON
 embedline.model, embedline.pipeline, embedline.version, embedline.setting, embedline.status
 TO embedline_reader, embedline_worker;
+GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embedline_reader, embedline_worker;
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
 GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
@@ -28,8 +29,13 @@ GRANT EXECUTE ON PROCEDURE embedline.run_worker(double precision, text, integer,
 
 -- Administrators: pipelines on tables that they own, and the schedule. Models are for superusers.
 GRANT EXECUTE ON FUNCTION
+embedline.configure(text, double precision),
 embedline.create_pipeline(
-    text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text
+    text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text,
+    text, text, double precision, jsonb, text
+),
+embedline.alter_pipeline(
+    text, text, text, text, text, text, integer, integer, jsonb, double precision, text [], text
 ),
 embedline.drop_pipeline(text),
 embedline.pause_pipeline(text),
@@ -39,3 +45,26 @@ embedline.index_statement(text),
 embedline.schedule_workers(integer),
 embedline.unschedule_workers()
 TO embedline_admin;
+
+-- Money: an administrator sets what may be spent and what it costs; readers see it.
+GRANT EXECUTE ON FUNCTION
+embedline.set_budget(text, text, text, bigint, numeric),
+embedline.drop_budget(text, text, text),
+embedline.set_price(text, numeric),
+embedline.set_rate_limit(text, integer, bigint),
+embedline.estimate(text, text, text, integer, text),
+embedline._measured_rates(),
+embedline._note_rate(text, double precision),
+embedline._work_done(text)
+TO embedline_admin;
+
+-- Sweeps and dead letters. A repair queues rows and removes what nothing asks for: it never decides anything new.
+GRANT SELECT ON embedline.verification TO embedline_admin;
+GRANT EXECUTE ON FUNCTION
+embedline.verify(text, boolean, integer),
+embedline.requeue(text, jsonb, text, boolean),
+embedline.purge_dead_letters(interval),
+embedline.schedule_nightly(time, boolean),
+embedline._nightly_step(text, text, boolean, text)
+TO embedline_admin;
+GRANT EXECUTE ON PROCEDURE embedline.run_nightly(boolean) TO embedline_admin;

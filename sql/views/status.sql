@@ -1,5 +1,13 @@
 -- One row per pipeline: what a person on call looks at first.
 CREATE OR REPLACE VIEW embedline.status AS
+WITH reported AS (
+    SELECT
+        max(r.batch_rows) AS batch_rows,
+        max(r.held_back_by) AS held_back_by
+    FROM embedline.worker AS r
+    WHERE r.reported_at > clock_timestamp() - interval '1 minute'
+)
+
 SELECT
     p.name AS pipeline,
     p.source::text AS source,
@@ -20,7 +28,11 @@ SELECT
         WHEN i.indisvalid IS NOT NULL THEN 'building'
         WHEN v.state = 'complete' THEN 'waiting'
         ELSE 'after backfill'
-    END AS index_state
+    END AS index_state,
+    k.batch_rows,
+    k.held_back_by,
+    n.verified_at,
+    n.unrepaired
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
@@ -43,12 +55,24 @@ CROSS JOIN LATERAL (
     SELECT count(*) AS dead_letters FROM embedline.dead_letter AS l
     WHERE l.pipeline_id = p.pipeline_id
 ) AS d
-CROSS JOIN LATERAL embedline._workers_alive() AS w (workers_alive);
+CROSS JOIN LATERAL embedline._workers_alive() AS w (workers_alive)
+CROSS JOIN reported AS k
+CROSS JOIN LATERAL (
+    SELECT
+        max(o.verified_at) AS verified_at,
+        (array_agg(o.finding_count - o.repaired_count ORDER BY o.verified_at DESC))[1] AS unrepaired
+    FROM embedline.verification AS o
+    WHERE o.pipeline_id = p.pipeline_id
+) AS n;
 
 COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far the backfill is, the last error, who works';
 COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in work';
 COMMENT ON COLUMN embedline.status.backfill_done IS 'Block ranges of the source that are read through';
 COMMENT ON COLUMN embedline.status.backfill_total IS 'Block ranges of the source as it was when the pipeline was created';
 COMMENT ON COLUMN embedline.status.workers_alive IS 'Resident workers of this database, whichever pipeline they are at';
+COMMENT ON COLUMN embedline.status.batch_rows IS 'Rows that a worker takes on at a time now; embedline.worker tells more of each worker';
+COMMENT ON COLUMN embedline.status.held_back_by IS 'Why workers take less on: a replica that lags, an old snapshot; NULL: nothing. See embedline.configure';
+COMMENT ON COLUMN embedline.status.verified_at IS 'When embedline.verify last looked';
+COMMENT ON COLUMN embedline.status.unrepaired IS 'What it found and did not put right';
 COMMENT ON COLUMN embedline.status.index_state IS
 'none, after backfill, waiting (SELECT embedline.index_statement(pipeline) builds it by hand), building, valid';

@@ -5,20 +5,15 @@ The texts are sentences of the PostgreSQL manual, one chunk each; the queries ar
 
 from __future__ import annotations
 
-import html
-import random
-import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from harness import Bench, Figure, percentile, scalar, timed
+from manual import sentences
 
 CHUNKS, QUERIES, SESSIONS, WARM_UP = 10_000, 200, 10, 10
-MANUAL = Path("/usr/share/doc")
-WORDS = range(8, 31)
 FIRST_MS = 300
 LATER_MS = {"static-256": 20, "minilm": 40}
 
@@ -70,7 +65,7 @@ PLAN = """
 
 def run(bench: Bench) -> None:
     """Measure with each model on the same texts."""
-    texts = _sentences(CHUNKS + QUERIES)
+    texts = sentences(CHUNKS + QUERIES)
     queries = texts[CHUNKS:]
     with bench.connect() as connection:
         connection.execute("CREATE TABLE bench_text (id bigint PRIMARY KEY, body text NOT NULL)")
@@ -84,21 +79,6 @@ def run(bench: Bench) -> None:
     for model, limit in LATER_MS.items():
         _measure_first(bench, model, queries)
         _measure_later(bench, model, queries, limit)
-
-
-def _sentences(count: int) -> list[str]:
-    """Return `count` different sentences of the manual, in an order that is the same every time."""
-    found: set[str] = set()
-    for page in sorted(MANUAL.glob("postgresql-doc-*/html/*.html")):
-        markup = page.read_text(errors="replace")
-        for paragraph in re.findall(r"<p>(.*?)</p>", markup, re.DOTALL):
-            text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", paragraph)).split())
-            found.update(s for s in re.split(r"(?<=[.?!])\s+(?=[A-Z])", text) if len(s.split()) in WORDS)
-    if len(found) < count:
-        raise SystemExit(
-            f"the manual has {len(found)} sentences here, {count} are needed; is postgresql-doc installed?"
-        )
-    return random.Random(count).sample(sorted(found), count)
 
 
 def _embed_all(bench: Bench, connection: psycopg.Connection[Any], model: str) -> None:

@@ -25,24 +25,38 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("RESULTS.md")
 DATABASE = "embedline_bench"
 MODELS = ("static-256", "minilm")
+# Figures in these are counts: shown without decimals.
+_WHOLE_UNITS = ("blocks", "chunks", "ranges", "requests", "rows", "rows/s", "samples", "texts")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a bench's table; `measured` is compared with `limit` where there is one, in `unit`."""
+    """One line of a bench's table; `measured` is compared with `limit` where there is one, in `unit`.
+
+    The limit is the most that passes, or with `at_least` the least.
+    """
 
     label: str
     measured: float
     unit: str
     limit: float | None = None
     detail: str = ""
+    at_least: bool = False
+
+    @property
+    def target(self) -> str:
+        """The limit as it is shown."""
+        if self.limit is None:
+            return ""
+        return f"{'≥' if self.at_least else '≤'} {_value(self.limit, self.unit)}"
 
     @property
     def verdict(self) -> str:
         """PASS or FAIL; nothing where no target exists."""
         if self.limit is None:
             return ""
-        return "PASS" if self.measured <= self.limit else "FAIL"
+        held = self.measured >= self.limit if self.at_least else self.measured <= self.limit
+        return "PASS" if held else "FAIL"
 
 
 @dataclass
@@ -170,7 +184,7 @@ def show(console: Console, name: str, bench: Bench, facts: str) -> None:
         table.add_row(
             figure.label,
             _value(figure.measured, figure.unit),
-            "" if figure.limit is None else f"≤ {_value(figure.limit, figure.unit)}",
+            figure.target,
             f"[{colour}]{figure.verdict}[/]" if colour else "",
             figure.detail,
         )
@@ -182,8 +196,7 @@ def save(name: str, bench: Bench, facts: str, command: str) -> None:
     lines = [f"## {name}", "", f"`{command}`, {date.today().isoformat()}, {facts}.", ""]
     lines += ["| what | measured | target | verdict | detail |", "|---|--:|--:|---|---|"]
     for figure in bench.figures:
-        limit = "" if figure.limit is None else f"≤ {_value(figure.limit, figure.unit)}"
-        cells = (figure.label, _value(figure.measured, figure.unit), limit, figure.verdict, figure.detail)
+        cells = (figure.label, _value(figure.measured, figure.unit), figure.target, figure.verdict, figure.detail)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if bench.notes:
         lines += ["", "```", *bench.notes, "```"]
@@ -197,5 +210,5 @@ def save(name: str, bench: Bench, facts: str, command: str) -> None:
 
 
 def _value(value: float, unit: str) -> str:
-    digits = 2 if unit == "×" else 0 if unit in ("rows", "blocks", "ranges") else 1
+    digits = 2 if unit == "×" else 0 if unit in _WHOLE_UNITS else 1
     return f"{value:,.{digits}f} {unit}".rstrip()

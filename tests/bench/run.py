@@ -12,6 +12,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+# The benches share the stub provider with the tests.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 from harness import (
     ROOT,
     Bench,
@@ -29,6 +32,15 @@ BENCHES = {
     "capture": "what the triggers add to INSERT, UPDATE and DELETE of 50,000 rows",
     "create": "create_pipeline on 1,000,000 rows",
     "write": "20,000 vectors of 384 dimensions against psycopg's COPY BINARY",
+    "drain-stub": "20,000 rows through one worker and an HTTP stub, against a bare script",
+    "drain-latency": "20,000 rows through one worker and a stub that takes 200 ms, against the ideal",
+    "edit": "texts sent where one word of a document of 50 chunks changes",
+    "noop": "10,000 updates that change no content",
+    "freshness": "from an application's commit to the routing view, at 50 writes a second",
+    "scale": "the drain rate with 10,000, 100,000 and 1,000,000 rows stored",
+    "memory": "a worker's memory over 1,000,000 rows",
+    "in-flight": "transactions, UPDATE and DELETE during a provider call of 10 s",
+    "drain-local": "400 chunks through one worker and a local model, against SentenceTransformer.encode",
     "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
 }
 
@@ -46,7 +58,7 @@ def main() -> int:
     if not options.names:
         console.print("Benches: make bench NAME=…")
         for name, what in BENCHES.items():
-            console.print(f"  {name:8} {what}", highlight=False)
+            console.print(f"  {name:13} {what}", highlight=False)
         return 0
     names = list(BENCHES) if options.names == ["all"] else options.names
     for name in names:
@@ -68,7 +80,7 @@ def _run(name: str, dsn: str, options: argparse.Namespace, console: Console) -> 
             register_models(url, options.models.resolve())
             progress.remove_task(task)
             bench = Bench(url, options.models, progress, options.rounds)
-            import_module(f"bench_{name}").run(bench)
+            import_module(f"bench_{name.replace('-', '_')}").run(bench)
         facts = machine_facts(url)
     finally:
         if not options.keep:

@@ -9,6 +9,10 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
+from stub_fixtures import running_stub, stub, stub_database
+
+__all__ = ["running_stub", "slow_endpoint", "stub", "stub_database"]
+
 
 @pytest.fixture
 def slow_endpoint(httpserver: HTTPServer) -> str:

@@ -110,7 +110,7 @@ def test_five_failures_of_a_row_make_a_dead_letter(http_pipeline: psycopg.Connec
 
     def all_dead() -> bool:
         # The backoff is real; the test does not wait for it.
-        http_pipeline.execute("UPDATE embedline_data.page_outbox SET not_before = NULL")
+        http_pipeline.execute("UPDATE embedline_data.page_outbox SET not_before = now()")
         drain(http_pipeline)
         return bool(scalar(http_pipeline, "SELECT count(*) = 20 FROM embedline.dead_letter"))
 

@@ -40,11 +40,12 @@ from embedline.errors import (
     ProviderMisconfigured,
 )
 from embedline.model_host import launcher
-from embedline.model_host.inference import LoadedModel, weights_identity
+from embedline.model_host.inference import LoadedModel
 from embedline.model_host.launcher import HostPlace, HostSettings, Owner
 from embedline.model_host.protocol import FrameDecoder, encode_frame
 from embedline.model_host.scheduler import Request, Scheduler, SliceLimits
 from embedline.model_host.server import encode_parts
+from embedline.model_host.weights import weights_identity
 
 LIMIT = 60.0
 SECRET = "sk-secret-of-the-server"
@@ -490,12 +491,34 @@ def test_a_directory_that_others_could_have_made_is_refused(model_directory: str
 
 
 @pytest.mark.parametrize(
-    "options", [{"idle_seconds": "soon"}, {"idle_seconds": 0}, {"memory_limit_mb": True}, {"backend": 3}]
+    ("options", "hint"),
+    [
+        ({"idle_seconds": "soon"}, "900"),
+        ({"idle_seconds": 0}, "900"),
+        ({"memory_limit_mb": True}, "4096"),
+        ({"backend": 3}, "onnx"),
+        ({"backend": "openvino"}, "onnx"),
+        ({"precision": "int4"}, '"precision": "int8"'),
+        ({"precision": "int8"}, 'Add "backend": "onnx"'),
+        ({"precision": "float16", "backend": "onnx"}, "float32 or int8"),
+        ({"device": "gpu"}, "accelerator"),
+        ({"presicion": "int8"}, "backend, precision, device"),
+    ],
 )
-def test_options_of_the_wrong_type_are_named(options: dict[str, object]) -> None:
+def test_an_option_that_cannot_be_used_is_named_with_the_way_out(options: dict[str, object], hint: str) -> None:
     config = ModelConfig(name="m", provider="sentence-transformers", model="/m", options=options)
-    with pytest.raises(InvalidParameter, match=next(iter(options))):
+    with pytest.raises(InvalidParameter, match=next(iter(options))) as caught:
         launcher.settings_of(config)
+    assert caught.value.hint is not None
+    assert hint in caught.value.hint
+
+
+def test_the_device_auto_is_the_default() -> None:
+    def settings(**options: object) -> HostSettings:
+        return launcher.settings_of(ModelConfig("m", "sentence-transformers", "/m", options=options))
+
+    assert settings(device="auto", max_tokens=100) == settings()
+    assert settings(device="cuda:1").device == "cuda:1"
 
 
 def test_hosts_differ_by_what_decides_the_vectors() -> None:
@@ -530,24 +553,35 @@ def test_the_same_weights_have_the_same_identity_wherever_they_lie(model_directo
 # The scheduler and failing batches, without a process
 
 
-class FakeModel(LoadedModel):
+class FakeBackend:
     """A model that runs out of memory above `capacity` texts and fails on the text "poison"."""
 
+    slice_characters = 1024
+    max_tokens = None
+
     def __init__(self, capacity: int) -> None:
-        self._settings = HostSettings("/fake")
         self.capacity = capacity
         self.batches: list[int] = []
 
-    def _forward(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        self.batches.append(len(texts))
-        if len(texts) > self.capacity:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    def forward(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if texts != ["warm up"]:
+            self.batches.append(len(texts))
+            if len(texts) > self.capacity:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         if "poison" in texts:
             raise ValueError("bad text")
         return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
-    def _free_memory(self) -> None:
-        """There is no torch to ask."""
+    def free_memory(self) -> None:
+        """There is nothing to give back."""
+
+    def tokenizer(self) -> None:
+        """It has none."""
+
+
+def fake_model(capacity: int) -> tuple[LoadedModel, FakeBackend]:
+    backend = FakeBackend(capacity)
+    return LoadedModel(HostSettings("/fake"), backend), backend
 
 
 def make_request(kind: Any, texts: Sequence[str]) -> tuple[Request, list[Any]]:
@@ -586,23 +620,28 @@ def test_cancelled_requests_are_passed_over() -> None:
     assert scheduler.take(SliceLimits(8, 100)) == [(second, [0])]
 
 
-def test_a_lack_of_memory_halves_the_slice() -> None:
-    model = FakeModel(capacity=3)
-    rows = model.encode([str(number) * number for number in range(10)])
-    assert rows[:, 0].tolist() == list(range(10))
-    assert model.batches == [10, 5, 2, 3, 5, 2, 3]
+def test_a_lack_of_memory_halves_the_slice_and_later_ones_stay_as_small() -> None:
+    model, backend = fake_model(capacity=4)
+    before = model.limits.characters
+    rows = model.encode([str(number) * 100 for number in range(10)])
+    assert rows[:, 0].tolist() == [100] * 10
+    assert backend.batches == [10, 5, 2, 3, 5, 2, 3]
+    assert (before, model.limits.characters) == (1024, 512)
+    scheduler, (request, _) = Scheduler(), make_request("document", ["x" * 100] * 10)
+    scheduler.put(request)
+    assert len(scheduler.take(model.limits)[0][1]) == 5
 
 
 def test_a_text_that_never_fits_is_rejected_with_the_option_to_raise() -> None:
     with pytest.raises(InputRejected) as caught:
-        FakeModel(capacity=0).encode(["x"])
+        fake_model(capacity=0)[0].encode(["x"])
     assert caught.value.hint is not None
     assert "memory_limit_mb" in caught.value.hint
 
 
 def test_a_poisonous_text_fails_its_own_request_only() -> None:
     (good, good_results), (bad, bad_results) = make_request("document", ["aa"]), make_request("document", ["poison"])
-    encode_parts(FakeModel(capacity=8), [(good, [0]), (bad, [0])])
+    encode_parts(fake_model(capacity=8)[0], [(good, [0]), (bad, [0])])
     assert good_results[0].tolist() == [[2.0, 1.0]]
     assert isinstance(bad_results[0], InputRejected)
     assert bad_results[0].detail == "ValueError: bad text"

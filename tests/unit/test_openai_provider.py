@@ -60,8 +60,9 @@ def make_embedder(server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Iterat
             "base_url": server.url_for("/v1"),
             "api_key_env": "EMBEDLINE_TEST_KEY",
             "timeout_seconds": 5.0,
+            "model": "text-embedding-3-small",
         } | changes
-        config = ModelConfig(name="small", provider="openai", model="text-embedding-3-small", **fields)
+        config = ModelConfig(name="small", provider="openai", **fields)
         opened.append(OpenAIEmbedder(config))
         return opened[-1]
 
@@ -130,7 +131,15 @@ def test_the_request_carries_key_prefix_and_nothing_of_openai(
     assert [request.get_json()["input"] for request in requests] == [["passage: a"], ["query: b"]]
     assert requests[0].headers["Authorization"] == f"Bearer {KEY}"
     assert "private" not in str(requests[0].headers)
-    assert "dimensions" not in requests[0].get_json()
+    assert requests[0].get_json()["dimensions"] == 3, "asked of a model that can shorten its vectors"
+
+
+def test_dimensions_are_not_sent_to_models_that_may_refuse_them(
+    server: HTTPServer, make_embedder: MakeEmbedder
+) -> None:
+    server.expect_request(PATH).respond_with_handler(good)
+    embed(make_embedder(dimensions=3, model="nomic-embed-text"))
+    assert "dimensions" not in server.log[0][0].get_json()
 
 
 def test_dimensions_are_sent_where_the_model_asks_for_it(server: HTTPServer, make_embedder: MakeEmbedder) -> None:
@@ -351,6 +360,37 @@ def test_the_wait_that_the_provider_asks_for_is_passed_on(
     assert low <= error.retry_after <= high
 
 
+@pytest.mark.parametrize(("headers", "low", "high"), [({"Retry-After": "7"}, 6, 7), ({}, 0, 0.5)])
+def test_a_rate_limit_holds_for_what_waits_behind_the_request_that_met_it(
+    server: HTTPServer, make_embedder: MakeEmbedder, headers: dict[str, str], low: float, high: float
+) -> None:
+    server.expect_request(PATH).respond_with_data("slow down", status=429, headers=headers)
+    embedder = make_embedder(concurrency=1)
+    errors = [future.exception(LIMIT) for future in [embedder.submit([str(n)], "document") for n in range(20)]]
+    assert len(server.log) == 1
+    for error in errors:
+        assert isinstance(error, TransientProviderError)
+        assert error.throttled
+        assert error.is_refusal, "nothing was paid for"
+    assert low <= getattr(errors[-1], "retry_after", -1) <= high
+
+
+def test_after_the_wait_requests_are_sent_again(server: HTTPServer, make_embedder: MakeEmbedder) -> None:
+    server.expect_ordered_request(PATH).respond_with_data("slow down", status=429, headers={"Retry-After": "0.1"})
+    server.expect_ordered_request(PATH).respond_with_handler(good)
+    embedder = make_embedder(concurrency=1)
+    fail(embedder)
+    started = time.monotonic()
+
+    def is_answered() -> bool:
+        return embedder.submit(["one"], "document").exception(LIMIT) is None
+
+    while not is_answered():
+        assert time.monotonic() - started < LIMIT
+    assert time.monotonic() - started >= 0.09
+    assert len(server.log) == 2
+
+
 @pytest.mark.parametrize("headers", [{}, {"retry-after": "soon"}, {"retry-after": "nan"}, {"retry-after": ""}])
 def test_a_wait_that_cannot_be_read_is_none(headers: dict[str, str]) -> None:
     assert retry_after(headers) is None
@@ -390,12 +430,15 @@ def test_a_line_that_breaks_is_transient(make_embedder: MakeEmbedder, reply: byt
     thread.join(LIMIT)
     assert type(error) is TransientProviderError
     assert not error.throttled
+    assert not error.unreachable, "it may have been the text that broke the line"
 
 
 def test_a_closed_port_is_transient(make_embedder: MakeEmbedder) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    assert type(fail(make_embedder(base_url=f"http://127.0.0.1:{port}/v1"))) is TransientProviderError
+    error = fail(make_embedder(base_url=f"http://127.0.0.1:{port}/v1"))
+    assert type(error) is TransientProviderError
+    assert error.unreachable, "it says nothing about the texts"
 
 
 def test_silence_ends_with_the_timeout(make_embedder: MakeEmbedder) -> None:

@@ -1,13 +1,17 @@
-"""Embedding providers: one module each behind the `Embedder` protocol."""
+"""Embedding providers: one module each behind the `Embedder` protocol. docs/providers.md adds one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
 
 from embedline.errors import InvalidParameter
+
+# Where other packages announce providers: name = provider, value = a callable from ModelConfig to Embedder.
+ENTRY_POINT_GROUP = "embedline.embedders"
 
 Kind = Literal["document", "query"]
 
@@ -34,11 +38,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EmbeddingBlock:
-    """`count` vectors of `dimensions` float32 values, little-endian, row after row, as the provider returned them."""
+    """`count` vectors of `dimensions` float32 values, little-endian, row after row, as the provider returned them.
+
+    `tokens` is what the provider says it charges; None where it does not say.
+    """
 
     count: int
     dimensions: int
     data: bytes
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,11 @@ def create_embedder(config: ModelConfig) -> Embedder:
         from embedline.embedders.openai_compatible import OpenAIEmbedder
 
         return OpenAIEmbedder(config)
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=config.provider):
+        embedder: Embedder = entry.load()(config)
+        return embedder
     raise InvalidParameter(
         f'unknown provider "{config.provider}"',
-        hint="Use provider => 'sentence-transformers' or provider => 'openai'.",
+        hint="Use provider => 'sentence-transformers' or 'openai', or install a package with an entry point of that name in"
+        f" the group {ENTRY_POINT_GROUP}.",
     )

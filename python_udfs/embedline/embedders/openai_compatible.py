@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.errors import (
@@ -46,9 +46,15 @@ OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
 # OpenAI's documented limit; its models name no other.
 _OPENAI_MAX_TOKENS = 8191
 _OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
+# These return any number of dimensions up to their own; others refuse the parameter.
+_SHORTENED_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large"})
 _CONNECT_SECONDS = 5.0
 _CLOSE_SECONDS = 1.0
 _MAX_RETRY_AFTER = 86_400.0
+# Where the provider limits its rate and does not say for how long.
+_PAUSE_SECONDS = 0.5
+# Causes with which the request never left: the HTTP library's own names.
+_UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
 _MESSAGE_CHARACTERS = 500
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
@@ -73,8 +79,10 @@ class OpenAIEmbedder:
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
-        self._url = (config.base_url or OPENAI_URL).rstrip("/")
-        parts = urlsplit(self._url)
+        parts = urlsplit(config.base_url or OPENAI_URL)
+        # Azure's classic addresses carry ?api-version=…, which belongs behind the path of each request.
+        self._query = dict(parse_qsl(parts.query))
+        self._url = urlunsplit(parts._replace(query="", fragment="")).rstrip("/")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ProviderMisconfigured(f'the base URL of model "{config.name}" is not an http or https address')
         self._host = parts.hostname
@@ -83,6 +91,7 @@ class OpenAIEmbedder:
         self._thread: threading.Thread | None = None
         self._client: openai.AsyncOpenAI | None = None
         self._slots: asyncio.Semaphore | None = None
+        self._resume_at = 0.0
 
     # The main thread
 
@@ -155,8 +164,20 @@ class OpenAIEmbedder:
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
+            if (wait := self._resume_at - time.monotonic()) > 0:
+                # What one request was told about the rate holds for all that wait behind it.
+                message = f"{self._address} limits its rate"
+                refusal = TransientProviderError(message, retry_after=wait, throttled=True)
+                refusal.is_refusal = True
+                raise refusal
             key = self._api_key()
-            content = await self._post(texts, key)
+            try:
+                content = await self._post(texts, key)
+            except TransientProviderError as error:
+                if error.throttled:
+                    pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
+                    self._resume_at = max(self._resume_at, time.monotonic() + pause)
+                raise
         return read_answer(content, len(texts), self._config.dimensions, lambda text: redact(text, key))
 
     async def _post(self, texts: list[str], key: str | None) -> bytes:
@@ -177,13 +198,16 @@ class OpenAIEmbedder:
             return response.content
         # `from None` throughout: a report of the chain would show the request, and the request holds the key.
         except openai.APIStatusError as error:
-            raise self._status_error(error.response, key) from None
-        except (openai.APITimeoutError, TimeoutError):
+            refusal = self._status_error(error.response, key)
+            refusal.is_refusal = True
+            raise refusal from None
+        except (openai.APITimeoutError, TimeoutError) as error:
             message = f"{self._address} did not answer within {self._config.timeout_seconds:g} s"
-            raise TransientProviderError(message) from None
+            raise TransientProviderError(message, unreachable=_never_left(error)) from None
         except openai.APIConnectionError as error:
+            message = f"the connection to {self._address} failed"
             detail = redact(f"{type(error.__cause__).__name__}: {error.__cause__}", key)
-            raise TransientProviderError(f"the connection to {self._address} failed", detail=detail) from None
+            raise TransientProviderError(message, detail=detail, unreachable=_never_left(error)) from None
         except UnicodeEncodeError:
             raise InputRejected("a text or the API key holds characters that cannot be sent") from None
         except openai.OpenAIError as error:
@@ -191,7 +215,9 @@ class OpenAIEmbedder:
             raise TransientProviderError(f"the request to {self._address} failed", detail=detail) from None
 
     def _sends_dimensions(self) -> bool:
-        return self._config.options.get("send_dimensions") is True and self._config.dimensions is not None
+        if self._config.dimensions is None:
+            return False
+        return self._config.options.get("send_dimensions", self._config.model in _SHORTENED_MODELS) is True
 
     def _open_client(self) -> openai.AsyncOpenAI:
         if self._client is None:
@@ -202,6 +228,7 @@ class OpenAIEmbedder:
                 # Stands in for the key, which goes with each request and is kept nowhere; it is never sent.
                 api_key="unused",
                 base_url=self._url,
+                default_query=self._query,
                 max_retries=0,
                 timeout=timeout,
                 # A redirect would carry texts and key to an address that nobody has approved.
@@ -215,6 +242,8 @@ class OpenAIEmbedder:
         import openai
 
         headers: dict[str, Any] = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
+        if key and (name := self._config.options.get("key_header")):
+            headers = {"Authorization": openai.Omit(), str(name): key}
         if self._url != OPENAI_URL:
             # The client takes these from the environment; they are no business of another provider.
             headers |= {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
@@ -247,6 +276,10 @@ class OpenAIEmbedder:
         status = response.status_code
         message = f"{self._address} answered with HTTP status {status}"
         detail = redact(_error_text(response.text), key) or None
+        if status == 429 and "insufficient_quota" in response.text:
+            # OpenAI says so where the account is out of money: waiting a second does not help.
+            hint = "Top up the provider's account, or raise its spending limit."
+            return ProviderMisconfigured(message, detail=detail, hint=hint)
         if status in _TRANSIENT or status >= 500:
             return TransientProviderError(
                 message, detail=detail, retry_after=retry_after(response.headers), throttled=status == 429
@@ -258,6 +291,10 @@ class OpenAIEmbedder:
             return ProviderMisconfigured(message, detail=detail, hint=hint)
         hint = "Check the base URL, the model's name and the API key in the server's environment."
         return ProviderMisconfigured(message, detail=detail, hint=hint)
+
+
+def _never_left(error: BaseException) -> bool:
+    return type(error.__cause__).__name__ in _UNREACHABLE
 
 
 def redact(text: str, key: str | None) -> str:
@@ -307,7 +344,7 @@ def read_answer(content: bytes, count: int, dimensions: int | None, clean: Calla
     Raises TransientProviderError where the body is no answer at all, InvalidVectors where it does not fit the texts and
     DimensionMismatch where the vectors have another width than the column. Values are checked in embedline.vectors.
     """
-    items = _items(content, clean)
+    items, tokens = _items(content, clean)
     if len(items) != count:
         raise InvalidVectors(f"the provider returned {len(items)} vectors for {count} texts")
     rows: list[bytes | None] = [None] * count
@@ -325,10 +362,11 @@ def read_answer(content: bytes, count: int, dimensions: int | None, clean: Calla
         raise InvalidVectors(f"the provider returned vectors of {found} dimensions in one answer")
     if dimensions is not None and widths[0] != dimensions:
         raise DimensionMismatch(detail=f"Expected {dimensions} dimensions, got {widths[0]}.")
-    return EmbeddingBlock(count, widths[0], b"".join(complete))
+    return EmbeddingBlock(count, widths[0], b"".join(complete), tokens)
 
 
-def _items(content: bytes, clean: Callable[[str], str]) -> list[Any]:
+def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int | None]:
+    """The vectors of an answer and the tokens that it says it cost."""
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):
@@ -338,7 +376,9 @@ def _items(content: bytes, clean: Callable[[str], str]) -> list[Any]:
     if not isinstance(items, list):
         text = clean(_error_text(content[:4096].decode(errors="replace")))
         raise TransientProviderError("the provider's answer holds no vectors", detail=text)
-    return items
+    usage = answer.get("usage")
+    tokens = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else None
+    return items, tokens if type(tokens) is int and tokens >= 0 else None
 
 
 def _row(embedding: object) -> bytes:

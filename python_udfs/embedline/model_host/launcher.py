@@ -48,6 +48,46 @@ _ENVIRONMENT = re.compile(
 )
 
 
+PRECISIONS = {"torch": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
+_ALL_PRECISIONS = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option of a local model: which values it takes, in code and in words."""
+
+    fits: Callable[[Any], bool]
+    wanted: str
+    hint: str
+
+
+def _choice(names: tuple[str, ...], hint: str) -> _Option:
+    return _Option(lambda value: value in names, " or ".join(f'"{name}"' for name in names), hint)
+
+
+_OPTIONS = {
+    "backend": _choice(tuple(PRECISIONS), 'onnx is faster on processors: options => \'{"backend": "onnx"}\'.'),
+    "precision": _choice(
+        _ALL_PRECISIONS, 'For example options => \'{"backend": "onnx", "precision": "int8"}\' on a processor.'
+    ),
+    "device": _Option(
+        lambda value: isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
+        '"auto", "cpu", "cuda" or "cuda:N"',
+        "Leave it out: the host then takes an accelerator where there is one.",
+    ),
+    "memory_limit_mb": _Option(
+        lambda value: type(value) is int and value > 0, "a positive whole number", "In MB; the default is 4096."
+    ),
+    "idle_seconds": _Option(
+        lambda value: type(value) in (int, float) and value > 0, "a positive number", "In seconds; the default is 900."
+    ),
+    # Not the host's: the chunker's limit in place of the model's own.
+    "max_tokens": _Option(
+        lambda value: type(value) is int and value > 0, "a positive whole number", "Leave it out: the model knows."
+    ),
+}
+
+
 @dataclass(frozen=True)
 class HostSettings:
     """What a host must know to load its model and to look after itself."""
@@ -57,7 +97,6 @@ class HostSettings:
     backend: str = "torch"
     device: str | None = None
     precision: str = "float32"
-    model_file: str | None = None
     memory_limit_mb: int = 4096
     idle_seconds: float = 900.0
 
@@ -65,27 +104,32 @@ class HostSettings:
     def name(self) -> str:
         """A short name for what decides the vectors; two configs that differ elsewhere share one host."""
         identity = [PROTOCOL_VERSION, embedline.__version__, self.model, self.revision, self.backend]
-        identity += [self.device, self.precision, self.model_file]
+        identity += [self.device, self.precision]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def settings_of(config: ModelConfig) -> HostSettings:
-    """Read the host's settings out of the model's options; raises InvalidParameter on a wrong type."""
-    given: dict[str, Any] = {
-        name: config.options[name]
-        for name in ("backend", "device", "precision", "model_file", "memory_limit_mb", "idle_seconds")
-        if config.options.get(name) is not None
-    }
+    """Read the host's settings out of the model's options; raises InvalidParameter, which names the option."""
+    given = {name: value for name, value in config.options.items() if value is not None}
     for name, value in given.items():
-        if name == "memory_limit_mb":
-            fits, wanted = type(value) is int and value > 0, "a positive whole number"
-        elif name == "idle_seconds":
-            fits, wanted = type(value) in (int, float) and value > 0, "a positive number"
-        else:
-            fits, wanted = isinstance(value, str), "text"
-        if not fits:
-            raise InvalidParameter(f'option "{name}" of model "{config.name}" must be {wanted}')
-    return HostSettings(model=config.model, revision=config.revision, **given)
+        if name not in _OPTIONS:
+            raise InvalidParameter(
+                f'model "{config.name}" has an unknown option "{name}"', hint=f"The options are {', '.join(_OPTIONS)}."
+            )
+        if not _OPTIONS[name].fits(value):
+            raise InvalidParameter(
+                f'option "{name}" of model "{config.name}" must be {_OPTIONS[name].wanted}', hint=_OPTIONS[name].hint
+            )
+    backend, precision = given.get("backend", "torch"), given.get("precision", "float32")
+    if precision not in PRECISIONS[backend]:
+        offered = [other for other, names in PRECISIONS.items() if precision in names]
+        raise InvalidParameter(
+            f'option "precision" of model "{config.name}": backend {backend} has no {precision}',
+            hint=f'Add "backend": "{offered[0]}", or choose {" or ".join(PRECISIONS[backend])}.',
+        )
+    # "auto" is the default in words: one host for both.
+    fields = {name: given[name] for name in given if name != "max_tokens" and given[name] != "auto"}
+    return HostSettings(model=config.model, revision=config.revision, **fields)
 
 
 @dataclass(frozen=True)
@@ -151,9 +195,9 @@ def prepare_place(settings: HostSettings, owner: Owner, root: str | None = None)
     Raises ProviderMisconfigured where someone else could have put the directory there: the socket gets users' texts.
     """
     base = os.path.join(root or tempfile.gettempdir(), f"embedline-{os.geteuid()}")
-    _make_private(base)
+    make_private(base)
     directory = os.path.join(base, f"{owner.pid}-{owner.start_ticks}")
-    _make_private(directory)
+    make_private(directory)
     place = HostPlace(directory, settings.name)
     if len(os.fsencode(place.socket)) >= MAX_SOCKET_PATH:
         raise ProviderMisconfigured(
@@ -164,7 +208,11 @@ def prepare_place(settings: HostSettings, owner: Owner, root: str | None = None)
     return place
 
 
-def _make_private(path: str) -> None:
+def make_private(path: str) -> str:
+    """Create a directory that only this user can use, or check that it is one; return it.
+
+    Raises ProviderMisconfigured where it is open to others, OSError where it cannot be made.
+    """
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     found = os.lstat(path)
@@ -172,8 +220,9 @@ def _make_private(path: str) -> None:
         raise ProviderMisconfigured(
             f'"{path}" is not a directory that only the server can use',
             detail="It must be a real directory with mode 0700 that belongs to the server's operating-system user.",
-            hint="Remove it, or start the server with another TMPDIR.",
+            hint="Remove it, or start the server with another TMPDIR or XDG_CACHE_HOME.",
         )
+    return path
 
 
 def remove_stale_places(base: str) -> None:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from embedline.errors import InputRejected, ModelHostUnavailable, ProviderError
-from embedline.model_host.inference import LoadedModel, describe, load_model
+from embedline.model_host.faults import describe
+from embedline.model_host.inference import LoadedModel, load_model
 from embedline.model_host.launcher import HostPlace, HostSettings, Owner, launch_lock, peer_uid
 from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame, unpack_texts
 from embedline.model_host.scheduler import Part, Request, Scheduler

@@ -1,0 +1,242 @@
+"""Changing the recipe of a pipeline that is in use, and writing its generated functions anew after an upgrade."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from embedline import capture
+from embedline.capture import CapturePlan, SourceExpression
+from embedline.catalog import Pipeline, load_pipeline
+from embedline.chunking import ChunkingSpec
+from embedline.database import Session, as_mapping, data_name, entry_point
+from embedline.errors import EmbedlineError, InvalidParameter
+from embedline.pipelines import (
+    EXPRESSIONS,
+    Source,
+    bound_lock_wait,
+    check_weight,
+    create_functions,
+    current_plan,
+    deparsed,
+    generated_functions,
+    insert_ranges,
+    require_control,
+    rewrite_trigger_functions,
+    spec_for,
+    version_fingerprint,
+)
+
+_OPTIONAL = ("filter", "document_prefix", "tenant")
+# Suffix of the generated function of each expression.
+_FUNCTIONS = {"content": "content", "filter": "filter", "document_prefix": "prefix", "tenant": "tenant_value"}
+_STORED = """
+    SELECT content_expression AS content, filter_expression AS filter, document_prefix_expression AS document_prefix,
+        tenant_expression AS tenant
+    FROM embedline.pipeline WHERE name = $1 FOR NO KEY UPDATE
+"""
+_STORE = """
+    UPDATE embedline.pipeline SET content_expression = $2, filter_expression = $3, document_prefix_expression = $4,
+        tenant_expression = $5, expression_search_path = coalesce($6, expression_search_path), chunking = $7,
+        chunk_tokens = $8, chunk_overlap = $9, chunking_options = $10, weight = $11
+    WHERE name = $1
+"""
+_STORE_INPUTS = """
+    UPDATE embedline.pipeline AS p SET code_version = $3, input_attributes = (
+        SELECT coalesce(array_agg(a.attnum ORDER BY k.position), '{}')
+        FROM unnest($2::name[]) WITH ORDINALITY AS k (name, position)
+        JOIN pg_attribute AS a ON a.attrelid = p.source AND a.attname = k.name)
+    WHERE p.name = $1
+"""
+# The body as PostgreSQL prints it now: with the names that the columns have now.
+_BODY = """
+    SELECT pg_get_function_sqlbody(p.oid) FROM pg_proc AS p
+    WHERE p.pronamespace = 'embedline_data'::regnamespace AND p.proname = $1
+"""
+_ARGUMENT = r'source_row\.("(?:[^"]|"")*"|[^\s",()]+)'
+_COLUMN_TYPES = """
+    SELECT attname, format_type(atttypid, NULL) AS type FROM pg_attribute
+    WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped
+"""
+_TRIGGER = "SELECT tgenabled::text, tgattr::text AS columns FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2"
+_OUTDATED = """
+    SELECT p.name FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source
+    WHERE p.code_version <> $1 ORDER BY p.pipeline_id
+"""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a pipeline is to be: its expressions as the user wrote them, its chunking, and its weight."""
+
+    expressions: dict[str, str | None]
+    spec: ChunkingSpec
+    weight: float
+
+
+@entry_point
+def alter_pipeline(session: Session, name: str, given: dict[str, Any]) -> None:
+    """Change what is given of a pipeline's recipe; rows that this concerns are embedded again one by one.
+
+    Search goes on meanwhile with what is stored. Chunks that come out as before keep their vectors and cost nothing.
+    """
+    require_control(session, name)
+    bound_lock_wait(session)
+    # Alterations of one pipeline follow each other. NO KEY: a worker that writes a dead letter does not wait.
+    stored = session.query(_STORED, ["text"], name)[0]
+    pipeline = load_pipeline(session, name)
+    current = _Wanted(stored, pipeline.spec, pipeline.weight)
+    wanted = _wanted(pipeline, current, given)
+    if wanted == current:
+        session.plpy.notice(f'pipeline "{name}" is like that already: nothing has changed')
+        return
+    changed = [parameter for parameter in EXPRESSIONS if wanted.expressions[parameter] != stored[parameter]]
+    if changed:
+        _replace_expressions(session, pipeline, changed, given)
+    _store(session, pipeline, wanted, given["expression_search_path"] if changed else None)
+    if wanted.spec != current.spec or set(changed) - {"tenant"}:
+        _begin_backfill(session, pipeline, wanted)
+
+
+def _wanted(pipeline: Pipeline, current: _Wanted, given: dict[str, Any]) -> _Wanted:
+    dropped = set(given["drop"] or ())
+    if unknown := dropped - set(_OPTIONAL):
+        raise InvalidParameter(
+            f'"{sorted(unknown)[0]}" cannot be dropped from a pipeline', hint=f"Use one of {', '.join(_OPTIONAL)}."
+        )
+    expressions: dict[str, str | None] = {}
+    for parameter in EXPRESSIONS:
+        if given[parameter] is not None and parameter in dropped:
+            raise InvalidParameter(
+                f"{parameter} is given and dropped at the same time", hint="Leave it out of drop, or of the call."
+            )
+        kept = None if parameter in dropped else current.expressions[parameter]
+        expressions[parameter] = given[parameter] if given[parameter] is not None else kept
+    weight = current.weight if given["weight"] is None else given["weight"]
+    check_weight(weight)
+    return _Wanted(expressions, _wanted_spec(pipeline, given), weight)
+
+
+def _wanted_spec(pipeline: Pipeline, given: dict[str, Any]) -> ChunkingSpec:
+    spec = pipeline.spec
+    method = given["chunking"] or spec.method
+    options = given["chunking_options"]
+    if options is None:
+        # Options belong to a method.
+        options = dict(spec.options) if method == spec.method else {}
+    return spec_for(
+        method,
+        spec.tokens if given["chunk_tokens"] is None else given["chunk_tokens"],
+        spec.overlap if given["chunk_overlap"] is None else given["chunk_overlap"],
+        as_mapping(options),
+        pipeline.version.model,
+    )
+
+
+def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str], given: dict[str, Any]) -> None:
+    """Write the functions of changed expressions anew, all that read through them, and the trigger that names their columns."""
+    plan, source = _plan_in_use(session, pipeline)
+    # What CREATE TRIGGER needs below. Taken first: so no write and no other alteration comes between the two.
+    session.execute(f"LOCK TABLE {source.qualified} IN SHARE ROW EXCLUSIVE MODE")
+    plan, source = _plan_in_use(session, pipeline)
+    values = {parameter: given[parameter] if parameter in changed else None for parameter in EXPRESSIONS}
+    found = deparsed(session, source, {**values, "expression_search_path": given["expression_search_path"]})
+    plan = replace(
+        plan,
+        content=found.get("content", plan.content),
+        filter=found.get("filter") if "filter" in changed else plan.filter,
+        prefix=found.get("document_prefix") if "document_prefix" in changed else plan.prefix,
+        tenant=found.get("tenant") if "tenant" in changed else plan.tenant,
+    )
+    _replace_functions(session, plan, source, [_FUNCTIONS[parameter] for parameter in changed])
+    rewrite_trigger_functions(session, plan)
+    for statement in capture.update_trigger_statements(plan):
+        session.execute(statement)
+    if "tenant" in changed:
+        index = data_name(capture.tenant_index(plan))
+        for statement in capture.tenant_index_statements(plan) or [f"DROP INDEX IF EXISTS {index}"]:
+            session.execute(statement)
+
+
+def _replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
+    """Drop and create the generated functions; those of expressions that have not changed stay as they are."""
+    kept = {suffix for suffix in _FUNCTIONS.values() if suffix not in changed}
+    doomed = tuple(suffix for suffix in capture.FUNCTIONS if suffix not in kept)
+    for row in generated_functions(session, plan.name, doomed):
+        session.execute(f"DROP FUNCTION {row['signature']}")
+    create_functions(session, plan, source)
+    session.query(
+        _STORE_INPUTS, ["text", "text[]", "integer"],
+        plan.name, [name for name, _ in plan.expression_columns], capture.CODE_VERSION,
+    )  # fmt: skip
+
+
+def _plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
+    """Return the plan of a pipeline as it is: expressions without text, with the columns' names of now."""
+    plan, source = current_plan(session, pipeline)
+    types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], source.oid)}
+    reading = session.scalar(_BODY, ["text"], f"{pipeline.name}_read") or ""
+    telling = session.scalar(_BODY, ["text"], f"{pipeline.name}_tenant") or ""
+    content = _expression_in(reading, f"{pipeline.name}_content", types)
+    if content is None:
+        raise EmbedlineError(
+            f'the functions of pipeline "{pipeline.name}" are not as Embedline wrote them',
+            hint=f"SELECT embedline.drop_pipeline('{pipeline.name}'), then create it again.",
+        )
+    trigger = session.query(
+        _TRIGGER, ["bigint", "name"], source.oid, capture.trigger_name(pipeline.name, "update")
+    )  # fmt: skip
+    return replace(
+        plan,
+        content=content,
+        filter=_expression_in(reading, f"{pipeline.name}_filter", types),
+        prefix=_expression_in(reading, f"{pipeline.name}_prefix", types),
+        tenant=_expression_in(telling, f"{pipeline.name}_tenant_or_null", types),
+        always=bool(trigger) and trigger[0]["tgenabled"] == "A",
+        watch_all=bool(trigger) and not trigger[0]["columns"],
+    ), source
+
+
+def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExpression | None:
+    """Return the input columns of an expression's function, as a function's body calls it; None where it does not."""
+    call = re.search(rf'embedline_data\."?{function}"?\(((?:{_ARGUMENT}(?:, )?)*)\)', body)
+    if call is None:
+        return None
+    names = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_ARGUMENT, call[1])]
+    return SourceExpression("", tuple((name, types[name]) for name in names))
+
+
+def _store(session: Session, pipeline: Pipeline, wanted: _Wanted, search_path: str | None) -> None:
+    session.query(
+        _STORE,
+        ["text", "text", "text", "text", "text", "text", "text", "integer", "integer", "jsonb", "double precision"],
+        pipeline.name, *(wanted.expressions[parameter] for parameter in EXPRESSIONS), search_path, wanted.spec.method,
+        wanted.spec.tokens, wanted.spec.overlap, json.dumps(dict(wanted.spec.options)), wanted.weight,
+    )  # fmt: skip
+
+
+def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> None:
+    """Have every row looked at again; those whose content, recipe and filter still agree cost one comparison."""
+    version = pipeline.version
+    fingerprint = version_fingerprint(
+        version.model, version.column_type, version.distance, wanted.spec, wanted.expressions["document_prefix"]
+    )
+    decisive = (wanted.spec, wanted.expressions["document_prefix"]) != (pipeline.spec, pipeline.document_prefix)
+    session.query(
+        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL, fingerprint = $2 WHERE version_id = $1",
+        ["bigint", "text"], version.version_id, fingerprint if decisive else version.fingerprint,
+    )  # fmt: skip
+    session.query("DELETE FROM embedline.backfill_range WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
+    insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
+
+
+@entry_point
+def regenerate_pipelines(session: Session) -> None:
+    """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
+    for row in session.query(_OUTDATED, ["integer"], capture.CODE_VERSION):
+        pipeline = load_pipeline(session, str(row["name"]))
+        plan, source = _plan_in_use(session, pipeline)
+        _replace_functions(session, plan, source, [])
+        rewrite_trigger_functions(session, plan)

@@ -1,0 +1,199 @@
+"""A batch in work: its claim, its documents, and how they are packed into requests. Values only; the engine moves them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from embedline.backfill import ClaimedRange
+from embedline.catalog import Pipeline
+from embedline.documents import Document, Vector
+from embedline.embedders import EmbeddingBlock
+from embedline.errors import EmbedlineError
+from embedline.outbox import ClaimedRow
+
+# Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
+_LOCAL_REQUEST_ITEMS = 64
+# What a batch's vectors take on their way, for each value: base64 in the answer, float32 in the block and in the file.
+_BYTES_A_VALUE = 14
+
+
+@dataclass(eq=False)
+class Request:
+    """Texts that are sent together, by digest. `tokens` is the estimate that is reserved; `future` is None until it is sent.
+
+    It is granted in a transaction and sent after the commit: a crash in between must not forget the reservation.
+    """
+
+    texts: dict[bytes, str]
+    tokens: int
+    future: Future[EmbeddingBlock] | None = None
+    is_granted: bool = False
+    reservation_id: int | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it was sent and has come back, well or not."""
+        return self.future is not None and self.future.done()
+
+
+@dataclass(eq=False)
+class Unit:
+    """Documents that are embedded and written together: one or more requests, one write.
+
+    `is_second_look` marks documents whose vectors were unusable once: if they are again, the documents are given up.
+    """
+
+    documents: list[Document]
+    vectors: dict[bytes, Vector] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    faults: dict[bytes, str] = field(default_factory=dict)
+    error: EmbedlineError | None = None
+    is_second_look: bool = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether every request has come back."""
+        return all(request.is_answered for request in self.requests)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Claimed rows of one pipeline in work. Times are of time.monotonic, in seconds."""
+
+    pipeline: Pipeline
+    rows: list[ClaimedRow]
+    claim_id: int | None = None
+    claimed_range: ClaimedRange | None = None
+    is_suspect: bool = False
+    found: list[Document] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    embedded_count: int = 0
+    content_bytes: int = 0
+    vector_bytes: int = 0
+    grant_at: float = 0.0
+    write_at: float = 0.0
+    claimed_at: float = field(default_factory=time.monotonic)
+    answered_at: float = 0.0
+    longest_write: float = 0.0
+    tokens_used: dict[int, int | None] = field(default_factory=dict)
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All requests that are not settled yet."""
+        return (request for unit in self.units for request in unit.requests)
+
+    @property
+    def futures(self) -> list[Future[EmbeddingBlock]]:
+        """Requests in flight. Not those that are done and wait for others of their unit: a wait would end at once."""
+        sent = (request.future for request in self.requests)
+        return [future for future in sent if future is not None and not future.done()]
+
+    @property
+    def ungranted(self) -> list[Request]:
+        """Requests that wait for a grant."""
+        return [request for request in self.requests if not request.is_granted]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the batch is expected to take at its peak."""
+        return self.content_bytes + self.vector_bytes
+
+
+def request_items(pipeline: Pipeline) -> int:
+    """Inputs that one request of the pipeline's model may carry."""
+    config = pipeline.version.model.config
+    if config.provider == "sentence-transformers":
+        return min(config.max_batch_items, _LOCAL_REQUEST_ITEMS)
+    return config.max_batch_items
+
+
+def vector_memory(pipeline: Pipeline, count: int) -> int:
+    """Bytes that the vectors of `count` chunks take on their way into the table."""
+    return count * pipeline.version.dimensions * _BYTES_A_VALUE
+
+
+def most_tokens(text: str) -> int:
+    """What requests are packed by: two bytes of UTF-8 a token. English has about four; Chinese, at three bytes, two to three."""
+    return (len(text) if text.isascii() else len(text.encode())) // 2 + 1
+
+
+def likely_tokens(text: str) -> int:
+    """An estimate on the safe side that is reserved before the call: three bytes of UTF-8 a token."""
+    return (len(text) if text.isascii() else len(text.encode())) // 3 + 1
+
+
+def pack(
+    pipeline: Pipeline, found: Iterable[Document], known: Mapping[bytes, Vector], tokens_left: int | None = None
+) -> list[Unit]:
+    """Group documents into units of about one request each; a document is never split over two units.
+
+    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget.
+    """
+    units: list[Unit] = []
+    items, most = request_items(pipeline), _request_tokens(pipeline, tokens_left)
+    members: list[Document] = []
+    texts: dict[bytes, str] = {}
+    tokens = 0
+    for document in found:
+        wanted = {c.digest: c.embedded_text for c in document.chunks if c.digest not in known}
+        size = sum(map(most_tokens, wanted.values()))
+        if members and (len(texts) + len(wanted) > items or tokens + size > most):
+            units.append(unit_of(pipeline, members, texts, known, tokens_left))
+            members, texts, tokens = [], {}, 0
+        members.append(document)
+        texts |= wanted
+        tokens += size
+    if members:
+        units.append(unit_of(pipeline, members, texts, known, tokens_left))
+    return units
+
+
+def unit_of(
+    pipeline: Pipeline,
+    members: list[Document],
+    texts: dict[bytes, str],
+    known: Mapping[bytes, Vector],
+    tokens_left: int | None = None,
+) -> Unit:
+    """Return a unit of these documents that asks for these texts, in requests that the model takes."""
+    vectors = {c.digest: known[c.digest] for d in members for c in d.chunks if c.digest in known} if known else {}
+    return Unit(members, vectors, [_request(part) for part in _split(pipeline, texts, tokens_left)])
+
+
+def halved_requests(unit: Unit) -> list[Request]:
+    """Return requests of half the size for what a unit still lacks; none where a text was refused alone."""
+    parts: list[dict[bytes, str]] = []
+    for request in unit.requests:
+        texts = [(digest, text) for digest, text in request.texts.items() if digest not in unit.vectors]
+        if texts and len(request.texts) == 1:
+            return []
+        middle = (len(texts) + 1) // 2
+        parts += [dict(texts[:middle]), dict(texts[middle:])]
+    return [_request(part) for part in parts if part]
+
+
+def _request(texts: dict[bytes, str]) -> Request:
+    return Request(texts, sum(map(likely_tokens, texts.values())))
+
+
+def _request_tokens(pipeline: Pipeline, tokens_left: int | None) -> int:
+    most = pipeline.version.model.config.max_batch_tokens
+    return most if tokens_left is None else max(1, min(most, tokens_left))
+
+
+def _split(pipeline: Pipeline, texts: dict[bytes, str], tokens_left: int | None) -> Iterator[dict[bytes, str]]:
+    items, most = request_items(pipeline), _request_tokens(pipeline, tokens_left)
+    part: dict[bytes, str] = {}
+    tokens = 0
+    for digest, text in texts.items():
+        size = most_tokens(text)
+        if part and (len(part) >= items or tokens + size > most):
+            yield part
+            part, tokens = {}, 0
+        part[digest] = text
+        tokens += size
+    if part:
+        yield part

@@ -1,0 +1,82 @@
+"""What every chunker returns, and the rules that hold for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+# Half-open range of characters of a text.
+Span = tuple[int, int]
+OnPiece = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A slice of a text: `content` is `text[start:end]`, offsets in characters.
+
+    `prefix` stands before the content for embedding only. `digest` identifies what is embedded; see `content_digest`.
+    """
+
+    sequence: int
+    start: int
+    end: int
+    content: str
+    digest: bytes
+    prefix: str = ""
+
+    @property
+    def embedded_text(self) -> str:
+        """What the model reads: white space around the content means nothing to it."""
+        return self.prefix + self.content.strip()
+
+
+def nothing() -> None:
+    """Be no interruption: what `on_piece` is where the caller needs none."""
+
+
+class Chunker(Protocol):
+    """Splits a text into chunks, `prefix` (of the document) before each.
+
+    Calls `on_piece` from time to time, so that long work can be interrupted.
+    """
+
+    def __call__(self, text: str, on_piece: OnPiece = ..., prefix: str = ...) -> list[Chunk]: ...
+
+
+def content_digest(content: str, prefix: str = "") -> bytes:
+    """Return 16 bytes of a SHA-256, what the uuid column content_hash holds: of the content, or of prefix, NUL, content."""
+    return hashlib.sha256((f"{prefix}\0{content}" if prefix else content).encode()).digest()[:16]
+
+
+def chunk_of(text: str, sequence: int, span: Span, prefix: str) -> Chunk:
+    """Return the chunk that a span of the text is."""
+    content = text[span[0] : span[1]]
+    return Chunk(sequence, span[0], span[1], content, content_digest(content, prefix), prefix)
+
+
+def closed_spans(text: str, found: Sequence[Span]) -> list[Span]:
+    """Return the spans of a text's chunks, in order, so that they leave nothing out.
+
+    White space between two spans belongs to the first, at the text's ends to the outer ones. A span of nothing but white
+    space joins its neighbour: it would be an empty text to the model. Spans may overlap; they are never moved.
+    """
+    closed: list[Span] = []
+    for start, end in found:
+        if text[start:end].isspace():
+            continue
+        if closed:
+            # An overlap already reaches into the next span; only a gap is filled.
+            closed[-1] = (closed[-1][0], max(closed[-1][1], start))
+        closed.append((start, end))
+    if not closed:
+        return [(0, len(text))] if text else []
+    closed[0] = (0, closed[0][1])
+    closed[-1] = (closed[-1][0], len(text))
+    return closed
+
+
+def whole_text(text: str, on_piece: OnPiece = nothing, prefix: str = "") -> list[Chunk]:
+    """Return the text as its only chunk."""
+    return [chunk_of(text, 0, (0, len(text)), prefix)]

@@ -1,0 +1,143 @@
+"""Markdown: chunks follow its blocks, and each carries the path of headings above it."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from embedline.chunking.chunk import OnPiece, Span, closed_spans
+from embedline.chunking.measure import Measure
+from embedline.chunking.measured import Room, cut_to
+from embedline.chunking.recursive import pieces
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.token import Token
+
+_SEPARATOR = " > "
+_LINE_END = re.compile(r"\r\n?|\n")
+# Parsed at a time. A parse keeps about 2 kB for each short block.
+_WINDOW_CHARACTERS = 200_000
+# Long enough for a heading; a longer one is some other text with a # before it.
+_LONGEST_TITLE = 300
+# Spaces before a heading; more make it code.
+_DEEPEST_INDENT = 3
+# YAML before the document: CommonMark would take its last line for a heading underlined with ---.
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(?=[\w-]+[ \t]*:).*?^(?:---|\.\.\.)[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+# The room that headings leave changes in steps of this share of it: a longer heading shall not move every chunk.
+_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading: the offset of its line, and the titles from the outermost heading down to it."""
+
+    start: int
+    path: tuple[str, ...]
+
+
+def markdown_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -> Sequence[tuple[Span, str]]:
+    """Split Markdown at its own boundaries; a chunk's prefix is the path of the headings that it lies under."""
+    from semantic_text_splitter import MarkdownSplitter
+
+    headings = list(heading_paths(text, on_piece))
+    prefixes = _prefixes(measure, headings, room.prefix_capacity)
+    largest = max(measure.sizes(list(prefixes.values())), default=0)
+    step = max(room.prefix_capacity // _STEPS, 1)
+    capacity = room.capacity - min(-(-largest // step) * step, room.prefix_capacity)
+    splitter = measure.splitter(MarkdownSplitter, capacity, room.overlap * capacity // room.capacity)
+    found: list[Span] = []
+    for start, piece in pieces(text, capacity):
+        found += [(start + at, start + at + len(content)) for at, content in splitter.chunk_indices(piece)]
+        on_piece()
+    starts = [heading.start for heading in headings]
+    return [(span, prefixes[_path_above(text, span, headings, starts)]) for span in closed_spans(text, found)]
+
+
+def heading_paths(text: str, on_piece: OnPiece) -> Iterator[Heading]:
+    """Yield the headings of a document in order; those within a quotation or a list are part of it."""
+    path: list[tuple[int, str]] = []
+    for start, level, title in _headings(text, on_piece):
+        while path and path[-1][0] >= level:
+            path.pop()
+        path.append((level, title))
+        yield Heading(start, tuple(title for _, title in path))
+
+
+def _headings(text: str, on_piece: OnPiece) -> Iterator[tuple[int, int, str]]:
+    """Yield (offset, level, title), parsing window by window.
+
+    A block of the outermost level that is followed by another one is whole, whatever comes later; so the last block of a
+    window begins the next. A block that fills its window is read again in one twice as long.
+    """
+    from markdown_it import MarkdownIt
+
+    # Inline markup of the whole document would take most of the time; titles have theirs parsed alone.
+    blocks, titles = MarkdownIt("commonmark").disable("inline"), MarkdownIt("commonmark")
+    matter = _FRONT_MATTER.match(text)
+    start, length = matter.end() if matter else 0, _WINDOW_CHARACTERS
+    while start < len(text):
+        window = text[start : start + length]
+        at_end = start + length >= len(text)
+        if not at_end:
+            # A line end is not torn in two.
+            window = window.removesuffix("\r")
+        lines = [0, *(match.end() for match in _LINE_END.finditer(window))]
+        tokens = blocks.parse(window)
+        opening = [
+            token.map[0] for token in tokens if token.level == 0 and token.map is not None and token.nesting >= 0
+        ]
+        whole = len(lines) if at_end else (opening[-1] if opening else 0)
+        for token, inline in itertools.pairwise(tokens):
+            if token.type == "heading_open" and token.level == 0 and token.map and token.map[0] < whole:
+                yield start + lines[token.map[0]], int(token.tag[1:]), _title(titles, inline)
+        on_piece()
+        if at_end:
+            return
+        if whole == 0:
+            length *= 2
+        else:
+            start, length = start + lines[whole], _WINDOW_CHARACTERS
+
+
+def _title(parser: MarkdownIt, inline: Token) -> str:
+    """Return a heading's text without its markup."""
+    if len(inline.content) > _LONGEST_TITLE:
+        return " ".join(inline.content[:_LONGEST_TITLE].split())
+    tokens = parser.parseInline(inline.content)[0].children or []
+    return " ".join("".join(token.content or " " * (token.type == "softbreak") for token in tokens).split())
+
+
+def _prefixes(measure: Measure, headings: Sequence[Heading], capacity: int) -> dict[tuple[str, ...], str]:
+    """Return the prefix of each path that a chunk may have: the innermost headings that fit into `capacity`."""
+    paths = {path[:n] for path in (heading.path for heading in headings) for n in range(len(path) + 1)} | {()}
+    longest = sorted(paths)
+    prefixes: dict[tuple[str, ...], str] = {}
+    sizes = measure.sizes([_written(path) for path in longest])
+    for path, size in zip(longest, sizes, strict=True):
+        kept = path
+        while size > capacity and len(kept) > 1:
+            kept = kept[1:]
+            size = measure.sizes([_written(kept)])[0]
+        prefixes[path] = _written(kept) if size <= capacity else cut_to(measure, _written(kept), capacity)[0]
+    return prefixes
+
+
+def _written(path: tuple[str, ...]) -> str:
+    return _SEPARATOR.join(path) + "\n\n" if path else ""
+
+
+def _path_above(text: str, span: Span, headings: Sequence[Heading], starts: Sequence[int]) -> tuple[str, ...]:
+    """Return the path of the headings above a span; a heading that begins the span is in its text already."""
+    content = text[span[0] : span[1]]
+    first = span[1] - len(content.lstrip())
+    index = bisect.bisect_right(starts, first) - 1
+    if index < 0:
+        return ()
+    heading = headings[index]
+    begins = first - heading.start <= _DEEPEST_INDENT and text[heading.start : first].strip() == ""
+    return heading.path[:-1] if begins else heading.path

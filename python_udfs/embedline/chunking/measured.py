@@ -1,0 +1,66 @@
+"""What the chunkers that measure have in common: short texts at once, and room for the prefix in every chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from embedline.chunking.chunk import Chunk, OnPiece, Span, chunk_of, nothing, whole_text
+from embedline.chunking.graphemes import boundary_at_or_before
+from embedline.chunking.measure import Measure
+
+# A text of more characters for each unit of room is not measured whole before it is split.
+_CHARACTERS_PER_UNIT = 8
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a chunk's content may take, in the measure's unit, and how much of that may go to a prefix of the chunk's own."""
+
+    capacity: int
+    overlap: int
+    prefix_capacity: int
+
+
+class Split(Protocol):
+    """Splits a text that does not fit into one chunk; returns the chunks' spans, each with its own prefix."""
+
+    def __call__(self, measure: Measure, text: str, room: Room, on_piece: OnPiece) -> Sequence[tuple[Span, str]]: ...
+
+
+@dataclass(frozen=True)
+class MeasuredChunker:
+    """A chunker of chunks that, with their prefixes, take up to `tokens`."""
+
+    measure: Measure
+    tokens: int
+    overlap: int
+    split: Split
+
+    def __call__(self, text: str, on_piece: OnPiece = nothing, prefix: str = "") -> list[Chunk]:
+        if not text:
+            return []
+        capacity = self.measure.capacity(self.tokens)
+        if self.measure.surely_fits(prefix + text if prefix else text, capacity):
+            return whole_text(text, prefix=prefix)
+        prefix, taken = cut_to(self.measure, prefix, capacity // 2)
+        room = capacity - taken
+        if len(text) <= room * _CHARACTERS_PER_UNIT and self.measure.sizes([text])[0] <= room:
+            return whole_text(text, prefix=prefix)
+        overlap = self.measure.capacity(self.overlap) * room // capacity
+        parts = self.split(self.measure, text, Room(room, overlap, capacity // 2 - taken), on_piece)
+        return [chunk_of(text, i, span, prefix + own_prefix) for i, (span, own_prefix) in enumerate(parts)]
+
+
+def cut_to(measure: Measure, prefix: str, capacity: int) -> tuple[str, int]:
+    """Return the beginning of a prefix that takes up to `capacity`, and its size."""
+    if not prefix:
+        return "", 0
+    size = measure.sizes([prefix])[0]
+    while size > capacity:
+        at = measure.starts(prefix)[capacity]
+        # The beginning alone may have more units than it had within the whole.
+        prefix = prefix[: min(boundary_at_or_before(prefix, at), len(prefix) - 1)]
+        size = measure.sizes([prefix])[0]
+    return prefix, size

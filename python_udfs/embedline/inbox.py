@@ -1,0 +1,149 @@
+"""The inbox: changed keys as applications append them, and the claims by which workers take them out in bulk.
+
+A claim is one row that holds all of its keys. It counts exactly as long as its worker's session advisory lock is held;
+the keys of a dead worker's claim go to the outbox, where each has its own count of crashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embedline.catalog import Pipeline
+from embedline.database import Session, quote_ident
+from embedline.outbox import ClaimedRow, in_hand_query
+
+# Triggers put up to this many keys into one row.
+_KEYS_PER_ROW = 100
+
+
+@dataclass
+class InboxClaim:
+    """Keys taken from the inbox. `claim_id` is None inside embed_pending, whose own transaction is the claim."""
+
+    claim_id: int | None
+    rows: list[ClaimedRow]
+
+
+def claim_inbox(
+    session: Session, pipeline: Pipeline, limit: int, worker_id: int | None, live: list[int]
+) -> InboxClaim | None:
+    """Take about `limit` keys out of the inbox, oldest first; None where it is empty or all of it is in other hands.
+
+    Where all that was found is in hand already, the claim is empty.
+
+    Keys that a living worker has in hand go to the outbox instead: nothing is embedded twice at the same time. The limit
+    is passed by what one row holds at most.
+    """
+    inbox = pipeline.generated("inbox")
+    first = pipeline.quoted_key_columns[0]
+    # Rows hold up to 100 keys, or one: as many rows as make up the limit. No order and no index: the scan reads from the
+    # front, where the oldest are.
+    sized = f"""
+        SELECT ctid AS place FROM {inbox} WHERE ctid = ANY (ARRAY(
+            SELECT s.place FROM (
+                SELECT r.place, sum(r.key_count) OVER (ROWS UNBOUNDED PRECEDING) - r.key_count AS before
+                FROM (SELECT ctid AS place, cardinality({first}) AS key_count FROM {inbox} LIMIT $1) AS r
+            ) AS s WHERE s.before < $1))
+        FOR UPDATE SKIP LOCKED"""
+    # Where embed_pending has the front in hand until its caller commits: whatever is behind it.
+    behind = f"SELECT ctid AS place FROM {inbox} LIMIT greatest($1 / {_KEYS_PER_ROW}, 1) FOR UPDATE SKIP LOCKED"
+    for front in (sized, behind):
+        statement = _claim_statement(pipeline, front, marked=worker_id is not None)
+        row = session.query(statement, ["integer", "integer[]", "integer"], limit, live, worker_id)[0]
+        if row["row_count"]:
+            keys = zip(*(row[column] or () for column in pipeline.key_columns), strict=True)
+            return InboxClaim(row["claim_id"], list(map(ClaimedRow, keys)))
+    return None
+
+
+def _claim_statement(pipeline: Pipeline, front: str, *, marked: bool) -> str:
+    keys, columns = pipeline.key_list, pipeline.quoted_key_columns
+    claimed = (
+        f"INSERT INTO {pipeline.generated('claim')} ({keys}, claimed_by, enqueued_at)"
+        f" SELECT {', '.join(f'array_agg({column})' for column in columns)}, $3, min(enqueued_at)"
+        " FROM judged WHERE NOT busy HAVING count(*) > 0 RETURNING claim_id"
+        if marked
+        else "SELECT NULL::bigint AS claim_id WHERE $3::integer IS NOT NULL"
+    )
+    return f"""
+        WITH front AS MATERIALIZED ({front}
+        ), taken AS (
+            DELETE FROM {pipeline.generated("inbox")} WHERE ctid = ANY (ARRAY(SELECT place FROM front)) RETURNING *
+        ), key AS MATERIALIZED (
+            -- Equal keys may be spelled differently (1.0 and 1.00): all go by the spelling of one.
+            SELECT DISTINCT ON ({keys}) k.*, taken.enqueued_at FROM taken
+            CROSS JOIN LATERAL unnest({", ".join(f"taken.{column}" for column in columns)}) AS k ({keys})
+            ORDER BY {keys}, taken.enqueued_at
+        ), judged AS MATERIALIZED (
+            SELECT key.*, ({keys}) IN ({in_hand_query(pipeline, "$2")}) AS busy FROM key
+        ), waiting AS (
+            INSERT INTO {pipeline.outbox} ({keys}, enqueued_at) SELECT {keys}, enqueued_at FROM judged WHERE busy
+        ), claimed AS (
+            {claimed}
+        )
+        SELECT (SELECT count(*) FROM front) AS row_count, (SELECT claim_id FROM claimed) AS claim_id,
+            {", ".join(f"array_agg({column}::text) FILTER (WHERE NOT busy) AS {column}" for column in columns)}
+        FROM judged
+        """
+
+
+def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
+    """Move rows of the inbox to the outbox with the tenant of each key, so that tenants can have their turns.
+
+    Returns the number of keys moved. Both statements are one: a key is always in exactly one of the two tables.
+    """
+    keys, columns = pipeline.key_list, pipeline.quoted_key_columns
+    return int(
+        session.scalar(
+            f"""
+            WITH front AS MATERIALIZED (
+                SELECT ctid AS place FROM {pipeline.generated("inbox")} LIMIT $1 FOR UPDATE SKIP LOCKED
+            ), taken AS (
+                DELETE FROM {pipeline.generated("inbox")} WHERE ctid = ANY (ARRAY(SELECT place FROM front)) RETURNING *
+            ), key AS MATERIALIZED (
+                SELECT k.*, taken.enqueued_at, row_number() OVER () AS ordinality FROM taken
+                CROSS JOIN LATERAL unnest({", ".join(f"taken.{column}" for column in columns)}) AS k ({keys})
+            ), moved AS (
+                INSERT INTO {pipeline.outbox} ({keys}, enqueued_at, tenant)
+                SELECT {pipeline.key_list_of("key")}, key.enqueued_at, t.tenant FROM key
+                LEFT JOIN {pipeline.generated("tenant")}(
+                    {", ".join(f"(SELECT array_agg({column} ORDER BY ordinality) FROM key)" for column in columns)}
+                ) AS t ON t.ordinality = key.ordinality
+                ORDER BY key.ordinality
+                RETURNING 1
+            )
+            SELECT count(*) FROM moved
+            """,
+            ["integer"],
+            row_limit,
+        )
+    )
+
+
+def finish_claim(session: Session, pipeline: Pipeline, claim_id: int, worker_id: int | None) -> None:
+    """Take a settled claim away, fenced by its worker."""
+    session.query(
+        f"DELETE FROM {pipeline.generated('claim')} WHERE claim_id = $1 AND claimed_by = $2",
+        ["bigint", "integer"],
+        claim_id,
+        worker_id,
+    )
+
+
+def break_claims(session: Session, pipeline: Pipeline, condition: str, ids: Sequence[int], crash_count: int) -> None:
+    """Put the keys of claims into the outbox: of dead workers (each has been in a crash), or of one that ends in order.
+
+    `condition` compares claimed_by or claim_id with the array $1.
+    """
+    keys = ", ".join(f"broken.{quote_ident(column)}" for column in pipeline.key_columns)
+    session.query(
+        f"""
+        WITH broken AS (DELETE FROM {pipeline.generated("claim")} WHERE {condition} RETURNING *)
+        INSERT INTO {pipeline.outbox} ({pipeline.key_list}, enqueued_at, crash_count)
+        SELECT k.*, broken.enqueued_at, $2 FROM broken CROSS JOIN LATERAL unnest({keys}) AS k
+        """,
+        ["bigint[]", "smallint"],
+        list(ids),
+        crash_count,
+    )

@@ -1,0 +1,92 @@
+"""A model in torch, with sentence-transformers."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from embedline.errors import ProviderMisconfigured
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
+
+    from embedline.model_host.launcher import HostSettings
+
+# Where the search for the best slice begins: measured with all-MiniLM-L6-v2 on 2 cores (0.15 s a slice) and with a
+# static model (0.02 s).
+_CPU_CHARACTERS, _ACCELERATOR_CHARACTERS, _STATIC_CHARACTERS = 4096, 262_144, 131_072
+
+
+class TorchBackend:
+    """A sentence-transformers model that is ready for use."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+        self.model = model
+        self.is_static = isinstance(model[0], StaticEmbedding)
+        if self.is_static:
+            self.slice_characters = _STATIC_CHARACTERS
+        else:
+            self.slice_characters = _CPU_CHARACTERS if model.device.type == "cpu" else _ACCELERATOR_CHARACTERS
+
+    def forward(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return float32 rows of shape (len(texts), dimensions), not normalised."""
+        import numpy as np
+
+        # The empty prompt shuts out a default prompt of the model's own config: prefixes are the client's business.
+        rows = self.model.encode(list(texts), prompt="", batch_size=len(texts), show_progress_bar=False)
+        return np.asarray(rows, dtype="<f4")
+
+    def free_memory(self) -> None:
+        """Give back what a failed pass has left."""
+        import torch
+
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text in tokens, without special tokens; None where there is no limit."""
+        longest = self.model.max_seq_length
+        if self.is_static or longest is None or math.isinf(longest):
+            return None
+        return int(longest) - int(self.model.tokenizer.num_special_tokens_to_add(pair=False))
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return a copy of the tokenizer, None where it is not one of the tokenizers library."""
+        from tokenizers import Tokenizer
+
+        own = self.model.tokenizer
+        fast = own if isinstance(own, Tokenizer) else getattr(own, "backend_tokenizer", None)
+        return Tokenizer.from_str(fast.to_str()) if isinstance(fast, Tokenizer) else None
+
+
+def load_torch(settings: HostSettings, **model_kwargs: object) -> TorchBackend:
+    """Load the model; `model_kwargs` go to transformers. Raises what the libraries raise, and ProviderMisconfigured."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    if (settings.device or "").startswith("cuda") and not torch.cuda.is_available():
+        raise ProviderMisconfigured(
+            f'cannot load model "{settings.model}": this machine offers torch no CUDA device',
+            hint='Set "device" to "auto" or "cpu", or install a CUDA build of torch and its driver.',
+        )
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = SentenceTransformer(
+        settings.model,
+        revision=settings.revision,
+        backend="torch",
+        device=settings.device,
+        # The type is explicit, for the default is whatever the weights were saved in.
+        model_kwargs={"dtype": settings.precision, **model_kwargs},
+        trust_remote_code=False,
+    )
+    return TorchBackend(model)

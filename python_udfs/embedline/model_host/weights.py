@@ -1,0 +1,50 @@
+"""What makes a model's vectors: the identity of its weights, independent of where they lie and of who reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from embedline.model_host.prepared import read_manifest
+
+if TYPE_CHECKING:
+    from embedline.model_host.launcher import HostSettings
+
+
+def weights_identity(settings: HostSettings) -> str:
+    """Name the weights of a model.
+
+    A directory is known by the content of its weights, tokenizer and module list; a model of the hub by its commit; a
+    prepared ONNX model by the weights that it was made of. Raises OSError where the weights are not on this machine.
+    """
+    if not os.path.isdir(settings.model):
+        from huggingface_hub import snapshot_download
+
+        snapshot = snapshot_download(settings.model, revision=settings.revision, local_files_only=True)
+        return f"{settings.model}@{os.path.basename(snapshot)}"
+    manifest = read_manifest(settings.model)
+    return manifest.weights if manifest is not None else _directory_identity(settings.model)
+
+
+def _directory_identity(directory: str) -> str:
+    digest = hashlib.sha256()
+    for relative in sorted(_identity_files(directory)):
+        with open(os.path.join(directory, relative), "rb") as file:
+            digest.update(f"{relative}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _identity_files(directory: str) -> Iterable[str]:
+    found = [
+        os.path.relpath(os.path.join(folder, name), directory)
+        for folder, _, names in os.walk(directory)
+        for name in names
+    ]
+    small = [path for path in found if os.path.basename(path) in ("tokenizer.json", "modules.json")]
+    # Pooling, dense layers and the sequence limit change vectors as much as weights do.
+    small += [path for path in found if path == "sentence_bert_config.json" or path.endswith("/config.json")]
+    weights = [path for path in found if path.endswith(".safetensors")]
+    weights = weights or [path for path in found if path.endswith(".bin")]
+    return {*small, *weights}

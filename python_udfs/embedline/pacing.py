@@ -1,0 +1,99 @@
+"""How much a worker takes on at a time: additive increase, multiplicative decrease, on the times that it measures.
+
+Pure: the worker tells what it measured, and asks how many rows its next batch may have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PacingLimits:
+    """What batches keep to; the defaults stand in embedline.setting under the same names.
+
+    Seconds from claim to the last answer, seconds of one write with its commit, rows of one batch.
+    """
+
+    batch_seconds: float = 1.0
+    commit_seconds: float = 0.5
+    min_rows: int = 16
+    max_rows: int = 4000
+
+
+class Pace:
+    """The batch size of one pipeline in one worker: doubles until it first is too slow, then grows by steps.
+
+    After TCP's slow start and congestion avoidance (RFC 5681): a size that is too slow is halved, one that is not grows.
+    """
+
+    _FIRST_ROWS = 1000
+    _STEP_ROWS = 100
+
+    def __init__(self, limits: PacingLimits) -> None:
+        self._limits = limits
+        self._rows = float(min(max(self._FIRST_ROWS, limits.min_rows), limits.max_rows))
+        self._is_starting = True
+
+    @property
+    def rows(self) -> int:
+        """Rows that the next batch may have."""
+        return int(self._rows)
+
+    def measured(self, rows: int, batch_seconds: float, commit_seconds: float) -> None:
+        """Take note of a batch: its rows, its seconds from claim to the last answer, the longest write with its commit."""
+        if batch_seconds > self._limits.batch_seconds or commit_seconds > self._limits.commit_seconds:
+            self.slow_down()
+        elif rows >= 0.9 * self._rows:
+            # A batch that had room to spare says nothing about larger ones.
+            grown = self._rows * 2 if self._is_starting else self._rows + self._STEP_ROWS
+            self._rows = min(grown, float(self._limits.max_rows))
+
+    def slow_down(self) -> None:
+        """Halve the batches."""
+        self._is_starting = False
+        self._rows = max(self._rows / 2, float(self._limits.min_rows))
+
+
+class Turns:
+    """Whose turn it is among pipelines: each gets work in proportion to its weight, whatever its batches cost.
+
+    Stride scheduling (Waldspurger and Weihl, 1995) over seconds of work: a pipeline's clock advances by seconds divided
+    by weight, and the one whose clock is behind goes first. One that had nothing to do does not save up turns, and one that
+    could not be asked for a while, because its provider was busy, keeps its account.
+    """
+
+    def __init__(self) -> None:
+        self._clocks: dict[int, float] = {}
+        self._asked: set[int] = set()
+
+    def order(self, pipeline_ids: list[int]) -> list[int]:
+        """Return the pipelines, the one whose turn it is first."""
+        behind = min((self._clocks[i] for i in pipeline_ids if i in self._asked), default=0.0)
+        for i in pipeline_ids:
+            if i not in self._asked:
+                self._clocks[i] = max(self._clocks.get(i, behind), behind)
+        self._asked = set(pipeline_ids)
+        return sorted(pipeline_ids, key=lambda i: self._clocks[i])
+
+    def worked(self, pipeline_id: int, seconds: float, weight: float, had_nothing: list[int]) -> None:
+        """Advance the clock of a pipeline that worked; those asked before it that had nothing catch up with it."""
+        self._clocks[pipeline_id] = self._clocks.get(pipeline_id, 0.0) + seconds / weight
+        for idle in had_nothing:
+            self._clocks[idle] = max(self._clocks.get(idle, 0.0), self._clocks[pipeline_id])
+
+
+class LiveShare:
+    """Live changes come first, but of the batches at most `share` while a backfill has work, too."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._credit = 0.0
+
+    def backfill_first(self) -> bool:
+        """Whether the backfill is asked before the live changes this time."""
+        return self._credit >= 1.0
+
+    def took(self, *, backfill: bool) -> None:
+        """Take note of which of the two had the batch."""
+        self._credit = max(self._credit - self._share, 0.0) if backfill else min(self._credit + 1.0 - self._share, 2.0)

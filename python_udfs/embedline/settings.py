@@ -1,0 +1,70 @@
+"""What an administrator can set: rows of embedline.setting, with their defaults and bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from embedline.database import Session, entry_point
+from embedline.errors import InvalidParameter
+from embedline.pacing import PacingLimits
+
+
+@dataclass(frozen=True)
+class Settings(PacingLimits):
+    """Settings of the workers; see the table in docs/operations.md.
+
+    `live_share` is the part of batches that live changes have at most while a backfill has work. The last two are the
+    limits at which workers take less on: seconds a replica lags, and the age of the oldest snapshot in transactions.
+    """
+
+    live_share: float = 0.8
+    max_replication_lag_seconds: float = 30.0
+    max_xmin_age: int = 10_000_000
+
+
+# Smallest and largest value of each.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "batch_seconds": (0.01, 600),
+    "commit_seconds": (0.01, 60),
+    "min_rows": (1, 100_000),
+    "max_rows": (1, 100_000),
+    "live_share": (0, 1),
+    "max_replication_lag_seconds": (0, 86_400),
+    "max_xmin_age": (1, 2_000_000_000),
+}
+_WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
+
+
+def load_settings(session: Session) -> Settings:
+    """Return the settings as they stand."""
+    rows = session.query("SELECT name, value FROM embedline.setting WHERE name = ANY ($1)", ["text[]"], list(_BOUNDS))
+    changed: dict[str, Any] = {row["name"]: float(row["value"]) for row in rows}
+    changed |= {name: int(changed[name]) for name in _WHOLE_NUMBERS if name in changed}
+    return dataclasses.replace(Settings(), **changed)
+
+
+@entry_point
+def configure(session: Session, name: str, value: float | None) -> float:
+    """Set one setting, or put its default back with NULL; return the value that holds now."""
+    if name not in _BOUNDS:
+        raise InvalidParameter(f'there is no setting "{name}"', hint=f"Settings: {', '.join(sorted(_BOUNDS))}.")
+    default = float(getattr(Settings(), name))
+    if value is None:
+        session.query("DELETE FROM embedline.setting WHERE name = $1", ["text"], name)
+        return default
+    low, high = _BOUNDS[name]
+    if not low <= value <= high:
+        raise InvalidParameter(
+            f"{name} must be between {low:g} and {high:g}, not {value:g}",
+            hint=f"SELECT embedline.configure('{name}', {default:g}); sets the default.",
+        )
+    session.query(
+        "INSERT INTO embedline.setting (name, value) VALUES ($1, $2)"
+        " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+        ["text", "text"],
+        name,
+        repr(round(value) if name in _WHOLE_NUMBERS else value),
+    )
+    return value

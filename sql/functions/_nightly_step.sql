@@ -1,0 +1,24 @@
+-- One step of the nightly run, each a transaction of its own; called by run_nightly alone.
+CREATE OR REPLACE FUNCTION embedline._nightly_step(
+    step text,
+    pipeline_name text,
+    repair boolean,
+    message text
+)
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET jit = off
+-- Keys travel as text: the session's own formats must not change them.
+SET extra_float_digits = 1
+SET datestyle = 'ISO'
+SET intervalstyle = 'postgres'
+SET bytea_output = 'hex'
+AS $python$
+    from embedline import nightly
+    nightly.nightly_step(plpy, GD, step, pipeline_name, repair, message)
+$python$;
+
+COMMENT ON FUNCTION embedline._nightly_step(text, text, boolean, text) IS 'Internal: one step of the nightly run.';

@@ -1,0 +1,16 @@
+-- Write the generated functions of existing pipelines anew where this version of Embedline wants others.
+CREATE OR REPLACE FUNCTION embedline._regenerate_pipelines()
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+-- What is generated must not depend on the session.
+SET quote_all_identifiers = off
+SET standard_conforming_strings = on
+AS $python$
+    from embedline import alteration
+    alteration.regenerate_pipelines(plpy, GD)
+$python$;
+
+COMMENT ON FUNCTION embedline._regenerate_pipelines() IS 'Internal: last step of an upgrade.';

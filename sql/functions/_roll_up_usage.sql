@@ -1,0 +1,13 @@
+-- Sum up the ledger by day, model and pipeline; the nightly job calls it, and workers now and then.
+CREATE OR REPLACE FUNCTION embedline._roll_up_usage()
+RETURNS bigint
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import spending
+    return spending.roll_up_usage(plpy, GD)
+$python$;
+
+COMMENT ON FUNCTION embedline._roll_up_usage() IS 'Internal: sum up reservations older than two minutes by day; returns how many.';

@@ -1,0 +1,36 @@
+-- Change a pipeline's recipe while it is in use: NULL keeps, drop => '{filter}' takes an optional expression away.
+-- Locks: with an expression, SHARE ROW EXCLUSIVE on the source until the commit; waits at most 5 s for it.
+CREATE OR REPLACE FUNCTION embedline.alter_pipeline(
+    name text,
+    content text DEFAULT NULL,
+    filter text DEFAULT NULL,
+    document_prefix text DEFAULT NULL,
+    tenant text DEFAULT NULL,
+    chunking text DEFAULT NULL,
+    chunk_tokens integer DEFAULT NULL,
+    chunk_overlap integer DEFAULT NULL,
+    chunking_options jsonb DEFAULT NULL,
+    weight double precision DEFAULT NULL,
+    drop text [] DEFAULT '{}', -- noqa: RF04
+    -- Evaluated as the caller's: names in the expressions mean what they mean in the session.
+    expression_search_path text DEFAULT current_setting('search_path')
+)
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+-- What is generated must not depend on the session.
+SET quote_all_identifiers = off
+SET standard_conforming_strings = on
+AS $python$
+    from embedline import alteration
+    alteration.alter_pipeline(plpy, GD, name, {
+        "content": content, "filter": filter, "document_prefix": document_prefix, "tenant": tenant,
+        "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,
+        "chunking_options": chunking_options, "weight": weight, "drop": drop,
+        "expression_search_path": expression_search_path,
+    })
+$python$;
+
+COMMENT ON FUNCTION embedline.alter_pipeline(text, text, text, text, text, text, integer, integer, jsonb, double precision, text [], text) IS 'Change a pipeline''s recipe: rows that this concerns are embedded again one by one, while search goes on.';

@@ -1,0 +1,13 @@
+-- Set how workers pace themselves, or with NULL put the default back; returns the value that holds now.
+CREATE OR REPLACE FUNCTION embedline.configure(setting text, value double precision DEFAULT NULL)
+RETURNS double precision
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import settings
+    return settings.configure(plpy, GD, setting, value)
+$python$;
+
+COMMENT ON FUNCTION embedline.configure(text, double precision) IS 'Set one of batch_seconds, commit_seconds, min_rows, max_rows, live_share, max_replication_lag_seconds, max_xmin_age; NULL sets the default. Workers follow within a second.';

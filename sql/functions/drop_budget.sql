@@ -1,0 +1,17 @@
+-- Take the budgets of a pipeline or a model away.
+CREATE OR REPLACE FUNCTION embedline.drop_budget(
+    pipeline text DEFAULT NULL,
+    model text DEFAULT NULL,
+    period text DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import budgets
+    budgets.drop_budget(plpy, GD, pipeline, model, period)
+$python$;
+
+COMMENT ON FUNCTION embedline.drop_budget(text, text, text) IS 'Take the budgets of a pipeline or a model away: those of one period, or all.';

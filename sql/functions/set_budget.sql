@@ -1,0 +1,19 @@
+-- Let a pipeline or a model spend so much a day or month, in tokens, money or both.
+CREATE OR REPLACE FUNCTION embedline.set_budget(
+    period text,
+    pipeline text DEFAULT NULL,
+    model text DEFAULT NULL,
+    tokens bigint DEFAULT NULL,
+    money numeric DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import budgets
+    budgets.set_budget(plpy, GD, period, pipeline, model, tokens, money)
+$python$;
+
+COMMENT ON FUNCTION embedline.set_budget(text, text, text, bigint, numeric) IS 'Set what a pipeline or a model may spend in each day or month (UTC); replaces what was set for that period.';

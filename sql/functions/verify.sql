@@ -1,0 +1,24 @@
+-- Find, and repair if asked, what is not as the source asks for: what no trigger saw, and vectors of another model.
+-- Locks: none on the source beyond reading it; row locks on Embedline's own tables, taken at the end, with SKIP LOCKED.
+CREATE OR REPLACE FUNCTION embedline.verify(
+    pipeline text,
+    repair boolean DEFAULT false,
+    sample integer DEFAULT 20
+)
+RETURNS TABLE (finding text, count bigint, repaired bigint, example jsonb)
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET jit = off
+-- Keys travel as text: the session's own formats must not change them.
+SET extra_float_digits = 1
+SET datestyle = 'ISO'
+SET intervalstyle = 'postgres'
+SET bytea_output = 'hex'
+AS $python$
+    from embedline import verification
+    return verification.verify(plpy, GD, pipeline, repair, sample)
+$python$;
+
+COMMENT ON FUNCTION embedline.verify(text, boolean, integer) IS 'Compare a pipeline with its source and a sample of its vectors with the model; one row for each kind of finding, none where all is well.';

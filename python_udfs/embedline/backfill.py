@@ -157,6 +157,10 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     )
     if locked is None:
         return False
+    # Rows of the backfill that are to be tried again. Not the whole queue: under steady writes that never empties.
+    waiting = session.scalar(f"SELECT 1 FROM {pipeline.outbox} WHERE of_backfill LIMIT 1")
+    if waiting:
+        return False
     queued = session.scalar(
         f"""
         WITH queued AS (
@@ -170,10 +174,6 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     )
     if queued:
         return True
-    # Rows of the backfill that are to be tried again. Not the whole queue: under steady writes that never empties.
-    waiting = session.scalar(f"SELECT 1 FROM {pipeline.outbox} WHERE of_backfill LIMIT 1")
-    if waiting:
-        return False
     session.query(
         "UPDATE embedline.version SET state = 'complete', completed_at = clock_timestamp() WHERE version_id = $1",
         ["bigint"],

@@ -24,7 +24,8 @@ class PacingLimits:
 class Pace:
     """The batch size of one pipeline in one worker: doubles until it first is too slow, then grows by steps.
 
-    After TCP's slow start and congestion avoidance (RFC 5681): a size that is too slow is halved, one that is not grows.
+    After TCP's slow start and congestion avoidance (RFC 5681): a size that is too slow is halved, one that is not grows. A
+    halving that does not shorten the time is taken back: a far provider is slow at any size.
     """
 
     _FIRST_ROWS = 1000
@@ -34,6 +35,10 @@ class Pace:
         self._limits = limits
         self._rows = float(min(max(self._FIRST_ROWS, limits.min_rows), limits.max_rows))
         self._is_starting = True
+        # The last batch that was too slow: its rows and seconds.
+        self._halved_at: tuple[int, float] | None = None
+        # What batches may take because the provider takes it whatever their size; 0: nothing of the kind.
+        self._latency = 0.0
 
     @property
     def rows(self) -> int:
@@ -42,12 +47,33 @@ class Pace:
 
     def measured(self, rows: int, batch_seconds: float, commit_seconds: float) -> None:
         """Take note of a batch: its rows, its seconds from claim to the last answer, the longest write with its commit."""
-        if batch_seconds > self._limits.batch_seconds or commit_seconds > self._limits.commit_seconds:
+        if commit_seconds > self._limits.commit_seconds:
             self.slow_down()
-        elif rows >= 0.9 * self._rows:
-            # A batch that had room to spare says nothing about larger ones.
-            grown = self._rows * 2 if self._is_starting else self._rows + self._STEP_ROWS
-            self._rows = min(grown, float(self._limits.max_rows))
+        elif rows > 1.1 * self._rows:
+            # Claimed before the last halving, which answered for it.
+            return
+        elif batch_seconds > max(self._limits.batch_seconds, self._latency):
+            self._answer_slowness(rows, batch_seconds)
+        else:
+            if batch_seconds <= self._limits.batch_seconds:
+                self._latency = 0.0
+            self._halved_at = None
+            if rows >= 0.9 * self._rows:
+                # A batch that had room to spare says nothing about larger ones.
+                grown = self._rows * 2 if self._is_starting else self._rows + self._STEP_ROWS
+                self._rows = min(grown, float(self._limits.max_rows))
+
+    def _answer_slowness(self, rows: int, batch_seconds: float) -> None:
+        """Halve, unless the last halving has not helped: then the time is the provider's latency and not the batch's."""
+        if self._halved_at is not None and rows <= 0.6 * self._halved_at[0]:
+            earlier_rows, earlier_seconds = self._halved_at
+            if batch_seconds > 0.75 * earlier_seconds:
+                self._rows = min(max(self._rows, float(earlier_rows)), float(self._limits.max_rows))
+                self._latency = 1.5 * batch_seconds
+                self._halved_at = None
+                return
+        self.slow_down()
+        self._halved_at = rows, batch_seconds
 
     def slow_down(self) -> None:
         """Halve the batches."""

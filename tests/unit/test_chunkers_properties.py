@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -94,6 +94,7 @@ def _assert_slices(text: str, chunks: list[Chunk]) -> None:
     tokens=st.sampled_from([1, 2, 7, 32, 256]),
     prefix=st.sampled_from(["", "Title\n", "A long title " * 9]),
 )
+@example(text=".\x1b0A", tokens=1, prefix="")
 def test_slices_without_overlap_rebuild_the_text(
     method: str, model: str | None, text: str, tokens: int, prefix: str
 ) -> None:
@@ -111,6 +112,7 @@ def test_slices_without_overlap_rebuild_the_text(
     overlap=st.sampled_from([1, 4, 7]),
     prefix=st.sampled_from(["", "Title\n"]),
 )
+@example(text="000ࠀ\r!0\x80\x84𐀀", tokens=8, overlap=1, prefix="")
 def test_slices_with_overlap_cover_the_text_in_order(
     method: str, model: str | None, text: str, tokens: int, overlap: int, prefix: str
 ) -> None:

@@ -39,6 +39,23 @@ def test_a_slow_commit_halves_the_batches_however_fast_the_provider_is() -> None
     assert full_batch(pace, FAST, commit_seconds=0.6) == before // 2
 
 
+def test_a_far_provider_is_slow_at_any_size_and_does_not_shrink_the_batches() -> None:
+    pace = Pace(LIMITS)
+    before = pace.rows
+    assert full_batch(pace, SLOW) == before // 2
+    assert full_batch(pace, SLOW) == before, "the halving did not help"
+    assert [full_batch(pace, SLOW) for _ in range(2)] == [before + 100, before + 200]
+    assert full_batch(pace, 4 * SLOW) == (before + 200) // 2, "slower than its latency"
+
+
+def test_batches_of_before_a_halving_do_not_halve_again() -> None:
+    pace = Pace(LIMITS)
+    before = pace.rows
+    for _ in range(4):
+        pace.measured(before, SLOW, FAST)
+    assert pace.rows == before // 2
+
+
 def test_a_batch_that_was_not_full_says_nothing_about_larger_ones() -> None:
     pace = Pace(LIMITS)
     before = pace.rows

@@ -93,6 +93,9 @@ def pack(measure: Measure, text: str, units: Sequence[Unit], room: Room, on_piec
     for at in range(0, len(spans), _SENTENCES_PER_PIECE):
         batch = spans[at : at + _SENTENCES_PER_PIECE]
         for (start, end), size in zip(batch, measure.sizes([text[a:b].strip() for a, b in batch]), strict=True):
+            # Where the span before was split, its last part may begin within the overlap: this span holds all of it.
+            while packed and packed[-1][0] >= start:
+                packed.pop()
             if size <= room.capacity:
                 packed.append((start, end))
             else:

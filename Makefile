@@ -31,7 +31,7 @@ demo: up ## make the PostgreSQL manual searchable by meaning (MODEL=static-256 o
 
 test: up ## run the tests (ARGS='-k name' goes to pytest)
 	@echo "» Running the tests" >&2
-	@$(WITH_DSN) .venv/bin/pytest $(ARGS)
+	@$(WITH_DSN) .venv/bin/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: up ## run a benchmark (NAME=drain-stub, all, or "x --save"; without NAME it lists them)
 	@echo "» Running benchmark $(or $(NAME),of every kind)" >&2

@@ -35,6 +35,34 @@ _SERVER = conninfo.conninfo_to_dict(os.environ.get("EMBEDLINE_DSN", ""))
 _RUN = f"{os.getpid()}_{secrets.token_hex(3)}"
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let the server's own scheduled worker rest: pg_cron's launcher holds DROP DATABASE up while a job is running."""
+    with _scheduled_workers(session) as connection:
+        if connection is not None:
+            connection.execute("SELECT embedline.unschedule_workers()")
+            alive = "SELECT embedline._workers_alive()"
+            support.wait_until(lambda: not support.scalar(connection, alive), 60, "the scheduled worker has stopped")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let the scheduled worker go on."""
+    with _scheduled_workers(session) as connection:
+        if connection is not None:
+            connection.execute("SELECT embedline.schedule_workers(1)")
+
+
+@contextlib.contextmanager
+def _scheduled_workers(session: pytest.Session) -> Iterator[psycopg.Connection | None]:
+    """Connect to the server's own database; None without it, and in all processes of a parallel run but the first."""
+    dsn = os.environ.get("EMBEDLINE_DSN")
+    if not dsn or hasattr(session.config, "workerinput"):
+        yield None
+        return
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        ours = "SELECT to_regclass('embedline.status') IS NOT NULL AND to_regclass('cron.job') IS NOT NULL"
+        yield connection if support.scalar(connection, ours) else None
+
+
 class Connect(Protocol):
     """Opens one more connection to the test's database."""
 
@@ -75,23 +103,7 @@ _server = factories.postgresql_noproc(
 
 
 @pytest.fixture(scope="session")
-def resting_worker(server_dsn: str) -> Iterator[None]:
-    """Let the server's own scheduled worker rest: pg_cron's launcher holds DROP DATABASE up while a job is running."""
-    with psycopg.connect(server_dsn, autocommit=True) as connection:
-        ours = support.scalar(
-            connection, "SELECT to_regclass('embedline.status') IS NOT NULL AND to_regclass('cron.job') IS NOT NULL"
-        )
-        if ours:
-            connection.execute("SELECT embedline.unschedule_workers()")
-            alive = "SELECT embedline._workers_alive()"
-            support.wait_until(lambda: not support.scalar(connection, alive), 60, "the scheduled worker has stopped")
-        yield
-        if ours:
-            connection.execute("SELECT embedline.schedule_workers(1)")
-
-
-@pytest.fixture(scope="session")
-def template_server(server_dsn: str, resting_worker: None, request: pytest.FixtureRequest) -> Iterator[NoopExecutor]:
+def template_server(server_dsn: str, request: pytest.FixtureRequest) -> Iterator[NoopExecutor]:
     """The server with the template database on it."""
     executor: NoopExecutor = request.getfixturevalue("_server")
     yield executor

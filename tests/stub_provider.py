@@ -184,11 +184,13 @@ class _Server:
     async def embed(self, texts: Sequence[str]) -> tuple[int, bytes, bytes]:
         self.counts["requests"] += 1
         self.counts["texts"] += len(texts)
+        # Of the test that asked: a request that an earlier one left behind is no business of the next.
+        seen = self.texts
         latency = self.behaviour.get("latency", 0)
         if latency:
             await asyncio.sleep(latency)
         if rule := self.rule_for(texts):
-            return await self.answer_by(rule, texts)
+            return await self.answer_by(rule, texts, seen)
         fault = None
         if self.random.random() < self.behaviour.get("fault_share", 0):
             fault = self.random.choice(self.behaviour.get("faults", FAULTS))
@@ -211,14 +213,14 @@ class _Server:
             rows[0] = base64.b64encode(np.full(self.dimensions, np.nan, "<f4").tobytes())
         if fault != "short":
             # An answer with one wrong vector is right about the other texts.
-            self.pay(texts[1:] if fault == "nan" else texts)
+            self.pay(texts[1:] if fault == "nan" else texts, seen)
         data = b'"},'.join([head + row for head, row in zip(self.heads, rows, strict=False)])
         return 200, b'{"object":"list","data":[' + data + b'"}],"model":"stub",' + self.usage(texts) + b"}", b""
 
-    def pay(self, texts: Sequence[str]) -> None:
+    def pay(self, texts: Sequence[str], seen: Counter[str]) -> None:
         self.counts["paid"] += len(texts)
         if self.behaviour.get("remember"):
-            self.texts.update(texts)
+            seen.update(texts)
 
     def usage(self, texts: Sequence[str]) -> bytes:
         tokens = sum(map(len, texts)) // 4 + 1
@@ -241,7 +243,9 @@ class _Server:
                 return found
         return None
 
-    async def answer_by(self, rule: dict[str, Any], texts: Sequence[str]) -> tuple[int, bytes, bytes]:
+    async def answer_by(
+        self, rule: dict[str, Any], texts: Sequence[str], seen: Counter[str]
+    ) -> tuple[int, bytes, bytes]:
         """Answer as a rule says."""
         await asyncio.sleep(rule.get("latency", 0))
         if "status" in rule:
@@ -257,9 +261,9 @@ class _Server:
             wrong = np.full(self.dimensions, _WRONG_VALUES[answer], np.float32)
             match = rule.get("match", "")
             vectors = [wrong if match in text else vector for text, vector in zip(texts, vectors, strict=True)]
-            self.pay([text for text in texts if match not in text])
+            self.pay([text for text in texts if match not in text], seen)
         elif answer is None or answer in ("reversed", "floats"):
-            self.pay(texts)
+            self.pay(texts, seen)
         if answer == "narrow":
             vectors = [vector[:-1] for vector in vectors]
         vectors = {"few": vectors[:-1], "more": [*vectors, vectors[-1]]}.get(str(answer), vectors)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from embedline.catalog import Pipeline
 from embedline.database import Session
-from embedline.outbox import ClaimedRow
+from embedline.outbox import ClaimedRow, Key
 from embedline.retry import MAX_CRASHES, ROWS_PER_CLAIM_AFTER_CRASHES
 
 _SWEEP_ROWS = 100_000
@@ -15,11 +17,9 @@ _BLOCKS_PER_RANGE = 128
 
 @dataclass
 class ClaimedRange:
-    """A claimed stretch of a block range: its rows, how far the claim reads, whether that is its end."""
+    """A claimed range and its rows. It is no longer than that: the claim leaves the rest of a range to others."""
 
     range_id: int
-    next_tid: str
-    exhausted: bool
     rows: list[ClaimedRow] = field(default_factory=list)
 
 
@@ -30,21 +30,16 @@ def claim_backfill(
     while True:
         rows = session.query(
             """
-            WITH candidate AS MATERIALIZED (
-                SELECT r.range_id FROM embedline.backfill_range AS r
-                WHERE r.pipeline_id = $1 AND NOT r.done AND r.claimed_by IS NULL AND least(r.crash_count, $4) = $3
-                ORDER BY r.range_id
-                LIMIT 1
-                FOR UPDATE SKIP LOCKED
-            )
-            UPDATE embedline.backfill_range AS r SET claimed_by = $2
-            FROM candidate AS c WHERE r.range_id = c.range_id
-            RETURNING r.range_id, r.relation::bigint AS relation, r.next_tid::text AS next_tid, r.end_tid::text AS end_tid,
-                r.file_node = pg_relation_filenode(r.relation) AS unmoved
+            SELECT r.range_id, r.relation::bigint AS relation, r.next_tid::text AS next_tid, r.end_tid::text AS end_tid,
+                r.crash_count, r.file_node = pg_relation_filenode(r.relation) AS unmoved
+            FROM embedline.backfill_range AS r
+            WHERE r.pipeline_id = $1 AND NOT r.done AND r.claimed_by IS NULL AND least(r.crash_count, $3) = $2
+            ORDER BY r.range_id
+            LIMIT 1
+            FOR UPDATE SKIP LOCKED
             """,
-            ["bigint", "integer", "smallint", "smallint"],
+            ["bigint", "smallint", "smallint"],
             pipeline.pipeline_id,
-            worker_id,
             crash_count,
             MAX_CRASHES,
         )
@@ -52,16 +47,21 @@ def claim_backfill(
             return None
         row = rows[0]
         if row["unmoved"]:
-            return _read_range(session, pipeline, row, limit, crash_count)
+            if crash_count:
+                limit = min(limit, ROWS_PER_CLAIM_AFTER_CRASHES.get(crash_count, 1))
+            keys, last_tid = _read_range(session, pipeline, row, limit)
+            range_id = _mark(session, row, last_tid if len(keys) == limit else None, worker_id)
+            return ClaimedRange(range_id, [ClaimedRow(key, crash_count=crash_count) for key in keys])
         _restart_ranges(session, pipeline, int(row["relation"]))
 
 
-def _read_range(session: Session, pipeline: Pipeline, row: dict[str, object], limit: int, crashes: int) -> ClaimedRange:
-    if crashes:
-        limit = min(limit, ROWS_PER_CLAIM_AFTER_CRASHES.get(crashes, 1))
+def _read_range(
+    session: Session, pipeline: Pipeline, row: Mapping[str, Any], limit: int
+) -> tuple[list[Key], str | None]:
+    """Return up to `limit` keys from the front of a range, and where the last one stands."""
     keys = ", ".join(f"array_agg(r.{column}::text) AS {column}" for column in pipeline.quoted_key_columns)
     found = session.query(
-        f"SELECT count(*) AS row_count, max(r.row_tid)::text AS last_tid, {keys}"
+        f"SELECT max(r.row_tid)::text AS last_tid, {keys}"
         f" FROM {pipeline.generated('range')}($1::bigint::oid::regclass, $2::tid, $3::tid, $4) AS r",
         ["bigint", "text", "text", "integer"],
         row["relation"],
@@ -69,14 +69,44 @@ def _read_range(session: Session, pipeline: Pipeline, row: dict[str, object], li
         row["end_tid"],
         limit,
     )[0]
-    exhausted = found["row_count"] < limit
-    next_tid = str(row["end_tid"])
-    if not exhausted:
-        block, offset = str(found["last_tid"]).strip("()").split(",")
-        next_tid = f"({block},{int(offset) + 1})"
-    columns = (found[column] or () for column in pipeline.key_columns)
-    rows = [ClaimedRow(key, crash_count=crashes) for key in zip(*columns, strict=True)]
-    return ClaimedRange(int(str(row["range_id"])), next_tid, exhausted, rows)
+    return list(zip(*(found[column] or () for column in pipeline.key_columns), strict=True)), found["last_tid"]
+
+
+def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, worker_id: int | None) -> int:
+    """Mark a range as claimed up to `last_tid`, or all of it; return the id of what is claimed.
+
+    What is claimed of a longer range becomes a range of its own, so that the next batch can follow while this one is
+    embedded. What is left of a range that was in a crash stays under suspicion; only the rows tried alone are given up.
+    """
+    if last_tid is None:
+        session.query(
+            "UPDATE embedline.backfill_range SET claimed_by = $2 WHERE range_id = $1",
+            ["bigint", "integer"],
+            row["range_id"],
+            worker_id,
+        )
+        return int(row["range_id"])
+    block, offset = last_tid.strip("()").split(",")
+    return int(
+        session.scalar(
+            """
+            WITH rest AS (
+                UPDATE embedline.backfill_range SET next_tid = $2::tid, crash_count = least(crash_count, $5)
+                WHERE range_id = $1 RETURNING pipeline_id, relation, file_node
+            )
+            INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid, claimed_by, crash_count)
+            SELECT rest.pipeline_id, rest.relation, rest.file_node, r.next_tid, $2::tid, $3, $4
+            FROM rest CROSS JOIN (SELECT next_tid FROM embedline.backfill_range WHERE range_id = $1) AS r
+            RETURNING range_id
+            """,
+            ["bigint", "text", "integer", "smallint", "smallint"],
+            row["range_id"],
+            f"({block},{int(offset) + 1})",
+            worker_id,
+            row["crash_count"],
+            MAX_CRASHES - 1,
+        )
+    )
 
 
 def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None:
@@ -100,14 +130,12 @@ def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None
 
 
 def finish_range(session: Session, claimed: ClaimedRange, worker_id: int | None) -> None:
-    """Note how far a backfill range has come and give its claim back, fenced by the claim."""
+    """Note that a claimed range is read through, fenced by the claim."""
     session.query(
-        "UPDATE embedline.backfill_range SET next_tid = $2::tid, done = $3, claimed_by = NULL, crash_count = 0"
-        " WHERE range_id = $1 AND claimed_by IS NOT DISTINCT FROM $4",
-        ["bigint", "text", "boolean", "integer"],
+        "UPDATE embedline.backfill_range SET done = true, claimed_by = NULL, crash_count = 0"
+        " WHERE range_id = $1 AND claimed_by IS NOT DISTINCT FROM $2",
+        ["bigint", "integer"],
         claimed.range_id,
-        claimed.next_tid,
-        claimed.exhausted,
         worker_id,
     )
 
@@ -132,6 +160,20 @@ def release(session: Session, pipeline: Pipeline, worker_id: int, range_id: int 
         pipeline.pipeline_id,
         worker_id,
         range_id,
+    )
+
+
+def _merge_ranges(session: Session, pipeline: Pipeline) -> None:
+    """Leave one range for each relation of what was one for each batch."""
+    session.query(
+        """
+        WITH gone AS (DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 RETURNING *)
+        INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid, done)
+        SELECT pipeline_id, relation, file_node, min(next_tid), max(end_tid), true FROM gone
+        GROUP BY pipeline_id, relation, file_node
+        """,
+        ["bigint"],
+        pipeline.pipeline_id,
     )
 
 
@@ -179,7 +221,8 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
         ["bigint"],
         pipeline.version.version_id,
     )
+    _merge_ranges(session, pipeline)
     # The planner must know these tables before the first search: without figures it does not choose the index.
     for table in (pipeline.document, pipeline.chunk, pipeline.vectors):
-        session.execute(f"ANALYZE {table}")
+        session.execute(f"ANALYZE (SKIP_LOCKED) {table}")
     return False

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from embedline.backfill import ClaimedRange
 from embedline.catalog import Pipeline
@@ -22,16 +23,20 @@ _BYTES_A_VALUE = 14
 
 @dataclass(eq=False)
 class Request:
-    """Texts that are sent together, by digest. `tokens` is the estimate that is reserved; `future` is None until it is sent.
+    """Texts that are sent together, by digest. `future` is None until it is sent.
 
     It is granted in a transaction and sent after the commit: a crash in between must not forget the reservation.
     """
 
     texts: dict[bytes, str]
-    tokens: int
     future: Future[EmbeddingBlock] | None = None
     is_granted: bool = False
     reservation_id: int | None = None
+
+    @cached_property
+    def tokens(self) -> int:
+        """The estimate that is reserved before it is sent."""
+        return sum(map(likely_tokens, self.texts.values()))
 
     @property
     def is_answered(self) -> bool:
@@ -141,26 +146,28 @@ def pack(
         wanted = {c.digest: c.embedded_text for c in document.chunks if c.digest not in known}
         size = sum(map(most_tokens, wanted.values()))
         if members and (len(texts) + len(wanted) > items or tokens + size > most):
-            units.append(unit_of(pipeline, members, texts, known, tokens_left))
+            units.append(_unit(members, texts, known, _split(texts, tokens, items, most)))
             members, texts, tokens = [], {}, 0
         members.append(document)
         texts |= wanted
         tokens += size
     if members:
-        units.append(unit_of(pipeline, members, texts, known, tokens_left))
+        units.append(_unit(members, texts, known, _split(texts, tokens, items, most)))
     return units
 
 
-def unit_of(
-    pipeline: Pipeline,
-    members: list[Document],
-    texts: dict[bytes, str],
-    known: Mapping[bytes, Vector],
-    tokens_left: int | None = None,
+def unit_of(pipeline: Pipeline, members: list[Document], known: Mapping[bytes, Vector]) -> Unit:
+    """Return a unit of these documents that asks for what is not `known`, in requests that the model takes."""
+    texts = {c.digest: c.embedded_text for document in members for c in document.chunks if c.digest not in known}
+    tokens = sum(map(most_tokens, texts.values()))
+    return _unit(members, texts, known, _split(texts, tokens, request_items(pipeline), _request_tokens(pipeline, None)))
+
+
+def _unit(
+    members: list[Document], texts: dict[bytes, str], known: Mapping[bytes, Vector], parts: Iterable[dict[bytes, str]]
 ) -> Unit:
-    """Return a unit of these documents that asks for these texts, in requests that the model takes."""
     vectors = {c.digest: known[c.digest] for d in members for c in d.chunks if c.digest in known} if known else {}
-    return Unit(members, vectors, [_request(part) for part in _split(pipeline, texts, tokens_left)])
+    return Unit(members, vectors, [Request(part) for part in parts])
 
 
 def halved_requests(unit: Unit) -> list[Request]:
@@ -172,11 +179,7 @@ def halved_requests(unit: Unit) -> list[Request]:
             return []
         middle = (len(texts) + 1) // 2
         parts += [dict(texts[:middle]), dict(texts[middle:])]
-    return [_request(part) for part in parts if part]
-
-
-def _request(texts: dict[bytes, str]) -> Request:
-    return Request(texts, sum(map(likely_tokens, texts.values())))
+    return [Request(part) for part in parts if part]
 
 
 def _request_tokens(pipeline: Pipeline, tokens_left: int | None) -> int:
@@ -184,16 +187,20 @@ def _request_tokens(pipeline: Pipeline, tokens_left: int | None) -> int:
     return most if tokens_left is None else max(1, min(most, tokens_left))
 
 
-def _split(pipeline: Pipeline, texts: dict[bytes, str], tokens_left: int | None) -> Iterator[dict[bytes, str]]:
-    items, most = request_items(pipeline), _request_tokens(pipeline, tokens_left)
+def _split(texts: dict[bytes, str], tokens: int, items: int, most: int) -> Iterator[dict[bytes, str]]:
+    """Yield the texts in parts of up to `items` texts and `most` tokens; all of them have `tokens`."""
+    if len(texts) <= items and tokens <= most:
+        if texts:
+            yield texts
+        return
     part: dict[bytes, str] = {}
-    tokens = 0
+    size_of_part = 0
     for digest, text in texts.items():
         size = most_tokens(text)
-        if part and (len(part) >= items or tokens + size > most):
+        if part and (len(part) >= items or size_of_part + size > most):
             yield part
-            part, tokens = {}, 0
+            part, size_of_part = {}, 0
         part[digest] = text
-        tokens += size
+        size_of_part += size
     if part:
         yield part

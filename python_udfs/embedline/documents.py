@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ _ALL_BYTES = 1 << 62
 # Below this a plan that reads whole tables costs nothing.
 _GROWN_ROWS = 2000
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+_COPY_NULL = "\\N"
 
 
 @dataclass(slots=True)
@@ -45,8 +47,7 @@ class Document:
         return self.row.key
 
 
-@dataclass(frozen=True, slots=True)
-class ReadRow:
+class ReadRow(NamedTuple):
     """What the source says of a key.
 
     `accepted` by the filter; `deferred` where the content was too much for one read; `current` where exactly this content
@@ -62,8 +63,7 @@ class ReadRow:
     prefix: str
 
 
-@dataclass(frozen=True, slots=True)
-class StoredChunk:
+class StoredChunk(NamedTuple):
     """A chunk that is in the table."""
 
     chunk_id: int
@@ -432,7 +432,12 @@ def _apply(
     if added:
         ids = _next_chunk_ids(session, pipeline, len(added))
         copy_rows(session, pipeline, ids, added)
-        copy_vectors(session, pipeline, ids, np.stack([known[chunk.digest] for _, chunk in added]))
+        copy_vectors(session, pipeline, ids, _matrix([known[chunk.digest] for _, chunk in added]))
+
+
+def _matrix(rows: list[Vector]) -> vectors.FloatMatrix:
+    # What np.stack returns, without its work on each row.
+    return np.concatenate(rows).reshape(len(rows), -1)
 
 
 def _next_chunk_ids(session: Session, pipeline: Pipeline, count: int) -> npt.NDArray[np.int64]:
@@ -450,19 +455,21 @@ def copy_rows(
 ) -> None:
     """Write chunks with COPY in text format: keys go through their types' own input functions."""
     lines = [
-        "\t".join((
-            str(chunk_id),
-            *(part.translate(_COPY_ESCAPES) for part in key),
-            str(chunk.sequence), str(chunk.start), str(chunk.end), chunk.digest.hex(),
-            chunk.content.translate(_COPY_ESCAPES), chunk.prefix.translate(_COPY_ESCAPES) if chunk.prefix else "\\N",
-        ))
+        f"{chunk_id}\t{_copy_key(key)}\t{chunk.sequence}\t{chunk.start}\t{chunk.end}\t{chunk.digest.hex()}"
+        f"\t{chunk.content.translate(_COPY_ESCAPES)}\t{chunk.prefix.translate(_COPY_ESCAPES) if chunk.prefix else _COPY_NULL}\n"
         for chunk_id, (key, chunk) in zip(chunk_ids.tolist(), added, strict=True)
-    ]  # fmt: skip
-    with _server_file(("\n".join(lines) + "\n").encode()) as path:
+    ]
+    with _server_file("".join(lines).encode()) as path:
         session.execute(
             f"COPY {pipeline.chunk} (chunk_id, {pipeline.key_list}, seq, start_offset, end_offset, content_hash, content, prefix)"
             f" FROM {quote_literal(path)} WITH (FORMAT text, ENCODING 'UTF8')"
         )
+
+
+def _copy_key(key: Key) -> str:
+    return (
+        key[0].translate(_COPY_ESCAPES) if len(key) == 1 else "\t".join(part.translate(_COPY_ESCAPES) for part in key)
+    )
 
 
 def copy_vectors(
@@ -509,9 +516,9 @@ def analyze_grown(session: Session, pipeline: Pipeline, written: int) -> bool:
     known = session.scalar("SELECT reltuples FROM pg_class WHERE oid = to_regclass($1)", ["text"], pipeline.document)
     if known is None or written < 2 * known:
         return False
-    session.execute(f"ANALYZE {pipeline.document} ({pipeline.key_list})")
-    session.execute(f"ANALYZE {pipeline.chunk} (chunk_id, content_hash, {pipeline.key_list})")
-    session.execute(f"ANALYZE {pipeline.vectors} (chunk_id)")
+    session.execute(f"ANALYZE (SKIP_LOCKED) {pipeline.document} ({pipeline.key_list})")
+    session.execute(f"ANALYZE (SKIP_LOCKED) {pipeline.chunk} (chunk_id, content_hash, {pipeline.key_list})")
+    session.execute(f"ANALYZE (SKIP_LOCKED) {pipeline.vectors} (chunk_id)")
     return True
 
 

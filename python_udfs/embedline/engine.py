@@ -312,8 +312,7 @@ class Engine:
 
     def _again(self, batch: Batch, unit: Unit, members: list[Document], *, is_second_look: bool) -> Unit:
         """Return a unit that asks once more for what the members lack."""
-        texts = {c.digest: c.embedded_text for d in members for c in d.chunks if c.digest not in unit.vectors}
-        again = unit_of(batch.pipeline, members, texts, unit.vectors)
+        again = unit_of(batch.pipeline, members, unit.vectors)
         again.is_second_look = is_second_look
         return again
 

@@ -70,7 +70,7 @@ class TransientProviderError(ProviderError):
     """The embedding provider is unavailable for now; the same request may succeed later.
 
     `retry_after` is the provider's own wish in seconds, where it gave one. `throttled` marks a rate limit and
-    `unreachable` that there was no connection: neither burns a try.
+    `unreachable` that there was no connection, or nobody behind the gateway: neither burns a try.
     """
 
     sqlstate = "EL011"

@@ -88,6 +88,13 @@ def check_server(connection: Connection) -> None:
             detail="plpython3u is an untrusted language: only a superuser may create functions in it.",
             hint="Connect as a superuser of a self-hosted server. Managed services do not offer plpython3u.",
         )
+    encoding = _scalar(connection, "SHOW server_encoding")
+    if encoding != "UTF8":
+        raise UnsuitableServer(
+            f"the database has encoding {encoding}",
+            detail="Texts are repaired, cut and hashed as Unicode; in another encoding not each can be stored.",
+            hint="CREATE DATABASE mydb ENCODING 'UTF8' TEMPLATE template0;",
+        )
     _check_extensions(connection, number // 10000)
     _check_package(connection)
     if _scalar(connection, _CRON_WILL_BE_HERE) is not True:

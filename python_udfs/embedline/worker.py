@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,6 +40,9 @@ _PASSING_FAULTS = ("40001", "40P01", "53100", "53200", "53300", "55P03")
 _ENDING = ("57014", "57P01", "57P02", "57P03")
 # embed_pending waits no longer for a rate limit: its caller waits, too.
 _PATIENCE_SECONDS = 2.0
+# Objects made before Python looks for cycles: a batch is some ten thousand objects without any, and at the default of 700
+# looking through them again and again took a tenth of a worker's time.
+_COLLECTION_THRESHOLD = 50_000
 _CACHE_KEY = "embedline.worker"
 _PLAN_KEY = "embedline.worker_step"
 
@@ -209,12 +213,20 @@ def run_worker(
         _end(plpy, cache)
     if slot is not None and not _lock_slot(plpy, slot):
         return
-    plpy.execute("SELECT pg_catalog.set_config('jit', 'off', false)")
+    # A worker sees what others have committed since, and locks it: under a stricter default it would fail at that.
+    plpy.execute(
+        "SELECT pg_catalog.set_config('jit', 'off', false),"
+        " pg_catalog.set_config('default_transaction_isolation', 'read committed', false)"
+    )
+    plpy.commit()
+    thresholds = gc.get_threshold()
     try:
+        gc.set_threshold(_COLLECTION_THRESHOLD)
         _step(plpy, cache, "begin", slot, pipeline_name)
         plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
     finally:
+        gc.set_threshold(*thresholds)
         # After pg_terminate_backend this cannot run any more: then the freed lock itself gives the claims back.
         with contextlib.suppress(Exception):
             plpy.rollback()
@@ -262,6 +274,9 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
             plpy.commit()
         if resident.has_answers:
             _write(plpy, cache, resident)
+            if until_idle and not resident.batches:
+                # Whether that was all is not a matter for the next poll.
+                claim_at = 0.0
         elif resident.is_ending and not resident.batches:
             return
         elif resident.is_ending or time.monotonic() < claim_at or not resident.has_room:

@@ -14,7 +14,7 @@ SELECT
     m.name AS model,
     p.state,
     c.pending,
-    b.done AS backfill_done,
+    greatest(b.total - b.open, 0) AS backfill_done,
     b.total AS backfill_total,
     v.state = 'complete' AS backfill_complete,
     clock_timestamp() - c.oldest_enqueued_at AS oldest_pending_age,
@@ -46,9 +46,11 @@ LEFT JOIN pg_catalog.pg_index AS i ON ic.oid = i.indexrelid
 CROSS JOIN LATERAL embedline._pipeline_counts(p.name) AS c
 CROSS JOIN LATERAL (
     SELECT
-        count(*) FILTER (WHERE r.done) AS done,
-        count(*) AS total
+        coalesce(sum(t.blocks), 0)::bigint AS total,
+        -- A claim may begin and end within one block, so an open range counts as one block at least.
+        coalesce(sum(greatest(t.blocks, 1)) FILTER (WHERE NOT r.done), 0)::bigint AS open
     FROM embedline.backfill_range AS r
+    CROSS JOIN LATERAL (SELECT (r.end_tid::text::point)[0] - (r.next_tid::text::point)[0] AS blocks) AS t
     WHERE r.pipeline_id = p.pipeline_id
 ) AS b
 CROSS JOIN LATERAL (
@@ -67,8 +69,8 @@ CROSS JOIN LATERAL (
 
 COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far the backfill is, the last error, who works';
 COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in work';
-COMMENT ON COLUMN embedline.status.backfill_done IS 'Block ranges of the source that are read through';
-COMMENT ON COLUMN embedline.status.backfill_total IS 'Block ranges of the source as it was when the pipeline was created';
+COMMENT ON COLUMN embedline.status.backfill_done IS 'Blocks of the source that are read through';
+COMMENT ON COLUMN embedline.status.backfill_total IS 'Blocks of the source when the pipeline was created';
 COMMENT ON COLUMN embedline.status.workers_alive IS 'Resident workers of this database, whichever pipeline they are at';
 COMMENT ON COLUMN embedline.status.batch_rows IS 'Rows that a worker takes on at a time now; embedline.worker tells more of each worker';
 COMMENT ON COLUMN embedline.status.held_back_by IS 'Why workers take less on: a replica that lags, an old snapshot; NULL: nothing. See embedline.configure';

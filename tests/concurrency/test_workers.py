@@ -261,6 +261,26 @@ def test_a_paused_pipeline_captures_and_waits(connect: Connect, database: psycop
     assert_exact(database)
 
 
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_a_worker_works_whatever_its_sessions_isolation_level(
+    connect: Connect, database: psycopg.Connection, isolation: str
+) -> None:
+    create_pages(database, 3000)
+    create_pipeline(database)
+    sessions = [connect() for _ in range(2)]
+    for session in sessions:
+        session.execute(f"SET default_transaction_isolation = '{isolation}'".encode())
+    threads = [_run_worker(session) for session in sessions]
+    for number in range(20):
+        database.execute("UPDATE page SET body = 'edition ' || %s || ' of ' || id WHERE id %% 100 = 7", (number,))
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    settle(database)
+    assert assert_exact(database) == 3000
+    assert scalar(database, "SELECT last_error IS NULL FROM embedline.status")
+
+
 def test_no_transaction_is_open_while_the_provider_works(
     connect: Connect, database: psycopg.Connection, slow_endpoint: str
 ) -> None:

@@ -72,7 +72,7 @@ def test_a_lock_on_one_source_does_not_hold_up_another_pipeline(
     with working(page):
         for key in range(1, 11):
             insert_rows(page, key, key, "other")
-            wait_for_chunks(page, "other", key, 1)
+            wait_for_chunks(page, "other", key)
         other_session.rollback()
         wait_for_chunks(page, "page", 10)
     assert_all_settled(page, stub.dimensions)
@@ -88,7 +88,7 @@ def test_an_open_truncate_of_one_source_does_not_hold_up_another_pipeline(
     with working(page) as (worker,):
         for key in range(1, 11):
             insert_rows(page, key, key, "other")
-            wait_for_chunks(page, "other", key, 1)
+            wait_for_chunks(page, "other", key)
         assert worker.is_running
         other_session.commit()
     assert assert_all_settled(page, stub.dimensions) == 0

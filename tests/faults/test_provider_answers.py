@@ -141,6 +141,29 @@ def test_a_provider_that_is_away_is_charged_to_no_row(stub_database: psycopg.Con
     assert scalar(stub_database, "SELECT max(attempts) FROM embedline_data.page_outbox") == 0
 
 
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_gateway_with_nobody_behind_it_is_charged_to_no_row(
+    page: psycopg.Connection, stub: StubProvider, status: int
+) -> None:
+    stub.behave(rules=[{"status": status, "times": 7}], remember=True)
+    insert_rows(page, 1, 20)
+    with working(page):
+
+        def embedded() -> bool:
+            # The breaker's pauses double up to a minute; the test does not wait for them.
+            page.execute("UPDATE embedline.circuit SET open_until = now()")
+            page.execute("UPDATE embedline_data.page_outbox SET not_before = now() WHERE claimed_by IS NULL")
+            assert scalar(page, "SELECT coalesce(max(attempts), 0) FROM embedline_data.page_outbox") <= 1
+            return bool(scalar(page, "SELECT pending = 0 FROM embedline.status"))
+
+        # Seven in a row: five tries would have been used up.
+        wait_until(embedded, 30, "nothing waits")
+    assert stub.counts()["rules"] == 7
+    assert dead_letters(page) == {}
+    assert assert_all_settled(page, stub.dimensions) == 20
+    assert set(stub.texts_seen().values()) == {1}
+
+
 def test_a_document_of_600_000_tokens_is_sent_in_requests_that_the_model_takes(
     page: psycopg.Connection, stub: StubProvider
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import psycopg
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg import conninfo
+from pytest_postgresql.executors import NoopExecutor
 
 from embedline.local.cluster import Cluster
 from support import MODELS, ROOT, assert_exact, create_pages, create_pipeline, drain, scalar, settle, uri
@@ -203,6 +205,25 @@ def test_a_role_that_is_no_superuser_is_told_why(
     assert "HINT" in done.stderr
     assert "Traceback" not in done.stderr
     assert "alembic_version" not in str(_catalogue(empty_database_dsn)["pg_class"])
+
+
+def test_a_database_in_another_encoding_is_refused(
+    maintenance: psycopg.Connection, template_server: NoopExecutor
+) -> None:
+    name = f"embedline_latin_{secrets.token_hex(4)}"
+    maintenance.execute(
+        f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0".encode()
+    )
+    try:
+        server = template_server
+        dsn = uri(server.host, server.port, server.user, server.password, name)
+        done = _alembic(dsn, "upgrade", "head", check=False)
+        assert done.returncode != 0
+        assert "the database has encoding LATIN1" in done.stderr
+        assert "HINT" in done.stderr
+        assert "Traceback" not in done.stderr
+    finally:
+        maintenance.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 def test_a_server_that_does_not_see_the_package_is_told_which_interpreter_it_runs(

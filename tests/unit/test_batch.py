@@ -121,7 +121,7 @@ def test_a_unit_of_part_of_the_documents_keeps_what_is_known(count: int) -> None
     members = [document(number, [f"text {number}", "shared"]) for number in range(count)]
     known = {content_digest("shared"): VECTOR}
     wanted = {chunk.digest: chunk.content for member in members for chunk in member.chunks if chunk.content != "shared"}
-    unit = unit_of(pipeline(items=2), members, wanted, known)
+    unit = unit_of(pipeline(items=2), members, known)
     assert set(unit.vectors) == known.keys()
     assert set(texts_of(unit)) == wanted.keys()
     assert max(len(request.texts) for request in unit.requests) <= 2

@@ -178,6 +178,13 @@ def test_vectors_are_not_normalised_and_prefixes_are_added_here(make_embedder: M
     np.testing.assert_array_equal(query, embed(plain, "query: a tree"))
 
 
+def test_sessions_that_probe_at_the_same_time_all_get_the_tokenizer(make_embedder: MakeEmbedder) -> None:
+    embedders = [make_embedder() for _ in range(8)]
+    probes = [embedder.probe() for embedder in embedders for _ in range(4)]
+    found = {probe.result(LIMIT) for probe in probes}
+    assert len(found) == 1
+
+
 def test_probe_describes_the_model_and_saves_its_tokenizer(make_embedder: MakeEmbedder) -> None:
     from tokenizers import Tokenizer
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 # Half-open range of characters of a text.
 Span = tuple[int, int]
 OnPiece = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A slice of a text: `content` is `text[start:end]`, offsets in characters.
 
     `prefix` stands before the content for embedding only. `digest` identifies what is embedded; see `content_digest`.

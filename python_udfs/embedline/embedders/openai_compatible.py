@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import asyncio
-import base64
 import binascii
 import email.utils
 import hashlib
@@ -59,6 +58,8 @@ _MESSAGE_CHARACTERS = 500
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
+# What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
+_AWAY = frozenset({502, 503, 504})
 
 
 class _Response(Protocol):
@@ -184,16 +185,20 @@ class OpenAIEmbedder:
         import openai
 
         client = self._open_client()
-        extra: dict[str, Any] = {"dimensions": self._config.dimensions} if self._sends_dimensions() else {}
+        # As extra_body, which goes out as it is: as the parameter `input` the package walks through the texts one by one to
+        # see whether they need renaming, which took half of this thread's time.
+        body: dict[str, Any] = {"input": texts}
+        if self._sends_dimensions():
+            body["dimensions"] = self._config.dimensions
         try:
             # The read timeout starts anew with every byte; this bound is on the whole.
             async with asyncio.timeout(self._config.timeout_seconds + _CONNECT_SECONDS):
                 response = await client.embeddings.with_raw_response.create(
-                    input=texts,
+                    input="",
                     model=self._config.model,
                     encoding_format="base64",
                     extra_headers=self._headers(key),
-                    **extra,
+                    extra_body=body,
                 )
             return response.content
         # `from None` throughout: a report of the chain would show the request, and the request holds the key.
@@ -282,7 +287,11 @@ class OpenAIEmbedder:
             return ProviderMisconfigured(message, detail=detail, hint=hint)
         if status in _TRANSIENT or status >= 500:
             return TransientProviderError(
-                message, detail=detail, retry_after=retry_after(response.headers), throttled=status == 429
+                message,
+                detail=detail,
+                retry_after=retry_after(response.headers),
+                throttled=status == 429,
+                unreachable=status in _AWAY,
             )
         if status in _REJECTED:
             return InputRejected(message, detail=detail)
@@ -385,7 +394,7 @@ def _row(embedding: object) -> bytes:
     """The float32 bytes of one vector, given as base64 or, by servers that know no base64, as a list of numbers."""
     try:
         if isinstance(embedding, str):
-            row = base64.b64decode(embedding, validate=True)
+            row = binascii.a2b_base64(embedding, strict_mode=True)
             if len(row) % 4:
                 raise InvalidVectors("the provider returned a base64 vector that is not made of float32 values")
             return row

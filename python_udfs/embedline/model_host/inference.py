@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -112,7 +113,8 @@ class LoadedModel:
         # The model needs its truncation and padding, whoever counts tokens needs neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        temporary = f"{path}.{os.getpid()}"
+        # Two sessions may ask at the same time, each in a thread of its own.
+        temporary = f"{path}.{secrets.token_hex(4)}"
         with open(temporary, "w", encoding="utf-8", opener=_open_private) as file:
             file.write(tokenizer.to_str())
         os.replace(temporary, path)

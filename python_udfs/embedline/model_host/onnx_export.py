@@ -25,6 +25,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -140,11 +141,11 @@ def _locked(path: str) -> Iterator[None]:
 def _write_whole(source: TorchBackend, settings: HostSettings, target: str) -> Manifest:
     """Write the prepared model beside its place and then move it there, so nobody ever reads half of one."""
     target = os.path.abspath(target)
-    temporary = tempfile.mkdtemp(prefix=f"{os.path.basename(target)}.", dir=os.path.dirname(target))
+    # Not mkdtemp: the umask decides who may read a model that was prepared for others; the cache is closed through its root.
+    temporary = f"{target}.{secrets.token_hex(4)}"
+    os.mkdir(temporary)
     try:
         manifest = _write(source, settings, temporary)
-        # The cache stays closed through its root; another target is for whoever may enter its parent.
-        os.chmod(temporary, 0o755)  # noqa: S103  mkdtemp made it 0700
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -20,7 +20,7 @@ ROWS = 4000
 @pytest.fixture
 def page(own_cluster: Cluster) -> psycopg.Connection:
     """A pipeline on a table of its own on a server of its own."""
-    with psycopg.connect(own_cluster.dsn(), autocommit=True) as connection:
+    with _reconnect(own_cluster) as connection:
         names = [row[0] for row in connection.execute("SELECT name FROM embedline.pipeline")]
         for name in names:
             connection.execute("SELECT embedline.drop_pipeline(%s)", (name,))
@@ -79,7 +79,8 @@ def test_kill_9_of_a_workers_backend_during_a_drain(own_cluster: Cluster, page: 
     # The postmaster restarts every backend after a crash; the model host is none of them.
     os.kill(int(pid), signal.SIGKILL)
     thread.join(30)
-    page.close()
+    # A session of before the postmaster noticed the death would be ended with all others.
+    wait_until(lambda: _is_ended(page), 30, "the postmaster has ended all sessions")
     after = _reconnect(own_cluster)
     with after:
         settle(after, 60)
@@ -133,6 +134,12 @@ def test_a_row_that_crashes_its_workers_is_quarantined_alone(own_cluster: Cluste
         letters = page.execute("SELECT key, stage, error_code FROM embedline.dead_letter").fetchall()
         assert letters == [({"id": "42"}, "claim", "EL020")]
         assert data_count(page, "page_chunk") == ROWS - 1
+
+
+def _is_ended(connection: psycopg.Connection) -> bool:
+    with contextlib.suppress(psycopg.OperationalError):
+        connection.execute("SELECT 1")
+    return connection.broken
 
 
 def _reconnect(cluster: Cluster) -> psycopg.Connection:

@@ -167,11 +167,14 @@ def _static_model() -> tuple[Any, npt.NDArray[np.float32]]:
     return tokenizer, table.astype(np.float32)
 
 
-def embed_static(texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """Return static-256's vectors, made without Embedline: the mean of the tokens' rows in the model's table."""
+def embed_static(texts: Sequence[str], dimensions: int = 256) -> npt.NDArray[np.float32]:
+    """Return static-256's vectors, made without Embedline: the mean of the tokens' rows in the model's table.
+
+    Those of the models that small_models.py makes of it are their first `dimensions`.
+    """
     tokenizer, table = _static_model()
     encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return np.stack([table[encoding.ids].mean(axis=0) for encoding in encoded])
+    return np.stack([table[encoding.ids, :dimensions].mean(axis=0) for encoding in encoded])
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ class _Recipe:
     model: str
     tokenizer: str | None
     document_prefix: str
+    chunks: str
 
 
 def _recipe(connection: psycopg.Connection, pipeline: str) -> _Recipe:
@@ -203,10 +207,12 @@ def _recipe(connection: psycopg.Connection, pipeline: str) -> _Recipe:
              FROM unnest(p.key_attributes) WITH ORDINALITY AS k (attnum, position)
              JOIN pg_attribute AS a ON a.attrelid = p.source AND a.attnum = k.attnum),
             p.key_columns, p.content_expression, p.filter_expression, p.expression_search_path,
-            p.document_prefix_expression, p.chunking, p.chunk_tokens, p.chunk_overlap, p.chunking_options,
+            p.document_prefix_expression, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options,
             p.name || '_v' || v.number, 'embedding_v' || v.number,
-            v.distance <> 'l2', m.name, m.tokenizer, m.document_prefix
+            v.distance <> 'l2', m.name, s.tokenizer, m.document_prefix,
+            p.name || CASE WHEN s.number = 1 THEN '_chunk' ELSE '_chunk_' || s.number END
         FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+        JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
         JOIN embedline.model AS m USING (model_id) WHERE p.name = %s
         """,
         (pipeline,),
@@ -259,10 +265,11 @@ def assert_exact(
     recipe = _recipe(connection, pipeline)
     assert queued(connection, pipeline) == 0, "changes are still queued"
     if embed is None:
-        assert recipe.model == "static-256", "pass embed for this model"
-        embed = embed_static
+        family, _, dimensions = recipe.model.partition("-")
+        assert family == "static", "pass embed for this model"
+        embed = functools.partial(embed_static, dimensions=int(dimensions))
     rows = _source_rows(connection, recipe, content or recipe.content, filter or recipe.filter)
-    stored = _stored_chunks(connection, pipeline, recipe)
+    stored = _stored_chunks(connection, recipe)
     states = _stored_states(connection, pipeline, recipe)
     chunker = _chunker(recipe, embed)
     expected = {key: _expected_chunks(chunker, text, prefix) for key, (text, prefix) in rows.items()}
@@ -293,13 +300,13 @@ def _source_rows(
 
 
 def _stored_chunks(
-    connection: psycopg.Connection, pipeline: str, recipe: _Recipe
+    connection: psycopg.Connection, recipe: _Recipe
 ) -> dict[tuple[str, ...], list[tuple[Chunk, list[float]]]]:
     keys = sql.SQL(", ").join(sql.SQL("c.{}::text").format(sql.Identifier(key)) for key in recipe.key_names)
     statement = sql.SQL(
         "SELECT ARRAY[{}], c.seq, c.start_offset, c.end_offset, c.content, c.content_hash, c.prefix, v.{}::vector::real[]"
         " FROM embedline_data.{} AS c LEFT JOIN embedline_data.{} AS v USING (chunk_id) ORDER BY c.seq"
-    ).format(keys, sql.Identifier(recipe.column), sql.Identifier(f"{pipeline}_chunk"), sql.Identifier(recipe.vectors))
+    ).format(keys, sql.Identifier(recipe.column), sql.Identifier(recipe.chunks), sql.Identifier(recipe.vectors))
     found: dict[tuple[str, ...], list[tuple[Chunk, list[float]]]] = {}
     for key, sequence, start, end, text, digest, prefix, vector in connection.execute(statement):
         assert vector is not None, f"chunk {sequence} of {key} has no vector"

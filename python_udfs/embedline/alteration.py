@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from embedline import capture
+from embedline import capture, routing
 from embedline.capture import CapturePlan, SourceExpression
 from embedline.catalog import Pipeline, load_pipeline
 from embedline.chunking import ChunkingSpec
@@ -15,7 +15,6 @@ from embedline.database import Session, as_mapping, data_name, entry_point
 from embedline.errors import EmbedlineError, InvalidParameter
 from embedline.pipelines import (
     EXPRESSIONS,
-    Source,
     bound_lock_wait,
     check_weight,
     create_functions,
@@ -23,11 +22,13 @@ from embedline.pipelines import (
     deparsed,
     generated_functions,
     insert_ranges,
+    recipe_stamp,
     require_control,
     rewrite_trigger_functions,
     spec_for,
     version_fingerprint,
 )
+from embedline.source import Source
 
 _OPTIONAL = ("filter", "document_prefix", "tenant")
 # Suffix of the generated function of each expression.
@@ -39,9 +40,13 @@ _STORED = """
 """
 _STORE = """
     UPDATE embedline.pipeline SET content_expression = $2, filter_expression = $3, document_prefix_expression = $4,
-        tenant_expression = $5, expression_search_path = coalesce($6, expression_search_path), chunking = $7,
-        chunk_tokens = $8, chunk_overlap = $9, chunking_options = $10, weight = $11
+        tenant_expression = $5, expression_search_path = coalesce($6, expression_search_path), weight = $7,
+        generation = generation + 1
     WHERE name = $1
+"""
+_STORE_CHUNKING = """
+    UPDATE embedline.chunk_set SET chunking = $2, chunk_tokens = $3, chunk_overlap = $4, chunking_options = $5
+    WHERE chunk_set_id = $1
 """
 _STORE_INPUTS = """
     UPDATE embedline.pipeline AS p SET code_version = $3, input_attributes = (
@@ -93,6 +98,11 @@ def alter_pipeline(session: Session, name: str, given: dict[str, Any]) -> None:
         session.plpy.notice(f'pipeline "{name}" is like that already: nothing has changed')
         return
     changed = [parameter for parameter in EXPRESSIONS if wanted.expressions[parameter] != stored[parameter]]
+    if len(pipeline.versions) > 1 and (wanted.spec != current.spec or "document_prefix" in changed):
+        raise InvalidParameter(
+            f'the chunking of pipeline "{name}" cannot change while it has {len(pipeline.versions)} versions',
+            hint=f"SELECT embedline.drop_embedding_version('{name}', number) first, or give the next version another chunking.",
+        )
     if changed:
         _replace_expressions(session, pipeline, changed, given)
     _store(session, pipeline, wanted, given["expression_search_path"] if changed else None)
@@ -211,9 +221,13 @@ def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExp
 def _store(session: Session, pipeline: Pipeline, wanted: _Wanted, search_path: str | None) -> None:
     session.query(
         _STORE,
-        ["text", "text", "text", "text", "text", "text", "text", "integer", "integer", "jsonb", "double precision"],
-        pipeline.name, *(wanted.expressions[parameter] for parameter in EXPRESSIONS), search_path, wanted.spec.method,
-        wanted.spec.tokens, wanted.spec.overlap, json.dumps(dict(wanted.spec.options)), wanted.weight,
+        ["text", "text", "text", "text", "text", "text", "double precision"],
+        pipeline.name, *(wanted.expressions[parameter] for parameter in EXPRESSIONS), search_path, wanted.weight,
+    )  # fmt: skip
+    session.query(
+        _STORE_CHUNKING, ["bigint", "text", "integer", "integer", "jsonb"],
+        pipeline.chunk_set.chunk_set_id, wanted.spec.method, wanted.spec.tokens, wanted.spec.overlap,
+        json.dumps(dict(wanted.spec.options)),
     )  # fmt: skip
 
 
@@ -224,9 +238,23 @@ def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> No
         version.model, version.column_type, version.distance, wanted.spec, wanted.expressions["document_prefix"]
     )
     decisive = (wanted.spec, wanted.expressions["document_prefix"]) != (pipeline.spec, pipeline.document_prefix)
+    if decisive:
+        session.query(
+            "UPDATE embedline.version SET fingerprint = $2 WHERE version_id = $1",
+            ["bigint", "text"], version.version_id, fingerprint,
+        )  # fmt: skip
+        session.query(
+            "UPDATE embedline.pipeline SET recipe = $2 WHERE pipeline_id = $1",
+            ["bigint", "integer"], pipeline.pipeline_id, recipe_stamp([fingerprint]),
+        )  # fmt: skip
+    restart_ranges(session, pipeline)
+
+
+def restart_ranges(session: Session, pipeline: Pipeline) -> None:
+    """Have the serving version's backfill read every row of the source again."""
     session.query(
-        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL, fingerprint = $2 WHERE version_id = $1",
-        ["bigint", "text"], version.version_id, fingerprint if decisive else version.fingerprint,
+        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
+        ["bigint"], pipeline.version.version_id,
     )  # fmt: skip
     session.query("DELETE FROM embedline.backfill_range WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
     insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
@@ -240,3 +268,5 @@ def regenerate_pipelines(session: Session) -> None:
         plan, source = _plan_in_use(session, pipeline)
         _replace_functions(session, plan, source, [])
         rewrite_trigger_functions(session, plan)
+        routing.refresh_views(session, pipeline, plan, source)
+        routing.write_serving_function(session, pipeline.pipeline_id, plan, pipeline.version.number)

@@ -73,6 +73,9 @@ class Batch:
     claim_id: int | None = None
     claimed_range: ClaimedRange | None = None
     is_suspect: bool = False
+    # Of a version's lane: the rows of its queue, and whether these are of its backfill.
+    queue_ids: list[int] = field(default_factory=list)
+    of_backfill: bool = False
     found: list[Document] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
     embedded_count: int = 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from embedline.chunking import ChunkingSpec
-from embedline.database import Session, as_mapping, data_name, quote_ident
+from embedline.database import Session, as_list, as_mapping, data_name, quote_ident
 from embedline.embedders import ModelConfig
 from embedline.errors import NotFound
 
@@ -16,19 +16,31 @@ _MODEL_COLUMNS = """
     m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.fingerprint AS model_fingerprint
 """
 
-_PIPELINE_SQL = f"""
+_CHUNK_SET_COLUMNS = """
+    s.number AS chunk_set, s.chunk_set_id, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options
+"""
+# One row for each version of each pipeline; `others` are the versions beside it, `sets` the other ways of chunking.
+_VERSION_SQL = f"""
     SELECT p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
-           p.routing_view::oid::bigint AS view_oid, p.chunking, p.chunk_tokens, p.chunk_overlap, p.chunking_options, p.state,
+           p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, {_CHUNK_SET_COLUMNS},
            p.document_prefix_expression, p.tenant_expression, p.weight, v.fingerprint AS version_fingerprint,
-           v.vectors_valid_from::text AS vectors_valid_from,
+           v.vectors_valid_from::text AS vectors_valid_from, v.version_id = p.serving_version_id AS is_serving,
+           v.view::oid::bigint AS version_view_oid, v.search_precision, v.backfill_order, v.backfill_rate,
            v.version_id, v.number, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
-           v.state AS version_state, {_MODEL_COLUMNS}
+           v.state AS version_state, {_MODEL_COLUMNS},
+           (SELECT jsonb_agg(jsonb_build_array(o.version_id, o.number, o.chunk_set) ORDER BY o.number)
+            FROM embedline.version AS o WHERE o.pipeline_id = p.pipeline_id) AS versions,
+           (SELECT jsonb_agg(to_jsonb(t) - 'tokenizer' ORDER BY t.number) FROM embedline.chunk_set AS t
+            WHERE t.pipeline_id = p.pipeline_id AND t.number <> v.chunk_set) AS other_sets
     FROM embedline.pipeline AS p
-    JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+    JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
+    JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
     JOIN embedline.model AS m ON m.model_id = v.model_id
 """
+_PIPELINE_SQL = f"{_VERSION_SQL} WHERE v.version_id = p.serving_version_id"
 
-PIPELINE_BY_NAME = _PIPELINE_SQL + " WHERE p.name = $1"
+PIPELINE_BY_NAME = f"{_PIPELINE_SQL} AND p.name = $1"
+_VERSIONS_BY_NAME = f"{_VERSION_SQL} WHERE p.name = $1 ORDER BY v.number"
 # Only workers ask whether requests are counted: readers, who search, may not read budgets.
 _METERED = """
     (m.provider <> 'sentence-transformers' OR m.price_per_million_tokens IS NOT NULL
@@ -37,9 +49,18 @@ _METERED = """
 """
 # A source that was dropped takes its functions along; its pipeline must not stop the others.
 ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
-    WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
+    AND p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
     ORDER BY p.pipeline_id
 """
+# Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
+_LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
+    WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
+        AND (v.version_id <> p.serving_version_id
+            OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
+    ORDER BY v.version_id
+"""
+# A version beside the serving one has this part of its pipeline's share of the workers.
+_LANE_WEIGHT = 0.5
 
 # pgvector's operator and operator class of each distance; the class is prefixed with the column type.
 OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
@@ -71,11 +92,10 @@ class Version:
     fingerprint: str
     vectors_valid_from: str | None = None
     index_options: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def recipe(self) -> int:
-        """The fingerprint's first four bytes as PostgreSQL's integer: the stamp on each document that is embedded."""
-        return int.from_bytes(bytes.fromhex(self.fingerprint[:8]), "big", signed=True)
+    view_oid: int | None = None
+    search_precision: str | None = None
+    backfill_order: str = "oldest_first"
+    backfill_rate: int | None = None
 
     @property
     def column(self) -> str:
@@ -99,10 +119,21 @@ class Version:
 
 
 @dataclass(frozen=True)
+class ChunkSet:
+    """A row of embedline.chunk_set: one way of cutting the contents, with a table of its own."""
+
+    chunk_set_id: int
+    number: int
+    spec: ChunkingSpec
+
+
+@dataclass(frozen=True)
 class Pipeline:
-    """A row of embedline.pipeline with its serving version and the names of its generated objects.
+    """A row of embedline.pipeline with one of its versions, the serving one unless another was asked for.
 
     `metered`, where workers loaded it: requests are counted, of remote models and of those with a price or a limit.
+    `versions` are (version_id, number, chunk set) of all versions. `is_lane` marks what fills a version from the chunks
+    that the serving version's work leaves, not from the source.
     """
 
     pipeline_id: int
@@ -112,13 +143,41 @@ class Pipeline:
     key_columns: tuple[str, ...]
     key_types: tuple[str, ...]
     view_columns: dict[str, str]
-    spec: ChunkingSpec
+    chunk_set: ChunkSet
+    other_sets: tuple[ChunkSet, ...]
     document_prefix: str | None
     tenant: str | None
     weight: float
     metered: bool
     state: str
+    generation: int
+    recipe: int
     version: Version
+    versions: tuple[tuple[int, int, int], ...]
+    is_serving: bool = True
+    is_lane: bool = False
+
+    @property
+    def lane_id(self) -> int:
+        """What tells its work apart from other work: the pipeline's id, or less than zero for a version's lane."""
+        return -self.version.version_id if self.is_lane else self.pipeline_id
+
+    def as_lane(self) -> Pipeline:
+        """Return the lane that fills the version from the chunks."""
+        return replace(self, is_lane=True, weight=self.weight * _LANE_WEIGHT)
+
+    @property
+    def spec(self) -> ChunkingSpec:
+        """How the version's contents are chunked."""
+        return self.chunk_set.spec
+
+    def other_versions(self, chunk_set: int) -> list[int]:
+        """Return the ids of the versions beside this one that embed the chunks of a set."""
+        return [
+            version_id
+            for version_id, _, set_number in self.versions
+            if set_number == chunk_set and version_id != self.version.version_id
+        ]
 
     @property
     def has_prefix(self) -> bool:
@@ -139,14 +198,23 @@ class Pipeline:
         """The state rows: one for each source row that was looked at."""
         return self.generated("document")
 
+    def chunk_table(self, number: int) -> str:
+        """Return the table of a chunk set."""
+        return self.generated(chunk_table_suffix(number))
+
+    @cached_property
+    def chunk_tables(self) -> list[str]:
+        """The tables of all chunk sets."""
+        return [self.chunk_table(s.number) for s in (self.chunk_set, *self.other_sets)]
+
     @cached_property
     def chunk(self) -> str:
-        """The chunks."""
-        return self.generated("chunk")
+        """The chunks that the version embeds."""
+        return self.chunk_table(self.chunk_set.number)
 
     @cached_property
     def vectors(self) -> str:
-        """The serving version's table."""
+        """The version's table."""
         return self.generated(f"v{self.version.number}")
 
     @cached_property
@@ -186,6 +254,11 @@ class Pipeline:
         return ["text[]"] * len(self.key_columns)
 
 
+def chunk_table_suffix(number: int) -> str:
+    """Return what follows the pipeline's name in the name of a chunk set's table."""
+    return "chunk" if number == 1 else f"chunk_{number}"
+
+
 def load_pipeline(session: Session, name: str) -> Pipeline:
     """Return the pipeline of that name or raise NotFound."""
     rows = session.query(PIPELINE_BY_NAME, ["text"], name)
@@ -202,6 +275,30 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
     if name is not None:
         load_pipeline(session, name)
     return [pipeline_from_row(row) for row in session.query(ACTIVE_PIPELINES, ["text"], name)]
+
+
+def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
+    """Return a lane for each version that is filled from the chunks of the others' work: of all pipelines or the one named."""
+    rows = session.query(_LANES, ["text"], name)
+    return [pipeline_from_row(row).as_lane() for row in rows]
+
+
+def load_versions(session: Session, name: str) -> list[Pipeline]:
+    """Return the pipeline of that name once for each of its versions, by number, or raise NotFound."""
+    found = [pipeline_from_row(row) for row in session.query(_VERSIONS_BY_NAME, ["text"], name)]
+    return found or [load_pipeline(session, name)]
+
+
+def load_version(session: Session, name: str, number: int) -> Pipeline:
+    """Return the pipeline of that name with one of its versions, or raise NotFound."""
+    found = {pipeline.version.number: pipeline for pipeline in load_versions(session, name)}
+    if number not in found:
+        raise NotFound(
+            f'pipeline "{name}" has no version {number}',
+            detail=f"Versions: {', '.join(map(str, found))}.",
+            hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{name}'; lists them.",
+        )
+    return found[number]
 
 
 def load_all_pipelines(session: Session) -> list[Pipeline]:
@@ -235,38 +332,51 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         fingerprint=str(values["version_fingerprint"]),
         vectors_valid_from=_optional(values["vectors_valid_from"]),
         index_options=dict(as_mapping(values["index_options"])),
+        view_oid=_number(values["version_view_oid"]),
+        search_precision=_optional(values["search_precision"]),
+        backfill_order=str(values["backfill_order"]),
+        backfill_rate=_number(values["backfill_rate"]),
     )
-    view_oid = values["view_oid"]
     return Pipeline(
         pipeline_id=int(str(values["pipeline_id"])),
         name=str(values["name"]),
         source_oid=int(str(values["source_oid"])),
-        view_oid=None if view_oid is None else int(str(view_oid)),
+        view_oid=_number(values["view_oid"]),
         key_columns=_texts(values["key_columns"]),
         key_types=_texts(values["key_types"]),
         view_columns={str(k): str(v) for k, v in as_mapping(values["view_columns"]).items()},
-        spec=_spec_from_row(values),
+        chunk_set=_chunk_set_from_row({**values, "number": values["chunk_set"]}),
+        other_sets=tuple(map(_chunk_set_from_row, as_list(values["other_sets"]))),
         document_prefix=_optional(values["document_prefix_expression"]),
         tenant=_optional(values["tenant_expression"]),
         weight=float(str(values["weight"])),
         metered=bool(values.get("metered")),
         state=str(values["state"]),
+        generation=int(str(values["generation"])),
+        recipe=int(str(values["recipe"])),
         version=version,
+        versions=tuple((int(i), int(n), int(s)) for i, n, s in as_list(values["versions"])),
+        is_serving=bool(values["is_serving"]),
     )
 
 
-def _spec_from_row(row: dict[str, object]) -> ChunkingSpec:
-    tokens, options = row["chunk_tokens"], as_mapping(row["chunking_options"])
-    return ChunkingSpec(
+def _chunk_set_from_row(row: dict[str, object]) -> ChunkSet:
+    options = as_mapping(row["chunking_options"])
+    spec = ChunkingSpec(
         method=str(row["chunking"]),
-        tokens=None if tokens is None else int(str(tokens)),
+        tokens=_number(row["chunk_tokens"]),
         overlap=int(str(row["chunk_overlap"])),
         options=tuple(sorted((name, float(value)) for name, value in options.items())),
     )
+    return ChunkSet(int(str(row["chunk_set_id"])), int(str(row["number"])), spec)
 
 
 def _texts(value: object) -> tuple[str, ...]:
     return tuple(str(item) for item in value) if isinstance(value, list) else ()
+
+
+def _number(value: object) -> int | None:
+    return None if value is None else int(str(value))
 
 
 def _optional(value: object) -> str | None:

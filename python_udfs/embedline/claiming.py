@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from embedline import backfill, circuit, inbox, outbox, spending
+from embedline import backfill, circuit, inbox, outbox, spending, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline
 from embedline.database import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers
 from embedline.documents import can_hold_source
 from embedline.pacing import LiveShare, Turns
 from embedline.retry import ROWS_PER_CLAIM_AFTER_CRASHES
+from embedline.work import work_of
 
 # Rows of the inbox that a claim moves on at most where tenants have their turns: each must be seen to have one.
 _ROWS_MOVED_FOR_TENANTS = 20_000
@@ -48,20 +49,21 @@ class Claimant:
         """
         if is_idle:
             self.end_isolation()
-        by_id = {pipeline.pipeline_id: pipeline for pipeline in pipelines}
+        by_id = {pipeline.lane_id: pipeline for pipeline in pipelines}
         live = live_workers(self.session)
         asked: list[int] = []
-        for pipeline_id in self._turns.order(list(by_id)):
-            self.asking = pipeline = by_id[pipeline_id]
+        for lane_id in self._turns.order(list(by_id)):
+            self.asking = pipeline = by_id[lane_id]
             batch = None
             if not self._is_blocked(pipeline):
-                batch = self._claim_of(pipeline, rows(pipeline), live, is_idle, embed_backfill)
+                claim_of = self._claim_of_version if pipeline.is_lane else self._claim_of
+                batch = claim_of(pipeline, rows(pipeline), live, is_idle, embed_backfill)
             if batch is not None:
-                self._turns.worked(pipeline_id, len(batch.rows) + 1, pipeline.weight, asked)
+                self._turns.worked(lane_id, len(batch.rows) + 1, pipeline.weight, asked)
                 return batch
             if self.is_isolating:
                 return None
-            asked.append(pipeline_id)
+            asked.append(lane_id)
         self.asking = None
         return None
 
@@ -75,7 +77,7 @@ class Claimant:
         if circuit.is_open(self.session, pipeline.version.model.model_id):
             return True
         is_out_of_money = pipeline.metered and spending.blocked_until(self.session, pipeline) is not None
-        (self.out_of_money.add if is_out_of_money else self.out_of_money.discard)(pipeline.pipeline_id)
+        (self.out_of_money.add if is_out_of_money else self.out_of_money.discard)(pipeline.lane_id)
         return is_out_of_money
 
     def _claim_of(
@@ -109,6 +111,36 @@ class Claimant:
                     self._live_share.took(backfill=batch.claimed_range is not None)
                 return batch
         return None
+
+    def _claim_of_version(
+        self, lane: Pipeline, limit: int, live: list[int], is_idle: bool, embed_backfill: bool
+    ) -> Batch | None:
+        """Claim chunks of a version beside the serving one: new ones before its backfill, suspects alone."""
+        session, waiting = self.session, version_queue.look(self.session, lane, live)
+        if waiting["orphaned"]:
+            # Who is alive is asked after the claims were seen: a worker that began in between is not taken for dead.
+            version_queue.take_over(session, lane, live_workers(session))
+            waiting = version_queue.look(session, lane, live)
+        is_others_turn = lane.lane_id in self._had_suspects and (waiting["queued"] or waiting["unread"])
+        self._had_suspects.discard(lane.lane_id)
+        claim, is_suspect = None, False
+        if waiting["suspected"] and not is_others_turn and (self.worker_id is None or self._isolate()):
+            if not is_idle:
+                return None
+            self._had_suspects.add(lane.lane_id)
+            crashes, is_suspect = version_queue.most_crashes(session, lane), True
+            claim = version_queue.claim_lists(session, lane, limit, self.worker_id, crash_count=crashes)
+        elif waiting["queued"] or (waiting["unread"] and embed_backfill):
+            backfill_first = (
+                waiting["queued"] and waiting["unread"] and embed_backfill and self._live_share.backfill_first()
+            )
+            if waiting["queued"] and not backfill_first:
+                claim = version_queue.claim_lists(session, lane, limit, self.worker_id)
+            if claim is None and waiting["unread"] and embed_backfill:
+                claim = version_queue.claim_range(session, lane, limit, self.worker_id)
+        if claim is None:
+            return None
+        return Batch(lane, claim.rows, queue_ids=claim.queue_ids, of_backfill=claim.of_backfill, is_suspect=is_suspect)
 
     def _look(self, pipeline: Pipeline, live: list[int]) -> dict[str, Any]:
         """One statement that says what there is to claim: an idle poll costs no more than this for each pipeline."""
@@ -227,10 +259,4 @@ def release_all(session: Session, pipeline: Pipeline, worker_id: int) -> None:
 
 def release_batch(session: Session, batch: Batch, worker_id: int) -> None:
     """Give back the claim of one batch; the tries are not counted."""
-    if batch.claim_id is not None:
-        inbox.break_claims(session, batch.pipeline, "claim_id = ANY ($1)", [batch.claim_id], crash_count=0)
-    ids = [outbox_id for row in batch.rows for outbox_id in row.outbox_ids]
-    if ids:
-        outbox.release(session, batch.pipeline, worker_id, ids)
-    if batch.claimed_range is not None:
-        backfill.release(session, batch.pipeline, worker_id, batch.claimed_range.range_id)
+    work_of(batch).release(session, batch, worker_id)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import embedline
-from embedline.errors import EmbedlineError, VersionSkew
+from embedline.errors import EmbedlineError, NotReady, VersionSkew
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # GD, the dictionary that PL/Python shares between the functions of a session.
 SessionCache = dict[str, Any]
+
+# A try for a strong lock: below what a reader notices; and the pause before the next, in seconds.
+_LOCK_TRY = "20ms"
+_LOCK_PAUSE_SECONDS = (0.01, 0.04)
 
 # SQLSTATEs that are handled in more than one place.
 LOCK_NOT_AVAILABLE = "55P03"
@@ -27,6 +33,8 @@ WORKER_LOCK_CLASS = 1164797804
 SLOT_LOCK_CLASS = 1164800817
 # First key of the transaction lock under which workers claim rows of one pipeline ("Emc1").
 CLAIM_LOCK_CLASS = 1164796721
+# First key of the transaction lock that writes share and a change of a pipeline's versions has alone ("Emv1").
+VERSIONS_LOCK_CLASS = 1164801585
 # First key of the session lock under which rows are tried that were in hand when a worker died ("Emx1").
 SUSPECT_LOCK_CLASS = 1164802097
 
@@ -49,6 +57,7 @@ class Plpy(Protocol):
     def prepare(self, query: str, argument_types: Sequence[str] = ...) -> Any: ...
     def commit(self) -> None: ...
     def rollback(self) -> None: ...
+    def subtransaction(self) -> AbstractContextManager[Any]: ...
     def notice(self, message: str, **fields: str) -> None: ...
     def warning(self, message: str, **fields: str) -> None: ...
 
@@ -84,6 +93,45 @@ class Session:
 def _has_rows(result: Result) -> bool:
     # A command without RETURNING counts rows that it does not hand out.
     return len(result) > 0
+
+
+def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: float = 10.0) -> T:
+    """Do work that needs a strong lock, waiting for the lock a few milliseconds at a time; return what it returns.
+
+    Whoever waits for a strong lock makes all wait who come after: so nobody waits for longer than one try. Locks that a try
+    had already are given up with it. Raises NotReady after `seconds`, naming `what` could not be had.
+    """
+    before = session.scalar("SELECT current_setting('lock_timeout')")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with session.plpy.subtransaction():
+                session.execute(f"SET LOCAL lock_timeout = '{_LOCK_TRY}'")
+                result = work()
+            session.execute(f"SET LOCAL lock_timeout = {quote_literal(str(before))}")
+            return result
+        except Exception as error:
+            if getattr(error, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                raise
+        if time.monotonic() > deadline:
+            raise NotReady(
+                f"{what} is in use by other transactions all the time",
+                hint="Run it again when these are through: SELECT pid, state, xact_start, query FROM pg_stat_activity"
+                " WHERE state <> 'idle' ORDER BY xact_start;",
+            )
+        session.execute(f"SELECT pg_sleep({random.uniform(*_LOCK_PAUSE_SECONDS):.3f})")
+
+
+def change_versions(session: Session, pipeline_id: int) -> None:
+    """Have a pipeline's versions to this transaction alone: writes of workers end before, and begin again after it."""
+    retry_locked(
+        session,
+        lambda: session.query(
+            "SELECT pg_advisory_xact_lock($1, $2)", ["integer", "integer"], VERSIONS_LOCK_CLASS, pipeline_id
+        ),
+        "the pipeline",
+        30.0,
+    )
 
 
 def quote_ident(name: str) -> str:
@@ -166,6 +214,14 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
     loaded = json.loads(value) if isinstance(value, str) else value
     return loaded if isinstance(loaded, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a jsonb array, which PL/Python hands over as text, as a list; NULL as none."""
+    import json
+
+    loaded = json.loads(value) if isinstance(value, str) else value
+    return loaded if isinstance(loaded, list) else []
 
 
 def vector_schema(session: Session) -> str:

@@ -34,12 +34,13 @@ def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) ->
     count = len(pipeline.key_columns)
     arrays = key_columns([letter.row.key for letter in letters], count)
     hashes = [letter.content_hash for letter in letters]
-    session.query(
-        f"DELETE FROM {pipeline.chunk} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
-        f" WHERE {pipeline.key_join('t', 'k')}",
-        pipeline.key_parameter_types,
-        *arrays,
-    )
+    for table in pipeline.chunk_tables:
+        session.query(
+            f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
+            f" WHERE {pipeline.key_join('t', 'k')}",
+            pipeline.key_parameter_types,
+            *arrays,
+        )
     session.query(
         f"""
         INSERT INTO {pipeline.document} AS d ({pipeline.key_list}, content_hash, state, recipe, embedded_at)
@@ -52,7 +53,7 @@ def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) ->
         [*pipeline.key_parameter_types, "bytea[]", "integer"],
         *arrays,
         hashes,
-        pipeline.version.recipe,
+        pipeline.recipe,
     )
     session.query(
         """
@@ -222,14 +223,18 @@ def _has_row(session: Session, pipeline: Pipeline, key: Key) -> bool:
 def _forget_chunks(session: Session, pipeline: Pipeline, key: Key) -> bool:
     """Remove a row's chunks and mark its document as not current; False where another session has it in hand."""
     wanted = f"unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
+    removals = "".join(
+        f""", removed_{number} AS (
+            DELETE FROM {table} AS c USING locked AS l WHERE {pipeline.key_join("l", "c")}
+        )"""
+        for number, table in enumerate(pipeline.chunk_tables)
+    )
     rows = session.query(
         f"""
         WITH locked AS MATERIALIZED (
             SELECT {pipeline.key_list_of("d")} FROM {pipeline.document} AS d JOIN {wanted} ON {pipeline.key_join("d", "k")}
             FOR UPDATE OF d SKIP LOCKED
-        ), removed AS (
-            DELETE FROM {pipeline.chunk} AS c USING locked AS l WHERE {pipeline.key_join("l", "c")}
-        ), marked AS (
+        ){removals}, marked AS (
             UPDATE {pipeline.document} AS d SET content_hash = '' FROM locked AS l WHERE {pipeline.key_join("l", "d")}
         )
         SELECT (SELECT count(*) FROM locked) = count(*) AS free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from embedline import vectors
-from embedline.catalog import Pipeline
+from embedline.catalog import ChunkSet, Pipeline, chunk_table_suffix, load_versions
 from embedline.chunking import Chunk
-from embedline.database import LOCK_NOT_AVAILABLE, Session, quote_ident, quote_literal, vector_schema
+from embedline.database import (
+    LOCK_NOT_AVAILABLE,
+    VERSIONS_LOCK_CLASS,
+    Session,
+    quote_ident,
+    quote_literal,
+    vector_schema,
+)
 from embedline.dead_letters import forget_dead_letters
 from embedline.errors import EmbedlineError
 from embedline.outbox import ClaimedRow, Key, key_columns
@@ -32,13 +39,17 @@ _COPY_NULL = "\\N"
 
 @dataclass(slots=True)
 class Document:
-    """A source row on its way: its claim, and what was read of it. `prefix` stands before each chunk when it is embedded."""
+    """A source row on its way: its claim, and what was read of it. `prefix` stands before each chunk when it is embedded.
+
+    `other_chunks` are its chunks as the other chunk sets have them, by set: other versions embed them.
+    """
 
     row: ClaimedRow
     content_hash: bytes | None = None
     content: str | None = None
     prefix: str = ""
     chunks: list[Chunk] = field(default_factory=list)
+    other_chunks: dict[int, list[Chunk]] = field(default_factory=dict)
     problem: EmbedlineError | None = None
 
     @property
@@ -107,7 +118,7 @@ def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_byt
         [*pipeline.key_parameter_types, "bigint", "integer", "text"],
         *key_columns(keys, count),
         max_bytes,
-        pipeline.version.recipe,
+        pipeline.recipe,
         pipeline.version.vectors_valid_from,
     )
     return {
@@ -145,9 +156,46 @@ def still_current(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> 
 
 
 def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
-    """Return the vectors of chunks anywhere in the pipeline that have the same content: they are not paid for twice."""
-    if not digests:
-        return {}
+    """Return the vectors of chunks anywhere in the pipeline that have the same content: they are not paid for twice.
+
+    A version whose model gives the same vectors lends, too: a change of the column type or of the chunking costs only what
+    is new.
+    """
+    found: dict[bytes, Vector] = {}
+    for lender in _lenders(session, pipeline) if digests else ():
+        missing = [digest for digest in digests if digest not in found]
+        if missing:
+            found |= _lend(session, lender, missing)
+    return found
+
+
+def _lenders(session: Session, pipeline: Pipeline) -> list[Pipeline]:
+    """Return the version itself and those beside it that can lend it vectors."""
+    if len(pipeline.versions) == 1:
+        return [pipeline]
+    cache: dict[int, tuple[int, list[Pipeline]]] = session.cache.setdefault("embedline.lenders", {})
+    generation, lenders = cache.get(pipeline.version.version_id, (0, []))
+    if generation != pipeline.generation or not lenders:
+        lenders = [other for other in load_versions(session, pipeline.name) if _can_lend(other, pipeline)]
+        cache[pipeline.version.version_id] = pipeline.generation, lenders
+    others = [lender for lender in lenders if lender.version.version_id != pipeline.version.version_id]
+    return [pipeline, *others]
+
+
+def _can_lend(lender: Pipeline, pipeline: Pipeline) -> bool:
+    ours, theirs = pipeline.version, lender.version
+    same_model = (ours.model.fingerprint, ours.model.config.document_prefix, ours.dimensions) == (
+        theirs.model.fingerprint,
+        theirs.model.config.document_prefix,
+        theirs.dimensions,
+    )
+    # What was rounded to float16 or normalised cannot be had back.
+    is_exact = theirs.column_type in ("vector", ours.column_type)
+    is_normalised = (ours.distance != "l2", theirs.distance != "l2")
+    return same_model and is_exact and is_normalised in ((True, True), (False, False))
+
+
+def _lend(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
     column = quote_ident(pipeline.version.column)
     schema = vector_schema(session)
     rows = session.query(
@@ -195,34 +243,41 @@ def can_hold_source(session: Session, pipeline: Pipeline) -> bool:
 
 
 def write_documents(
-    session: Session, pipeline: Pipeline, documents: Sequence[Document], known: Mapping[bytes, Vector]
+    session: Session,
+    pipeline: Pipeline,
+    documents: Sequence[Document],
+    known: Mapping[bytes, Vector],
+    *,
+    of_backfill: bool = False,
 ) -> WriteResult:
     """Write chunks, vectors and state of documents whose content has not changed since it was read.
 
     One transaction's work. The document rows are locked first, and only then is the source read again: so nobody can
     write a newer content between that look and this write. Source rows are locked KEY SHARE, so that a delete under way
-    is seen. Both SKIP LOCKED: a worker waits for no application.
+    is seen. Both SKIP LOCKED: a worker waits for no application. A change of the pipeline's versions, which takes
+    milliseconds, is not waited for either.
     """
     result = WriteResult()
     fresh, free = _place_documents(session, pipeline, documents)
     ready = _unchanged(session, pipeline, documents, fresh | free, result)
     # Of new documents, too: a chunk whose document row was lost must not stay beside the new one.
-    stored = _stored_chunks(session, pipeline, documents, ready)
-    removed: list[int] = []
-    moved: list[tuple[int, Chunk]] = []
-    added: list[tuple[Key, Chunk]] = []
+    stored = _stored_chunks(session, pipeline, documents, ready, pipeline.chunk_set)
+    changes = _Changes()
     for index in ready:
         document = documents[index]
-        changes = _diff(stored[index], document.chunks) if stored[index] else ([], [], document.chunks)
-        if any(chunk.digest not in known for chunk in changes[2]):
+        change = _diff(stored[index], document.chunks) if stored[index] else ([], [], document.chunks)
+        if any(chunk.digest not in known for chunk in change[2]):
             # Another session took the chunk away that was to stay or to lend its vector: look again.
             result.busy.append(index)
             continue
-        removed += changes[0]
-        moved += changes[1]
-        added += [(document.key, chunk) for chunk in changes[2]]
+        changes.add(document.key, change)
         result.written.append(index)
-    _apply(session, pipeline, removed, moved, added, known)
+    ids = _apply(session, pipeline, pipeline.chunk_set, changes)
+    if ids.size:
+        copy_vectors(session, pipeline, ids, stacked([known[chunk.digest] for _, chunk in changes.added]))
+        enqueue_chunks(session, pipeline.other_versions(pipeline.chunk_set.number), ids, of_backfill=of_backfill)
+    for chunk_set in pipeline.other_sets:
+        _write_other_set(session, pipeline, chunk_set, documents, result.written, of_backfill=of_backfill)
     written = set(result.written)
     _update_state(session, pipeline, [documents[i] for i in result.written if i in free])
     _take_back(session, pipeline, [documents[i] for i in sorted(fresh - written)])
@@ -231,11 +286,64 @@ def write_documents(
     return result
 
 
+def _share_versions(session: Session, pipeline: Pipeline) -> bool:
+    """Keep the pipeline's versions as they are to the end of the transaction; False where they are, or were, changed.
+
+    The second statement has a snapshot of its own, taken under the lock: a change committed before is seen.
+    """
+    shared = session.scalar(
+        "SELECT pg_try_advisory_xact_lock_shared($1, $2)",
+        ["integer", "integer"],
+        VERSIONS_LOCK_CLASS,
+        pipeline.pipeline_id,
+    )
+    return bool(shared) and pipeline.generation == session.scalar(
+        "SELECT generation FROM embedline.pipeline WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id
+    )
+
+
+def _write_other_set(
+    session: Session,
+    pipeline: Pipeline,
+    chunk_set: ChunkSet,
+    documents: Sequence[Document],
+    written: Sequence[int],
+    *,
+    of_backfill: bool,
+) -> None:
+    """Write the documents' chunks of another set; the versions that embed them are left to their own time."""
+    stored = _stored_chunks(session, pipeline, documents, written, chunk_set)
+    changes = _Changes()
+    for index in written:
+        document = documents[index]
+        changes.add(document.key, _diff(stored[index], document.other_chunks.get(chunk_set.number, [])))
+    ids = _apply(session, pipeline, chunk_set, changes)
+    if ids.size:
+        enqueue_chunks(session, pipeline.other_versions(chunk_set.number), ids, of_backfill=of_backfill)
+
+
+def enqueue_chunks(
+    session: Session, version_ids: Iterable[int], chunk_ids: npt.NDArray[np.int64], *, of_backfill: bool
+) -> None:
+    """Let versions know of new chunks, in the transaction that writes these: so none is missed."""
+    for version_id in version_ids:
+        session.query(
+            "INSERT INTO embedline.version_queue (version_id, chunk_ids, of_backfill) VALUES ($1, $2, $3)",
+            ["bigint", "bigint[]", "boolean"],
+            version_id,
+            chunk_ids.tolist(),
+            of_backfill,
+        )
+
+
 def _place_documents(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> tuple[set[int], set[int]]:
     """Insert the document rows that there are none of yet, and lock the others as far as that can be had at once.
 
     Return the indexes of (inserted, locked). An inserted row is a lock, too: two writers of a new document meet at it.
+    None could be had where the recipe was altered, or another version serves, since this batch was read.
     """
+    if not _share_versions(session, pipeline):
+        return set(), set()
     count = len(pipeline.key_columns)
     arrays = key_columns([document.key for document in documents], count)
     placed = session.query(
@@ -256,7 +364,7 @@ def _place_documents(session: Session, pipeline: Pipeline, documents: Sequence[D
         [*pipeline.key_parameter_types, "bytea[]", "integer"],
         *arrays,
         [document.content_hash for document in documents],
-        pipeline.version.recipe,
+        pipeline.recipe,
     )[0]
     new_keys = set(zip(*(placed[column] or () for column in pipeline.key_columns), strict=True))
     fresh = {index for index, document in enumerate(documents) if document.key in new_keys}
@@ -318,16 +426,10 @@ def _unchanged(
             FROM unnest(${count + 1}::bytea[]) WITH ORDINALITY AS w (content_hash, ordinality)
             LEFT JOIN {pipeline.generated("lock")}({pipeline.key_arrays()}) AS l ON l.ordinality = w.ordinality
             WHERE l.accepted IS NOT TRUE OR l.content_hash IS DISTINCT FROM w.content_hash
-                -- The recipe was altered after this batch was chunked.
-                OR NOT EXISTS (
-                    SELECT FROM embedline.version AS v
-                    WHERE v.version_id = ${count + 2} AND v.fingerprint = ${count + 3})
             """,
-            [*pipeline.key_parameter_types, "bytea[]", "bigint", "text"],
+            [*pipeline.key_parameter_types, "bytea[]"],
             *key_columns(keys, count),
             [document.content_hash for document in documents],
-            pipeline.version.version_id,
-            pipeline.version.fingerprint,
         )
     }
     unlocked = [index for index, accepted in changed.items() if accepted is None]
@@ -358,20 +460,25 @@ def _take_back(session: Session, pipeline: Pipeline, documents: Sequence[Documen
 
 
 def _stored_chunks(
-    session: Session, pipeline: Pipeline, documents: Sequence[Document], wanted: Sequence[int]
+    session: Session, pipeline: Pipeline, documents: Sequence[Document], wanted: Sequence[int], chunk_set: ChunkSet
 ) -> dict[int, list[StoredChunk]]:
-    """Return the chunks of the documents wanted, by index; each has an entry."""
+    """Return the documents' chunks of a set, by index; each document wanted has an entry.
+
+    A chunk of the version's own set must have its vector; those of other sets get theirs later.
+    """
     if not wanted:
         return {}
     count = len(pipeline.key_columns)
+    is_own = chunk_set.number == pipeline.chunk_set.number
+    usable = f"v.chunk_id IS NOT NULL AND coalesce(d.embedded_at >= ${count + 1}::timestamptz, true)"
     rows = session.query(
         f"""
         SELECT k.ordinality, c.chunk_id, uuid_send(c.content_hash) AS digest, c.seq, c.start_offset, c.end_offset,
-            v.chunk_id IS NOT NULL AND coalesce(d.embedded_at >= ${count + 1}::timestamptz, true) AS usable
+            {usable if is_own else f"${count + 1}::text IS NOT DISTINCT FROM ${count + 1}"} AS usable
         FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
         JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "k")}
-        JOIN {pipeline.chunk} AS c ON {pipeline.key_join("c", "k")}
-        LEFT JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
+        JOIN {pipeline.chunk_table(chunk_set.number)} AS c ON {pipeline.key_join("c", "k")}
+        {f"LEFT JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id" if is_own else ""}
         """,
         [*pipeline.key_parameter_types, "text"],
         *key_columns([documents[i].key for i in wanted], count),
@@ -407,41 +514,53 @@ def _diff(
     return removed, moved, added
 
 
-def _apply(
-    session: Session,
-    pipeline: Pipeline,
-    removed: list[int],
-    moved: list[tuple[int, Chunk]],
-    added: list[tuple[Key, Chunk]],
-    known: Mapping[bytes, Vector],
-) -> None:
-    if removed:
-        session.query(f"DELETE FROM {pipeline.chunk} WHERE chunk_id = ANY ($1)", ["bigint[]"], removed)
-    if moved:
+@dataclass
+class _Changes:
+    """What a write does to one chunk set: chunk ids to delete, chunks that only moved, chunks to add."""
+
+    removed: list[int] = field(default_factory=list)
+    moved: list[tuple[int, Chunk]] = field(default_factory=list)
+    added: list[tuple[Key, Chunk]] = field(default_factory=list)
+
+    def add(self, key: Key, change: tuple[list[int], list[tuple[int, Chunk]], list[Chunk]]) -> None:
+        """Take in what `_diff` says of one document."""
+        removed, moved, added = change
+        self.removed += removed
+        self.moved += moved
+        self.added += [(key, chunk) for chunk in added]
+
+
+def _apply(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, changes: _Changes) -> npt.NDArray[np.int64]:
+    """Write the changes into the set's table; return the ids of the chunks added, in their order."""
+    table = pipeline.chunk_table(chunk_set.number)
+    if changes.removed:
+        session.query(f"DELETE FROM {table} WHERE chunk_id = ANY ($1)", ["bigint[]"], changes.removed)
+    if changes.moved:
         session.query(
             f"""
-            UPDATE {pipeline.chunk} AS c SET seq = m.seq, start_offset = m.start_offset, end_offset = m.end_offset
+            UPDATE {table} AS c SET seq = m.seq, start_offset = m.start_offset, end_offset = m.end_offset
             FROM unnest($1, $2, $3, $4) AS m (chunk_id, seq, start_offset, end_offset) WHERE c.chunk_id = m.chunk_id
             """,
             ["bigint[]", "integer[]", "integer[]", "integer[]"],
-            [chunk_id for chunk_id, _ in moved],
-            [chunk.sequence for _, chunk in moved],
-            [chunk.start for _, chunk in moved],
-            [chunk.end for _, chunk in moved],
+            [chunk_id for chunk_id, _ in changes.moved],
+            [chunk.sequence for _, chunk in changes.moved],
+            [chunk.start for _, chunk in changes.moved],
+            [chunk.end for _, chunk in changes.moved],
         )
-    if added:
-        ids = _next_chunk_ids(session, pipeline, len(added))
-        copy_rows(session, pipeline, ids, added)
-        copy_vectors(session, pipeline, ids, _matrix([known[chunk.digest] for _, chunk in added]))
+    if not changes.added:
+        return np.empty(0, dtype=np.int64)
+    ids = _next_chunk_ids(session, pipeline, chunk_set, len(changes.added))
+    copy_rows(session, pipeline, table, ids, changes.added)
+    return ids
 
 
-def _matrix(rows: list[Vector]) -> vectors.FloatMatrix:
-    # What np.stack returns, without its work on each row.
+def stacked(rows: list[Vector]) -> vectors.FloatMatrix:
+    """Return vectors as one matrix: what np.stack returns, without its work on each row."""
     return np.concatenate(rows).reshape(len(rows), -1)
 
 
-def _next_chunk_ids(session: Session, pipeline: Pipeline, count: int) -> npt.NDArray[np.int64]:
-    sequence = f"embedline_data.{quote_ident(pipeline.name + '_chunk_chunk_id_seq')}"
+def _next_chunk_ids(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, count: int) -> npt.NDArray[np.int64]:
+    sequence = pipeline.generated(f"{chunk_table_suffix(chunk_set.number)}_chunk_id_seq")
     rows = session.query(
         f"SELECT array_agg(nextval({quote_literal(sequence)}::regclass)) AS ids FROM generate_series(1, $1)",
         ["integer"],
@@ -451,7 +570,11 @@ def _next_chunk_ids(session: Session, pipeline: Pipeline, count: int) -> npt.NDA
 
 
 def copy_rows(
-    session: Session, pipeline: Pipeline, chunk_ids: npt.NDArray[np.int64], added: Sequence[tuple[Key, Chunk]]
+    session: Session,
+    pipeline: Pipeline,
+    table: str,
+    chunk_ids: npt.NDArray[np.int64],
+    added: Sequence[tuple[Key, Chunk]],
 ) -> None:
     """Write chunks with COPY in text format: keys go through their types' own input functions."""
     lines = [
@@ -461,7 +584,7 @@ def copy_rows(
     ]
     with _server_file("".join(lines).encode()) as path:
         session.execute(
-            f"COPY {pipeline.chunk} (chunk_id, {pipeline.key_list}, seq, start_offset, end_offset, content_hash, content, prefix)"
+            f"COPY {table} (chunk_id, {pipeline.key_list}, seq, start_offset, end_offset, content_hash, content, prefix)"
             f" FROM {quote_literal(path)} WITH (FORMAT text, ENCODING 'UTF8')"
         )
 
@@ -537,7 +660,7 @@ def _update_state(session: Session, pipeline: Pipeline, documents: Sequence[Docu
         [*pipeline.key_parameter_types, "bytea[]", "integer"],
         *key_columns([document.key for document in documents], count),
         [document.content_hash for document in documents],
-        pipeline.version.recipe,
+        pipeline.recipe,
     )
 
 
@@ -549,7 +672,7 @@ def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Docu
     present = {i for i, row in read_rows(session, pipeline, keys, 0).items() if row.accepted}
     gone = sorted((fresh | free) - present)
     arrays = key_columns([keys[i] for i in gone], len(pipeline.key_columns))
-    for table in (pipeline.chunk, pipeline.document) if gone else ():
+    for table in (*pipeline.chunk_tables, pipeline.document) if gone else ():
         session.query(
             f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
             f" WHERE {pipeline.key_join('t', 'k')}",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from embedline import backfill, circuit, dead_letters, documents, inbox, outbox, spending
+from embedline import circuit, documents, spending
 from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
+from embedline.catalog import ChunkSet
 from embedline.chunking import Chunker, make_chunker
 from embedline.database import Session
 from embedline.dead_letters import DeadLetter
 from embedline.documents import Document, Vector
-from embedline.embedder_pool import embedder_for, sentence_embedder
+from embedline.embedder_pool import embedder_for, let_cancel_through, sentence_embedder, wait_first
 from embedline.errors import (
     DimensionMismatch,
     EmbedlineError,
@@ -30,6 +31,7 @@ from embedline.errors import (
 from embedline.outbox import ClaimedRow
 from embedline.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
 from embedline.text import repair_text
+from embedline.work import VERSION_WORK, work_of
 
 # Content that a batch holds; what is beyond it goes back to the queue, and one larger row is read alone.
 MAX_BATCH_BYTES = 8 * 1024 * 1024
@@ -39,6 +41,8 @@ _WRITE_DOCUMENTS = 2000
 _BUSY_SECONDS = 0.1
 _MISCONFIGURED_PAUSE_SECONDS = 10.0
 _MONEY_SECONDS = 1.0
+# A cancel is looked for so often.
+_CANCEL_SECONDS = 0.1
 
 
 class Engine:
@@ -54,11 +58,33 @@ class Engine:
         # Why requests were last refused a grant; None while none was.
         self.refusal: str | None = None
 
+    def run(self, batch: Batch) -> None:
+        """Take a batch through all steps inside the caller's transaction; the statement stays cancellable."""
+        on_wait = let_cancel_through(self.session)
+        self.read(batch)
+        self.chunk(batch, now_and_then(on_wait))
+        self.submit(batch)
+        while batch.units:
+            self.start(batch)
+            if self.write_ready(batch):
+                continue
+            if batch.futures:
+                wait_first(batch.futures, on_wait)
+                continue
+            time.sleep(max(min(batch.grant_at - time.monotonic(), _CANCEL_SECONDS), 0.0))
+            on_wait()
+            if time.monotonic() >= batch.grant_at:
+                self.grant(batch)
+        self.finish(batch)
+
     def read(self, batch: Batch) -> None:
         """Read and compare; settle at once what is gone or has not changed."""
         fatal = [row for row in batch.rows if row.crash_count >= MAX_CRASHES]
         self._bury(batch, [_fatal_letter(row) for row in fatal])
         pending = [row for row in batch.rows if row.crash_count < MAX_CRASHES]
+        if batch.pipeline.is_lane:
+            VERSION_WORK.read(self.session, batch, pending, MAX_BATCH_BYTES)
+            return
         absent: list[Document] = []
         settled: list[ClaimedRow] = []
         deferred: list[ClaimedRow] = []
@@ -82,13 +108,17 @@ class Engine:
 
     def chunk(self, batch: Batch, breathe: Callable[[], None]) -> None:
         """Repair and chunk what was read. Touches no table: the resident worker holds no transaction meanwhile."""
-        if not batch.found:
+        if not batch.found or batch.pipeline.is_lane:
             return
-        chunker = self._chunker(batch, breathe)
+        chunker = self._chunker(batch, batch.pipeline.chunk_set)
+        others = {chunk_set.number: self._chunker(batch, chunk_set) for chunk_set in batch.pipeline.other_sets}
         for document in batch.found:
             if document.content is not None:
                 try:
-                    document.chunks = chunker(repair_text(document.content), breathe, document.prefix)
+                    text = repair_text(document.content)
+                    document.chunks = chunker(text, breathe, document.prefix)
+                    for number, other in others.items():
+                        document.other_chunks[number] = other(text, breathe, document.prefix)
                 except (UnusableText, ProviderError) as error:
                     document.problem = error
                 document.content = None
@@ -139,7 +169,7 @@ class Engine:
         rows = [document.row for unit in later for document in unit.documents]
         self.refusal = reason
         if rows:
-            dead_letters.note_error(self.session, batch.pipeline, reason)
+            work_of(batch).note_error(self.session, batch, reason)
             self._give_back(batch, rows, _MONEY_SECONDS, charged=False, error=reason)
 
     def start(self, batch: Batch) -> None:
@@ -183,10 +213,7 @@ class Engine:
 
     def finish(self, batch: Batch) -> None:
         """Give the claim back once all of its rows are settled."""
-        if batch.claimed_range is not None:
-            backfill.finish_range(self.session, batch.claimed_range, self.worker_id)
-        if batch.claim_id is not None:
-            inbox.finish_claim(self.session, batch.pipeline, batch.claim_id, self.worker_id)
+        work_of(batch).finish(self.session, batch, self.worker_id)
 
     # Reading
 
@@ -211,16 +238,17 @@ class Engine:
         for index, row in enumerate(rows):
             yield row, read.get(index)
 
-    def _chunker(self, batch: Batch, breathe: Callable[[], None]) -> Chunker:
+    def _chunker(self, batch: Batch, chunk_set: ChunkSet) -> Chunker:
         pipeline = batch.pipeline
         cache: dict[object, Chunker] = self.session.cache.setdefault("embedline.chunkers", {})
-        key = (pipeline.version.model.model_id, pipeline.spec)
+        # Semantic chunks are cut where the serving version's model sees the meaning change.
+        key = (chunk_set, pipeline.version.version_id if chunk_set.spec.method == "semantic" else None)
         if key not in cache:
             tokenizer = self.session.scalar(
-                "SELECT tokenizer FROM embedline.model WHERE model_id = $1", ["bigint"], pipeline.version.model.model_id
+                "SELECT tokenizer FROM embedline.chunk_set WHERE chunk_set_id = $1", ["bigint"], chunk_set.chunk_set_id
             )
             # The sentences' embedder is looked up at each use: the session's own may have been replaced.
-            cache[key] = make_chunker(pipeline.spec, tokenizer, sentence_embedder(self.session, pipeline.version))
+            cache[key] = make_chunker(chunk_set.spec, tokenizer, sentence_embedder(self.session, pipeline.version))
         return cache[key]
 
     def _lend(self, batch: Batch, found: list[Document]) -> dict[bytes, Vector]:
@@ -319,10 +347,11 @@ class Engine:
     # Writing
 
     def _write(self, batch: Batch, sound: list[Document], known: dict[bytes, Vector]) -> None:
-        result = documents.write_documents(self.session, batch.pipeline, sound, known)
+        result = work_of(batch).write(self.session, batch, sound, known)
         self._finish([sound[i].row for i in result.written], batch)
         batch.embedded_count += sum(1 for i in result.written if sound[i].chunks)
-        self._settle_absent(batch, [sound[i] for i in result.absent])
+        if not batch.pipeline.is_lane:
+            self._settle_absent(batch, [sound[i] for i in result.absent])
         if result.busy:
             self._give_back(batch, [sound[i].row for i in result.busy], _BUSY_SECONDS, charged=False, error=None)
         self._give_back_stale(batch, [sound[i] for i in result.stale])
@@ -363,7 +392,7 @@ class Engine:
         """Put a failed unit's rows back together, or give up those that have been tried often enough."""
         error = unit.error
         message = _words(error)
-        dead_letters.note_error(self.session, batch.pipeline, message)
+        work_of(batch).note_error(self.session, batch, message)
         model_id = batch.pipeline.version.model.model_id
         pause, charged = None, True
         if isinstance(error, ProviderMisconfigured):
@@ -403,26 +432,31 @@ class Engine:
     def _bury(self, batch: Batch, letters: Sequence[DeadLetter]) -> None:
         if not letters:
             return
-        wanted = [Document(letter.row, letter.content_hash) for letter in letters]
-        had = documents.take_documents(self.session, batch.pipeline, wanted)
-        given_up = [letter for i, letter in enumerate(letters) if i in had]
-        if given_up:
-            dead_letters.bury(self.session, batch.pipeline, given_up)
-            self._finish([letter.row for letter in given_up], batch)
-        busy = [letter.row for i, letter in enumerate(letters) if i not in had]
+        busy = work_of(batch).bury(self.session, batch, letters)
+        self._finish([letter.row for letter in letters if letter not in busy], batch)
         if busy:
-            self._give_back(batch, busy, _BUSY_SECONDS, charged=False, error=None)
+            self._give_back(batch, [letter.row for letter in busy], _BUSY_SECONDS, charged=False, error=None)
 
     def _give_back(
         self, batch: Batch, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
     ) -> None:
-        of_backfill = batch.claimed_range is not None
-        outbox.give_back(
-            self.session, batch.pipeline, rows, delay, charged=charged, error=error, of_backfill=of_backfill
-        )
+        work_of(batch).give_back(self.session, batch, rows, delay, charged=charged, error=error)
 
     def _finish(self, rows: Sequence[ClaimedRow], batch: Batch) -> None:
-        outbox.finish(self.session, batch.pipeline, rows, self.worker_id)
+        work_of(batch).settle(self.session, batch, rows, self.worker_id)
+
+
+def now_and_then(breathe: Callable[[], None]) -> Callable[[], None]:
+    """Return `breathe` as something that may be called as often as one likes."""
+    last = time.monotonic()
+
+    def rarely() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _CANCEL_SECONDS:
+            breathe()
+            last = time.monotonic()
+
+    return rarely
 
 
 def _is_row_fault(error: Exception) -> bool:

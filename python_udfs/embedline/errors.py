@@ -46,6 +46,18 @@ class NotFound(EmbedlineError):
     sqlstate = "42704"
 
 
+class DependentObjects(EmbedlineError):
+    """Other objects depend on it."""
+
+    sqlstate = "2BP01"
+
+
+class NotReady(EmbedlineError):
+    """What this needs is not done yet."""
+
+    sqlstate = "55000"
+
+
 class VersionSkew(EmbedlineError):
     """The Python package and the installed schema are of different versions."""
 

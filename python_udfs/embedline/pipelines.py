@@ -5,29 +5,30 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from embedline import capture
+from embedline import capture, routing
 from embedline.audit_functions import audit_function_statements
 from embedline.capture import CapturePlan, KeyColumn, SourceExpression
-from embedline.catalog import Model, Pipeline, load_model, load_pipeline
+from embedline.catalog import Model, Pipeline, chunk_table_suffix, load_model, load_pipeline, load_versions
 from embedline.chunking import ChunkingSpec, chunking_spec
 from embedline.database import Session, as_mapping, entry_point, quote_ident, quote_literal, vector_schema
 from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermitted
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
 from embedline.models import caller
+from embedline.source import Source
 
 # 46 + the longest generated suffix ("_chunk_content_hash_idx" and the like) stays within 63 bytes.
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}\Z")
 # 128 blocks are 1 MB: a claim's worth of work, and 1,000 ranges for a table of 1 GB.
 _BLOCKS_PER_RANGE = 128
 # pgvector 0.8: HNSW indexes up to 2,000 dimensions of vector and 4,000 of halfvec.
-_INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000}
+INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000}
 # Parameters that are SQL expressions over a row of the source.
 EXPRESSIONS = ("content", "filter", "document_prefix", "tenant")
-_MAX_VIEW_COLUMNS = 1600
 _DEFAULT_CHUNK_TOKENS = 256
 
 _SOURCE = """
@@ -62,10 +63,6 @@ _KEY = """
     JOIN pg_type AS b ON b.oid = a.atttypid
     ORDER BY u.position
 """
-_COLUMNS = """
-    SELECT attname FROM pg_attribute
-    WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
-"""
 _EXPRESSION = """
     SELECT pg_get_expr(conbin, conrelid) AS text FROM pg_constraint
     WHERE conrelid = 'pg_temp.embedline_check'::regclass AND contype = 'c'
@@ -85,10 +82,6 @@ _VOLATILE = """
     WHERE c.conrelid = 'pg_temp.embedline_check'::regclass AND c.contype = 'c' AND p.provolatile = 'v'
         -- A function of the user's is volatile until declared otherwise; only the known ones are refused.
         AND p.pronamespace = 'pg_catalog'::regnamespace LIMIT 1
-"""
-_VIEW_GRANTS = """
-    SELECT g.privilege_type, g.is_grantable, CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END AS grantee
-    FROM pg_class AS c, aclexplode(c.relacl) AS g WHERE c.oid = $1::oid AND g.grantee <> c.relowner
 """
 # A BEFORE UPDATE row trigger may change an input that the statement does not name: UPDATE OF would not see it.
 _BEFORE_UPDATE = """
@@ -110,23 +103,6 @@ _INSERT_RANGES = """
 """
 
 
-@dataclass(frozen=True)
-class Source:
-    """A watched table."""
-
-    oid: int
-    schema: str
-    name: str
-    owner: str
-    partitioned: bool
-    subscribed: bool
-
-    @property
-    def qualified(self) -> str:
-        """Schema and name, quoted."""
-        return f"{quote_ident(self.schema)}.{quote_ident(self.name)}"
-
-
 @entry_point
 def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     """Create everything of a pipeline; return its routing view. Takes O(blocks) of the source, embeds nothing."""
@@ -134,7 +110,7 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     role = caller(session)
     source = _load_source(session, _source_oid(session, given["source"]), role)
     model = load_model(session, given["model"])
-    _check_recipe(given, model)
+    check_recipe(given, model)
     bound_lock_wait(session)
     spec = spec_for(given["chunking"], given["chunk_tokens"], given["chunk_overlap"], given["chunking_options"], model)
     plan = _make_plan(session, name, source, given)
@@ -142,16 +118,26 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
         session.execute(statement)
     create_functions(session, plan, source)
     pipeline_id = _register(session, given, plan, source, model, spec)
-    vector_type = f"{vector_schema(session)}.{given['column_type']}({model.config.dimensions})"
-    for statement in capture.version_statements(plan, 1, vector_type):
-        session.execute(statement)
+    create_version_table(session, plan, 1, 1, given["column_type"], model.config.dimensions)
     for statement in (*capture.trigger_function_statements(plan), *capture.trigger_statements(plan)):
         session.execute(statement)
     # Only now, under the triggers' lock: no row can come between the measured size and the capture.
     insert_ranges(session, pipeline_id, source.oid)
-    _create_view(session, pipeline_id, plan, source)
-    _grant(session, plan, source)
-    return _view_name(source, plan)
+    shown = routing.shown_version(session, load_pipeline(session, name))
+    view = routing.create_routing_view(session, pipeline_id, plan, source, shown)
+    routing.create_version_view(session, load_pipeline(session, name), plan, source)
+    routing.write_serving_function(session, pipeline_id, plan, 1)
+    grant_tables(session, plan, source, [chunk_table_suffix(1), "v1"])
+    return view
+
+
+def create_version_table(
+    session: Session, plan: CapturePlan, number: int, chunk_set: int, column_type: str, dimensions: int | None
+) -> None:
+    """Create the table of a version's vectors."""
+    vector_type = f"{vector_schema(session)}.{column_type}({dimensions})"
+    for statement in capture.version_statements(plan, number, vector_type, chunk_set):
+        session.execute(statement)
 
 
 def insert_ranges(session: Session, pipeline_id: int, source_oid: int) -> None:
@@ -207,7 +193,8 @@ def _load_source(session: Session, oid: int, role: str) -> Source:
     )  # fmt: skip
 
 
-def _check_recipe(given: dict[str, Any], model: Model) -> None:
+def check_recipe(given: dict[str, Any], model: Model) -> None:
+    """Raise where parameters of a version are none, or do not fit together or the model."""
     choices = {
         "column_type": ("vector", "halfvec"),
         "distance": ("cosine", "inner_product", "l2"),
@@ -221,10 +208,10 @@ def _check_recipe(given: dict[str, Any], model: Model) -> None:
             )
     check_weight(given["weight"])
     dimensions = model.config.dimensions or 0
-    limit = _INDEX_DIMENSIONS[given["column_type"]]
+    limit = INDEX_DIMENSIONS[given["column_type"]]
     if given["index_method"] == "hnsw" and dimensions > limit:
         hint = "Use index_method => 'none', or a model of fewer dimensions."
-        if given["column_type"] == "vector" and dimensions <= _INDEX_DIMENSIONS["halfvec"]:
+        if given["column_type"] == "vector" and dimensions <= INDEX_DIMENSIONS["halfvec"]:
             hint = "Use column_type => 'halfvec', which HNSW indexes up to 4000 dimensions."
         raise InvalidParameter(
             f"HNSW indexes {given['column_type']} up to {limit} dimensions; {dimensions} are too many", hint=hint
@@ -400,41 +387,82 @@ def _register(
     pipeline_id = session.scalar(
         """
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
-            key_attributes, input_attributes, key_columns, key_types, view_columns, chunking, chunk_tokens, chunk_overlap,
-            capture, created_by, chunking_options, document_prefix_expression, tenant_expression, weight, code_version)
+            key_attributes, input_attributes, key_columns, key_types, view_columns, capture, created_by,
+            document_prefix_expression, tenant_expression, weight, code_version)
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-            (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($14) WITH ORDINALITY AS k (name, position)
+            (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($11) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-            $7, $8, '{}', $9, $10, $11, $12, $13, $15, $16, $17, $18, $19
+            $7, $8, '{}', $9, $10, $12, $13, $14, $15
         RETURNING pipeline_id
         """,
-        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "integer", "integer", "text", "text",
-         "name[]", "jsonb", "text", "text", "double precision", "integer"],
+        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "name[]", "text", "text",
+         "double precision", "integer"],
         plan.name, source.oid, given["content"], given["filter"], given["expression_search_path"],
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
-        spec.method, spec.tokens, spec.overlap, plan.capture, caller(session),
-        [name for name, _ in plan.expression_columns], json.dumps(dict(spec.options)), given["document_prefix"],
+        plan.capture, caller(session), [name for name, _ in plan.expression_columns], given["document_prefix"],
         given["tenant"], given["weight"], capture.CODE_VERSION,
     )  # fmt: skip
+    insert_chunk_set(session, pipeline_id, 1, spec, model)
     fingerprint = version_fingerprint(model, given["column_type"], given["distance"], spec, given["document_prefix"])
-    version_id = session.scalar(
-        """
-        INSERT INTO embedline.version (pipeline_id, number, model_id, dimensions, column_type, distance, index_method,
-            index_options, fingerprint)
-        VALUES ($1, 1, $2, $3, $4, $5, $6, $7, $8) RETURNING version_id
-        """,
-        ["bigint", "bigint", "integer", "text", "text", "text", "jsonb", "text"],
-        pipeline_id, model.model_id, model.config.dimensions, given["column_type"], given["distance"],
-        given["index_method"], json.dumps(dict(as_mapping(given["index_options"]))), fingerprint,
-    )  # fmt: skip
+    version_id = insert_version(session, pipeline_id, 1, 1, model, given, fingerprint)
     session.query(
-        "UPDATE embedline.pipeline SET serving_version_id = $2 WHERE pipeline_id = $1",
-        ["bigint", "bigint"], pipeline_id, version_id,
+        "UPDATE embedline.pipeline SET serving_version_id = $2, recipe = $3 WHERE pipeline_id = $1",
+        ["bigint", "bigint", "integer"], pipeline_id, version_id, recipe_stamp([fingerprint]),
     )  # fmt: skip
     session.query("INSERT INTO embedline.pipeline_health (pipeline_id) VALUES ($1)", ["bigint"], pipeline_id)
     return int(pipeline_id)
+
+
+def insert_chunk_set(session: Session, pipeline_id: int, number: int, spec: ChunkingSpec, model: Model) -> None:
+    """Register a way of chunking, whose tokens are those of `model`."""
+    session.query(
+        """
+        INSERT INTO embedline.chunk_set (pipeline_id, number, chunking, chunk_tokens, chunk_overlap, chunking_options, tokenizer)
+        SELECT $1, $2, $3, $4, $5, $6, m.tokenizer FROM embedline.model AS m WHERE m.model_id = $7
+        """,
+        ["bigint", "integer", "text", "integer", "integer", "jsonb", "bigint"],
+        pipeline_id, number, spec.method, spec.tokens, spec.overlap, json.dumps(dict(spec.options)), model.model_id,
+    )  # fmt: skip
+
+
+def insert_version(
+    session: Session,
+    pipeline_id: int,
+    number: int,
+    chunk_set: int,
+    model: Model,
+    given: dict[str, Any],
+    fingerprint: str,
+) -> int:
+    """Register a version with the recipe's parameters; return its id."""
+    return int(
+        session.scalar(
+            """
+            INSERT INTO embedline.version (pipeline_id, number, chunk_set, model_id, dimensions, column_type, distance,
+                index_method, index_options, fingerprint)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) RETURNING version_id
+            """,
+            ["bigint", "integer", "integer", "bigint", "integer", "text", "text", "text", "jsonb", "text"],
+            pipeline_id,
+            number,
+            chunk_set,
+            model.model_id,
+            model.config.dimensions,
+            given["column_type"],
+            given["distance"],
+            given["index_method"],
+            json.dumps(dict(as_mapping(given["index_options"]))),
+            fingerprint,
+        )
+    )
+
+
+def recipe_stamp(fingerprints: Sequence[str]) -> int:
+    """Return the stamp of documents that are cut as these fingerprints ask for, as PostgreSQL's integer."""
+    text = fingerprints[0] if len(fingerprints) == 1 else recipe_fingerprint({"fingerprints": list(fingerprints)})
+    return int.from_bytes(bytes.fromhex(text[:8]), "big", signed=True)
 
 
 def version_fingerprint(
@@ -449,48 +477,14 @@ def version_fingerprint(
     })  # fmt: skip
 
 
-def _view_name(source: Source, plan: CapturePlan) -> str:
-    return f"{quote_ident(source.schema)}.{quote_ident(plan.name + '_embedding')}"
+def grant_tables(session: Session, plan: CapturePlan, source: Source, suffixes: Sequence[str]) -> None:
+    """Let readers and the source's owner read generated tables, through the views.
 
-
-def _create_view(session: Session, pipeline_id: int, plan: CapturePlan, source: Source) -> None:
-    view = _view_name(source, plan)
-    if session.scalar("SELECT to_regclass($1)::text", ["text"], view) is not None:
-        raise AlreadyExists(
-            f"{view} exists already", hint="Choose another pipeline name: its routing view is <name>_embedding."
-        )
-    names = [str(row["attname"]) for row in session.query(_COLUMNS, ["bigint"], source.oid)]
-    if len(names) + len(capture.CHUNK_COLUMNS) > _MAX_VIEW_COLUMNS:
-        session.plpy.notice(
-            f"routing view {view} shows only the key of {source.qualified}: a view has at most {_MAX_VIEW_COLUMNS} columns"
-        )
-        names = [key.source_name for key in plan.keys]
-    view_columns = {column: _free_name(column, names) for column in capture.CHUNK_COLUMNS}
-    columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
-    view_columns |= {key.name: key.source_name for key in plan.keys}
-    session.execute(f"CREATE VIEW {view} WITH (security_invoker = true) AS {capture.view_query(plan, columns, 1)}")
-    session.execute(f"ALTER VIEW {view} OWNER TO {quote_ident(source.owner)}")
-    comment = f"Embedline pipeline {plan.name}: each row of {source.qualified} with its chunks and their embeddings"
-    session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
-    session.query(
-        "UPDATE embedline.pipeline SET routing_view = $2::regclass, view_columns = $3 WHERE pipeline_id = $1",
-        ["bigint", "text", "jsonb"], pipeline_id, view, json.dumps(view_columns),
-    )  # fmt: skip
-
-
-def _free_name(column: str, taken: list[str]) -> str:
-    name = column
-    while name in taken:
-        name = f"embedline_{name}"
-    return name
-
-
-def _grant(session: Session, plan: CapturePlan, source: Source) -> None:
-    # The view runs with its reader's rights (security_invoker), so the source's own grants and row-level security decide
-    # at each query, also those given later. Readers have no USAGE on embedline_data: they cannot name the tables directly.
-    tables = f"{plan.generated('chunk')}, {plan.generated('v1')}"
+    The views run with their reader's rights (security_invoker), so the source's own grants and row-level security decide at
+    each query, also those given later. Readers have no USAGE on embedline_data: they cannot name the tables directly.
+    """
+    tables = ", ".join(plan.generated(suffix) for suffix in suffixes)
     session.execute(f"GRANT SELECT ON {tables} TO embedline_reader, {quote_ident(source.owner)}")
-    session.execute(f"GRANT SELECT ON {_view_name(source, plan)} TO embedline_reader")
 
 
 def require_control(session: Session, name: str) -> None:
@@ -523,24 +517,21 @@ def drop_pipeline(session: Session, name: str) -> None:
         ["text"], name,
     ):  # fmt: skip
         session.execute(f"DROP TRIGGER {row['trigger']} ON {row['source']}")
-    view = session.scalar(
-        "SELECT c.oid::regclass::text FROM embedline.pipeline AS p"
-        " JOIN pg_class AS c ON c.oid = p.routing_view WHERE p.name = $1",
-        ["text"], name,
-    )  # fmt: skip
-    if view is not None:
-        session.execute(f"DROP VIEW {view}")
-    numbers = session.query(
-        "SELECT v.number FROM embedline.version AS v JOIN embedline.pipeline AS p USING (pipeline_id) WHERE p.name = $1",
-        ["text"], name,
-    )  # fmt: skip
     pipeline = load_pipeline(session, name)
-    for row in generated_functions(session, name, (*capture.FUNCTIONS, *capture.TRIGGER_FUNCTIONS)):
+    versions = load_versions(session, name)
+    for oid in (pipeline.view_oid, *(version.version.view_oid for version in versions)):
+        view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], oid)
+        if view is not None:
+            session.execute(f"DROP VIEW {view}")
+    for row in generated_functions(session, name, (*capture.FUNCTIONS, *capture.TRIGGER_FUNCTIONS, "serving")):
         session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")
-    for version in numbers:
-        session.execute(f"DROP TABLE IF EXISTS {pipeline.generated('v' + str(version['number']))}")
-    tables = ", ".join(pipeline.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document", "chunk"))
-    session.execute(f"DROP TABLE IF EXISTS {tables}")
+    for version in versions:
+        session.execute(f"DROP TABLE IF EXISTS {version.vectors}")
+    tables = [
+        *(pipeline.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document")),
+        *pipeline.chunk_tables,
+    ]
+    session.execute(f"DROP TABLE IF EXISTS {', '.join(tables)}")
     session.query("DELETE FROM embedline.pipeline WHERE name = $1", ["text"], name)
 
 
@@ -558,7 +549,7 @@ def refresh_pipeline(session: Session, name: str) -> None:
     bound_lock_wait(session)
     pipeline = load_pipeline(session, name)
     plan, source = current_plan(session, pipeline)
-    _refresh_view(session, pipeline.pipeline_id, plan, source, pipeline.view_oid, pipeline.view_columns)
+    routing.refresh_views(session, pipeline, plan, source)
     _refresh_update_trigger(session, plan, source)
     rewrite_trigger_functions(session, plan)
     # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
@@ -613,59 +604,13 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
         for row, column, key_type in zip(key_rows, pipeline.key_columns, pipeline.key_types, strict=True)
     )
     inputs = SourceExpression("", tuple((str(row["attname"]), "") for row in input_rows))
-    return CapturePlan(pipeline.name, source.qualified, keys, inputs, None, str(first["capture"])), source
+    plan = CapturePlan(pipeline.name, source.qualified, keys, inputs, None, str(first["capture"]))
+    return replace(plan, chunk_sets=chunk_set_numbers(pipeline)), source
 
 
-def _refresh_view(
-    session: Session,
-    pipeline_id: int,
-    plan: CapturePlan,
-    source: Source,
-    view_oid: int | None,
-    view_columns: dict[str, str],
-) -> None:
-    number = int(
-        session.scalar(
-            "SELECT v.number FROM embedline.pipeline AS p"
-            " JOIN embedline.version AS v ON v.version_id = p.serving_version_id WHERE p.pipeline_id = $1",
-            ["bigint"],
-            pipeline_id,
-        )
-    )
-    view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], view_oid)
-    if view is None:
-        _create_view(session, pipeline_id, plan, source)
-        _grant(session, plan, source)
-        return
-    of_chunk = {view_columns[column]: column for column in capture.CHUNK_COLUMNS}
-    # A renamed source column keeps the name it had in the view: pg_depend tells which column it shows.
-    shown = session.query(
-        """
-        SELECT v.attname AS name FROM pg_attribute AS v WHERE v.attrelid = $1::oid AND v.attnum > 0 ORDER BY v.attnum
-        """,
-        ["bigint"], view_oid,
-    )  # fmt: skip
-    columns = [str(row["attname"]) for row in session.query(_COLUMNS, ["bigint"], source.oid)]
-    existing = [str(row["name"]) for row in shown]
-    if all(column in existing for column in columns):
-        return
-    renamed = [name for name in existing if name not in columns and name not in of_chunk]
-    if renamed:
-        # CREATE OR REPLACE VIEW cannot rename; the view is made anew where nothing depends on it, with its grants.
-        grants = session.query(_VIEW_GRANTS, ["bigint"], view_oid)
-        session.execute(f"DROP VIEW {view}")
-        _create_view(session, pipeline_id, plan, source)
-        _grant(session, plan, source)
-        for grant in grants:
-            option = " WITH GRANT OPTION" if grant["is_grantable"] else ""
-            session.execute(
-                f"GRANT {grant['privilege_type']} ON {_view_name(source, plan)} TO {grant['grantee']}{option}"
-            )
-        return
-    layout = [(of_chunk.get(name, name), name, name in of_chunk) for name in existing]
-    layout += [(column, column, False) for column in columns if column not in existing]
-    query = capture.view_query(plan, layout, number)
-    session.execute(f"CREATE OR REPLACE VIEW {view} WITH (security_invoker = true) AS {query}")
+def chunk_set_numbers(pipeline: Pipeline) -> tuple[int, ...]:
+    """Return the numbers of the pipeline's chunk sets."""
+    return tuple(sorted(chunk_set.number for chunk_set in (pipeline.chunk_set, *pipeline.other_sets)))
 
 
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Literal
 
-from embedline import backfill, claiming, dead_letters, documents, indexing, pressure, schedule
+from embedline import backfill, claiming, documents, indexing, pressure, schedule, version_queue
 from embedline.batch import Batch, Unit
-from embedline.catalog import Pipeline, load_active_pipelines, load_all_pipelines
+from embedline.catalog import Pipeline, load_active_pipelines, load_all_pipelines, load_lanes
 from embedline.claiming import Claimant
 from embedline.database import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, Session, quote_literal
 from embedline.embedders import EmbeddingBlock
 from embedline.engine import Engine
 from embedline.pacing import Pace
 from embedline.settings import load_settings
+from embedline.work import work_of
 
 Step = Literal["begin", "claim", "is_waiting", "report", "read", "submit", "write", "abandon", "end"]
 
@@ -100,7 +101,10 @@ class ResidentWorker:
         if self.report() == "stop":
             return "stop"
         started = time.monotonic()
-        self._pipelines = load_active_pipelines(session, self.pipeline_name)
+        self._pipelines = [
+            *load_active_pipelines(session, self.pipeline_name),
+            *load_lanes(session, self.pipeline_name),
+        ]
         self.current = self.claimant.claim(
             self._with_room(self._pipelines), lambda pipeline: self._pace(pipeline).rows, is_idle=not self.batches
         )
@@ -113,7 +117,8 @@ class ResidentWorker:
         if started >= self._maintain_at:
             for pipeline in self._pipelines:
                 self.claimant.asking = pipeline
-                indexing.maintain(session, pipeline)
+                if not pipeline.is_lane:
+                    indexing.maintain(session, pipeline)
             self._maintain_at = started + _MAINTENANCE_SECONDS
         return "idle"
 
@@ -122,10 +127,12 @@ class ResidentWorker:
             return False
         self.claimant.asking = pipeline
         session = self.engine.session
+        if pipeline.is_lane:
+            return version_queue.close(session, pipeline)
         return documents.can_hold_source(session, pipeline) and backfill.close_backfill(session, pipeline)
 
     def _is_asleep(self, pipeline: Pipeline) -> bool:
-        return self._asleep.get(pipeline.pipeline_id, 0.0) > time.monotonic()
+        return self._asleep.get(pipeline.lane_id, 0.0) > time.monotonic()
 
     def step(self, step: Step) -> str:
         """Do one step of a batch."""
@@ -135,10 +142,15 @@ class ResidentWorker:
         elif step == "write":
             return "written" if self._write() else "waiting"
         elif self.current is not None:
-            if not documents.can_hold_source(self.engine.session, self.current.pipeline):
+            if not self._can_write(self.current.pipeline):
                 return "busy"
             getattr(self.engine, step)(self.current)
         return "done"
+
+    def _can_write(self, pipeline: Pipeline) -> bool:
+        # A version's lane does not touch the source; it meets a TRUNCATE at the chunks, where the truncating statement
+        # comes last.
+        return documents.can_hold_source(self.engine.session, pipeline)
 
     def _limit_lock_waits(self, timeout: str) -> None:
         self.engine.session.execute(f"SET LOCAL lock_timeout = {quote_literal(timeout)}")
@@ -160,12 +172,12 @@ class ResidentWorker:
         if batch is None:
             return
         batch.longest_write = max(batch.longest_write, seconds)
-        self._pauses.pop(batch.pipeline.pipeline_id, None)
+        self._pauses.pop(batch.pipeline.lane_id, None)
         if batch.units:
             return
         self.batches.remove(batch)
         self.current = None
-        self._written[batch.pipeline.pipeline_id] += batch.embedded_count
+        self._written[batch.pipeline.lane_id] += batch.embedded_count
         self._write_seconds = batch.longest_write
         if batch.answered_at:
             self._embed_seconds = batch.answered_at - batch.claimed_at
@@ -174,14 +186,18 @@ class ResidentWorker:
     def is_waiting(self) -> bool:
         """Whether rows are queued that will be embedded without anybody's doing: not those that a budget holds back."""
         session = self.engine.session
-        ours = [p.name for p in self._pipelines if p.pipeline_id not in self.claimant.out_of_money]
+        able = [p for p in self._pipelines if p.lane_id not in self.claimant.out_of_money]
+        ours = [p.name for p in able if not p.is_lane]
+        lanes = [p.version.version_id for p in able if p.is_lane]
         self._limit_lock_waits(_LOCK_TIMEOUT)
         try:
             found = session.scalar(
+                "SELECT EXISTS (SELECT FROM embedline.version_queue WHERE version_id = ANY ($2)) OR ("
                 "SELECT bool_or(pending > 0 OR backfill_done < backfill_total) FROM embedline.status"
-                " WHERE state = 'active' AND pipeline = ANY ($1)",
-                ["text[]"],
+                " WHERE state = 'active' AND pipeline = ANY ($1))",
+                ["text[]", "bigint[]"],
                 ours,
+                lanes,
             )
         except Exception as error:
             # Somebody has locked a table of it; then there will be something to look at.
@@ -211,14 +227,14 @@ class ResidentWorker:
     def put_off(self, pipeline: Pipeline) -> None:
         """Claim nothing of a pipeline for a while: something about it fails, and the others must not wait for it."""
         pause, _ = self._next_pause(pipeline)
-        self._asleep[pipeline.pipeline_id] = time.monotonic() + pause
+        self._asleep[pipeline.lane_id] = time.monotonic() + pause
 
     def _next_pause(self, pipeline: Pipeline) -> tuple[float, float]:
         """Return the seconds to wait after another failure of a pipeline in a row, and all seconds waited with them."""
         shortest, longest = _PUT_OFF_SECONDS
-        last, total = self._pauses.get(pipeline.pipeline_id, (0.0, 0.0))
+        last, total = self._pauses.get(pipeline.lane_id, (0.0, 0.0))
         pause = min(max(2 * last, shortest), longest)
-        self._pauses[pipeline.pipeline_id] = pause, total + pause
+        self._pauses[pipeline.lane_id] = pause, total + pause
         return pause, total + pause
 
     def abandon_current(self) -> None:
@@ -252,6 +268,7 @@ class ResidentWorker:
             except Exception as error:
                 if getattr(error, "sqlstate", None) not in (LOCK_NOT_AVAILABLE, UNDEFINED_TABLE):
                     raise
+        version_queue.release(self.engine.session, self.worker_id)
         for future in self.futures:
             future.cancel()
         self.batches, self.current = [], None
@@ -260,7 +277,7 @@ class ResidentWorker:
     def note_error(self, message: str) -> None:
         """Show an error of the batch in work in embedline.status."""
         if self.current is not None:
-            dead_letters.note_error(self.engine.session, self.current.pipeline, message)
+            work_of(self.current).note_error(self.engine.session, self.current, message)
 
     def _write(self) -> bool:
         now = time.monotonic()
@@ -269,7 +286,7 @@ class ResidentWorker:
             if not self._has_work(batch, now):
                 continue
             self.current = batch
-            if not documents.can_hold_source(self.engine.session, batch.pipeline):
+            if not self._can_write(batch.pipeline):
                 batch.write_at = now + _PUT_OFF_SECONDS[0]
                 continue
             wrote = False
@@ -309,7 +326,7 @@ class ResidentWorker:
         return [pipeline for pipeline in pipelines if has_room(pipeline) and not self._is_asleep(pipeline)]
 
     def _pace(self, pipeline: Pipeline) -> Pace:
-        return self._paces.setdefault(pipeline.pipeline_id, Pace(self.settings))
+        return self._paces.setdefault(pipeline.lane_id, Pace(self.settings))
 
     @property
     def is_report_due(self) -> bool:
@@ -335,8 +352,8 @@ class ResidentWorker:
             for pace in self._paces.values():
                 pace.slow_down()
         for pipeline in self._pipelines:
-            if documents.analyze_grown(session, pipeline, self._written[pipeline.pipeline_id]):
-                self._written[pipeline.pipeline_id] = 0
+            if documents.analyze_grown(session, pipeline, self._written[pipeline.lane_id]):
+                self._written[pipeline.lane_id] = 0
         session.query(
             """
             UPDATE embedline.worker SET batch_rows = $2, requests_in_flight = $3, claim_seconds = $4, embed_seconds = $5,

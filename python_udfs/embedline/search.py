@@ -6,7 +6,8 @@ import math
 from array import array
 from typing import Any
 
-from embedline.catalog import Pipeline, load_pipeline
+from embedline import routing
+from embedline.catalog import Pipeline, load_pipeline, load_version
 from embedline.database import Session, entry_point, quote_ident, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors, NotFound
@@ -20,7 +21,12 @@ _OVERFETCH = 4
 @entry_point
 def embed_query(session: Session, pipeline_name: str, query: str) -> str:
     """Return the query's vector in pgvector's text form, made by the model of the version that serves."""
-    return _embed(session, load_pipeline(session, pipeline_name), query)
+    pipeline = load_pipeline(session, pipeline_name)
+    shown = routing.serving_number(session, pipeline_name)
+    if shown is not None and shown != pipeline.version.number:
+        # The view was cut over after this transaction's snapshot was taken; the statement reads the view as it is now.
+        pipeline = load_version(session, pipeline_name, shown)
+    return _embed(session, pipeline, query)
 
 
 @entry_point
@@ -75,10 +81,12 @@ def _embed(session: Session, pipeline: Pipeline, query: str | None) -> str:
 
 
 def _search_statement(session: Session, pipeline: Pipeline) -> str:
-    view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.view_oid)
+    view = session.scalar(
+        "SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.version.view_oid
+    )
     if view is None:
         raise NotFound(
-            f'the routing view of pipeline "{pipeline.name}" is gone',
+            f'the view of version {pipeline.version.number} of pipeline "{pipeline.name}" is gone',
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
         )
     version, schema, names = pipeline.version, vector_schema(session), pipeline.view_columns

@@ -13,15 +13,17 @@ from embedline.pacing import PacingLimits
 
 @dataclass(frozen=True)
 class Settings(PacingLimits):
-    """Settings of the workers; see the table in docs/operations.md.
+    """Settings; see the table in docs/operations.md.
 
-    `live_share` is the part of batches that live changes have at most while a backfill has work. The last two are the
+    `live_share` is the part of batches that live changes have at most while a backfill has work. The next two are the
     limits at which workers take less on: seconds a replica lags, and the age of the oldest snapshot in transactions.
+    `rollback_window_hours` is how long the version that served before is kept after a cutover.
     """
 
     live_share: float = 0.8
     max_replication_lag_seconds: float = 30.0
     max_xmin_age: int = 10_000_000
+    rollback_window_hours: float = 48.0
 
 
 # Smallest and largest value of each.
@@ -33,6 +35,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "live_share": (0, 1),
     "max_replication_lag_seconds": (0, 86_400),
     "max_xmin_age": (1, 2_000_000_000),
+    "rollback_window_hours": (0, 8760),
 }
 _WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
 

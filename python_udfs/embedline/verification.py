@@ -145,7 +145,7 @@ def _against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[
         """,
         ["bigint", "integer", "boolean", "bigint"],
         pipeline.version.version_id,
-        pipeline.version.recipe,
+        pipeline.recipe,
         repair,
         QUEUED_ROWS,
     )

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 
-from embedline import backfill, circuit, documents, indexing
+from embedline import backfill, circuit, documents, indexing, version_queue
 from embedline.batch import Batch
-from embedline.catalog import Pipeline, load_active_pipelines
+from embedline.catalog import Pipeline, load_active_pipelines, load_lanes
 from embedline.claiming import Claimant
 from embedline.database import (
     SLOT_LOCK_CLASS,
@@ -23,8 +23,7 @@ from embedline.database import (
     entry_point,
     prepare_environment,
 )
-from embedline.embedder_pool import let_cancel_through, wait_first
-from embedline.engine import Engine
+from embedline.engine import Engine, now_and_then
 from embedline.errors import InvalidParameter
 from embedline.resident import ResidentWorker, Step
 
@@ -59,7 +58,8 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
         # The sweep that closes a backfill found rows.
         pass
     for pipeline in run.pipelines():
-        indexing.maintain(session, pipeline)
+        if not pipeline.is_lane:
+            indexing.maintain(session, pipeline)
         if circuit.is_open(session, pipeline.version.model.model_id):
             session.plpy.warning(f'model "{pipeline.version.model.config.name}" is unavailable; its rows stay queued')
     if run.refusal is not None:
@@ -82,7 +82,10 @@ class _Run:
 
     def pipelines(self) -> list[Pipeline]:
         """The pipelines that are embedded."""
-        return load_active_pipelines(self._session, self._pipeline_name)
+        return [
+            *load_active_pipelines(self._session, self._pipeline_name),
+            *load_lanes(self._session, self._pipeline_name),
+        ]
 
     @property
     def refusal(self) -> str | None:
@@ -110,43 +113,21 @@ class _Run:
 
     def close_backfills(self) -> bool:
         """Close the backfills that are read through; True where there turns out to be more to do."""
-        return any([backfill.close_backfill(self._session, pipeline) for pipeline in self.pipelines()])
+        return any(
+            [
+                version_queue.close(self._session, pipeline)
+                if pipeline.is_lane
+                else backfill.close_backfill(self._session, pipeline)
+                for pipeline in self.pipelines()
+            ]
+        )
 
     def _embed_batch(self, batch: Batch) -> int:
-        on_wait = let_cancel_through(self._session)
-        engine = self._engine
-        engine.read(batch)
-        engine.chunk(batch, _now_and_then(on_wait))
-        engine.submit(batch)
-        while batch.units:
-            engine.start(batch)
-            if engine.write_ready(batch):
-                continue
-            if batch.futures:
-                wait_first(batch.futures, on_wait)
-                continue
-            time.sleep(max(min(batch.grant_at - time.monotonic(), _CANCEL_SECONDS), 0.0))
-            on_wait()
-            if time.monotonic() >= batch.grant_at:
-                engine.grant(batch)
-        engine.finish(batch)
-        self._written[batch.pipeline.pipeline_id] += batch.embedded_count
-        if documents.analyze_grown(self._session, batch.pipeline, self._written[batch.pipeline.pipeline_id]):
-            self._written[batch.pipeline.pipeline_id] = 0
+        self._engine.run(batch)
+        self._written[batch.pipeline.lane_id] += batch.embedded_count
+        if documents.analyze_grown(self._session, batch.pipeline, self._written[batch.pipeline.lane_id]):
+            self._written[batch.pipeline.lane_id] = 0
         return batch.embedded_count
-
-
-def _now_and_then(breathe: Callable[[], None]) -> Callable[[], None]:
-    """Return `breathe` as something that may be called as often as one likes."""
-    last = time.monotonic()
-
-    def rarely() -> None:
-        nonlocal last
-        if time.monotonic() - last >= _CANCEL_SECONDS:
-            breathe()
-            last = time.monotonic()
-
-    return rarely
 
 
 @entry_point
@@ -322,7 +303,7 @@ def _take_in(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
         plpy.commit()
         if is_done:
             # Chunking a large document takes seconds: no transaction is open, and a cancel gets through.
-            resident.chunk(_now_and_then(lambda: _breathe(plpy)))
+            resident.chunk(now_and_then(lambda: _breathe(plpy)))
             is_done = _step(plpy, cache, "submit") == "done"
             plpy.commit()
         if is_done:

@@ -68,3 +68,22 @@ embedline.schedule_nightly(time, boolean),
 embedline._nightly_step(text, text, boolean, text)
 TO embedline_admin;
 GRANT EXECUTE ON PROCEDURE embedline.run_nightly(boolean) TO embedline_admin;
+
+-- Versions: whoever owns a source upgrades its model; readers see how far it is.
+GRANT SELECT ON
+embedline.chunk_set, embedline.versions, embedline.precision_index, embedline.traffic, embedline.traffic_tenant
+TO embedline_reader, embedline_worker;
+GRANT SELECT ON
+embedline.version_queue, embedline.version_dead_letter, embedline.evaluation, embedline.cutover, embedline.shadow_read
+TO embedline_admin;
+GRANT EXECUTE ON FUNCTION embedline._version_counts(text, integer, integer) TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION
+embedline.add_embedding_version(
+    text, text, text, text, text, jsonb, text, integer, integer, jsonb, text, integer
+),
+embedline.configure_backfill(text, integer, text, integer),
+embedline.accept_dead_letters(text, integer),
+embedline.cutover(text, integer, text),
+embedline.rollback(text),
+embedline.drop_embedding_version(text, integer, interval)
+TO embedline_admin;

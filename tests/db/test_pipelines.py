@@ -328,12 +328,13 @@ def test_a_refresh_after_a_rename_keeps_grants_too(source: psycopg.Connection, m
 def test_a_refresh_makes_a_dropped_view_anew(source: psycopg.Connection) -> None:
     create_pipeline(source)
     settle(source)
-    source.execute("DROP VIEW page_embedding")
-    with pytest.raises(errors.UndefinedObject, match="routing view") as caught:
+    source.execute("DROP VIEW page_embedding, page_embedding_v1")
+    with pytest.raises(errors.UndefinedObject, match="view of version 1") as caught:
         searching(source, "page", "rivers")
     assert "refresh_pipeline" in (caught.value.diag.message_hint or "")
     source.execute("SELECT embedline.refresh_pipeline('page')")
     assert len(searching(source, "page", "rivers", k=3)) == 3
+    assert scalar(source, "SELECT count(*) FROM page_embedding") == 20
 
 
 def test_dropping_leaves_the_source_as_it_was(source: psycopg.Connection) -> None:

@@ -1,0 +1,78 @@
+"""Whether a version may be indexed and may serve: counted in its tables now, not taken from what workers said."""
+
+from __future__ import annotations
+
+from embedline.catalog import Pipeline
+from embedline.database import Session, quote_ident
+from embedline.errors import NotReady
+
+# Keys of quarantined rows that an error names.
+_SHOWN_KEYS = 5
+
+_DEAD_LETTERS = """
+    SELECT count(*) AS count, count(*) FILTER (WHERE accepted_by IS NULL) AS open,
+        (array_agg(key::text ORDER BY chunk_id) FILTER (WHERE accepted_by IS NULL))[1:$2] AS keys
+    FROM embedline.version_dead_letter WHERE version_id = $1
+"""
+
+
+def missing_chunks(session: Session, pipeline: Pipeline) -> int:
+    """Count the chunks of the version's chunk set that have no vector, are not queued as new, and no dead letter."""
+    return int(
+        session.scalar(
+            f"""
+            SELECT count(*) FROM {pipeline.chunk} AS c
+            WHERE NOT EXISTS (SELECT FROM {pipeline.vectors} AS v WHERE v.chunk_id = c.chunk_id)
+                AND NOT EXISTS (SELECT FROM embedline.version_dead_letter AS d
+                    WHERE d.version_id = $1 AND d.chunk_id = c.chunk_id)
+                AND c.chunk_id NOT IN (SELECT u.chunk_id FROM embedline.version_queue AS q
+                    CROSS JOIN LATERAL unnest(q.chunk_ids) AS u (chunk_id)
+                    WHERE q.version_id = $1 AND NOT q.of_backfill)
+            """,
+            ["bigint"],
+            pipeline.version.version_id,
+        )
+    )
+
+
+def require_coverage(session: Session, pipeline: Pipeline) -> None:
+    """Raise unless every chunk has its vector, or a dead letter that somebody has accepted.
+
+    Not unless the queue is empty: under steady writes it never is, and what is new in it is on its way.
+    """
+    name, number, version = pipeline.name, pipeline.version.number, pipeline.version
+    progress = f"SELECT * FROM embedline.versions WHERE pipeline = '{name}' AND version = {number};"
+    if version.state != "complete":
+        raise NotReady(
+            f'version {number} of pipeline "{name}" is still being filled', hint=f"{progress} shows how far it is."
+        )
+    missing = missing_chunks(session, pipeline)
+    if missing:
+        raise NotReady(
+            f'version {number} of pipeline "{name}" lacks {missing} vectors',
+            hint=f"SELECT * FROM embedline.verify('{name}', repair => true); has them embedded.",
+        )
+    dead = session.query(_DEAD_LETTERS, ["bigint", "integer"], version.version_id, _SHOWN_KEYS)[0]
+    if dead["open"]:
+        raise NotReady(
+            f'version {number} of pipeline "{name}" could not embed {dead["open"]} chunks',
+            detail=f"Of rows {', '.join(dead['keys'])}{' and others' if dead['open'] > _SHOWN_KEYS else ''}.",
+            hint=f"SELECT embedline.accept_dead_letters('{name}', {number}); goes without them.",
+        )
+    if dead["count"] and session.scalar(f"SELECT 1 FROM {pipeline.vectors} LIMIT 1") is None:
+        raise NotReady(
+            f'version {number} of pipeline "{name}" has no vector at all', hint=f"{progress} shows the last error."
+        )
+
+
+def require_index(session: Session, pipeline: Pipeline) -> None:
+    """Raise where the version is to have an index and has no valid one."""
+    name, number = pipeline.name, pipeline.version.number
+    if pipeline.version.index_method == "none":
+        return
+    index = f"embedline_data.{quote_ident(f'{name}_v{number}_embedding_idx')}"
+    if not session.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)", ["text"], index):
+        raise NotReady(
+            f'version {number} of pipeline "{name}" has no valid vector index',
+            hint=f"SELECT embedline.build_vector_index('{name}', {number});",
+        )

@@ -1,0 +1,307 @@
+"""The views of a pipeline: the routing view, which shows the serving version, and one view for each version alone.
+
+Everything that ranks by a version that it has chosen itself (search, evaluate, shadow reads) reads that version's view: so
+it never meets another model's vectors, whatever is cut over meanwhile. The routing view is for the users' own statements.
+A statement that has locked it keeps the version that it shows to the end of its transaction; `serving_number` tells
+embed_query which one that is, past the snapshot, as the view's definition is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from embedline import capture
+from embedline.capture import CapturePlan, ShownVersion
+from embedline.catalog import Pipeline, load_versions
+from embedline.database import Session, quote_ident, quote_literal, vector_schema
+from embedline.errors import AlreadyExists, DependentObjects
+from embedline.source import Source
+
+_MAX_VIEW_COLUMNS = 1600
+_SOURCE_COLUMNS = """
+    SELECT attname FROM pg_attribute
+    WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+"""
+_VIEW = """
+    SELECT c.oid::regclass::text AS name, n.nspname, c.relname, pg_get_userbyid(c.relowner) AS owner,
+        coalesce(c.reloptions, '{}') AS options, obj_description(c.oid, 'pg_class') AS comment,
+        (SELECT a.atttypid::regtype::text FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = $2) AS type,
+        (SELECT a.atttypmod FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = $2) AS typmod,
+        (SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute AS a
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = $1::oid
+"""
+# Grants on the view and on single columns of it.
+_GRANTS = """
+    SELECT g.privilege_type, g.is_grantable, NULL::text AS column,
+        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END AS grantee
+    FROM pg_class AS c, aclexplode(c.relacl) AS g WHERE c.oid = $1::oid AND g.grantee <> c.relowner
+    UNION ALL
+    SELECT g.privilege_type, g.is_grantable, quote_ident(a.attname),
+        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END
+    FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid, aclexplode(a.attacl) AS g
+    WHERE c.oid = $1::oid AND g.grantee <> c.relowner
+"""
+_COLUMN_COMMENTS = """
+    SELECT quote_ident(a.attname) AS column, col_description(a.attrelid, a.attnum) AS comment FROM pg_attribute AS a
+    WHERE a.attrelid = $1::oid AND a.attnum > 0 AND col_description(a.attrelid, a.attnum) IS NOT NULL
+"""
+# What DROP VIEW would refuse, or take along: views, functions, triggers, rules over the view or its row type.
+_DEPENDENTS = """
+    SELECT DISTINCT CASE WHEN r.oid IS NULL THEN pg_describe_object(d.classid, d.objid, d.objsubid)
+        ELSE pg_describe_object('pg_class'::regclass, r.ev_class, 0) END AS object
+    FROM pg_depend AS d
+    LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid AND r.ev_class <> $1::oid
+    WHERE ((d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::oid)
+            OR (d.refclassid = 'pg_type'::regclass AND d.refobjid = (SELECT reltype FROM pg_class WHERE oid = $1::oid)))
+        AND d.deptype IN ('n', 'a')
+        AND NOT (d.classid = 'pg_rewrite'::regclass AND r.oid IS NULL)
+    ORDER BY 1
+"""
+_SERVING_FUNCTION = "SELECT pg_get_functiondef(serving_function) FROM embedline.pipeline WHERE name = $1"
+
+
+def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:
+    """Return the qualified, quoted name of the routing view, or of one version's view."""
+    suffix = "_embedding" if number is None else f"_embedding_v{number}"
+    return f"{quote_ident(source.schema)}.{quote_ident(pipeline_name + suffix)}"
+
+
+def create_routing_view(
+    session: Session, pipeline_id: int, plan: CapturePlan, source: Source, shown: ShownVersion
+) -> str:
+    """Create the routing view and note its columns' names; return its name."""
+    view = view_name(source, plan.name)
+    _require_free(session, view, "its routing view is <name>_embedding")
+    names = _source_columns(session, plan, source, view)
+    view_columns = {column: _free_name(column, names) for column in capture.CHUNK_COLUMNS}
+    columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
+    view_columns |= {key.name: key.source_name for key in plan.keys}
+    _create(session, view, capture.view_query(plan, columns, shown), source.owner)
+    comment = f"Embedline pipeline {plan.name}: each row of {source.qualified} with its chunks and their embeddings"
+    session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
+    session.query(
+        "UPDATE embedline.pipeline SET routing_view = $2::regclass, view_columns = $3 WHERE pipeline_id = $1",
+        ["bigint", "text", "jsonb"], pipeline_id, view, json.dumps(view_columns),
+    )  # fmt: skip
+    session.execute(f"GRANT SELECT ON {view} TO embedline_reader")
+    return view
+
+
+def create_version_view(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
+    """Create the view over one version alone; its columns have the names that the routing view gives them."""
+    version = pipeline.version
+    view = view_name(source, plan.name, version.number)
+    _require_free(session, view, "the view of each version is <name>_embedding_v<number>")
+    of_chunk = {column: pipeline.view_columns[column] for column in capture.CHUNK_COLUMNS}
+    names = [name for name in _source_columns(session, plan, source, view) if name not in of_chunk.values()]
+    shown_as = {key.source_name: pipeline.view_columns[key.name] for key in plan.keys}
+    columns = [(name, shown_as.get(name, name), False) for name in names] + [(c, n, True) for c, n in of_chunk.items()]
+    shown = ShownVersion(version.number, pipeline.chunk_set.number, None)
+    _create(session, view, capture.view_query(plan, columns, shown), source.owner)
+    comment = f"Embedline pipeline {plan.name}, version {version.number} alone: for search before and after its cutover"
+    session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
+    session.execute(f"GRANT SELECT ON {view} TO embedline_reader")
+    session.query(
+        "UPDATE embedline.version SET view = $2::regclass WHERE version_id = $1",
+        ["bigint", "text"], version.version_id, view,
+    )  # fmt: skip
+
+
+def _require_free(session: Session, view: str, reason: str) -> None:
+    if session.scalar("SELECT to_regclass($1)::text", ["text"], view) is not None:
+        raise AlreadyExists(f"{view} exists already", hint=f"Choose another pipeline name: {reason}.")
+
+
+def _create(session: Session, view: str, query: str, owner: str) -> None:
+    session.execute(f"CREATE VIEW {view} WITH (security_invoker = true) AS {query}")
+    session.execute(f"ALTER VIEW {view} OWNER TO {quote_ident(owner)}")
+
+
+def _source_columns(session: Session, plan: CapturePlan, source: Source, view: str) -> list[str]:
+    names = [str(row["attname"]) for row in session.query(_SOURCE_COLUMNS, ["bigint"], source.oid)]
+    if len(names) + len(capture.CHUNK_COLUMNS) > _MAX_VIEW_COLUMNS:
+        session.plpy.notice(
+            f"view {view} shows only the key of {source.qualified}: a view has at most {_MAX_VIEW_COLUMNS} columns"
+        )
+        names = [key.source_name for key in plan.keys]
+    return names
+
+
+def _free_name(column: str, taken: list[str]) -> str:
+    name = column
+    while name in taken:
+        name = f"embedline_{name}"
+    return name
+
+
+def shown_version(session: Session, pipeline: Pipeline) -> ShownVersion:
+    """Return how the routing view shows the pipeline's version."""
+    type_name = f"{vector_schema(session)}.{pipeline.version.column_type}"
+    return ShownVersion(pipeline.version.number, pipeline.chunk_set.number, type_name)
+
+
+def show_version(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
+    """Have the routing view show `pipeline.version`. Takes ACCESS EXCLUSIVE on the view to the end of the transaction.
+
+    The view is replaced in place wherever it can be: what depends on it stays. Where the type of the vectors changes it is
+    dropped and made anew with its owner, grants, comments and options, or refused where something depends on it.
+    """
+    shown = shown_version(session, pipeline)
+    view = _view(session, pipeline)
+    if view is None:
+        create_routing_view(session, pipeline.pipeline_id, plan, source, shown)
+        return
+    query = capture.view_query(plan, _layout(session, pipeline, source, view), shown)
+    if (view["type"], view["typmod"]) == (_type_name(session, shown), -1):
+        session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
+    else:
+        _make_anew(session, pipeline, view, query)
+
+
+def require_swappable(session: Session, pipeline: Pipeline) -> None:
+    """Raise, with their names, where objects depend on the routing view that it cannot keep when it shows this version."""
+    view = _view(session, pipeline)
+    shown = shown_version(session, pipeline)
+    if view is None or (view["type"], view["typmod"]) == (_type_name(session, shown), -1):
+        return
+    dependents = [str(row["object"]) for row in session.query(_DEPENDENTS, ["bigint"], pipeline.view_oid)]
+    if dependents:
+        raise DependentObjects(
+            f"the type of {view['name']}.embedding changes from {view['type']} to {pipeline.version.column_type},"
+            " and other objects depend on the view",
+            detail=f"{', '.join(dependents)}.",
+            hint="Drop them, cut over, and create them again; a version of the same column_type keeps them.",
+        )
+
+
+def _view(session: Session, pipeline: Pipeline) -> dict[str, Any] | None:
+    rows = session.query(_VIEW, ["bigint", "name"], pipeline.view_oid, pipeline.view_columns.get("embedding"))
+    return rows[0] if rows else None
+
+
+def _type_name(session: Session, shown: ShownVersion) -> str:
+    # As the catalogue prints it where search_path is pinned.
+    return str(session.scalar("SELECT $1::regtype::text", ["text"], shown.type_name))
+
+
+def _options(view: dict[str, Any]) -> str:
+    options = {str(option).split("=")[0]: str(option).split("=", 1)[1] for option in view["options"]}
+    return ", ".join(
+        f"{name} = {quote_literal(value)}" for name, value in {"security_invoker": "true", **options}.items()
+    )
+
+
+def _layout(session: Session, pipeline: Pipeline, source: Source, view: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """Return the routing view's columns in their order.
+
+    A renamed column of the source keeps its old name in the view. Columns only ever join a view at its end, in the order
+    in which they joined the source: so those without a name in common belong together in order.
+    """
+    of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
+    columns = [str(row["attname"]) for row in session.query(_SOURCE_COLUMNS, ["bigint"], source.oid)]
+    shown = [str(name) for name in view["columns"]]
+    renamed = iter([column for column in columns if column not in shown])
+    return [
+        (of_chunk[name], name, True) if name in of_chunk else (name if name in columns else next(renamed), name, False)
+        for name in shown
+    ]
+
+
+def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query: str) -> None:
+    require_swappable(session, pipeline)
+    name = f"{quote_ident(view['nspname'])}.{quote_ident(view['relname'])}"
+    grants = session.query(_GRANTS, ["bigint"], pipeline.view_oid)
+    comments = session.query(_COLUMN_COMMENTS, ["bigint"], pipeline.view_oid)
+    session.execute(f"DROP VIEW {name}")
+    session.execute(f"CREATE VIEW {name} WITH ({_options(view)}) AS {query}")
+    session.execute(f"ALTER VIEW {name} OWNER TO {quote_ident(view['owner'])}")
+    if view["comment"] is not None:
+        session.execute(f"COMMENT ON VIEW {name} IS {quote_literal(view['comment'])}")
+    for comment in comments:
+        session.execute(f"COMMENT ON COLUMN {name}.{comment['column']} IS {quote_literal(comment['comment'])}")
+    for grant in grants:
+        columns = f" ({grant['column']})" if grant["column"] else ""
+        option = " WITH GRANT OPTION" if grant["is_grantable"] else ""
+        session.execute(f"GRANT {grant['privilege_type']}{columns} ON {name} TO {grant['grantee']}{option}")
+    session.query(
+        "UPDATE embedline.pipeline SET routing_view = $2::regclass WHERE pipeline_id = $1",
+        ["bigint", "text"], pipeline.pipeline_id, name,
+    )  # fmt: skip
+
+
+def refresh_views(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
+    """Have all views show what the source has now; missing ones are made anew."""
+    _refresh_routing_view(session, pipeline, plan, source)
+    for version in load_versions(session, pipeline.name):
+        view = session.scalar(
+            "SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], version.version.view_oid
+        )
+        if view is not None:
+            _require_no_dependents(session, version.version.view_oid, str(view))
+            session.execute(f"DROP VIEW {view}")
+        create_version_view(session, version, plan, source)
+
+
+def _require_no_dependents(session: Session, view_oid: int | None, view: str) -> None:
+    dependents = [str(row["object"]) for row in session.query(_DEPENDENTS, ["bigint"], view_oid)]
+    if dependents:
+        raise DependentObjects(
+            f"other objects depend on {view}", detail=f"{', '.join(dependents)}.",
+            hint="Build them on the routing view, which is replaced in place.",
+        )  # fmt: skip
+
+
+def _refresh_routing_view(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
+    shown = shown_version(session, pipeline)
+    view = _view(session, pipeline)
+    if view is None:
+        create_routing_view(session, pipeline.pipeline_id, plan, source, shown)
+        return
+    of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
+    columns = [str(row["attname"]) for row in session.query(_SOURCE_COLUMNS, ["bigint"], source.oid)]
+    existing = [str(name) for name in view["columns"]]
+    is_typed = (view["type"], view["typmod"]) == (_type_name(session, shown), -1)
+    if is_typed and all(column in existing for column in columns):
+        return
+    renamed = [name for name in existing if name not in columns and name not in of_chunk]
+    if renamed or not is_typed:
+        # CREATE OR REPLACE VIEW renames no column and changes no type; the view is made anew where nothing depends on it.
+        fresh = [(name, name, False) for name in columns] + [(c, n, True) for n, c in of_chunk.items()]
+        _make_anew(session, pipeline, view, capture.view_query(plan, fresh, shown))
+        names = pipeline.view_columns | {key.name: key.source_name for key in plan.keys}
+        session.query(
+            "UPDATE embedline.pipeline SET view_columns = $2 WHERE pipeline_id = $1",
+            ["bigint", "jsonb"], pipeline.pipeline_id, json.dumps(names),
+        )  # fmt: skip
+        return
+    layout = [(of_chunk.get(name, name), name, name in of_chunk) for name in existing]
+    layout += [(column, column, False) for column in columns if column not in existing]
+    query = capture.view_query(plan, layout, shown)
+    session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
+
+
+def write_serving_function(session: Session, pipeline_id: int, plan: CapturePlan, number: int) -> None:
+    """Write the function whose body names the serving version, in the transaction that changes the routing view.
+
+    Its body is read through the system cache (pg_get_functiondef), which knows no snapshot, just as the parser reads the
+    view: a REPEATABLE READ transaction that began before a cutover and reads the view after it embeds with the same model.
+    """
+    function = f"{plan.generated('serving')}()"
+    session.execute(
+        f"CREATE OR REPLACE FUNCTION {function} RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT {number}'"
+    )
+    session.execute(f"REVOKE ALL ON FUNCTION {function} FROM public")
+    session.query(
+        "UPDATE embedline.pipeline SET serving_function = $2::regprocedure::oid WHERE pipeline_id = $1",
+        ["bigint", "text"], pipeline_id, function,
+    )  # fmt: skip
+
+
+def serving_number(session: Session, pipeline_name: str) -> int | None:
+    """Return the number of the version that the routing view shows at this moment; None where there is no such function."""
+    definition = session.scalar(_SERVING_FUNCTION, ["text"], pipeline_name)
+    found = re.search(r"SELECT (\d+)", definition or "")
+    return int(found[1]) if found else None

@@ -1,0 +1,24 @@
+"""A pipeline's source as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from embedline.database import quote_ident
+
+
+@dataclass(frozen=True)
+class Source:
+    """A watched table."""
+
+    oid: int
+    schema: str
+    name: str
+    owner: str
+    partitioned: bool
+    subscribed: bool
+
+    @property
+    def qualified(self) -> str:
+        """Schema and name, quoted."""
+        return f"{quote_ident(self.schema)}.{quote_ident(self.name)}"

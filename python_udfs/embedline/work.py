@@ -1,0 +1,255 @@
+"""What a batch's rows are: source rows on their way to chunks and vectors, or chunks on their way to another version's vectors.
+
+The engine moves both through the same requests, retries, halvings, budgets and breakers; here is what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from embedline import backfill, dead_letters, documents, inbox, outbox, row_keys, version_queue
+from embedline.chunking import Chunk
+from embedline.database import Session
+from embedline.dead_letters import DeadLetter
+from embedline.documents import Document, Vector, WriteResult
+from embedline.outbox import ClaimedRow
+
+if TYPE_CHECKING:
+    from embedline.batch import Batch
+
+_MAX_ERROR_CHARACTERS = 500
+
+
+class Work(Protocol):
+    """The storage of one kind of batch."""
+
+    def write(
+        self, session: Session, batch: Batch, sound: Sequence[Document], known: Mapping[bytes, Vector]
+    ) -> WriteResult:
+        """Write vectors of documents whose content has not changed."""
+
+    def settle(self, session: Session, batch: Batch, rows: Sequence[ClaimedRow], worker_id: int | None) -> None:
+        """Take rows that are through out of the queue."""
+
+    def give_back(
+        self,
+        session: Session,
+        batch: Batch,
+        rows: Sequence[ClaimedRow],
+        delay: float,
+        *,
+        charged: bool,
+        error: str | None,
+    ) -> None:
+        """Put rows back into the queue, to be tried again after a delay."""
+
+    def bury(self, session: Session, batch: Batch, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
+        """Write dead letters; return those whose rows another session has in hand, which are left as they are."""
+
+    def note_error(self, session: Session, batch: Batch, message: str) -> None:
+        """Show an error where the people on call look."""
+
+    def finish(self, session: Session, batch: Batch, worker_id: int | None) -> None:
+        """Give the claim back once all of its rows are settled."""
+
+    def release(self, session: Session, batch: Batch, worker_id: int) -> None:
+        """Give the claim back with whatever is not settled; the tries are not counted."""
+
+
+class SourceWork:
+    """Source rows, from the inbox, the outbox, or a range of the backfill."""
+
+    def write(
+        self, session: Session, batch: Batch, sound: Sequence[Document], known: Mapping[bytes, Vector]
+    ) -> WriteResult:
+        """Write chunks, vectors and state."""
+        of_backfill = batch.claimed_range is not None
+        return documents.write_documents(session, batch.pipeline, sound, known, of_backfill=of_backfill)
+
+    def settle(self, session: Session, batch: Batch, rows: Sequence[ClaimedRow], worker_id: int | None) -> None:
+        """Take rows that are through out of the outbox; those of an inbox claim or a range go with it."""
+        outbox.finish(session, batch.pipeline, rows, worker_id)
+
+    def give_back(
+        self,
+        session: Session,
+        batch: Batch,
+        rows: Sequence[ClaimedRow],
+        delay: float,
+        *,
+        charged: bool,
+        error: str | None,
+    ) -> None:
+        """Put rows into the outbox."""
+        of_backfill = batch.claimed_range is not None
+        outbox.give_back(session, batch.pipeline, rows, delay, charged=charged, error=error, of_backfill=of_backfill)
+
+    def bury(self, session: Session, batch: Batch, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
+        """Write dead letters of rows whose documents can be had."""
+        wanted = [Document(letter.row, letter.content_hash) for letter in letters]
+        had = documents.take_documents(session, batch.pipeline, wanted)
+        given_up = [letter for i, letter in enumerate(letters) if i in had]
+        if given_up:
+            dead_letters.bury(session, batch.pipeline, given_up)
+        return [letter for i, letter in enumerate(letters) if i not in had]
+
+    def note_error(self, session: Session, batch: Batch, message: str) -> None:
+        """Show the error in embedline.status."""
+        dead_letters.note_error(session, batch.pipeline, message)
+
+    def finish(self, session: Session, batch: Batch, worker_id: int | None) -> None:
+        """Note the range as read, or take the inbox claim away."""
+        if batch.claimed_range is not None:
+            backfill.finish_range(session, batch.claimed_range, worker_id)
+        if batch.claim_id is not None:
+            inbox.finish_claim(session, batch.pipeline, batch.claim_id, worker_id)
+
+    def release(self, session: Session, batch: Batch, worker_id: int) -> None:
+        """Give back the claim, marks and range."""
+        if batch.claim_id is not None:
+            inbox.break_claims(session, batch.pipeline, "claim_id = ANY ($1)", [batch.claim_id], crash_count=0)
+        ids = [outbox_id for row in batch.rows for outbox_id in row.outbox_ids]
+        if ids:
+            outbox.release(session, batch.pipeline, worker_id, ids)
+        if batch.claimed_range is not None:
+            backfill.release(session, batch.pipeline, worker_id, batch.claimed_range.range_id)
+
+
+class VersionWork:
+    """Chunks, from the queue of a version. A chunk never changes its content: it is there or it is gone."""
+
+    def read(self, session: Session, batch: Batch, rows: Sequence[ClaimedRow], max_bytes: int) -> None:
+        """Turn chunks that still lack a vector into documents of one chunk each; what is gone or done needs nothing.
+
+        Contents of up to `max_bytes` in all; what is beyond goes back to the queue, but for the first.
+        """
+        lane = batch.pipeline
+        found = session.query(
+            f"""
+            SELECT r.* FROM (
+                SELECT w.ordinality, c.content, c.prefix, uuid_send(c.content_hash) AS digest,
+                    coalesce(sum(octet_length(c.content)::bigint) OVER (
+                        ORDER BY w.ordinality ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before
+                FROM unnest($1::bigint[]) WITH ORDINALITY AS w (chunk_id, ordinality)
+                JOIN {lane.chunk} AS c ON c.chunk_id = w.chunk_id
+                WHERE NOT EXISTS (SELECT FROM {lane.vectors} AS v WHERE v.chunk_id = c.chunk_id)
+            ) AS r
+            """,
+            ["text[]"],
+            [row.key[0] for row in rows],
+        )
+        deferred = [rows[row["ordinality"] - 1] for row in found if row["before"] >= max_bytes]
+        for row in found:
+            if row["before"] < max_bytes:
+                content, prefix = row["content"], row["prefix"] or ""
+                chunk = Chunk(0, 0, len(content), content, bytes(row["digest"]), prefix)
+                batch.found.append(Document(rows[row["ordinality"] - 1], chunks=[chunk]))
+                batch.content_bytes += len(content)
+        if deferred:
+            self.give_back(session, batch, deferred, 0.0, charged=False, error=None)
+
+    def write(
+        self, session: Session, batch: Batch, sound: Sequence[Document], known: Mapping[bytes, Vector]
+    ) -> WriteResult:
+        """Write the vectors of chunks that are still there and lack one.
+
+        The chunks are locked first, so that no other session writes the same; SKIP LOCKED: an application may be deleting
+        them. What depends on the versions' state is the chunks alone, so a cutover is no reason to wait.
+        """
+        lane = batch.pipeline
+        ids = [int(document.key[0]) for document in sound]
+        locked = self._ids(
+            session,
+            f"SELECT chunk_id FROM {lane.chunk} WHERE chunk_id = ANY ($1) ORDER BY 1 FOR NO KEY UPDATE SKIP LOCKED",
+            ids,
+        )
+        done = self._ids(session, f"SELECT chunk_id FROM {lane.vectors} WHERE chunk_id = ANY ($1)", ids)
+        there = self._ids(session, f"SELECT chunk_id FROM {lane.chunk} WHERE chunk_id = ANY ($1)", ids)
+        result = WriteResult()
+        for index, chunk_id in enumerate(ids):
+            if chunk_id in done or chunk_id not in there:
+                result.absent.append(index)
+            elif chunk_id in locked and sound[index].chunks[0].digest in known:
+                result.written.append(index)
+            else:
+                result.busy.append(index)
+        if result.written:
+            vectors = [known[sound[i].chunks[0].digest] for i in result.written]
+            documents.copy_vectors(
+                session, lane, np.asarray([ids[i] for i in result.written], dtype=np.int64), documents.stacked(vectors)
+            )
+        return result
+
+    @staticmethod
+    def _ids(session: Session, query: str, ids: Sequence[int]) -> set[int]:
+        return {int(row["chunk_id"]) for row in session.query(query, ["bigint[]"], list(ids))}
+
+    def settle(self, session: Session, batch: Batch, rows: Sequence[ClaimedRow], worker_id: int | None) -> None:
+        """Do nothing: the lists that hold the rows go with the claim."""
+
+    def give_back(
+        self,
+        session: Session,
+        batch: Batch,
+        rows: Sequence[ClaimedRow],
+        delay: float,
+        *,
+        charged: bool,
+        error: str | None,
+    ) -> None:
+        """Put chunks into a list of their own."""
+        version_queue.give_back(
+            session, batch.pipeline, rows, delay, charged=charged, error=error, of_backfill=batch.of_backfill
+        )
+
+    def bury(self, session: Session, batch: Batch, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
+        """Write dead letters of the version; those of chunks that are gone are nothing to keep."""
+        lane = batch.pipeline
+        session.query(
+            f"""
+            INSERT INTO embedline.version_dead_letter (version_id, chunk_id, key, stage, error_code, message, attempts)
+            SELECT $1, c.chunk_id, {row_keys.as_json(lane, "c")}, l.stage, l.error_code, l.message, l.attempts
+            FROM unnest($2::bigint[], $3, $4, $5, $6) AS l (chunk_id, stage, error_code, message, attempts)
+            JOIN {lane.chunk} AS c ON c.chunk_id = l.chunk_id
+            ON CONFLICT (version_id, chunk_id) DO UPDATE SET stage = excluded.stage, error_code = excluded.error_code,
+                message = excluded.message, attempts = excluded.attempts, created_at = now(), accepted_by = NULL
+            """,
+            ["bigint", "text[]", "text[]", "text[]", "text[]", "integer[]"],
+            lane.version.version_id,
+            [letter.row.key[0] for letter in letters],
+            [letter.stage for letter in letters],
+            [letter.error_code for letter in letters],
+            [letter.message[:_MAX_ERROR_CHARACTERS] for letter in letters],
+            [letter.row.attempts for letter in letters],
+        )
+        self.note_error(session, batch, f"chunk {letters[0].row.key[0]}: {letters[0].message}")
+        return []
+
+    def note_error(self, session: Session, batch: Batch, message: str) -> None:
+        """Show the error in embedline.versions: it is none of the serving version's."""
+        session.query(
+            "UPDATE embedline.version SET last_error = $2 WHERE version_id = $1",
+            ["bigint", "text"],
+            batch.pipeline.version.version_id,
+            message[:_MAX_ERROR_CHARACTERS],
+        )
+
+    def finish(self, session: Session, batch: Batch, worker_id: int | None) -> None:
+        """Take the lists away."""
+        version_queue.finish(session, batch.queue_ids, worker_id)
+
+    def release(self, session: Session, batch: Batch, worker_id: int) -> None:
+        """Free the lists."""
+        version_queue.release(session, worker_id, batch.queue_ids)
+
+
+SOURCE_WORK = SourceWork()
+VERSION_WORK = VersionWork()
+
+
+def work_of(batch: Batch) -> Work:
+    """Return the storage of a batch."""
+    return VERSION_WORK if batch.pipeline.is_lane else SOURCE_WORK

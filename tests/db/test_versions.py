@@ -1,0 +1,215 @@
+"""Versions of a pipeline: expand, dual write, cutover, rollback, contract, with rows written all the time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+
+from small_models import register_static
+from support import assert_exact, create_pages, create_pipeline, data_count, scalar, searching, settle, wait_until
+
+OVERRIDE = "SELECT embedline.cutover(%s, %s, override_reason => 'a test of what comes after the gate')"
+
+
+def add_version(connection: psycopg.Connection, model: str, pipeline: str = "page", **options: Any) -> int:
+    """Call embedline.add_embedding_version; return the number."""
+    named = "".join(f", {option} => %s" for option in options)
+    query = f"SELECT embedline.add_embedding_version(%s, %s{named})"
+    return int(scalar(connection, query, (pipeline, model, *options.values())))
+
+
+def settle_versions(connection: psycopg.Connection, seconds: float = 30) -> None:
+    """Drain until every version is complete and lacks nothing."""
+
+    def settled() -> bool:
+        settle(connection)
+        query = "SELECT bool_and(state = 'complete' AND missing = dead_letters) FROM embedline.versions"
+        return bool(scalar(connection, query))
+
+    wait_until(settled, seconds, "every version is complete")
+
+
+def versions(connection: psycopg.Connection, column: str, pipeline: str = "page") -> dict[int, Any]:
+    """Return a column of embedline.versions by number."""
+    query = sql.SQL("SELECT version, {} FROM embedline.versions WHERE pipeline = %s").format(sql.Identifier(column))
+    return dict(connection.execute(query, (pipeline,)).fetchall())
+
+
+def cut_over(connection: psycopg.Connection, number: int, pipeline: str = "page") -> None:
+    """Cut over without a gate, for a reason."""
+    connection.execute(OVERRIDE, (pipeline, number))
+
+
+@pytest.fixture
+def pages(database: psycopg.Connection) -> psycopg.Connection:
+    """Pipeline page over 40 rows, embedded by static-256, without an index; model static-64 is registered."""
+    create_pages(database, 40)
+    create_pipeline(database, index_method="none")
+    register_static(database, 64)
+    settle(database)
+    return database
+
+
+def test_an_upgrade_from_expand_to_contract(pages: psycopg.Connection) -> None:
+    assert add_version(pages, "static-64") == 2
+    assert versions(pages, "state") == {1: "complete", 2: "backfilling"}
+    settle_versions(pages)
+    assert versions(pages, "vectors")[2] == versions(pages, "chunks")[2] > 0
+    pages.execute("UPDATE page SET body = 'about glaciers' WHERE id = 1")
+    pages.execute("INSERT INTO page (id, title, body) VALUES (100, 'Volcanoes', 'lava and ash')")
+    pages.execute("DELETE FROM page WHERE id = 2")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    assert versions(pages, "serving") == {1: False, 2: True}
+    assert assert_exact(pages) == 40
+    assert scalar(pages, "SELECT vector_dims(embedding) FROM page_embedding LIMIT 1") == 64
+    assert searching(pages, "page", "lava and ash", 1)[0][0] == "100"
+    pages.execute("INSERT INTO page (id, title, body) VALUES (101, 'Deserts', 'sand and dunes')")
+    pages.execute("UPDATE page SET body = 'cool lava' WHERE id = 100")
+    settle(pages)
+    assert scalar(pages, "SELECT embedline.rollback('page')") == 1
+    assert assert_exact(pages) == 41
+    assert searching(pages, "page", "sand and dunes", 1)[0][0] == "101"
+    cut_over(pages, 2)
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="rollback goes back"):
+        pages.execute("SELECT embedline.drop_embedding_version('page', 1)")
+    pages.execute("SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')")
+    assert versions(pages, "serving") == {2: True}
+    assert assert_exact(pages) == 41
+    assert scalar(pages, "SELECT to_regclass('embedline_data.page_v1') IS NULL")
+    assert scalar(pages, "SELECT count(*) FROM embedline.model WHERE name = 'static-256'") == 0
+    pages.execute("UPDATE page SET body = 'changed after the contract' WHERE id < 10")
+    pages.execute("DELETE FROM page WHERE id = 20")
+    settle(pages)
+    assert assert_exact(pages) == 40
+
+
+@pytest.mark.parametrize("chunking", ["sentences", "none"])
+def test_a_version_of_another_chunking_has_chunks_of_its_own(pages: psycopg.Connection, chunking: str) -> None:
+    pages.execute("UPDATE page SET body = repeat('A sentence of words. ', 40) || id")
+    settle(pages)
+    add_version(pages, "static-256", chunking=chunking)
+    settle_versions(pages)
+    assert data_count(pages, "page_chunk_2") == data_count(pages, "page_v2")
+    before = data_count(pages, "page_chunk")
+    pages.execute("UPDATE page SET body = body || ' One more.' WHERE id <= 5")
+    pages.execute("DELETE FROM page WHERE id > 30")
+    settle_versions(pages)
+    assert_exact(pages)
+    cut_over(pages, 2)
+    assert assert_exact(pages) == 30
+    pages.execute("UPDATE page SET body = 'Short now.' WHERE id <= 5")
+    settle_versions(pages)
+    assert assert_exact(pages) == 30
+    assert scalar(pages, "SELECT embedline.rollback('page')") == 1
+    assert assert_exact(pages) == 30
+    cut_over(pages, 2)
+    pages.execute("SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')")
+    assert scalar(pages, "SELECT to_regclass('embedline_data.page_chunk') IS NULL"), before
+    pages.execute("DELETE FROM page WHERE id = 1")
+    pages.execute("UPDATE page SET body = 'Last.' WHERE id = 3")
+    settle(pages)
+    assert assert_exact(pages) == 29
+    pages.execute("TRUNCATE page")
+    assert data_count(pages, "page_chunk_2") == 0
+
+
+def test_the_same_vectors_in_another_type_are_not_paid_for(pages: psycopg.Connection) -> None:
+    """The lender is the version that is there: no model is asked, so a model that cannot answer does not matter."""
+    pages.execute("UPDATE embedline.model SET model = '/nowhere' WHERE name = 'static-256'")
+    add_version(pages, "static-256", column_type="halfvec")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    assert scalar(pages, "SELECT pg_typeof(embedding)::text FROM page_embedding LIMIT 1") == "halfvec"
+
+
+def test_a_recipe_that_is_there_is_refused(pages: psycopg.Connection) -> None:
+    with pytest.raises(errors.DuplicateObject, match="version 1"):
+        add_version(pages, "static-256")
+
+
+def test_a_version_that_is_not_complete_does_not_serve(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="still being filled"):
+        cut_over(pages, 2)
+
+
+def test_without_a_gate_a_reason_is_needed(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate") as caught:
+        pages.execute("SELECT embedline.cutover('page', 2)")
+    assert "evaluate" in (caught.value.diag.message_hint or "")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        pages.execute("SELECT embedline.cutover('page', 2, override_reason => ' ')")
+    cut_over(pages, 2)
+    assert scalar(pages, "SELECT override_reason FROM embedline.cutover") == "a test of what comes after the gate"
+
+
+def test_a_version_beside_the_serving_one_can_be_given_up(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+    assert versions(pages, "serving") == {1: True}
+    assert scalar(pages, "SELECT count(*) FROM embedline.model WHERE name = 'static-64'") == 1
+    pages.execute("UPDATE page SET body = 'again' WHERE id = 1")
+    settle(pages)
+    assert assert_exact(pages) == 40
+    assert add_version(pages, "static-64") == 2
+
+
+def test_the_serving_version_is_not_dropped(pages: psycopg.Connection) -> None:
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="serves"):
+        pages.execute("SELECT embedline.drop_embedding_version('page', 1)")
+
+
+def test_a_statement_embeds_with_the_version_that_it_reads(pages: psycopg.Connection, database_dsn: str) -> None:
+    """Also in a transaction whose snapshot is older than the cutover: the view's definition knows no snapshot."""
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    query = (
+        "SELECT id FROM page_embedding ORDER BY embedding <=> (SELECT embedline.embed_query('page', 'rivers')) LIMIT 3"
+    )
+    with psycopg.connect(database_dsn) as reader:
+        reader.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        reader.execute("SELECT count(*) FROM page")
+        cut_over(pages, 2)
+        after = reader.execute(query).fetchall()
+    assert after == pages.execute(query).fetchall()
+
+
+def test_a_cutover_waits_for_no_reader_for_long(pages: psycopg.Connection, database_dsn: str) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    with psycopg.connect(database_dsn) as reader:
+        reader.execute("SELECT count(*) FROM page_embedding")
+        with pytest.raises(errors.ObjectNotInPrerequisiteState, match="in use by other transactions"):
+            cut_over(pages, 2)
+    assert versions(pages, "serving") == {1: True, 2: False}
+    cut_over(pages, 2)
+    assert assert_exact(pages) == 40
+
+
+def test_grants_and_dependents_stay_where_the_type_does(pages: psycopg.Connection, make_role: Any) -> None:
+    role = make_role("embedline_reader")
+    pages.execute(sql.SQL("GRANT SELECT (id, chunk) ON page_embedding TO {}").format(sql.Identifier(role)))
+    pages.execute("CREATE VIEW short_page AS SELECT id, embedding FROM page_embedding")
+    pages.execute("COMMENT ON COLUMN page_embedding.chunk IS 'the words'")
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    assert scalar(pages, "SELECT vector_dims(embedding) FROM short_page LIMIT 1") == 64
+    assert scalar(pages, "SELECT has_column_privilege(%s, 'page_embedding', 'chunk', 'SELECT')", (role,))
+    add_version(pages, "static-64", column_type="halfvec")
+    settle_versions(pages)
+    with pytest.raises(errors.DependentObjectsStillExist) as caught:
+        cut_over(pages, 3)
+    assert "short_page" in (caught.value.diag.message_detail or "")
+    pages.execute("DROP VIEW short_page")
+    cut_over(pages, 3)
+    assert scalar(pages, "SELECT has_column_privilege(%s, 'page_embedding', 'chunk', 'SELECT')", (role,))
+    assert scalar(pages, "SELECT col_description('page_embedding'::regclass, attnum) FROM pg_attribute"
+                  " WHERE attrelid = 'page_embedding'::regclass AND attname = 'chunk'") == "the words"  # fmt: skip
+    assert scalar(pages, "SELECT obj_description('page_embedding'::regclass, 'pg_class') LIKE 'Embedline pipeline%'")

@@ -142,6 +142,10 @@ def _swap(
     cutover_id = session.scalar(
         _LOG, ["bigint", "text", "integer", "integer", "bigint", "text"], *log, evaluation_id, override_reason
     )
+    if kind == "cutover":
+        # Everybody has it now; whoever was kept back on purpose stays so.
+        for table in ("embedline.traffic", "embedline.traffic_tenant"):
+            session.query(f"DELETE FROM {table} WHERE version_id = $1", ["bigint"], target.version.version_id)
     routing.write_serving_function(session, target.pipeline_id, plan, target.version.number)
     started = time.monotonic()
     retry_locked(session, lambda: routing.show_version(session, target, plan, source), "the routing view")

@@ -6,7 +6,7 @@ import math
 from array import array
 from typing import Any
 
-from embedline import routing
+from embedline import routing, traffic
 from embedline.catalog import Pipeline, load_pipeline, load_version
 from embedline.database import Session, entry_point, quote_ident, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
@@ -31,14 +31,31 @@ def embed_query(session: Session, pipeline_name: str, query: str) -> str:
 
 @entry_point
 def search(
-    session: Session, pipeline_name: str, query: str, k: int, per_document: bool, ef_search: int | None
+    session: Session,
+    pipeline_name: str,
+    query: str,
+    k: int,
+    per_document: bool,
+    ef_search: int | None,
+    tenant: str | None,
+    session_key: str | None,
 ) -> list[dict[str, Any]]:
     """Return the k nearest chunks (or the k nearest documents by their best chunk) as rows of key, chunk, score."""
     if not 1 <= k <= _MAX_K:
         raise InvalidParameter(f"k must be between 1 and {_MAX_K}, not {k}")
     if ef_search is not None and not 1 <= ef_search <= 1000:
         raise InvalidParameter("ef_search must be between 1 and 1000")
-    pipeline = load_pipeline(session, pipeline_name)
+
+    def rank(pipeline: Pipeline) -> list[dict[str, Any]]:
+        return _rank(session, pipeline, query, k, per_document, ef_search)
+
+    return traffic.answer(session, load_pipeline(session, pipeline_name), tenant, session_key, k, rank)
+
+
+def _rank(
+    session: Session, pipeline: Pipeline, query: str, k: int, per_document: bool, ef_search: int | None
+) -> list[dict[str, Any]]:
+    """Search with one version: its model embeds the query, its own view is read, whatever the routing view shows."""
     vector = _embed(session, pipeline, query)
     # The function's own SET clause puts the caller's value back at its end.
     limit = k * _OVERFETCH if per_document else k

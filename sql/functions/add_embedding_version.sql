@@ -1,4 +1,4 @@
--- Expand: a version of another model, dimension, column type, distance or chunking, written with every change from now on.
+-- Expand: a version of another model, dimension, type, distance or chunking, written with every change from now on.
 -- NULL leaves a parameter as the serving version has it. Locks: the chunk table SHARE ROW EXCLUSIVE for an instant.
 CREATE OR REPLACE FUNCTION embedline.add_embedding_version(
     pipeline_name text,

@@ -4,7 +4,9 @@ CREATE OR REPLACE FUNCTION embedline.search(
     query text,
     k integer DEFAULT 10,
     per_document boolean DEFAULT false,
-    ef_search integer DEFAULT NULL
+    ef_search integer DEFAULT NULL,
+    tenant text DEFAULT NULL,
+    session_key text DEFAULT NULL
 )
 RETURNS TABLE (key text, chunk text, score double precision)
 LANGUAGE plpython3u
@@ -16,7 +18,7 @@ SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
 AS $python$
     from embedline import search
-    return search.search(plpy, GD, pipeline_name, query, k, per_document, ef_search)
+    return search.search(plpy, GD, pipeline_name, query, k, per_document, ef_search, tenant, session_key)
 $python$;
 
-COMMENT ON FUNCTION embedline.search(text, text, integer, boolean, integer) IS 'Return key, chunk and score (higher is nearer) of the k nearest chunks; per_document => true keeps the best chunk of each source row.';
+COMMENT ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) IS 'Return key, chunk and score (higher is nearer) of the k nearest chunks; per_document => true keeps the best chunk of each source row; tenant or session_key keep a caller with one version while set_traffic shares calls out.';

@@ -16,7 +16,7 @@ embedline.model, embedline.pipeline, embedline.version, embedline.setting, embed
 TO embedline_reader, embedline_worker;
 GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embedline_reader, embedline_worker;
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
-GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline._pipeline_counts(text), embedline._workers_alive()
 TO embedline_reader, embedline_worker;
@@ -78,6 +78,9 @@ embedline.version_queue, embedline.version_dead_letter, embedline.evaluation, em
 TO embedline_admin;
 GRANT EXECUTE ON FUNCTION embedline._version_counts(text, integer, integer) TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
+embedline._note_shadow_read(bigint, integer, double precision, double precision, double precision)
+TO embedline_reader;
+GRANT EXECUTE ON FUNCTION
 embedline.add_embedding_version(
     text, text, text, text, text, jsonb, text, integer, integer, jsonb, text, integer
 ),
@@ -85,5 +88,7 @@ embedline.configure_backfill(text, integer, text, integer),
 embedline.accept_dead_letters(text, integer),
 embedline.cutover(text, integer, text),
 embedline.rollback(text),
+embedline.set_traffic(text, integer, double precision, double precision),
+embedline.set_tenant_version(text, text, integer),
 embedline.drop_embedding_version(text, integer, interval)
 TO embedline_admin;

@@ -1,0 +1,13 @@
+-- Have a version answer the search calls of a tenant, before the cutover of the others or after it.
+CREATE OR REPLACE FUNCTION embedline.set_tenant_version(pipeline_name text, tenant text, version_number integer)
+RETURNS void
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import traffic
+    return traffic.set_tenant_version(plpy, GD, pipeline_name, tenant, version_number)
+$python$;
+
+COMMENT ON FUNCTION embedline.set_tenant_version(text, text, integer) IS 'Have a complete version answer search(..., tenant => ...) of one tenant; NULL as version gives the tenant back to the one that serves all.';

@@ -26,7 +26,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 DATABASE = "embedline_bench"
 MODELS = ("static-256", "minilm")
 # Figures in these are counts: shown without decimals.
-_WHOLE_UNITS = ("blocks", "chunks", "ranges", "requests", "rows", "rows/s", "samples", "texts")
+_WHOLE_UNITS = ("blocks", "chunks", "ranges", "reads", "requests", "rows", "rows/s", "samples", "texts")
 
 
 @dataclass(frozen=True)

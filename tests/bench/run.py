@@ -41,6 +41,7 @@ BENCHES = {
     "memory": "a worker's memory over 1,000,000 rows",
     "in-flight": "transactions, UPDATE and DELETE during a provider call of 10 s",
     "drain-local": "400 chunks through one worker and a local model, against SentenceTransformer.encode",
+    "cutover": "20 cutovers and 20 rollbacks under 8 readers and 2 writers",
     "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
 }
 

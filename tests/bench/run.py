@@ -41,6 +41,8 @@ BENCHES = {
     "memory": "a worker's memory over 1,000,000 rows",
     "in-flight": "transactions, UPDATE and DELETE during a provider call of 10 s",
     "drain-local": "400 chunks through one worker and a local model, against SentenceTransformer.encode",
+    "index": "build-index against a plain CREATE INDEX CONCURRENTLY with the same settings",
+    "precision": "recall, time and bytes of the precision indexes on the manual's sentences",
     "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
 }
 

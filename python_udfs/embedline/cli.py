@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, LiteralString, NoReturn, cast
+from typing import Annotated, Any, Literal, LiteralString, NoReturn
 
 import psycopg
 import typer
@@ -20,7 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import embedline
-from embedline.errors import ProviderError
+from embedline import index_build
+from embedline.errors import EmbedlineError, ProviderError
 
 app = typer.Typer(
     help="Vector embeddings in PostgreSQL, kept true to their source rows.",
@@ -40,11 +39,12 @@ Dsn = Annotated[
 Connection = psycopg.Connection[tuple[Any, ...]]
 Verdict = Literal["ok", "note", "warning", "error"]
 
-_BUILD_SECONDS = 24 * 3600.0
-# pgvector before 0.8.2 may overflow a buffer in parallel HNSW builds (CVE-2026-3172).
+# pgvector before 0.8.2 overflows a buffer in parallel HNSW builds with a maintenance_work_mem of 3 to 4 MB (CVE-2026-3172);
+# embedline.preflight says why, and that builds of ours never get so little.
 _SAFE_PARALLEL_BUILD = (0, 8, 2)
+_SAFE_BUILD_KILOBYTES = 4096
 _PGVECTOR_BUGS = (
-    ((0, 8, 2), "parallel HNSW builds may overflow a buffer (CVE-2026-3172)"),
+    ((0, 8, 2), "parallel HNSW builds overflow a buffer with maintenance_work_mem of 3 to 4 MB (CVE-2026-3172)"),
     ((0, 8, 3), "VACUUM may corrupt an HNSW index"),
     ((0, 8, 4), "an HNSW graph damaged by deletes is not repaired"),
 )
@@ -85,8 +85,18 @@ def status(dsn: Dsn) -> None:
 
 
 @app.command("build-index")
-def build_index_command(dsn: Dsn, pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")]) -> None:
-    """Build a pipeline's HNSW index CONCURRENTLY and show how far it is."""
+def build_index_command(
+    dsn: Dsn,
+    pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
+    version: Annotated[int | None, typer.Option(help="Number of the version; the serving one without it.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Name of a precision index instead of the column's own.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Parallel workers; max_parallel_maintenance_workers without it, 0: none.")
+    ] = None,
+) -> None:
+    """Build an HNSW index of a pipeline CONCURRENTLY and show how far it is; refuses while vectors are missing."""
     console = Console(highlight=False)
     with (
         _connect(dsn) as connection,
@@ -99,7 +109,18 @@ def build_index_command(dsn: Dsn, pipeline: Annotated[str, typer.Argument(help="
         def show(phase: str, percent: float) -> None:
             progress.update(task, description=phase, completed=percent)
 
-        statement = build_index(connection, pipeline, show)
+        try:
+            statement = index_build.build(
+                index_build.PsycopgClient(connection),
+                pipeline,
+                version,
+                precision,
+                parallel_workers=workers,
+                report=show,
+                tell=lambda notice: console.print(f"NOTICE: {notice}", markup=False),
+            )
+        except EmbedlineError as error:
+            _fail(_lines(error.message, error.detail, error.hint))
         progress.update(task, description="done", completed=100)
     if statement is None:
         console.print(f"The index of pipeline {pipeline} is valid, or it has none: nothing to build.")
@@ -180,69 +201,6 @@ def doctor(dsn: Dsn) -> None:
         raise typer.Exit(1)
 
 
-def build_index(connection: Connection, pipeline: str, report: Any = None) -> str | None:
-    """Build a pipeline's vector index as a client and wait until it is valid; return the statement that did it.
-
-    The connection must be in autocommit mode. `report(phase, percent)` is called meanwhile. None: nothing to build.
-    A build of the same index by pg_cron is waited for.
-    """
-    first: str | None = None
-    limit = time.monotonic() + _BUILD_SECONDS
-    while (statement := _scalar(connection, "SELECT embedline.index_statement(%s)", pipeline)) is not None:
-        first = first or str(statement)
-        if time.monotonic() > limit:
-            raise TimeoutError(f"the index of pipeline {pipeline} did not become valid")
-        with _serial_where_unsafe(connection), _watch(connection, report):
-            connection.execute(cast(LiteralString, statement))
-        if _scalar(connection, "SELECT embedline.index_statement(%s)", pipeline) is not None:
-            time.sleep(0.5)
-    return first
-
-
-@contextlib.contextmanager
-def _serial_where_unsafe(connection: Connection) -> Iterator[None]:
-    version = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")
-    unsafe = version is not None and _version(str(version)) < _SAFE_PARALLEL_BUILD
-    if unsafe:
-        connection.execute("SET max_parallel_maintenance_workers = 0")
-    try:
-        yield
-    finally:
-        if unsafe:
-            connection.execute("RESET max_parallel_maintenance_workers")
-
-
-@contextlib.contextmanager
-def _watch(connection: Connection, report: Any) -> Iterator[None]:
-    """Follow the build from a second connection while the block runs."""
-    if report is None:
-        yield
-        return
-    finished = threading.Event()
-    dsn = connection.info.dsn
-    password = connection.info.password
-
-    def follow() -> None:
-        query = (
-            "SELECT phase, coalesce(100.0 * nullif(blocks_done, 0) / nullif(blocks_total, 0),"
-            " 100.0 * nullif(tuples_done, 0) / nullif(tuples_total, 0), 0)::float8"
-            " FROM pg_stat_progress_create_index WHERE pid = %s"
-        )
-        with psycopg.connect(dsn, password=password, autocommit=True) as observer:
-            while not finished.wait(0.2):
-                row = observer.execute(query, (connection.info.backend_pid,)).fetchone()
-                if row is not None:
-                    report(row[0], row[1])
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
-
-
 @dataclass(frozen=True)
 class Finding:
     """One line of `embedline doctor`."""
@@ -316,13 +274,13 @@ def _pgvector(connection: Connection) -> Iterator[Finding]:
         yield Finding(
             "pgvector", f"{installed} here, {offered} on the server", "note", "ALTER EXTENSION vector UPDATE;"
         )
-    parallel = int(str(_scalar(connection, "SELECT current_setting('max_parallel_maintenance_workers')")))
-    if _version(str(version)) < _SAFE_PARALLEL_BUILD and parallel > 0:
+    kilobytes = int(str(_scalar(connection, "SELECT setting FROM pg_settings WHERE name = 'maintenance_work_mem'")))
+    if _version(str(version)) < _SAFE_PARALLEL_BUILD and kilobytes < _SAFE_BUILD_KILOBYTES:
         yield Finding(
             "parallel builds",
-            f"{parallel} workers",
+            f"maintenance_work_mem {kilobytes} kB",
             "warning",
-            "ALTER SYSTEM SET max_parallel_maintenance_workers = 0; until 0.8.2.",
+            "ALTER SYSTEM SET maintenance_work_mem = '64MB'; with less than 4 MB a parallel build overflows until 0.8.2.",
         )
 
 

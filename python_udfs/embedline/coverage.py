@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident
+from embedline.database import Session, quote_ident, vector_schema
 from embedline.errors import NotReady
 
 # Keys of quarantined rows that an error names.
@@ -76,3 +76,29 @@ def require_index(session: Session, pipeline: Pipeline) -> None:
             f'version {number} of pipeline "{name}" has no valid vector index',
             hint=f"SELECT embedline.build_vector_index('{name}', {number});",
         )
+
+
+def require_usable_vectors(session: Session, pipeline: Pipeline) -> int:
+    """Count the version's vectors; raise where pgvector would leave some out of an index without a word.
+
+    Those are NULL, and for a cosine or an inner product those of zero norm. Reads all vectors, as the build is about to.
+    """
+    version, schema = pipeline.version, vector_schema(session)
+    column = quote_ident(version.column)
+    unusable = f"{column} IS NULL"
+    if version.distance != "l2":
+        norm = "vector_norm" if version.column_type == "vector" else "l2_norm"
+        unusable = f"({unusable} OR {schema}.{norm}({column}) = 0)"
+    found = session.query(
+        f"SELECT count(*) AS count, count(*) FILTER (WHERE {unusable}) AS unusable,"
+        f" (array_agg(chunk_id) FILTER (WHERE {unusable}))[1:{_SHOWN_KEYS}] AS ids FROM {pipeline.vectors}"
+    )[0]
+    if found["unusable"]:
+        raise NotReady(
+            f'{found["unusable"]} vectors of version {version.number} of pipeline "{pipeline.name}" are NULL or zero',
+            detail=f"An index would leave them out. chunk_id {', '.join(map(str, found['ids']))}"
+            f"{' and others' if found['unusable'] > _SHOWN_KEYS else ''}.",
+            hint=f"SELECT * FROM embedline.verify('{pipeline.name}', repair => true); or DELETE FROM {pipeline.vectors}"
+            f" WHERE {unusable};",
+        )
+    return int(found["count"])

@@ -58,6 +58,12 @@ class NotReady(EmbedlineError):
     sqlstate = "55000"
 
 
+class InsufficientDisk(EmbedlineError):
+    """There is not enough room on the disk."""
+
+    sqlstate = "53100"
+
+
 class VersionSkew(EmbedlineError):
     """The Python package and the installed schema are of different versions."""
 

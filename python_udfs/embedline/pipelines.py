@@ -19,6 +19,7 @@ from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermi
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
 from embedline.models import caller
+from embedline.schedule import forget_index_jobs
 from embedline.source import Source
 
 # 46 + the longest generated suffix ("_chunk_content_hash_idx" and the like) stays within 63 bytes.
@@ -506,6 +507,7 @@ def drop_pipeline(session: Session, name: str) -> None:
     """Remove a pipeline with its triggers, view, functions and tables; the source stays as it is."""
     require_control(session, name)
     bound_lock_wait(session)
+    forget_index_jobs(session, name)
     for row in session.query(
         """
         SELECT format('%I', t.tgname) AS trigger, t.tgrelid::regclass::text AS source FROM pg_trigger AS t

@@ -1,4 +1,4 @@
-"""Work as pg_cron jobs: resident workers, started at boot and looked after every minute, and the nightly run."""
+"""Work as pg_cron jobs: resident workers, started at boot and looked after every minute, the nightly run, index builds."""
 
 from __future__ import annotations
 
@@ -72,6 +72,24 @@ def unschedule_workers(session: Session) -> int:
         _unschedule_nightly(session)
     return len(
         session.query("UPDATE embedline.worker SET stop_requested = true WHERE slot IS NOT NULL RETURNING worker_id")
+    )
+
+
+def index_job(name: str, number: int, precision: str | None) -> str:
+    """Return the name of the job that builds an index of a version."""
+    return f"embedline index {name} v{number}" + (f" {precision}" if precision else "")
+
+
+def forget_index_jobs(session: Session, name: str, number: int | None = None, precision: str | None = None) -> None:
+    """Take away the jobs that build indexes of what is about to be dropped: a pipeline, a version, or one of its indexes."""
+    if not session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
+        return
+    prefix = f"embedline index {name} " if number is None else f"{index_job(name, number, precision)} "
+    session.query(
+        "SELECT cron.unschedule(jobid) FROM cron.job"
+        " WHERE database = current_database() AND starts_with(jobname || ' ', $1)",
+        ["text"],
+        prefix,
     )
 
 

@@ -38,8 +38,9 @@ _HNSW_CANDIDATE = 16
 _HNSW_ARRAY_HEADER = 8
 _ALLOCATION = 24
 
-_BYTES_PER_DIMENSION = {"vector": 4, "halfvec": 2}
-_INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000}
+# An index over vectors reduced to their signs holds type bit.
+_BYTES_PER_DIMENSION = {"vector": 4, "halfvec": 2, "bit": 1 / 8}
+INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
 
 
 def _aligned(size: float) -> int:
@@ -48,7 +49,7 @@ def _aligned(size: float) -> int:
 
 def vector_bytes(dimensions: int, column_type: str) -> int:
     """Return the size of one vector with its header of 8 bytes."""
-    return 8 + _BYTES_PER_DIMENSION[column_type] * dimensions
+    return 8 + math.ceil(_BYTES_PER_DIMENSION[column_type] * dimensions)
 
 
 def table_bytes(count: float, dimensions: int, column_type: str) -> float:
@@ -65,7 +66,7 @@ def table_bytes(count: float, dimensions: int, column_type: str) -> float:
 
 def has_hnsw(dimensions: int, column_type: str) -> bool:
     """Whether pgvector builds an HNSW index over such a column."""
-    return dimensions <= _INDEX_DIMENSIONS[column_type]
+    return dimensions <= INDEX_DIMENSIONS[column_type]
 
 
 def hnsw_bytes(count: float, dimensions: int, column_type: str, m: int) -> float:

@@ -38,6 +38,7 @@ from embedline.pipelines import (
     spec_for,
     version_fingerprint,
 )
+from embedline.schedule import forget_index_jobs
 from embedline.settings import load_settings
 from embedline.source import Source
 
@@ -264,7 +265,7 @@ def drop_embedding_version(session: Session, name: str, number: int, window: str
     retry_locked(
         session, lambda: _drop_tables(session, doomed, plan, source, is_last), "a table or view of the version"
     )
-    _unschedule(session, doomed)
+    forget_index_jobs(session, name, number)
     session.query("DELETE FROM embedline.version WHERE version_id = $1", ["bigint"], doomed.version.version_id)
     if is_last:
         session.query(
@@ -316,14 +317,6 @@ def _drop_tables(session: Session, doomed: Pipeline, plan: CapturePlan, source: 
     session.execute(f"DROP TABLE IF EXISTS {doomed.vectors}")
     if is_last:
         session.execute(f"DROP TABLE IF EXISTS {doomed.chunk}")
-
-
-def _unschedule(session: Session, doomed: Pipeline) -> None:
-    if session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
-        session.query(
-            "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = current_database() AND jobname LIKE $1",
-            ["text"], f"embedline index {doomed.name} v{doomed.version.number}%",
-        )  # fmt: skip
 
 
 def require_version(session: Session, name: str, number: int | None) -> Pipeline:

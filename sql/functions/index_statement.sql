@@ -1,5 +1,8 @@
--- The statement that builds the vector index where pg_cron cannot: CONCURRENTLY cannot run in a function.
-CREATE OR REPLACE FUNCTION embedline.index_statement(pipeline_name text)
+-- The statement that builds an index of a version where pg_cron cannot: CONCURRENTLY cannot run in a function.
+-- The serving version and the column's own index where nothing else is named.
+CREATE OR REPLACE FUNCTION embedline.index_statement(
+    pipeline_name text, version_number integer DEFAULT NULL, precision_name text DEFAULT NULL
+)
 RETURNS text
 LANGUAGE plpython3u
 STABLE
@@ -7,7 +10,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
     from embedline import indexing
-    return indexing.index_statement(plpy, GD, pipeline_name)
+    return indexing.index_statement(plpy, GD, pipeline_name, version_number, precision_name)
 $python$;
 
-COMMENT ON FUNCTION embedline.index_statement(text) IS 'Return the CREATE INDEX CONCURRENTLY of a pipeline, NULL where its index is valid or it has none.';
+COMMENT ON FUNCTION embedline.index_statement(text, integer, text) IS 'Return the CREATE INDEX CONCURRENTLY of a version, NULL where its index is valid or it has none.';

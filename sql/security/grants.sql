@@ -18,7 +18,9 @@ GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embed
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
 GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
-GRANT EXECUTE ON FUNCTION embedline._pipeline_counts(text), embedline._workers_alive()
+GRANT SELECT ON embedline.precision_index TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION
+embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text)
 TO embedline_reader, embedline_worker;
 
 -- Workers: embed, and nothing else.
@@ -41,7 +43,12 @@ embedline.drop_pipeline(text),
 embedline.pause_pipeline(text),
 embedline.resume_pipeline(text),
 embedline.refresh_pipeline(text),
-embedline.index_statement(text),
+embedline.index_statement(text, integer, text),
+embedline.build_vector_index(text, integer),
+embedline._index_plan(text, integer, text, integer),
+embedline.add_precision_index(text, integer, text, integer, real),
+embedline.drop_precision_index(text, integer, text),
+embedline.use_precision(text, integer, text),
 embedline.schedule_workers(integer),
 embedline.unschedule_workers()
 TO embedline_admin;

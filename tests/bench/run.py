@@ -42,6 +42,8 @@ BENCHES = {
     "in-flight": "transactions, UPDATE and DELETE during a provider call of 10 s",
     "drain-local": "400 chunks through one worker and a local model, against SentenceTransformer.encode",
     "cutover": "20 cutovers and 20 rollbacks under 8 readers and 2 writers",
+    "index": "build-index against a plain CREATE INDEX CONCURRENTLY with the same settings",
+    "precision": "recall, time and bytes of the precision indexes on the manual's sentences",
     "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
 }
 

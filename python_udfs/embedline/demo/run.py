@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from embedline.cli import build_index
+from embedline import index_build
 from embedline.demo.manual import Page, manual_folder, read_index_terms, read_pages
 from embedline.recall import recall_at_k
 
@@ -240,7 +240,7 @@ def _status(connection: psycopg.Connection[Any], demo: Demo) -> tuple[Any, ...]:
 def _build_index(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> None:
     started = time.perf_counter()
     with console.status("building the HNSW index CONCURRENTLY"):
-        statement = build_index(connection, demo.name)
+        statement = index_build.build(index_build.PsycopgClient(connection), demo.name)
     if statement is not None:
         console.print(f"[green]{escape(statement)}[/green]", soft_wrap=True)
     console.print(f"HNSW index valid after {time.perf_counter() - started:.1f} s")

@@ -1,0 +1,50 @@
+-- One row for each index that a version has or is to have: its state, and how far a build is.
+-- SECURITY DEFINER, for progress and locks of other roles' sessions are hidden from all but superusers.
+CREATE OR REPLACE FUNCTION embedline.index_progress(pipeline_name text DEFAULT NULL)
+RETURNS TABLE (
+    pipeline text, version integer, name text, state text, phase text, percent double precision, bytes bigint
+)
+LANGUAGE sql
+STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $sql$
+    WITH wanted AS (
+        SELECT p.name AS pipeline, v.number, 'embedding' AS precision, 0 AS place
+        FROM embedline.pipeline AS p INNER JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
+        WHERE v.index_method <> 'none'
+        UNION ALL
+        SELECT p.name, v.number, x.name, 1
+        FROM embedline.pipeline AS p INNER JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
+        INNER JOIN embedline.precision_index AS x ON x.version_id = v.version_id
+    )
+
+    SELECT
+        w.pipeline,
+        w.number,
+        w.pipeline || '_v' || w.number || '_' || w.precision || '_idx',
+        CASE
+            WHEN i.indexrelid IS NULL THEN 'missing'
+            WHEN i.indisvalid THEN 'valid'
+            WHEN b.phase IS NULL THEN 'invalid'
+            ELSE 'building'
+        END,
+        CASE WHEN NOT i.indisvalid THEN b.phase END,
+        CASE WHEN NOT i.indisvalid THEN b.percent END,
+        CASE WHEN i.indisvalid THEN pg_relation_size(i.indexrelid) END
+    FROM wanted AS w
+    LEFT JOIN pg_index AS i
+        ON i.indexrelid = to_regclass(format('embedline_data.%I', w.pipeline || '_v' || w.number || '_' || w.precision || '_idx'))
+    LEFT JOIN LATERAL (
+        SELECT g.phase, coalesce(
+            100.0 * nullif(g.blocks_done, 0) / nullif(g.blocks_total, 0),
+            100.0 * nullif(g.tuples_done, 0) / nullif(g.tuples_total, 0), 0
+        ) AS percent
+        FROM pg_stat_progress_create_index AS g
+        WHERE g.index_relid = i.indexrelid OR (g.relid = i.indrelid AND g.index_relid = 0) LIMIT 1
+    ) AS b ON true
+    WHERE w.pipeline = pipeline_name OR pipeline_name IS NULL
+    ORDER BY w.pipeline, w.number, w.place, w.precision
+$sql$;
+
+COMMENT ON FUNCTION embedline.index_progress(text) IS 'Each vector index with its state, and how far its build is.';

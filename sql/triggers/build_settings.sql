@@ -1,0 +1,38 @@
+-- A pg_cron job is one statement in a session of its own, and SET beside CREATE INDEX CONCURRENTLY would make it a
+-- transaction block. So the job's statement carries its settings in a comment, and they are set as it begins. They are
+-- what a session may set for itself anyway; a statement without the comment is left alone (20 µs).
+-- Two concurrent builds on one table deadlock: the second waits for the first's lock, the first for the second's
+-- snapshot. So the second gives up at once, and its job begins anew a minute later.
+CREATE OR REPLACE FUNCTION embedline._on_create_index()
+RETURNS event_trigger
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    build text [] := regexp_match(
+        current_query(),
+        ' ON (embedline_data\.\S+) .*/\* embedline build: maintenance_work_mem = (\d+kB), '
+        'max_parallel_maintenance_workers = (\d+) \*/\s*;?\s*$'
+    );
+BEGIN
+    IF build IS NULL THEN
+        RETURN;
+    END IF;
+    -- Its keys are those of embedline.indexing; the session's end gives it back.
+    IF NOT pg_try_advisory_lock(1164798257, to_regclass(build[1])::oid::integer) THEN
+        RAISE EXCEPTION 'another index on % is being built', build[1]
+            USING ERRCODE = 'lock_not_available', HINT = 'The job of pg_cron tries again in a minute.';
+    END IF;
+    -- For the session, not for the transaction: a concurrent build is several.
+    PERFORM set_config('maintenance_work_mem', build[2], false);
+    PERFORM set_config('max_parallel_maintenance_workers', build[3], false);
+END
+$plpgsql$;
+
+COMMENT ON FUNCTION embedline._on_create_index() IS 'Internal: event trigger function, gives an index build by pg_cron its settings.';
+
+DROP EVENT TRIGGER IF EXISTS embedline_build_settings; -- noqa: PRS
+CREATE EVENT TRIGGER embedline_build_settings
+ON ddl_command_start
+WHEN TAG IN ('CREATE INDEX')
+EXECUTE FUNCTION embedline._on_create_index();

@@ -20,7 +20,7 @@ T = TypeVar("T")
 SessionCache = dict[str, Any]
 
 # A try for a strong lock: below what a reader notices; and the pause before the next, in seconds.
-_LOCK_TRY = "20ms"
+_LOCK_TRY = "10ms"
 _LOCK_PAUSE_SECONDS = (0.01, 0.04)
 
 # SQLSTATEs that are handled in more than one place.

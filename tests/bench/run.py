@@ -44,6 +44,7 @@ BENCHES = {
     "cutover": "20 cutovers and 20 rollbacks under 8 readers and 2 writers",
     "index": "build-index against a plain CREATE INDEX CONCURRENTLY with the same settings",
     "precision": "recall, time and bytes of the precision indexes on the manual's sentences",
+    "layout": "filling a table of its own against a second column of indexed rows",
     "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
 }
 

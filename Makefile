@@ -14,10 +14,10 @@ ARGS  ?=
 BOOTSTRAP := PYTHONPATH=python_udfs PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.local.bootstrap
 WITH_DSN  := EMBEDLINE_DSN="$$($(BOOTSTRAP) dsn)"
 
-.PHONY: help setup up demo test bench lint dsn psql down clean _lint-setup
+.PHONY: help setup up demo demo-upgrade test bench lint dsn psql down clean _lint-setup
 
 help: ## print this help
-	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 
 setup: ## install system packages, pgvector, the virtual environment and the models
 	@$(BOOTSTRAP) setup
@@ -28,6 +28,10 @@ up: ## set up, start the local cluster, bring its schema to head
 demo: up ## make the PostgreSQL manual searchable by meaning (MODEL=static-256 or minilm)
 	@echo "» Running the demo with model $(MODEL)" >&2
 	@$(WITH_DSN) .venv/bin/python -m embedline.demo --model $(MODEL)
+
+demo-upgrade: up ## another model for pages that are searched and edited all the time, and back, and for good
+	@echo "» Running the demo of a model upgrade" >&2
+	@$(WITH_DSN) .venv/bin/python -m embedline.demo --upgrade
 
 test: up ## run the tests (ARGS='-k name' goes to pytest)
 	@echo "» Running the tests" >&2

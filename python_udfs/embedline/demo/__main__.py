@@ -1,4 +1,4 @@
-"""`python -m embedline.demo --model static-256|minilm`: what `make demo` runs. EMBEDLINE_DSN names the database."""
+"""`python -m embedline.demo`: what `make demo` runs, and with `--upgrade` make demo-upgrade. EMBEDLINE_DSN names the database."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from rich.console import Console
 
 from embedline.demo.manual import ManualNotFound
 from embedline.demo.run import DEMOS, DemoFailed, run_demo
+from embedline.demo.upgrade import run_upgrade
 
 
 def main() -> int:
     """Run the demo; return 0 where it did what it promises, else 1."""
     parser = argparse.ArgumentParser(prog="make demo", description="Make the PostgreSQL manual searchable by meaning.")
     parser.add_argument("--model", choices=sorted(DEMOS), default="static-256")
-    model = parser.parse_args().model
+    parser.add_argument("--upgrade", action="store_true", help="upgrade a pipeline's model under traffic instead")
+    options = parser.parse_args()
     dsn = os.environ.get("EMBEDLINE_DSN")
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     if not dsn:
         errors.print("error: EMBEDLINE_DSN is not set; run: make demo", markup=False)
         return 1
     try:
-        shortfalls = run_demo(dsn, DEMOS[model], console)
+        shortfalls = run_upgrade(dsn, console) if options.upgrade else run_demo(dsn, DEMOS[options.model], console)
     except (DemoFailed, ManualNotFound) as error:
         errors.print(f"error: {error}", markup=False)
         return 1

@@ -109,10 +109,10 @@ def run_demo(dsn: str, demo: Demo, console: Console) -> list[str]:
     with psycopg.connect(dsn, autocommit=True, application_name="embedline demo") as connection:
         folder = manual_folder(connection.info.server_version // 10000)
         pages = [page for page in read_pages(folder) if page.name.startswith(demo.page_prefix)]
-        _headline(console, f"{len(pages):,} pages of the PostgreSQL manual, model {demo.model}")
-        _recreate(connection, demo, pages, console)
-        shortfalls = _drain(connection, demo, pages, console)
-        _build_index(connection, demo, console)
+        headline(console, f"{len(pages):,} pages of the PostgreSQL manual, model {demo.model}")
+        recreate(connection, demo, pages, console)
+        shortfalls = drain(connection, demo, pages, console)
+        build_index(connection, demo, console)
         _show_searches(connection, demo, console)
         known = {page.name for page in pages}
         terms = {term: found & known for term, found in read_index_terms(folder).items() if found & known}
@@ -123,7 +123,8 @@ def run_demo(dsn: str, demo: Demo, console: Console) -> list[str]:
     return shortfalls
 
 
-def _headline(console: Console, text: str) -> None:
+def headline(console: Console, text: str) -> None:
+    """Print what comes next."""
     console.print(f"\n[bold]{escape(text)}[/bold]")
 
 
@@ -132,19 +133,20 @@ def _quote(text: str, width: int = 150) -> str:
     return escape(line if len(line) <= width else line[: width - 1] + "…")
 
 
-def _scalar(connection: psycopg.Connection[Any], query: Any, parameters: Iterable[object] = ()) -> Any:
+def scalar(connection: psycopg.Connection[Any], query: Any, parameters: Iterable[object] = ()) -> Any:
+    """Return the first column of the only row; None without one."""
     row = connection.execute(query, tuple(parameters)).fetchone()
     return None if row is None else row[0]
 
 
-def _recreate(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page], console: Console) -> None:
+def recreate(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page], console: Console) -> None:
     """Create table and pipeline anew. A table of that name that is not the demo's is left alone."""
     table = sql.Identifier("public", demo.name)
-    comment = _scalar(connection, "SELECT obj_description(to_regclass(%s))", [f"public.{demo.name}"])
-    exists = _scalar(connection, "SELECT to_regclass(%s) IS NOT NULL", [f"public.{demo.name}"])
+    comment = scalar(connection, "SELECT obj_description(to_regclass(%s))", [f"public.{demo.name}"])
+    exists = scalar(connection, "SELECT to_regclass(%s) IS NOT NULL", [f"public.{demo.name}"])
     if exists and comment != _TABLE_COMMENT:
         raise DemoFailed(f"table public.{demo.name} is not the demo's; rename it, or run the demo in another database")
-    if _scalar(connection, "SELECT count(*) FROM embedline.pipeline WHERE name = %s", [demo.name]):
+    if scalar(connection, "SELECT count(*) FROM embedline.pipeline WHERE name = %s", [demo.name]):
         _with_patience(lambda: connection.execute("SELECT embedline.drop_pipeline(%s)", (demo.name,)))
     connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table))
     connection.execute(sql.SQL("CREATE TABLE {} (page text PRIMARY KEY, title text, body text)").format(table))
@@ -155,7 +157,7 @@ def _recreate(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page]
             copy.write_row((page.name, page.title, page.body))
     connection.execute(sql.SQL("ANALYZE {}").format(table))
     console.print(f"table [cyan]{demo.name}[/cyan] (page text primary key, title text, body text) is loaded")
-    view = _scalar(
+    view = scalar(
         connection,
         "SELECT embedline.create_pipeline(%s, %s::regclass, %s, %s)",
         [demo.name, f"public.{demo.name}", _CONTENT, demo.model],
@@ -175,7 +177,7 @@ def _with_patience(action: Callable[[], object]) -> None:
                 raise
 
 
-def _drain(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page], console: Console) -> list[str]:
+def drain(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page], console: Console) -> list[str]:
     """Embed everything, together with the scheduled worker if it is there already; return what stayed behind."""
     started = time.perf_counter()
     with console.status("starting the model host, if it does not run (a process beside the server)"):
@@ -215,9 +217,9 @@ def _embed_all(connection: psycopg.Connection[Any], demo: Demo, report: Callable
     )
     before, moved_at = -1, time.monotonic()
     while True:
-        embedded = _scalar(connection, "SELECT public.embed_pending(%s, %s)", [_ROWS_PER_CALL, demo.name])
+        embedded = scalar(connection, "SELECT public.embed_pending(%s, %s)", [_ROWS_PER_CALL, demo.name])
         pending, complete, dead, last_error, _ = _status(connection, demo)
-        done = int(_scalar(connection, count_pages))
+        done = int(scalar(connection, count_pages))
         report(done + dead)
         if complete and not pending:
             return
@@ -237,7 +239,8 @@ def _status(connection: psycopg.Connection[Any], demo: Demo) -> tuple[Any, ...]:
     return row
 
 
-def _build_index(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> None:
+def build_index(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> None:
+    """Build the pipeline's HNSW index."""
     started = time.perf_counter()
     with console.status("building the HNSW index CONCURRENTLY"):
         statement = index_build.build(index_build.PsycopgClient(connection), demo.name)
@@ -247,7 +250,7 @@ def _build_index(connection: psycopg.Connection[Any], demo: Demo, console: Conso
 
 
 def _show_searches(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> None:
-    _headline(console, "Five searches, each with its best chunk")
+    headline(console, "Five searches, each with its best chunk")
     for question in demo.questions:
         started = time.perf_counter()
         row = connection.execute(_SEARCH, (demo.name, question, 1)).fetchone()
@@ -277,7 +280,7 @@ def _measure_recall(
     connection: psycopg.Connection[Any], demo: Demo, terms: dict[str, frozenset[str]], console: Console
 ) -> list[str]:
     """Search each term of the manual's own index; the pages it names are the right answers."""
-    _headline(console, f"Recall@{_K} over the manual's own index")
+    headline(console, f"Recall@{_K} over the manual's own index")
     started = time.perf_counter()
     shares = []
     with _progress(console) as progress, connection.cursor() as cursor:
@@ -303,8 +306,8 @@ def _measure_recall(
 
 def _edit(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> list[str]:
     """Commit an edit and wait until search sees it; only the scheduled worker embeds it."""
-    _headline(console, "An edit, seen by search through the scheduled worker alone")
-    _await_worker(connection, console)
+    headline(console, "An edit, seen by search through the scheduled worker alone")
+    await_worker(connection, console)
     update = sql.SQL("UPDATE {} SET body = body || E'\\n\\n' || %s WHERE page = %s").format(
         sql.Identifier("public", demo.name)
     )
@@ -326,17 +329,18 @@ def _edit(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> 
     return []
 
 
-def _await_worker(connection: psycopg.Connection[Any], console: Console) -> None:
-    if _scalar(connection, _HAS_WORKER):
+def await_worker(connection: psycopg.Connection[Any], console: Console) -> None:
+    """See to it that pg_cron runs a resident worker."""
+    if scalar(connection, _HAS_WORKER):
         return
-    if _scalar(connection, "SELECT to_regclass('cron.job') IS NULL") or not _scalar(
+    if scalar(connection, "SELECT to_regclass('cron.job') IS NULL") or not scalar(
         connection,
         "SELECT count(*) FROM cron.job WHERE database = current_database() AND jobname LIKE 'embedline worker %%'",
     ):
         connection.execute("SELECT embedline.schedule_workers(1)")
     limit = time.monotonic() + _WORKER_SECONDS
     with console.status("waiting for pg_cron, which starts the worker on the full minute (only the first time)"):
-        while not _scalar(connection, _HAS_WORKER):
+        while not scalar(connection, _HAS_WORKER):
             if time.monotonic() > limit:
                 raise DemoFailed("pg_cron started no worker; see cron.job_run_details and the server's log")
             time.sleep(0.1)
@@ -350,7 +354,7 @@ def _sees_edit(connection: psycopg.Connection[Any], demo: Demo) -> bool:
 
 def _delete(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> list[str]:
     """Delete a page: its chunks go in the same transaction, so the very next search cannot find it."""
-    _headline(console, "A DELETE, gone from search at once")
+    headline(console, "A DELETE, gone from search at once")
     question = "garbage-collect a database with VACUUM"
 
     def found() -> bool:
@@ -374,7 +378,7 @@ def _yes(value: bool) -> str:
 
 
 def _say_what_next(demo: Demo, console: Console, seconds: float) -> None:
-    _headline(console, f"Done in {seconds:.0f} s. What to type next")
+    headline(console, f"Done in {seconds:.0f} s. What to type next")
     searching = f"SELECT key, score, chunk FROM embedline.search('{demo.name}', 'how do I tune autovacuum?', 3);"
     other = "minilm" if demo.model == "static-256" else "static-256"
     for command, meaning in (

@@ -1,0 +1,98 @@
+"""Readers and a writer that are at work while the demo upgrades the model."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import psycopg
+from psycopg import sql
+
+READERS = 2
+_READ_SECONDS = 0.03
+_WRITE_SECONDS = 0.5
+
+
+@dataclass
+class Tally:
+    """What readers and the writer saw; times are of time.monotonic, in seconds."""
+
+    reads: list[tuple[float, float]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    mixed: int = 0
+    writes: int = 0
+
+    @property
+    def longest(self) -> float:
+        """The longest time that a read took."""
+        return max((seconds for _, seconds in self.reads), default=0.0)
+
+    def longest_between(self, begin: float, end: float) -> float:
+        """The longest time of a read that was under way in a span of time."""
+        return max((s for start, s in self.reads if start < end and start + s > begin), default=0.0)
+
+
+class LiveTraffic:
+    """Context in which two readers rank through the routing view and by search, and a writer edits pages."""
+
+    def __init__(self, dsn: str, table: str, pages: Sequence[str], questions: Sequence[str]) -> None:
+        self.tally = Tally()
+        self._dsn, self._table, self._pages, self._questions = dsn, table, pages, questions
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._read, args=(seed,), daemon=True) for seed in range(READERS)]
+        self._threads.append(threading.Thread(target=self._write, daemon=True))
+
+    def __enter__(self) -> LiveTraffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _read(self, seed: int) -> None:
+        draw = random.Random(seed)
+        # The widths of the query's vector and of the row's: they differ where two models are mixed.
+        view = sql.SQL(
+            "WITH asked AS MATERIALIZED (SELECT embedline.embed_query({pipeline}, %(text)s) AS vector)"
+            " SELECT vector_dims((SELECT vector FROM asked)), vector_dims(embedding) FROM {view}"
+            " ORDER BY embedding <=> (SELECT vector FROM asked) LIMIT 5"
+        ).format(pipeline=sql.Literal(self._table), view=sql.Identifier("public", f"{self._table}_embedding"))
+        search = sql.SQL("SELECT 0, 0 FROM embedline.search({pipeline}, %(text)s, 5)").format(
+            pipeline=sql.Literal(self._table)
+        )
+        with psycopg.connect(self._dsn, autocommit=True, application_name="embedline demo reader") as connection:
+            connection.execute(view, {"text": "warm"})
+            while not self._stop.wait(draw.uniform(0, 2 * _READ_SECONDS)):
+                statement = view if draw.random() < 0.5 else search
+                start = time.monotonic()
+                try:
+                    rows = connection.execute(
+                        statement, {"text": draw.choice(self._questions)}, prepare=True
+                    ).fetchall()
+                except psycopg.Error as error:
+                    with self._lock:
+                        self.tally.failures.append(str(error))
+                    continue
+                with self._lock:
+                    self.tally.reads.append((start, time.monotonic() - start))
+                    self.tally.mixed += any(asked != found for asked, found in rows)
+                    if not rows:
+                        self.tally.failures.append("a search found nothing")
+
+    def _write(self) -> None:
+        draw = random.Random(7)
+        update = sql.SQL("UPDATE {} SET body = body || %s WHERE page = %s").format(
+            sql.Identifier("public", self._table)
+        )
+        with psycopg.connect(self._dsn, autocommit=True, application_name="embedline demo writer") as connection:
+            while not self._stop.wait(draw.uniform(0, 2 * _WRITE_SECONDS)):
+                note = f"\n\nRevised, for the {self.tally.writes + 1}th time in this demo."
+                connection.execute(update, (note, draw.choice(self._pages)))
+                self.tally.writes += 1

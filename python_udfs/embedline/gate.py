@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from embedline.recall import recall_at_k
 
 FloatArray = npt.NDArray[np.float64]
+Key = TypeVar("Key", bound=Hashable)
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 RESAMPLES = 10_000
@@ -62,7 +63,7 @@ class Comparison:
     queries_to_decide: int | None
 
 
-def ndcg_at_k(found: Sequence[Hashable], grades: Mapping[Hashable, float], k: int) -> float:
+def ndcg_at_k(found: Sequence[Key], grades: Mapping[Key, float], k: int) -> float:
     """Return the normalised discounted cumulated gain of the first k of `found`, between 0 and 1.
 
     Gain is the grade itself (linear), the discount log2(rank + 1): Järvelin and Kekäläinen, "Cumulated Gain-Based
@@ -81,12 +82,12 @@ def _discounted(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
 
 
-def reciprocal_rank(found: Sequence[Hashable], grades: Mapping[Hashable, float]) -> float:
+def reciprocal_rank(found: Sequence[Key], grades: Mapping[Key, float]) -> float:
     """Return 1 / rank of the first relevant item, 0 where none is found (Voorhees, TREC-8, 1999)."""
     return next((1.0 / rank for rank, key in enumerate(found, 1) if grades.get(key, 0.0) > 0), 0.0)
 
 
-def score_ranking(found: Sequence[Hashable], grades: Mapping[Hashable, float], k: int) -> tuple[float, float, float]:
+def score_ranking(found: Sequence[Key], grades: Mapping[Key, float], k: int) -> tuple[float, float, float]:
     """Return recall@k, nDCG@k and the reciprocal rank among the first k of one query's ranking: `MEASURES`."""
     relevant = [key for key, grade in grades.items() if grade > 0]
     return recall_at_k(found, relevant, k), ndcg_at_k(found, grades, k), reciprocal_rank(found[:k], grades)

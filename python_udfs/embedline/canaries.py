@@ -16,8 +16,8 @@ from embedline.known_items import known_item_queries
 from embedline.ranking import key_expression, version_view
 from embedline.text import repair_text
 
-# Places in the range of chunk_id that are looked at for each known item: gaps and further chunks of a document are passed over.
-_PROBES = 3
+# Places in the range of chunk_id that are looked at for each known item: two places may have the same next chunk.
+PROBES = 3
 
 _COLUMNS = """
     SELECT a.attname AS name, t.typcategory AS category, a.atttypid::regtype::text AS type
@@ -206,22 +206,19 @@ def _require_view_column(session: Session, pipeline: Pipeline, name: str) -> Non
 def _known_items(
     session: Session, versions: Sequence[Pipeline], count: int, breakdown: str | None, seed: int
 ) -> QuerySet:
-    """Make queries of chunks of the serving version, drawn over its chunk ids; one for each of up to `count` documents."""
+    """Make queries of up to `count` chunks of the serving version, drawn over its chunk ids."""
     pipeline = versions[0]
-    chosen: dict[str, dict[str, Any]] = {}
-    for row in _draw_chunks(session, pipeline, count * _PROBES, breakdown, seed):
-        if len(chosen) < count:
-            chosen.setdefault(str(row["key"]), row)
+    drawn = {int(row["chunk_id"]): row for row in _draw_chunks(session, pipeline, count * PROBES, breakdown, seed)}
+    chosen = list(drawn.values())[:count]
     if not chosen:
         raise NotReady(
             f'pipeline "{pipeline.name}" has no chunks to make queries of',
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline.name}';",
         )
     queries: dict[str, tuple[dict[str, float], str | None]] = {}
-    made = known_item_queries([str(row["chunk"]) for row in chosen.values()])
-    for text, (key, row) in zip(made, chosen.items(), strict=True):
+    for text, row in zip(known_item_queries([str(row["chunk"]) for row in chosen]), chosen, strict=True):
         # Texts that are alike make one query, which either of them answers.
-        queries.setdefault(text, ({}, row["label"]))[0][key] = 1.0
+        queries.setdefault(text, ({}, row["label"]))[0][str(row["key"])] = 1.0
     return QuerySet(
         "known_item", list(queries), [grades for grades, _ in queries.values()], [label for _, label in queries.values()],
         f"{len(queries)} known-item queries made from the corpus",
@@ -235,13 +232,6 @@ def _draw_chunks(
     view, names = version_view(session, pipeline), pipeline.view_columns
     chunk_id, chunk = f"e.{quote_ident(names['chunk_id'])}", f"e.{quote_ident(names['chunk'])}"
     label = f"e.{quote_ident(breakdown)}::text" if breakdown is not None else "NULL::text"
-    low, high = (
-        session.scalar(f"SELECT {chunk_id} FROM {view} AS e ORDER BY {chunk_id} {direction} LIMIT 1")
-        for direction in ("ASC", "DESC")
-    )
-    if low is None:
-        return []
-    places = np.random.default_rng(seed).integers(low, high + 1, size=count)
     return session.query(
         f"""
         SELECT f.* FROM unnest($1) WITH ORDINALITY AS p (place, position) CROSS JOIN LATERAL (
@@ -250,5 +240,15 @@ def _draw_chunks(
         ) AS f ORDER BY p.position
         """,
         ["bigint[]"],
-        [int(place) for place in places],
+        draw_places(session, pipeline, count, seed),
     )
+
+
+def draw_places(session: Session, pipeline: Pipeline, count: int, seed: int) -> list[int]:
+    """Return random numbers from the range of the version's chunk ids; none where it has no chunks."""
+    view, chunk_id = version_view(session, pipeline), f"e.{quote_ident(pipeline.view_columns['chunk_id'])}"
+    low, high = (
+        session.scalar(f"SELECT {chunk_id} FROM {view} AS e ORDER BY {chunk_id} {direction} LIMIT 1")
+        for direction in ("ASC", "DESC")
+    )
+    return [] if low is None else np.random.default_rng(seed).integers(low, high + 1, size=count).tolist()

@@ -5,7 +5,7 @@ A sequential scan with a sort for each query reads the table as often as there a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,13 @@ import numpy.typing as npt
 from embedline import vectors
 from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident, vector_schema
-from embedline.ranking import key_expression, version_view
+from embedline.ranking import QueryVectors, key_expression, version_view
 from embedline.vectors import FloatMatrix
 
 # Vectors read at a time: 384 dimensions take 12 MB, the distances of 200 queries 13 MB.
 _PAGE = 8192
+# Nearest chunks kept for each document wanted: a document may have many of them.
+_CHUNKS_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,38 @@ def nearest_distances(session: Session, pipeline: Pipeline, queries: FloatMatrix
         if nearest.shape[1] > k:
             nearest = np.partition(nearest, k - 1, axis=1)[:, :k]
     return np.sort(nearest, axis=1)
+
+
+class ExactRanking:
+    """The documents that many queries find by exact search, each by its best chunk; vectors come in page by page."""
+
+    def __init__(self, queries: QueryVectors, column_type: str, distance: str, k: int) -> None:
+        self._queries, self._distance, self._k = queries, distance, k
+        self._matrix = as_stored(queries.matrix, column_type)
+        self._numbers: dict[str, int] = {}
+        count = len(queries.matrix)
+        self._nearest, self._documents = np.empty((count, 0)), np.empty((count, 0), dtype=np.int64)
+
+    def add(self, keys: Sequence[str], matrix: FloatMatrix) -> None:
+        """Take in chunks of documents with these keys, one row of `matrix` each."""
+        numbers = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
+        # A query or a mapped vector without a direction is near to nothing.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = np.nan_to_num(distances(self._matrix, matrix, self._distance), nan=np.inf)
+        nearest = np.hstack([self._nearest, found])
+        documents = np.hstack([self._documents, np.broadcast_to(np.array(numbers, dtype=np.int64), found.shape)])
+        keep = self._k * _CHUNKS_KEPT
+        if nearest.shape[1] > keep:
+            places = np.argpartition(nearest, keep - 1, axis=1)[:, :keep]
+            nearest, documents = np.take_along_axis(nearest, places, 1), np.take_along_axis(documents, places, 1)
+        self._nearest, self._documents = nearest, documents
+
+    def keys(self) -> list[list[str]]:
+        """Return the keys of the k nearest documents of each query, best first."""
+        names = list(self._numbers)
+        order = np.argsort(self._nearest, axis=1, kind="stable")
+        ranked = np.take_along_axis(self._documents, order, 1)
+        return [
+            [names[number] for number in list(dict.fromkeys(row.tolist()))[: self._k]] if usable else []
+            for row, usable in zip(ranked, self._queries.usable, strict=True)
+        ]

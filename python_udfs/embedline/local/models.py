@@ -51,6 +51,17 @@ def _save_static(weights: Path, tokenizer: Path, folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+def cut_static_model(folder: Path, dimensions: int, target: Path) -> None:
+    """Save a static model with only the first dimensions of its vectors: a bad model, for demos and tests of the gate."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(folder, target)
+    weights = target / "model.safetensors"
+    save_file({name: table[:, :dimensions].copy() for name, table in load_file(weights).items()}, weights)
+    for path in (target, *target.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def _static_embedding() -> Any:
     try:
         module = importlib.import_module("sentence_transformers.sentence_transformer.modules")

@@ -390,7 +390,7 @@ def test_a_preview_keeps_to_the_budget(database: psycopg.Connection) -> None:
     create_pages(database, 300)
     create_pipeline(database)
     settle(database)
-    database.execute("SELECT embedline.set_budget(model => 'minilm', period => 'day', max_tokens => 10)")
+    database.execute("SELECT embedline.set_budget('day', model => 'minilm', tokens => 10)")
     with pytest.raises(psycopg.Error, match="more than may be sent now") as caught:
         database.execute("SELECT * FROM embedline.preview_version('page', 'minilm', sample => 200)")
     assert "preview_version" in caught.value.diag.message_hint

@@ -96,7 +96,7 @@ def evaluate(
     )
     rows = [
         gate_report.verdict_row(verdict, measured, quality, note),
-        gate_report.fidelity_row(measured, k), *rows, *_latency(session, subjects, queries),
+        *gate_report.fidelity_rows(measured, k), *rows, *_latency(session, subjects, queries),
     ]  # fmt: skip
     _record_gate(session, subjects, queries, options, (verdict, measured, quality), rows, canaries)
     return [row.as_dict() for row in rows]
@@ -113,7 +113,7 @@ def _require_complete(pipeline: Pipeline) -> None:
 def _ask(session: Session, versions: Sequence[Pipeline], queries: QuerySet, k: int) -> list[_Subject]:
     vectors = [embed_queries(session, version, queries.texts) for version in versions]
     searches = [DocumentSearch(session, version, v, k) for version, v in zip(versions, vectors, strict=True)]
-    rank_all(session, searches, len(queries.texts), k)
+    rank_all(searches, len(queries.texts))
     return [_Subject(*parts) for parts in zip(versions, vectors, searches, strict=True)]
 
 
@@ -164,7 +164,8 @@ def _record_gate(
     new = subjects[-1].pipeline
     verdict, measured, quality = verdicts
     evidence = {
-        "canaries": canaries, "queries": queries.note, "index": measured.index, "min_recall": options.min_recall,
+        "canaries": canaries, "queries": queries.note, "min_recall": options.min_recall,
+        "index": measured.chosen.index if measured.chosen else None,
         "models": [subject.pipeline.version.model.config.name for subject in subjects],
         "rows": [row.as_dict() for row in rows],
     }  # fmt: skip

@@ -44,11 +44,26 @@ def overall(fidelity: Verdict, quality: Verdict) -> Verdict:
     return "pass" if (fidelity, quality) == ("pass", "pass") else "inconclusive"
 
 
-def fidelity_row(fidelity: Fidelity, k: int) -> Row:
-    """How much of the exact result the index finds."""
-    return Row(
-        f"index recall@{k}", None, fidelity.recall, None, fidelity.low, fidelity.high, fidelity.verdict, fidelity.detail
-    )
+def fidelity_rows(fidelity: Fidelity, k: int) -> list[Row]:
+    """How much of the exact result the index finds; then what each index has and costs, where there are several."""
+    chosen, measure = fidelity.chosen, f"index recall@{k}"
+    if chosen is None:
+        rows = [Row(measure, verdict=fidelity.verdict, detail=fidelity.detail)]
+    else:
+        rows = [Row(
+            measure, None, chosen.recall, None, chosen.low, chosen.high, fidelity.verdict, fidelity.detail
+        )]  # fmt: skip
+    if len(fidelity.figures) > 1 or (chosen is None and fidelity.figures):
+        for figures in fidelity.figures:
+            name = f"{figures.name or 'own'} index"
+            detail = figures.index + (", which search uses" if figures == chosen else "")
+            p95 = 1000 * float(np.percentile(figures.seconds, 95))
+            rows += [
+                Row(f"{name}, recall@{k}", None, figures.recall, None, figures.low, figures.high, None, detail),
+                Row(f"{name}, search p95 ms", new=p95, detail=f"{k} chunks, {len(figures.seconds)} queries"),
+                Row(f"{name}, bytes", new=float(figures.bytes)),
+            ]
+    return rows
 
 
 def quality_rows(compared: Sequence[Comparison], k: int, margin: float, source: str) -> list[Row]:

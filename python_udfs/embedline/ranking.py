@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from embedline import vectors
+from embedline import precision, vectors
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident, vector_schema
+from embedline.database import Session, quote_ident
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import NotFound
 from embedline.vectors import FloatMatrix
@@ -87,34 +87,22 @@ def key_expression(pipeline: Pipeline, alias: str) -> str:
     return columns if len(pipeline.key_columns) == 1 else f"pg_catalog.jsonb_build_array({columns})::text"
 
 
-def distance_expression(session: Session, pipeline: Pipeline, alias: str) -> str:
-    """Return the distance of the view's vectors from the parameter $1."""
-    version, schema = pipeline.version, vector_schema(session)
-    embedding = f"{alias}.{quote_ident(pipeline.view_columns['embedding'])}"
-    return f"{embedding} OPERATOR({schema}.{version.operator}) $1::{schema}.{version.vector_type}"
-
-
-def set_ef_search(session: Session, limit: int) -> None:
-    """Set what search sets where its caller leaves ef_search to it; the SQL function's SET clause puts it back."""
-    session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], str(min(max(40, 2 * limit), 1000)))
-
-
 class DocumentSearch:
     """search(per_document => true) of one version, for many queries."""
 
     def __init__(self, session: Session, pipeline: Pipeline, queries: QueryVectors, k: int) -> None:
         self._session, self._queries, self._k = session, queries, k
-        distance = distance_expression(session, pipeline, "e")
-        self._statement = f"""
-            SELECT {key_expression(pipeline, "e")} AS key FROM {version_view(session, pipeline)} AS e
-            ORDER BY {distance} LIMIT $2
-        """
+        index = precision.chosen_index(session, pipeline)
+        self._statement = precision.search_statement(session, pipeline, index, version_view(session, pipeline))
+        self._ef_search = str(precision.ef_search(index, k * _OVERFETCH))
         self.rankings = Rankings()
 
     def find(self, query: int) -> list[str]:
         """Return the keys of the k documents whose best chunks are nearest; none where the query has no direction."""
         limit = self._k * _OVERFETCH
         vector = self._queries.literal(query)
+        # The SQL function's SET clause puts the caller's value back.
+        self._session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], self._ef_search)
         while self._queries.usable[query]:
             rows = self._session.query(self._statement, ["text", "bigint"], vector, limit)
             keys = list(dict.fromkeys(str(row["key"]) for row in rows))
@@ -130,9 +118,8 @@ class DocumentSearch:
         self.rankings.seconds.append(time.perf_counter() - began)
 
 
-def rank_all(session: Session, searches: Sequence[DocumentSearch], queries: int, k: int) -> None:
+def rank_all(searches: Sequence[DocumentSearch], queries: int) -> None:
     """Have each of the searches answer all queries in turns, so that none has the quieter machine or the warmer cache."""
-    set_ef_search(session, k * _OVERFETCH)
     for query in range(min(queries, 5)):
         for search in searches:
             search.find(query)

@@ -395,3 +395,28 @@ def test_a_preview_keeps_to_the_budget(database: psycopg.Connection) -> None:
         database.execute("SELECT * FROM embedline.preview_version('page', 'minilm', sample => 200)")
     assert "preview_version" in caught.value.diag.message_hint
     assert scalar(database, "SELECT count(*) FROM embedline.reservation") == 0
+
+
+def test_each_precision_index_is_shown_and_the_one_that_search_uses_decides(database: psycopg.Connection) -> None:
+    create_pages(database, 400)
+    create_pipeline(database)
+    settle(database)
+    _build_index(database, 1)
+    database.execute("SELECT embedline.add_precision_index('page', 1, 'halfvec')")
+    database.execute("SELECT embedline.add_precision_index('page', 1, 'prefix', 16, oversampling => 1)")
+    assert "own index, bytes" not in _evaluate(database, 1, query_count=50)
+    for name in ("halfvec", "prefix_16"):
+        statement = scalar(database, "SELECT embedline.index_statement('page', 1, %s)", (name,))
+        database.execute(statement)
+    rows = _evaluate(database, 1, query_count=50)
+    assert rows["own index, recall@10"]["new"] == rows["index recall@10"]["new"] > 0.95
+    assert rows["halfvec index, recall@10"]["new"] > 0.95
+    assert rows["prefix_16 index, recall@10"]["new"] < rows["halfvec index, recall@10"]["new"]
+    assert rows["prefix_16 index, bytes"]["new"] < rows["halfvec index, bytes"]["new"] < rows["own index, bytes"]["new"]
+    assert rows["halfvec index, search p95 ms"]["new"] > 0
+    database.execute("SELECT embedline.use_precision('page', 1, 'prefix_16')")
+    poor = _evaluate(database, 1, query_count=50, min_recall=0.99)
+    assert poor["index recall@10"]["new"] == poor["prefix_16 index, recall@10"]["new"]
+    assert poor["index recall@10"]["verdict"] == "fail"
+    assert "larger m" in poor["index recall@10"]["detail"] or "ef_search" in poor["index recall@10"]["detail"]
+    assert poor["verdict"]["verdict"] == "fail"

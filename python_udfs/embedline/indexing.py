@@ -27,12 +27,14 @@ _HAMMING = "bit_hamming_ops"
 # First key of the session advisory lock that builds on one table exclude each other by ("Emi1"); the second is the table's oid.
 _BUILD_LOCK_CLASS = 1164798257
 _TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
+# By the catalogue, not to_regclass: readers, who search, have no USAGE on embedline_data.
 # A build reports which index it builds once that is in the catalogue; for an instant before, only the table.
 _STATE = """
     SELECT i.indisvalid AS valid, EXISTS (
         SELECT FROM pg_stat_progress_create_index AS p
         WHERE p.index_relid = i.indexrelid OR (p.relid = i.indrelid AND p.index_relid = 0)) AS building
-    FROM pg_index AS i WHERE i.indexrelid = to_regclass($1)
+    FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+    WHERE c.relname = $1 AND c.relnamespace = (SELECT n.oid FROM pg_namespace AS n WHERE n.nspname = 'embedline_data')
 """
 _HAS_CRON = "SELECT to_regclass('cron.job') IS NOT NULL"
 _JOBS = """
@@ -141,7 +143,7 @@ def find_index(session: Session, pipeline: Pipeline, precision: str | None) -> V
 
 def index_state(session: Session, index: VectorIndex) -> State:
     """Return whether the index is there, and may be used."""
-    rows = session.query(_STATE, ["text"], index.qualified)
+    rows = session.query(_STATE, ["name"], index.name)
     if not rows:
         return "missing"
     if rows[0]["valid"]:

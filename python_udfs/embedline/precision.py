@@ -21,6 +21,10 @@ from embedline.storage_size import INDEX_DIMENSIONS
 MAX_EF_SEARCH = 1000
 _MIN_EF_SEARCH = 40
 _KINDS = ("halfvec", "binary", "prefix")
+_BYTES = """
+    SELECT pg_relation_size(c.oid) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.relname = $1 AND n.nspname = 'embedline_data'
+"""
 _SCORES = {"cosine": "1 - n.distance", "inner_product": "-n.distance", "l2": "-n.distance"}
 
 
@@ -112,7 +116,7 @@ def _ranked(
 
 
 def _bytes(session: Session, index: VectorIndex) -> int:
-    return int(session.scalar("SELECT pg_relation_size(to_regclass($1))", ["text"], index.qualified))
+    return int(session.scalar(_BYTES, ["name"], index.name))
 
 
 def _controlled(session: Session, name: str, number: int) -> Pipeline:

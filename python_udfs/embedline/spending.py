@@ -174,17 +174,18 @@ def _load_meter(session: Session, pipeline: Pipeline) -> _Meter | None:
     """Return what applies to the pipeline; None where it needs no ledger, which holds until the pipeline's next claim."""
     model_id = pipeline.version.model.model_id
     row = session.query(_METER, ["bigint", "bigint"], pipeline.pipeline_id, model_id)[0]
-    unmetered: set[int] = session.cache.setdefault(_UNMETERED, set())
+    unmetered: set[tuple[int, int]] = session.cache.setdefault(_UNMETERED, set())
     if not row["metered"]:
-        unmetered.add(pipeline.pipeline_id)
+        unmetered.add((pipeline.pipeline_id, model_id))
         return None
-    unmetered.discard(pipeline.pipeline_id)
+    unmetered.discard((pipeline.pipeline_id, model_id))
     return _Meter(row["price"], row["capped"], row["rated"])
 
 
 def _known_unmetered(session: Session, pipeline: Pipeline) -> bool:
-    unmetered: set[int] = session.cache.get(_UNMETERED, set())
-    return pipeline.pipeline_id in unmetered
+    # Versions of one pipeline have models of their own: one may cost nothing, the next is paid for.
+    unmetered: set[tuple[int, int]] = session.cache.get(_UNMETERED, set())
+    return (pipeline.pipeline_id, pipeline.version.model.model_id) in unmetered
 
 
 def _load_caps(session: Session, pipeline: Pipeline, meter: _Meter) -> list[Cap]:

@@ -99,3 +99,14 @@ embedline.set_traffic(text, integer, double precision, double precision),
 embedline.set_tenant_version(text, text, integer),
 embedline.drop_embedding_version(text, integer, interval)
 TO embedline_admin;
+
+-- Gates: an administrator measures and stores what came out; who it was and when is not theirs to say.
+GRANT INSERT (
+    pipeline_id, version_id, baseline_number, kind, verdict, fidelity_verdict, quality_verdict, query_source,
+    query_count, k, margin, seed, fingerprint, evidence
+) ON embedline.evaluation TO embedline_admin;
+GRANT EXECUTE ON FUNCTION
+embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision),
+embedline.preview_version(text, text, regclass, integer, integer, double precision, integer, bigint),
+embedline._embed_chunks(text, text, bigint [])
+TO embedline_admin;

@@ -20,7 +20,7 @@ from embedline import index_build
 from embedline.demo.manual import manual_folder, read_index_terms, read_pages
 from embedline.demo.run import DEMOS, Demo, DemoFailed, await_worker, build_index, drain, headline, recreate, scalar
 from embedline.demo.traffic import LiveTraffic, Tally
-from embedline.local.models import cut_static
+from embedline.local.models import cut_static_model
 
 NAME, NEW_MODEL = "manual_upgrade", "minilm"
 _BAD_DIMENSIONS = 16
@@ -241,7 +241,7 @@ def _register_bad(connection: psycopg.Connection[Any]) -> None:
     # The old model may have been forgotten by the contract; its files lie beside the new one's.
     new = Path(str(scalar(connection, "SELECT model FROM embedline.model WHERE name = %s", [NEW_MODEL])))
     folder = new.parent / _bad_name()
-    cut_static(new.parent / "static-256", _BAD_DIMENSIONS, folder)
+    cut_static_model(new.parent / "static-256", _BAD_DIMENSIONS, folder)
     connection.execute("SELECT embedline.create_model(%s, 'sentence-transformers', %s)", (_bad_name(), str(folder)))
 
 

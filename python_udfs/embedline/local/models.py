@@ -51,17 +51,15 @@ def _save_static(weights: Path, tokenizer: Path, folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def cut_static(source: Path, dimensions: int, target: Path) -> None:
-    """Write a static model whose vectors are the first `dimensions` of another's, readable by all."""
+def cut_static_model(folder: Path, dimensions: int, target: Path) -> None:
+    """Save a static model with only the first dimensions of its vectors: a bad model, for demos and tests of the gate."""
     from safetensors.numpy import load_file, save_file
 
-    target.mkdir(mode=0o755, exist_ok=True)
-    for path in source.iterdir():
-        shutil.copyfile(path, target / path.name)
-    (name, table), *_ = load_file(target / "model.safetensors").items()
-    save_file({name: table[:, :dimensions].copy()}, target / "model.safetensors")
-    for path in target.iterdir():  # safetensors writes files that only their owner may read
-        path.chmod(0o644)
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    weights = target / "model.safetensors"
+    save_file({name: table[:, :dimensions].copy() for name, table in load_file(weights).items()}, weights)
+    for path in (target, *target.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _static_embedding() -> Any:

@@ -1,0 +1,179 @@
+"""Index fidelity: how much of what exact search finds a version's HNSW indexes find, on the same vectors. Needs no labels.
+
+The index that search uses decides; shadow indexes of less precision are measured beside it, each as search would use it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedline import gate, precision
+from embedline.catalog import Pipeline
+from embedline.database import Session
+from embedline.errors import NotReady
+from embedline.exact_search import nearest_distances
+from embedline.gate import Verdict
+from embedline.indexing import VectorIndex
+from embedline.ranking import QueryVectors, version_view
+
+# Queries measured at most: the mean's standard error is then below 0.01 (a query's recall has a deviation of about 0.1).
+MAX_QUERIES = 200
+# Two distances are the same within this: pgvector adds up in float32.
+_SAME_DISTANCE = 1e-5
+# Tried for the advice where the index is too poor.
+_EF_SEARCHES = (80, 160, 320, 640, 1000)
+
+
+@dataclass(frozen=True)
+class IndexFigures:
+    """One index: mean recall@k with its interval, the seconds of each search, its bytes. `name` None: the column's own."""
+
+    name: str | None
+    index: str
+    recall: float
+    low: float
+    high: float
+    seconds: tuple[float, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What follows of the index that search uses, and the figures of all; `chosen` is None where search is exact."""
+
+    verdict: Verdict
+    detail: str
+    chosen: IndexFigures | None = None
+    figures: tuple[IndexFigures, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some of the queries with the k smallest distances that there are for each, in order; shape (queries, k)."""
+
+    vectors: list[str]
+    exact: npt.NDArray[np.float64]
+    k: int
+
+
+def require_index(session: Session, pipeline: Pipeline) -> None:
+    """Raise NotReady where the version is to have an index and it is not valid."""
+    version = pipeline.version
+    if version.index_method == "none":
+        return
+    if not any(candidate.name is None for candidate in precision.candidates(session, pipeline)):
+        raise NotReady(
+            f'version {version.number} of pipeline "{pipeline.name}" has no valid vector index yet',
+            hint=f"SELECT embedline.build_vector_index('{pipeline.name}', {version.number});",
+        )
+
+
+def measure(
+    session: Session, pipeline: Pipeline, queries: QueryVectors, k: int, min_recall: float, seed: int
+) -> Fidelity:
+    """Measure the version's indexes with sampled queries; where search uses none it is exact and passes."""
+    found = precision.candidates(session, pipeline)
+    chosen_name = precision.chosen_index(session, pipeline).precision
+    usable = np.flatnonzero(queries.usable)
+    if not found or len(usable) == 0:
+        if found:
+            return Fidelity("inconclusive", "the model gives no query a direction")
+        return Fidelity("pass", "no vector index: search is exact")
+    chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:MAX_QUERIES])
+    exact = nearest_distances(session, pipeline, queries.matrix[chosen], k)
+    sample = _Sample([queries.literal(int(query)) for query in chosen], exact, k)
+    figures = tuple(_figures(session, pipeline, candidate, sample, seed) for candidate in found)
+    deciding = next((f for f in figures if f.name == chosen_name), None)
+    if deciding is None:
+        return Fidelity("pass", "no index of the column itself: search is exact", None, figures)
+    verdict: Verdict = (
+        "pass" if deciding.recall >= min_recall else "fail" if deciding.high < min_recall else "inconclusive"
+    )
+    index = next(c.index for c in found if c.name == chosen_name)
+    how = (
+        "as the planner does"
+        if _is_used(session, pipeline, index, sample)
+        else "forced: the planner takes exact search for so few rows"
+    )
+    detail = f"{deciding.index}, {how}; {len(chosen)} queries; at least {min_recall:g} is asked for"
+    if verdict != "pass":
+        detail += _advice(session, pipeline, index, sample, min_recall)
+    return Fidelity(verdict, detail, deciding, figures)
+
+
+def _figures(
+    session: Session, pipeline: Pipeline, candidate: precision.Candidate, sample: _Sample, seed: int
+) -> IndexFigures:
+    index = candidate.index
+    with _index_forced(session):
+        if not _is_used(session, pipeline, index, sample):
+            raise NotReady(
+                f'the planner cannot use index "{index.name}"',
+                hint=f"SELECT * FROM embedline.index_progress WHERE pipeline = '{pipeline.name}'; shows the indexes.",
+            )
+        _set_ef_search(session, precision.ef_search(index, sample.k))
+        recalls, seconds = _ask(session, pipeline, index, sample)
+    low, high = gate.mean_interval(recalls, seed)
+    return IndexFigures(candidate.name, index.name, float(recalls.mean()), low, high, tuple(seconds), candidate.bytes)
+
+
+def _ask(
+    session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample
+) -> tuple[npt.NDArray[np.float64], list[float]]:
+    """Return recall@k and seconds of each query. Recall goes by distances: equal vectors may stand in for each other.
+
+    As ann-benchmarks counts it: Aumüller, Bernhardsson and Faithfull, Information Systems 87 (2020), section 3.6.
+    """
+    statement = precision.search_statement(session, pipeline, index, version_view(session, pipeline))
+    wanted = sample.exact.shape[1]
+    farthest = sample.exact[:, -1] + _SAME_DISTANCE * (1 + np.abs(sample.exact[:, -1]))
+    offset = 1.0 if pipeline.version.distance == "cosine" else 0.0
+    recalls, seconds = np.zeros(len(sample.vectors)), []
+    session.query(statement, ["text", "bigint"], sample.vectors[0], sample.k)  # warm
+    for position, vector in enumerate(sample.vectors):
+        began = time.perf_counter()
+        rows = session.query(statement, ["text", "bigint"], vector, sample.k)
+        seconds.append(time.perf_counter() - began)
+        found = sum(offset - float(row["score"]) <= farthest[position] for row in rows)
+        recalls[position] = min(found, wanted) / wanted
+    return recalls, seconds
+
+
+def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample, min_recall: float) -> str:
+    with _index_forced(session):
+        for ef_search in _EF_SEARCHES:
+            _set_ef_search(session, ef_search)
+            recall = float(_ask(session, pipeline, index, sample)[0].mean())
+            if recall >= min_recall:
+                return f"; search(..., ef_search => {ef_search}) has {recall:.3f}"
+    return "; no ef_search reaches it: build the index with a larger m or ef_construction"
+
+
+def _set_ef_search(session: Session, value: int) -> None:
+    session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], str(value))
+
+
+def _is_used(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample) -> bool:
+    statement = precision.search_statement(session, pipeline, index, version_view(session, pipeline))
+    plan = session.query(f"EXPLAIN (FORMAT json) {statement}", ["text", "bigint"], sample.vectors[0], sample.k)
+    return json.dumps(index.name) in str(next(iter(plan[0].values())))
+
+
+@contextmanager
+def _index_forced(session: Session) -> Iterator[None]:
+    """Have the planner take the index also where a table is so small that it would rather read it whole."""
+    settings: Sequence[str] = ("enable_seqscan", "enable_sort")
+    for name in settings:
+        session.query("SELECT set_config($1, 'off', true)", ["text"], name)
+    try:
+        yield
+    finally:
+        for name in settings:
+            session.query("SELECT set_config($1, 'on', true)", ["text"], name)

@@ -1,0 +1,15 @@
+-- Embed stored chunks with any registered model; for preview_version.
+-- Only who controls the pipeline may: whoever owns its source sees these texts anyway.
+CREATE OR REPLACE FUNCTION embedline._embed_chunks(pipeline_name text, model text, chunk_ids bigint [])
+RETURNS TABLE (chunk_id bigint, vector bytea)
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET jit = off
+AS $python$
+    from embedline import preview
+    return preview.embed_chunks(plpy, GD, pipeline_name, model, chunk_ids)
+$python$;
+
+COMMENT ON FUNCTION embedline._embed_chunks(text, text, bigint []) IS 'Internal: vectors of stored chunks by any model, float32, within budgets and rate limits.';

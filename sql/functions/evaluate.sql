@@ -1,0 +1,40 @@
+-- Measure a version against the serving one: the gate that cutover looks at. Locks: none beyond reading.
+-- Runs with the caller's rights: the canaries, the source's grants and its row-level security are the caller's.
+CREATE OR REPLACE FUNCTION embedline.evaluate(
+    pipeline_name text,
+    version_number integer,
+    canaries regclass DEFAULT NULL,
+    k integer DEFAULT 10,
+    margin double precision DEFAULT 0.01,
+    query_count integer DEFAULT 500,
+    breakdown name DEFAULT NULL,
+    seed bigint DEFAULT 0,
+    min_recall double precision DEFAULT 0.9
+)
+RETURNS TABLE (
+    measure text,
+    old double precision,
+    new double precision,
+    difference double precision,
+    low double precision,
+    high double precision,
+    verdict text,
+    detail text
+)
+LANGUAGE plpython3u
+VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET jit = off
+-- As search has it; the planner's switches are set inside, and put back at the end.
+SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
+SET hnsw.ef_search = 40
+SET enable_seqscan = on
+SET enable_sort = on
+AS $python$
+    from embedline import evaluation
+    return evaluation.evaluate(
+        plpy, GD, pipeline_name, version_number, canaries, k, margin, query_count, breakdown, seed, min_recall
+    )
+$python$;
+
+COMMENT ON FUNCTION embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision) IS 'Measure a version against the one that serves: recall of its index, nDCG, recall and MRR of both, latency; pass, fail or inconclusive. Stores the evidence that cutover asks for.';

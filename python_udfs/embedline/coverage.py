@@ -5,6 +5,7 @@ from __future__ import annotations
 from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident, vector_schema
 from embedline.errors import NotReady
+from embedline.version_queue import FRESH
 
 # Keys of quarantined rows that an error names.
 _SHOWN_KEYS = 5
@@ -17,7 +18,7 @@ _DEAD_LETTERS = """
 
 
 def missing_chunks(session: Session, pipeline: Pipeline) -> int:
-    """Count the chunks of the version's chunk set that have no vector, are not queued as new, and no dead letter."""
+    """Count the chunks of the version's chunk set that have no vector, no dead letter, and were not written in the last seconds."""
     return int(
         session.scalar(
             f"""
@@ -27,7 +28,7 @@ def missing_chunks(session: Session, pipeline: Pipeline) -> int:
                     WHERE d.version_id = $1 AND d.chunk_id = c.chunk_id)
                 AND c.chunk_id NOT IN (SELECT u.chunk_id FROM embedline.version_queue AS q
                     CROSS JOIN LATERAL unnest(q.chunk_ids) AS u (chunk_id)
-                    WHERE q.version_id = $1 AND NOT q.of_backfill)
+                    WHERE q.version_id = $1 AND {FRESH})
             """,
             ["bigint"],
             pipeline.version.version_id,
@@ -38,7 +39,7 @@ def missing_chunks(session: Session, pipeline: Pipeline) -> int:
 def require_coverage(session: Session, pipeline: Pipeline) -> None:
     """Raise unless every chunk has its vector, or a dead letter that somebody has accepted.
 
-    Not unless the queue is empty: under steady writes it never is, and what is new in it is on its way.
+    Not unless the queue is empty: under steady writes it never is, and what was written in the last seconds is on its way.
     """
     name, number, version = pipeline.name, pipeline.version.number, pipeline.version
     progress = f"SELECT * FROM embedline.versions WHERE pipeline = '{name}' AND version = {number};"
@@ -50,7 +51,8 @@ def require_coverage(session: Session, pipeline: Pipeline) -> None:
     if missing:
         raise NotReady(
             f'version {number} of pipeline "{name}" lacks {missing} vectors',
-            hint=f"SELECT * FROM embedline.verify('{name}', repair => true); has them embedded.",
+            detail="Its workers are behind, or the chunks were written where no queue saw it.",
+            hint=f"{progress} shows what is queued; SELECT * FROM embedline.verify('{name}', repair => true); queues the rest.",
         )
     dead = session.query(_DEAD_LETTERS, ["bigint", "integer"], version.version_id, _SHOWN_KEYS)[0]
     if dead["open"]:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from embedline import drift, row_keys
-from embedline.catalog import Pipeline, load_pipeline
+from embedline import coverage, drift, row_keys, version_queue
+from embedline.catalog import Pipeline, load_pipeline, load_versions
 from embedline.database import Session, entry_point, prepare_environment, quote_ident, vector_schema
 from embedline.errors import InvalidParameter, NotFound
 from embedline.pipelines import insert_ranges
@@ -66,7 +66,9 @@ def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: 
     found = drift.examine(session, pipeline, sample) if sample else None
     findings += _against_source(session, pipeline, repair)
     findings += _vectors(session, pipeline, repair)
-    findings += _chunks(session, pipeline, repair)
+    if not version_queue.is_behind(session, pipeline):
+        findings += _chunks(session, pipeline, repair)
+    findings += _other_versions(session, pipeline, repair)
     findings += _gone(session, pipeline, repair)
     findings += _dead_letters(session, pipeline, repair)
     if found is not None and found.is_finding:
@@ -256,6 +258,19 @@ def _chunks(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]
     findings = [_finding(row) for row in rows]
     if repair and sum(finding.count or 0 for finding in findings) > QUEUED_ROWS:
         restart_backfill(session, pipeline)
+    return findings
+
+
+def _other_versions(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Chunks that a version beside the serving one lacks, though its backfill is through and nothing of them is queued."""
+    findings = []
+    for other in load_versions(session, pipeline.name):
+        if other.is_serving or other.version.state != "complete":
+            continue
+        missing = coverage.missing_chunks(session, other)
+        if missing:
+            queued = version_queue.enqueue_missing(session, other) if repair else 0
+            findings.append(Finding("missing_vector", missing, queued, {"version": other.version.number}))
     return findings
 
 

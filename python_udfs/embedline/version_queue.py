@@ -22,6 +22,9 @@ _LISTS_PER_CLAIM = 64
 _SWEPT_CHUNKS, _SWEPT_LISTS = 1000, 100
 _MAX_ERROR_CHARACTERS = 500
 
+# Chunks that were written moments ago and are on their way: a version that is no further behind has all it can have.
+FRESH = "NOT q.of_backfill AND q.attempts <= 1 AND q.crash_count = 0 AND q.enqueued_at > clock_timestamp() - interval '10 seconds'"
+
 _CANDIDATES = """
     SELECT queue_id, cardinality(chunk_ids) AS count, chunk_ids[1:$2] AS chunk_ids, attempts, of_backfill
     FROM embedline.version_queue
@@ -275,10 +278,46 @@ def enqueue_range(session: Session, lane: Pipeline) -> None:
     )
 
 
+def is_behind(session: Session, pipeline: Pipeline) -> bool:
+    """Whether chunks are queued for the version: after a cutover the serving one may still have some to embed."""
+    return bool(
+        session.scalar(
+            "SELECT EXISTS (SELECT FROM embedline.version_queue WHERE version_id = $1)",
+            ["bigint"],
+            pipeline.version.version_id,
+        )
+    )
+
+
+def enqueue_missing(session: Session, lane: Pipeline) -> int:
+    """Queue chunks that lack a vector and are neither queued nor dead letters, up to 100,000; return how many."""
+    return int(
+        session.scalar(
+            f"""
+            WITH missing AS (
+                SELECT c.chunk_id, row_number() OVER () AS n FROM {lane.chunk} AS c
+                WHERE {_is_missing(lane)} AND c.chunk_id NOT IN (
+                    SELECT u.chunk_id FROM embedline.version_queue AS q CROSS JOIN LATERAL unnest(q.chunk_ids) AS u (chunk_id)
+                    WHERE q.version_id = $1)
+                LIMIT {_SWEPT_CHUNKS * _SWEPT_LISTS}
+            ), queued AS (
+                INSERT INTO embedline.version_queue (version_id, chunk_ids, of_backfill)
+                SELECT $1, array_agg(chunk_id), true FROM missing GROUP BY (n - 1) / {_SWEPT_CHUNKS}
+                RETURNING cardinality(chunk_ids) AS count
+            )
+            SELECT coalesce(sum(count), 0) FROM queued
+            """,
+            ["bigint"],
+            lane.version.version_id,
+        )
+    )
+
+
 def close(session: Session, lane: Pipeline) -> bool:
     """Sweep once a version's backfill is through; mark it complete where no chunk is missing. True where work was found.
 
-    Chunks that were written since are in the queue: waiting for that to be empty would never end under steady writes.
+    Chunks of the last seconds may be in the queue: waiting for that to be empty would never end under steady writes. A
+    version that is further behind is not complete: its model does not keep up with what is written.
     """
     version_id = lane.version.version_id
     if lane.version.state != "backfilling":
@@ -298,25 +337,14 @@ def close(session: Session, lane: Pipeline) -> bool:
     )
     if locked is None:
         return False
-    swept = session.scalar(
-        f"""
-        WITH missing AS (
-            SELECT c.chunk_id, row_number() OVER () AS n FROM {lane.chunk} AS c
-            WHERE {_is_missing(lane)} AND c.chunk_id NOT IN (
-                SELECT u.chunk_id FROM embedline.version_queue AS q CROSS JOIN LATERAL unnest(q.chunk_ids) AS u (chunk_id)
-                WHERE q.version_id = $1)
-            LIMIT {_SWEPT_CHUNKS * _SWEPT_LISTS}
-        ), queued AS (
-            INSERT INTO embedline.version_queue (version_id, chunk_ids, of_backfill)
-            SELECT $1, array_agg(chunk_id), true FROM missing GROUP BY (n - 1) / {_SWEPT_CHUNKS} RETURNING 1
-        )
-        SELECT count(*) FROM queued
-        """,
+    if enqueue_missing(session, lane):
+        return True
+    if session.scalar(
+        f"SELECT 1 FROM embedline.version_queue AS q WHERE q.version_id = $1 AND NOT ({FRESH}) LIMIT 1",
         ["bigint"],
         version_id,
-    )
-    if swept:
-        return True
+    ):
+        return False
     session.query(
         "UPDATE embedline.version SET state = 'complete', completed_at = clock_timestamp() WHERE version_id = $1",
         ["bigint"],

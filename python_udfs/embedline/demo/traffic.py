@@ -12,8 +12,8 @@ import psycopg
 from psycopg import sql
 
 READERS = 2
-_READ_SECONDS = 0.03
-_WRITE_SECONDS = 0.5
+_READ_SECONDS = 0.05
+_WRITE_SECONDS = 1.0
 
 
 @dataclass

@@ -224,6 +224,9 @@ DOWNGRADE = (
     END
     $do$
     """,
+    "DROP EVENT TRIGGER IF EXISTS embedline_build_settings",
+    "DROP VIEW IF EXISTS embedline.versions",
+    "DROP VIEW IF EXISTS embedline.status",
     # Views of one version, functions of the serving one, and the functions and views that name what goes.
     """
     DO $do$
@@ -249,15 +252,13 @@ DOWNGRADE = (
                 'search', 'index_statement', 'add_embedding_version', 'configure_backfill', 'build_vector_index',
                 'accept_dead_letters', 'evaluate', 'preview_version', 'cutover', 'rollback', 'drop_embedding_version',
                 'add_precision_index', 'drop_precision_index', 'use_precision', 'set_traffic', 'set_tenant_version',
-                '_note_shadow_read', '_version_counts')
+                'index_progress', '_index_plan', '_on_create_index', '_note_shadow_read', '_version_counts')
         LOOP
             EXECUTE doomed;
         END LOOP;
     END
     $do$
     """,
-    "DROP VIEW IF EXISTS embedline.versions",
-    "DROP VIEW IF EXISTS embedline.status",
     """
     ALTER TABLE embedline.pipeline
         ADD COLUMN chunking text CONSTRAINT pipeline_chunking_check

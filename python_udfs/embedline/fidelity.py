@@ -20,8 +20,8 @@ from embedline.database import Session
 from embedline.errors import NotReady
 from embedline.exact_search import nearest_distances
 from embedline.gate import Verdict
-from embedline.indexing import VectorIndex
 from embedline.ranking import QueryVectors, version_view
+from embedline.vector_index import VectorIndex
 
 # Queries measured at most: the mean's standard error is then below 0.01 (a query's recall has a deviation of about 0.1).
 MAX_QUERIES = 200

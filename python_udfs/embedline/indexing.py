@@ -1,4 +1,4 @@
-"""Vector indexes: which a version has, the statement that builds one, and pg_cron's jobs that do.
+"""Building vector indexes: what a client has to do, and pg_cron's jobs.
 
 CREATE INDEX CONCURRENTLY, by which no application write waits, cannot run in a function. So it is run by pg_cron, or by a
 client (index_build), or by hand.
@@ -7,35 +7,29 @@ client (index_build), or by hand.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
 
 from embedline.catalog import Pipeline, load_pipeline, load_version, load_versions
 from embedline.coverage import require_coverage, require_usable_vectors
-from embedline.database import Session, data_name, entry_point, quote_ident, quote_literal, vector_schema
-from embedline.errors import InvalidParameter, NotFound
+from embedline.database import Session, entry_point, vector_schema
+from embedline.errors import InvalidParameter
 from embedline.pipelines import bound_lock_wait, require_control
 from embedline.preflight import BuildSettings, Need, choose, look_at_machine
 from embedline.schedule import index_job
 from embedline.storage_size import hnsw_build_memory, hnsw_bytes
-
-State = Literal["missing", "invalid", "building", "valid"]
+from embedline.vector_index import (
+    VectorIndex,
+    create_index_statement,
+    find_index,
+    index_state,
+    load_indexes,
+    own_index,
+)
 
 # pgvector's default of the index option.
 _DEFAULT_M = 16
-_HAMMING = "bit_hamming_ops"
 # First key of the session advisory lock that builds on one table exclude each other by ("Emi1"); the second is the table's oid.
 _BUILD_LOCK_CLASS = 1164798257
 _TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
-# By the catalogue, not to_regclass: readers, who search, have no USAGE on embedline_data.
-# A build reports which index it builds once that is in the catalogue; for an instant before, only the table.
-_STATE = """
-    SELECT i.indisvalid AS valid, EXISTS (
-        SELECT FROM pg_stat_progress_create_index AS p
-        WHERE p.index_relid = i.indexrelid OR (p.relid = i.indrelid AND p.index_relid = 0)) AS building
-    FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
-    WHERE c.relname = $1 AND c.relnamespace = (SELECT n.oid FROM pg_namespace AS n WHERE n.nspname = 'embedline_data')
-"""
 _HAS_CRON = "SELECT to_regclass('cron.job') IS NOT NULL"
 _JOBS = """
     SELECT jobname AS name, command FROM cron.job
@@ -43,122 +37,6 @@ _JOBS = """
 """
 _SCHEDULE = "SELECT cron.schedule($1, '* * * * *', $2)"
 _UNSCHEDULE = "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = current_database() AND jobname = $1"
-_PRECISIONS = """
-    SELECT name, kind, dimensions, oversampling FROM embedline.precision_index WHERE version_id = $1 ORDER BY name
-"""
-
-
-@dataclass(frozen=True)
-class VectorIndex:
-    """An index over a version's vectors: that of the column itself (`precision` None), or one of less precision.
-
-    `operand` is what is indexed, with `{}` for the vector: a search has to order by the very same expression.
-    `element_type` and `dimensions` are what the graph holds.
-    """
-
-    precision: str | None
-    name: str
-    operand: str
-    operator: str
-    operator_class: str
-    element_type: str
-    dimensions: int
-    oversampling: float = 1.0
-
-    @property
-    def qualified(self) -> str:
-        """Schema and name, quoted."""
-        return data_name(self.name)
-
-
-def own_index(pipeline: Pipeline, schema: str) -> VectorIndex:
-    """Return the index of the column itself."""
-    version = pipeline.version
-    return VectorIndex(
-        precision=None,
-        name=f"{pipeline.name}_v{version.number}_embedding_idx",
-        operand="{}",
-        operator=f"OPERATOR({schema}.{version.operator})",
-        operator_class=f"{schema}.{version.operator_class}",
-        element_type=version.column_type,
-        dimensions=version.dimensions,
-    )
-
-
-def precision_index(pipeline: Pipeline, schema: str, row: dict[str, Any]) -> VectorIndex:
-    """Return a shadow index from its row in embedline.precision_index.
-
-    The vector is cast to its type without dimensions first: then the expression is the same over the table, over a version's
-    view and over the routing view, whose column has no dimensions, and the planner finds the index through each of them.
-    """
-    version = pipeline.version
-    kind, dimensions, column_type = str(row["kind"]), int(row["dimensions"]), version.column_type
-    vector = f"{{}}::{schema}.{column_type}"
-    opclass = version.operator_class.removeprefix(f"{column_type}_")
-    operand, operator, operator_class, element_type = {
-        "halfvec": (f"({vector}::{schema}.halfvec({dimensions}))", version.operator, f"halfvec_{opclass}", "halfvec"),
-        "binary": (f"({schema}.binary_quantize({vector})::bit({dimensions}))", "<~>", _HAMMING, "bit"),
-        "prefix": (
-            f"({schema}.subvector({vector}, 1, {dimensions})::{schema}.{column_type}({dimensions}))",
-            version.operator,
-            version.operator_class,
-            column_type,
-        ),
-    }[kind]
-    return VectorIndex(
-        precision=str(row["name"]),
-        name=f"{pipeline.name}_v{version.number}_{row['name']}_idx",
-        operand=operand,
-        operator=f"OPERATOR({schema}.{operator})",
-        operator_class=f"{schema}.{operator_class}",
-        element_type=element_type,
-        dimensions=dimensions,
-        oversampling=float(row["oversampling"]),
-    )
-
-
-def load_indexes(session: Session, pipeline: Pipeline) -> list[VectorIndex]:
-    """Return the indexes that `pipeline.version` is to have, its column's own first."""
-    schema = vector_schema(session)
-    own = [] if pipeline.version.index_method == "none" else [own_index(pipeline, schema)]
-    rows = session.query(_PRECISIONS, ["bigint"], pipeline.version.version_id)
-    return own + [precision_index(pipeline, schema, row) for row in rows]
-
-
-def find_index(session: Session, pipeline: Pipeline, precision: str | None) -> VectorIndex | None:
-    """Return one of `load_indexes`; None for the column's own where the version has none. Raises NotFound."""
-    indexes = load_indexes(session, pipeline)
-    for index in indexes:
-        if index.precision == precision:
-            return index
-    if precision is None:
-        return None
-    known = [f'"{index.precision}"' for index in indexes if index.precision is not None]
-    raise NotFound(
-        f'version {pipeline.version.number} of pipeline "{pipeline.name}" has no precision index "{precision}"',
-        detail=f"It has {', '.join(known)}." if known else None,
-        hint=f"SELECT embedline.add_precision_index({quote_literal(pipeline.name)}, {pipeline.version.number}, 'halfvec');",
-    )
-
-
-def index_state(session: Session, index: VectorIndex) -> State:
-    """Return whether the index is there, and may be used."""
-    rows = session.query(_STATE, ["name"], index.name)
-    if not rows:
-        return "missing"
-    if rows[0]["valid"]:
-        return "valid"
-    return "building" if rows[0]["building"] else "invalid"
-
-
-def create_index_statement(pipeline: Pipeline, index: VectorIndex) -> str:
-    """Return the CREATE INDEX CONCURRENTLY of one index."""
-    options = ", ".join(f"{name} = {int(str(value))}" for name, value in sorted(pipeline.version.index_options.items()))
-    return (
-        f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {quote_ident(index.name)} ON {pipeline.vectors}"
-        f" USING hnsw ({index.operand.format(quote_ident(pipeline.version.column))} {index.operator_class})"
-        + (f" WITH ({options})" if options else "")
-    )
 
 
 def build_settings(

@@ -6,12 +6,13 @@ import math
 from array import array
 from typing import Any
 
-from embedline import routing, traffic
+from embedline import precision, routing, traffic
 from embedline.catalog import Pipeline, load_pipeline, load_version
-from embedline.database import Session, entry_point, quote_ident, vector_schema
+from embedline.database import Session, entry_point
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors, NotFound
 from embedline.text import repair_text
+from embedline.vector_index import VectorIndex
 
 _MAX_K = 10_000
 # Chunks asked for at first, for each document wanted, where one document may have many of the nearest.
@@ -57,12 +58,12 @@ def _rank(
 ) -> list[dict[str, Any]]:
     """Search with one version: its model embeds the query, its own view is read, whatever the routing view shows."""
     vector = _embed(session, pipeline, query)
+    index = precision.chosen_index(session, pipeline)
     # The function's own SET clause puts the caller's value back at its end.
     limit = k * _OVERFETCH if per_document else k
-    # Twice the rows wanted: recall@10 of the manual's index terms was 0.768 with 40 for 40 rows, 0.780 with 80 (exact 0.793).
-    wanted_ef = ef_search if ef_search is not None else min(max(40, 2 * limit), 1000)
+    wanted_ef = precision.ef_search(index, limit) if ef_search is None else ef_search
     session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], str(wanted_ef))
-    statement = _search_statement(session, pipeline)
+    statement = _search_statement(session, pipeline, index)
     if not per_document:
         return _ranked(session.query(statement, ["text", "bigint"], vector, k))
     while True:
@@ -97,7 +98,7 @@ def _embed(session: Session, pipeline: Pipeline, query: str | None) -> str:
     return "[" + ",".join(f"{value * scale:.9g}" for value in values) + "]"
 
 
-def _search_statement(session: Session, pipeline: Pipeline) -> str:
+def _search_statement(session: Session, pipeline: Pipeline, index: VectorIndex) -> str:
     view = session.scalar(
         "SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.version.view_oid
     )
@@ -106,19 +107,4 @@ def _search_statement(session: Session, pipeline: Pipeline) -> str:
             f'the view of version {pipeline.version.number} of pipeline "{pipeline.name}" is gone',
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
         )
-    version, schema, names = pipeline.version, vector_schema(session), pipeline.view_columns
-    embedding, chunk = quote_ident(names["embedding"]), quote_ident(names["chunk"])
-    distance = f"{embedding} OPERATOR({schema}.{version.operator}) $1::{schema}.{version.vector_type}"
-    score = {"cosine": "1 - n.distance", "inner_product": "-n.distance", "l2": "-n.distance"}[version.distance]
-    keys = ", ".join(f"n.{quote_ident(column)}::text" for column in pipeline.key_columns)
-    key = keys if len(pipeline.key_columns) == 1 else f"jsonb_build_array({keys})::text"
-    shown = ", ".join(f"{quote_ident(names[column])} AS {quote_ident(column)}" for column in pipeline.key_columns)
-    # Only the view is named: its reader needs no right to name our tables, and the index scan has nothing around it but
-    # nested loops.
-    return f"""
-        SELECT {key} AS key, n.embedline_chunk AS chunk, {score} AS score
-        FROM (
-            SELECT {shown}, {chunk} AS embedline_chunk, {distance} AS distance FROM {view} ORDER BY {distance} LIMIT $2
-        ) AS n
-        ORDER BY n.distance
-    """
+    return precision.search_statement(session, pipeline, index, view)

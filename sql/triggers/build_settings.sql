@@ -2,7 +2,8 @@
 -- transaction block. So the job's statement carries its settings in a comment, and they are set as it begins. They are
 -- what a session may set for itself anyway; a statement without the comment is left alone (20 µs).
 -- Two concurrent builds on one table deadlock: the second waits for the first's lock, the first for the second's
--- snapshot. So the second gives up at once, and its job begins anew a minute later.
+-- snapshot. So the second gives up after a moment, and its job begins anew a minute later. The moment is for a job
+-- whose index is there already: it has nothing to do, but could take the lock first every minute.
 CREATE OR REPLACE FUNCTION embedline._on_create_index()
 RETURNS event_trigger
 LANGUAGE plpgsql
@@ -14,15 +15,19 @@ DECLARE
         ' ON (embedline_data\.\S+) .*/\* embedline build: maintenance_work_mem = (\d+kB), '
         'max_parallel_maintenance_workers = (\d+) \*/\s*;?\s*$'
     );
+    patience timestamptz := clock_timestamp() + interval '3 seconds';
 BEGIN
     IF build IS NULL THEN
         RETURN;
     END IF;
     -- Its keys are those of embedline.indexing; the session's end gives it back.
-    IF NOT pg_try_advisory_lock(1164798257, to_regclass(build[1])::oid::integer) THEN
-        RAISE EXCEPTION 'another index on % is being built', build[1]
-            USING ERRCODE = 'lock_not_available', HINT = 'The job of pg_cron tries again in a minute.';
-    END IF;
+    WHILE NOT pg_try_advisory_lock(1164798257, to_regclass(build[1])::oid::integer) LOOP
+        IF clock_timestamp() > patience THEN
+            RAISE EXCEPTION 'another index on % is being built', build[1]
+                USING ERRCODE = 'lock_not_available', HINT = 'The job of pg_cron tries again in a minute.';
+        END IF;
+        PERFORM pg_sleep(0.1);
+    END LOOP;
     -- For the session, not for the transaction: a concurrent build is several.
     PERFORM set_config('maintenance_work_mem', build[2], false);
     PERFORM set_config('max_parallel_maintenance_workers', build[3], false);

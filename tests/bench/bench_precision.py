@@ -25,11 +25,11 @@ SHAPES = (("halfvec", None, 4), ("binary", None, 8), ("prefix", 128, 4), ("prefi
 STATEMENT = """
     CREATE FUNCTION bench_ranking(precision_name text) RETURNS TABLE (statement text, ef integer)
     LANGUAGE plpython3u AS $python$
-        from embedline import catalog, indexing, precision
+        from embedline import catalog, precision, vector_index
         from embedline.database import Session
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, "bench")
-        index = indexing.find_index(session, pipeline, precision_name)
+        index = vector_index.find_index(session, pipeline, precision_name)
         view = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], pipeline.version.view_oid)
         statement = precision.search_statement(session, pipeline, index, view)
         return [(statement, precision.ef_search(index, 10))]

@@ -28,7 +28,7 @@ STAGES = """
     AS $python$
         from time import perf_counter
         clock = [perf_counter()]
-        from embedline import catalog, search
+        from embedline import catalog, precision, search
         from embedline.database import Session, _check_version
         clock.append(perf_counter())
         session = Session(plpy, GD)
@@ -37,7 +37,7 @@ STAGES = """
         clock.append(perf_counter())
         vector = search._embed(session, pipeline, query)
         clock.append(perf_counter())
-        statement = search._search_statement(session, pipeline)
+        statement = search._search_statement(session, pipeline, precision.chosen_index(session, pipeline))
         clock.append(perf_counter())
         session.query(statement, ["text", "bigint"], vector, 10)
         clock.append(perf_counter())
@@ -52,12 +52,13 @@ PLAN = """
     SET hnsw.iterative_scan = 'strict_order'
     SET hnsw.ef_search = 40
     AS $python$
-        from embedline import catalog, search
+        from embedline import catalog, precision, search
         from embedline.database import Session, quote_literal
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, pipeline_name)
         vector = search._embed(session, pipeline, query)
-        statement = search._search_statement(session, pipeline).replace("$1", quote_literal(vector)).replace("$2", "10")
+        statement = search._search_statement(session, pipeline, precision.chosen_index(session, pipeline))
+        statement = statement.replace("$1", quote_literal(vector)).replace("$2", "10")
         return [row["QUERY PLAN"] for row in plpy.execute("EXPLAIN (ANALYZE, TIMING off) " + statement)]
     $python$
 """

@@ -289,6 +289,22 @@ def test_without_pg_cron_the_error_names_the_command(complete: psycopg.Connectio
     assert scalar(complete, "SELECT embedline.build_vector_index('page', 2)") == "page_v2_embedding_idx is valid"
 
 
+def test_a_second_build_on_a_table_gives_way_to_the_first(complete: psycopg.Connection, connect: Connect) -> None:
+    plan = scalar(complete, "SELECT embedline._index_plan('page', 2, NULL, NULL)")
+    comment = " /* embedline build: maintenance_work_mem = 98304kB, max_parallel_maintenance_workers = 1 */"
+    first = connect()
+    first.execute("SELECT pg_advisory_lock(%s::integer, %s::integer)", plan["lock_key"])
+    with pytest.raises(errors.LockNotAvailable, match=r"another index on .* is being built"):
+        complete.execute(plan["statement"] + comment)
+    assert _indexes(complete)["page_v2_embedding_idx"] == "missing"
+    # From the command line it waits until the first is done.
+    waiting = threading.Thread(target=_build, args=(complete,))
+    waiting.start()
+    first.close()
+    waiting.join(timeout=30)
+    assert _indexes(connect())["page_v2_embedding_idx"] == "valid"
+
+
 def test_a_statement_brings_its_settings_in_a_comment(
     complete: psycopg.Connection, connect: Connect, make_role: Callable[..., str]
 ) -> None:

@@ -7,10 +7,10 @@ from decimal import Decimal
 
 import psycopg
 import pytest
-from psycopg import errors
+from psycopg import errors, sql
 
 from embedline import index_build
-from support import create_pages, create_pipeline, scalar, settle
+from support import create_pages, create_pipeline, scalar, searching, settle
 
 Connect = Callable[..., psycopg.Connection]
 MakeRole = Callable[..., str]
@@ -139,3 +139,32 @@ def test_only_who_owns_the_source_adds_and_drops(
     ]
     with pytest.raises(errors.InsufficientPrivilege):
         reader.execute("SELECT embedline._index_plan('page', 1, NULL, NULL)")
+
+
+def test_search_ranks_with_the_index_that_is_used(pages: psycopg.Connection) -> None:
+    before = [key for key, _, _ in searching(pages, "page", "the height of mountains", k=5)]
+    _add(pages, "prefix", 8, 1)
+    _build(pages, "prefix_8")
+    pages.execute("SELECT embedline.use_precision('page', 1, 'prefix_8')")
+    # Eight dimensions of 256 and no row to spare: others are found, and ranked by the whole vectors.
+    pages.execute("SET enable_seqscan = off; SET enable_sort = on")
+    cut = searching(pages, "page", "the height of mountains", k=5)
+    assert [key for key, _, _ in cut] != before
+    assert [score for _, _, score in cut] == sorted((score for _, _, score in cut), reverse=True)
+    whole = searching(pages, "page", "the height of mountains", k=60)
+    assert len(whole) == 60
+    assert dict((key, score) for key, _, score in whole).items() >= {(key, score) for key, _, score in cut}
+    assert len(searching(pages, "page", "the height of mountains", k=5, per_document=True)) == 5
+    pages.execute("SELECT embedline.use_precision('page', 1, NULL)")
+    assert [key for key, _, _ in searching(pages, "page", "the height of mountains", k=5)] == before
+
+
+def test_a_reader_searches_with_it_and_needs_no_further_right(
+    pages: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    _add(pages, "halfvec")
+    _build(pages, "halfvec")
+    pages.execute("SELECT embedline.use_precision('page', 1, 'halfvec')")
+    role = make_role("embedline_reader")
+    pages.execute(sql.SQL("GRANT SELECT ON page TO {}").format(sql.Identifier(role)))
+    assert len(searching(connect(role), "page", "rivers", k=5)) == 5

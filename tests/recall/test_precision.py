@@ -26,11 +26,11 @@ RANKING = """
     CREATE FUNCTION test_ranking(number integer, precision_name text, of_routing_view boolean, alone boolean)
     RETURNS TABLE (statement text, ef integer, bytes bigint)
     LANGUAGE plpython3u AS $python$
-        from embedline import catalog, indexing, precision
+        from embedline import catalog, precision, vector_index
         from embedline.database import Session
         session = Session(plpy, GD)
         pipeline = catalog.load_version(session, "page", number)
-        index = indexing.find_index(session, pipeline, precision_name)
+        index = vector_index.find_index(session, pipeline, precision_name)
         oid = pipeline.view_oid if of_routing_view else pipeline.version.view_oid
         view = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], oid)
         statement = precision.search_statement(session, pipeline, index, view)

@@ -18,7 +18,7 @@ _DEAD_LETTERS = """
 
 
 def missing_chunks(session: Session, pipeline: Pipeline) -> int:
-    """Count the chunks of the version's chunk set that have no vector, no dead letter, and were not written in the last seconds."""
+    """Count the chunks of the version's set without vector and dead letter, but for those written in the last seconds."""
     return int(
         session.scalar(
             f"""

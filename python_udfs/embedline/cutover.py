@@ -24,8 +24,10 @@ _CATCH_UP_CHUNKS = 500
 _PATIENCE_SECONDS = 0.0
 
 _GATE = """
-    SELECT e.evaluation_id, e.verdict, e.evaluated_at FROM embedline.evaluation AS e
-    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2
+    SELECT e.evaluation_id, e.verdict, e.baseline_number FROM embedline.evaluation AS e
+    JOIN embedline.pipeline AS p ON p.pipeline_id = e.pipeline_id
+    JOIN embedline.version AS s ON s.version_id = p.serving_version_id
+    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2 AND e.baseline_number = s.number
     ORDER BY e.evaluation_id DESC LIMIT 1
 """
 # Where the serving version came from. A rollback is no such step: after it, the way back is the next cutover.
@@ -104,7 +106,9 @@ def _require_gate(session: Session, target: Pipeline, override_reason: str | Non
     name, number = target.name, target.version.number
     raise NotReady(
         f'version {number} of pipeline "{name}" has no passing gate',
-        detail=f"Its last evaluation is {verdict}." if verdict else "It was not evaluated since its recipe was made.",
+        detail=f"Its last evaluation is {verdict}."
+        if verdict
+        else "It was not evaluated against the version that serves.",
         hint=f"SELECT * FROM embedline.evaluate('{name}', {number}); or, to go without,"
         f" SELECT embedline.cutover('{name}', {number}, override_reason => '...');",
     )

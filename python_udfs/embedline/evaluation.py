@@ -22,6 +22,11 @@ from embedline.ranking import DocumentSearch, QueryVectors, embed_queries, embed
 # Queries whose embedding is timed, one at a time as search does it.
 _TIMED_QUERIES = 30
 
+# Chunks written in the last moments may be missing; a version that lacks more of them would be judged by its gaps.
+_MOST_MISSING = 0.01
+_MISSING = """
+    SELECT missing - dead_letters AS missing, chunks FROM embedline.versions WHERE pipeline = $1 AND version = $2
+"""
 _RECORD = """
     INSERT INTO embedline.evaluation (pipeline_id, version_id, baseline_number, kind, verdict, fidelity_verdict,
         quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence)
@@ -83,7 +88,7 @@ def evaluate(
     prepare_environment()
     new = load_version(session, pipeline_name, version_number)
     old = load_pipeline(session, pipeline_name)
-    _require_complete(new)
+    _require_complete(session, new)
     fidelity.require_index(session, new)
     versions = [new] if new.version.version_id == old.version.version_id else [old, new]
     queries = load_queries(session, versions, canaries, query_count, breakdown, seed)
@@ -102,10 +107,13 @@ def evaluate(
     return [row.as_dict() for row in rows]
 
 
-def _require_complete(pipeline: Pipeline) -> None:
-    if pipeline.version.state != "complete":
+def _require_complete(session: Session, pipeline: Pipeline) -> None:
+    """Raise while the version is being filled, or is so far behind that its rankings would show it."""
+    counted = session.query(_MISSING, ["text", "integer"], pipeline.name, pipeline.version.number)[0]
+    if pipeline.version.state != "complete" or counted["missing"] > _MOST_MISSING * counted["chunks"]:
         raise NotReady(
             f'version {pipeline.version.number} of pipeline "{pipeline.name}" is not complete yet',
+            detail=f"It lacks {counted['missing']} of {counted['chunks']} vectors.",
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline.name}'; shows how far it is.",
         )
 

@@ -23,7 +23,10 @@ _SWEPT_CHUNKS, _SWEPT_LISTS = 1000, 100
 _MAX_ERROR_CHARACTERS = 500
 
 # Chunks that were written moments ago and are on their way: a version that is no further behind has all it can have.
-FRESH = "NOT q.of_backfill AND q.attempts <= 1 AND q.crash_count = 0 AND q.enqueued_at > clock_timestamp() - interval '10 seconds'"
+FRESH = (
+    "NOT q.of_backfill AND q.attempts <= 1 AND q.crash_count = 0"
+    " AND q.enqueued_at > clock_timestamp() - interval '10 seconds'"
+)
 
 _CANDIDATES = """
     SELECT queue_id, cardinality(chunk_ids) AS count, chunk_ids[1:$2] AS chunk_ids, attempts, of_backfill

@@ -183,3 +183,46 @@ def test_grants_and_dependents_stay_where_the_type_does(pages: psycopg.Connectio
     assert scalar(pages, "SELECT col_description('page_embedding'::regclass, attnum) FROM pg_attribute"
                   " WHERE attrelid = 'page_embedding'::regclass AND attname = 'chunk'") == "the words"  # fmt: skip
     assert scalar(pages, "SELECT obj_description('page_embedding'::regclass, 'pg_class') LIKE 'Embedline pipeline%'")
+
+
+def test_a_version_is_complete_only_when_every_chunk_is_there(pages: psycopg.Connection) -> None:
+    """Also where its chunks are made first, and where rows are written meanwhile."""
+    add_version(pages, "static-64", chunking="none")
+    states: list[str] = []
+    for step in range(60):
+        pages.execute("SELECT embed_pending(3)")
+        pages.execute("UPDATE page SET body = body || ' more' WHERE id = %s", (step % 40 + 1,))
+        state, missing, queued = pages.execute(
+            "SELECT state, missing, queued FROM embedline.versions WHERE version = 2"
+        ).fetchone() or ("", 0, 0)
+        states.append(state)
+        assert state == "backfilling" or missing <= queued
+    assert states[:10] == ["backfilling"] * 10
+    settle_versions(pages)
+
+
+def test_a_gate_against_another_version_opens_nothing(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
+    assert versions(pages, "gate")[2] == "pass"
+    pages.execute("UPDATE embedline.evaluation SET baseline_number = 7")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        pages.execute("SELECT embedline.cutover('page', 2)")
+    pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
+    pages.execute("SELECT embedline.cutover('page', 2)")
+
+
+def test_verify_queues_what_a_version_lacks(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    pages.execute("DELETE FROM embedline_data.page_v2 WHERE chunk_id % 4 = 0")
+    found = pages.execute("SELECT finding, count, repaired FROM embedline.verify('page', sample => 0)").fetchall()
+    assert found == [("missing_vector", 10, 0)]
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="lacks 10 vectors"):
+        cut_over(pages, 2)
+    pages.execute("SELECT embedline.verify('page', repair => true, sample => 0)")
+    settle_versions(pages)
+    assert pages.execute("SELECT * FROM embedline.verify('page', sample => 0)").fetchall() == []
+    cut_over(pages, 2)
+    assert assert_exact(pages) == 40

@@ -26,10 +26,14 @@ logger = logging.getLogger("alembic.embedline")
 
 OWN_SCHEMAS = ("embedline", "embedline_data")
 
-# The views that Embedline keeps in the schemas of the sources; models may map them.
+# The views over generated tables, in the schemas of the sources; models may map them. From the system's catalogue alone, since
+# whoever writes migrations may have no right on Embedline's.
 _VIEWS = """
-    SELECT n.nspname, c.relname FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE c.oid IN (SELECT routing_view::oid FROM embedline.pipeline UNION SELECT view::oid FROM embedline.version)
+    SELECT DISTINCT s.nspname, v.relname FROM pg_catalog.pg_depend AS d
+    JOIN pg_catalog.pg_rewrite AS r ON r.oid = d.objid AND d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass
+    JOIN pg_catalog.pg_class AS t ON t.oid = d.refobjid AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+    JOIN pg_catalog.pg_namespace AS n ON n.oid = t.relnamespace AND n.nspname = 'embedline_data'
+    JOIN pg_catalog.pg_class AS v ON v.oid = r.ev_class JOIN pg_catalog.pg_namespace AS s ON s.oid = v.relnamespace
 """
 _CRON = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_cron')"
 
@@ -51,9 +55,7 @@ def hide_operations(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
         return
     connection = _connection(context)
     default = context.dialect.default_schema_name
-    views = set()
-    if comparison.is_installed(connection):
-        views = {(schema, name) for schema, name in connection.exec_driver_sql(_VIEWS)}
+    views = {(schema, name) for schema, name in connection.exec_driver_sql(_VIEWS)}
     declaration = find_declaration(context.migration_context.config)
     to_come = {f"{name}_embedding" for name in declaration.pipelines} if declaration else set()
 

@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from embedline.database import quote_ident
 from embedline.migrations import operations as ops
+from embedline.migrations.catalogue import is_installed
 from embedline.migrations.statements import Cast, call, call_rows, literal
 
 # A child of Alembic's own logger, so that an environment as `alembic init` makes it shows what is done.
@@ -183,8 +184,9 @@ def build_vector_index(operations: Operations, operation: ops.BuildVectorIndexOp
         return
     with _committed_at_once(operations, operation, required=True):
         _wait_until_complete(operations, operation)
-        if _index_statement(operations, operation) is not None:
-            _build(operations, operation)
+        statement = _index_statement(operations, operation)
+        if statement is not None:
+            _build(operations, operation, statement)
 
 
 def _index_is_there(operation: ops.BuildVectorIndexOp) -> str:
@@ -242,26 +244,27 @@ def _index_statement(operations: Operations, operation: ops.BuildVectorIndexOp) 
     return None if found is None else str(found)
 
 
-def _build(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
-    """Build by the code of `embedline build-index`, over a connection of its own: Alembic's may be of any driver."""
-    import psycopg
-
-    from embedline import cli
-
-    bind = operations.get_bind()
-    url = bind.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+def _build(operations: Operations, operation: ops.BuildVectorIndexOp, statement: str) -> None:
+    """Build over the migration's own connection, which is in autocommit mode; see that the index came out valid."""
+    index = _index_name(operation)
+    if _scalar(operations, "SELECT to_regclass(:index)", index=index) is not None:
+        # The leftover of a build that was killed serves no query, slows every write, and would be taken for the index.
+        _run(operations, f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
     logger.info("building the index of %s", _label(operation))
-    try:
-        with psycopg.connect(url, autocommit=True) as connection:
-            cli.build_index(connection, operation.pipeline)
-    except psycopg.Error as error:
-        raise _command_error(error) from error
+    _run(operations, statement)
+    if _index_statement(operations, operation) is not None:
+        raise CommandError(
+            f"the index of {_label(operation)} did not become valid. HINT: Run alembic upgrade again; it is then built anew."
+        )
+
+
+def _index_name(operation: Any) -> str:
+    return f"embedline_data.{quote_ident(f'{operation.pipeline}_v{operation.version}_embedding_idx')}"
 
 
 @Operations.implementation_for(ops.DropVectorIndexOp)
 def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) -> None:
     """Drop the index without holding up reads or writes."""
-    name = quote_ident(f"{operation.pipeline}_v{operation.version}_embedding_idx")
     with _committed_at_once(operations, operation, required=True):
         if not _is_offline(operations):
             version = _version(operations, operation)
@@ -270,7 +273,7 @@ def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) 
                     f"{_label(operation)} serves: without its index each search reads all of it. "
                     f"HINT: SELECT embedline.rollback({literal(operation.pipeline)}) first."
                 )
-        _run(operations, f"DROP INDEX CONCURRENTLY IF EXISTS embedline_data.{name}")
+        _run(operations, f"DROP INDEX CONCURRENTLY IF EXISTS {_index_name(operation)}")
 
 
 @Operations.implementation_for(ops.CutoverEmbeddingVersionOp)
@@ -368,7 +371,7 @@ def _version(operations: Operations, operation: Any) -> dict[str, Any] | None:
 
 
 def _require_installed(operations: Operations) -> None:
-    if _scalar(operations, "SELECT to_regclass('embedline.versions')") is None:
+    if not is_installed(operations.get_bind()):
         raise CommandError(
             "embedline is not installed in this database, or is older than these operations. "
             "HINT: EMBEDLINE_DSN=postgresql://... embedline upgrade, as a superuser."

@@ -14,8 +14,9 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
 from embedline.migrations import comparison
+from embedline.migrations.catalogue import Catalogue, StoredPipeline, is_installed, read_catalogue
 from embedline.migrations.chain import Upgrade
-from embedline.migrations.comparison import Catalogue, StoredPipeline, planned_upgrade
+from embedline.migrations.comparison import planned_upgrade
 from embedline.migrations.declaration import Declaration, DeclaredPipeline, UpgradeSettings, find_declaration
 from embedline.migrations.operations import CreatePipelineOp
 
@@ -52,12 +53,12 @@ def _catalogue(config: Config) -> Catalogue:
 
     def read(revision: Any, context: MigrationContext) -> list[Any]:
         connection = context.connection
-        if connection is None or not comparison.is_installed(connection):
+        if connection is None or not is_installed(connection):
             raise CommandError(
                 "embedline is not installed in the environment's database, or is older than its versions. "
                 "HINT: EMBEDLINE_DSN=postgresql://... embedline upgrade, as a superuser."
             )
-        found.append(comparison.read_catalogue(connection))
+        found.append(read_catalogue(connection))
         return []
 
     scripts = ScriptDirectory.from_config(config)

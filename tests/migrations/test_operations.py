@@ -236,6 +236,25 @@ def test_a_chain_renders_as_a_script_that_runs(
     )
 
 
+def test_in_a_transaction_of_env_py_the_index_says_so_and_the_cutover_holds_its_locks(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    begun = "    with connectable.connect() as connection, connection.begin():"
+    application.rewrite(
+        application.folder / "migrations" / "env.py", "    with connectable.connect() as connection:", begun
+    )
+    assert "env.py has begun a transaction" in application.alembic("upgrade", "+1", fails=True)
+    statement = scalar(database, "SELECT embedline.index_statement('article', 2)")
+    database.execute(statement)
+    application.alembic("stamp", _revision_id(chain[1]))
+    application.alembic("upgrade", "+1")
+    assert _versions(database) == {1: "complete", 2: "serves"}
+    application.alembic("downgrade", "-1")
+    assert _versions(database) == {1: "serves", 2: "complete"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -49,6 +49,9 @@ _VERSION = """
     JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
     WHERE p.name = :pipeline AND v.number = :version
 """
+_NEXT_NUMBER = """
+    SELECT max(v.number) + 1 FROM embedline.version AS v JOIN embedline.pipeline AS p USING (pipeline_id) WHERE p.name = :pipeline
+"""
 _COVERAGE = "SELECT to_jsonb(v) FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
 _GATE = """
     SELECT e.verdict FROM embedline.evaluation AS e JOIN embedline.version AS v USING (version_id)
@@ -126,14 +129,17 @@ def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVer
         )
         _require_same(_label(operation), recipe, existing, hint, ("backfill_order", "backfill_rate"))
         return
-    # Also where the environment commits each statement, nothing stays of a version with another number.
-    with _reported(), operations.get_bind().begin_nested():
-        number = _run(operations, statement)
-        if number != operation.version:
-            raise CommandError(
-                f'the next version of pipeline "{operation.pipeline}" is {number}, the revision says {operation.version}. '
-                f"HINT: Write version={number} in this revision and in those that follow from it."
-            )
+    # Looked at before, too: where the environment commits each statement, a version of another number would stay.
+    _require_number(operation, _scalar(operations, _NEXT_NUMBER, pipeline=operation.pipeline))
+    _require_number(operation, _run(operations, statement))
+
+
+def _require_number(operation: ops.AddEmbeddingVersionOp, number: int | None) -> None:
+    if number is not None and number != operation.version:
+        raise CommandError(
+            f'the next version of pipeline "{operation.pipeline}" is {number}, the revision says {operation.version}. '
+            f"HINT: Write version={number} in this revision and in those that follow from it."
+        )
 
 
 def _checked_number(statement: str, operation: ops.AddEmbeddingVersionOp) -> str:

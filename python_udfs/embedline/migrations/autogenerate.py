@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alembic import util
+from alembic import command, util
 from alembic.operations.ops import MigrateOperation, MigrationScript, UpgradeOps
 from sqlalchemy import Connection
 
@@ -82,6 +82,8 @@ def compare_pipelines(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
     expansions = [operation for upgrade in changes.upgrades for operation in upgrade.operations("expand")]
     upgrade_ops.ops.extend(expansions)
     options = context.migration_context.opts
+    if _only_checks(context):
+        return
     if options.get("upgrade_token") == "upgrades":
         options["process_revision_directives"] = _following(
             options.get("process_revision_directives"), expansions, changes.upgrades
@@ -91,6 +93,13 @@ def compare_pipelines(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
         for upgrade in changes.upgrades:
             last = upgrade.expand
             rendering.explain(last, [*last.info.get("embedline.comment", []), _BY_HAND.format(upgrade.pipeline)])
+
+
+def _only_checks(context: AutogenContext) -> bool:
+    """Whether this is `alembic check`, which prints the last revision that there would be: it is to be the only one."""
+    config = context.migration_context.config
+    called = getattr(getattr(config, "cmd_opts", None), "cmd", None)
+    return called is not None and called[0] is command.check
 
 
 _BY_HAND = "The revisions for index, cutover and contract: write them by hand, see docs/alembic.md; pipeline {}."

@@ -100,7 +100,7 @@ def create_pipeline(operations: Operations, operation: ops.CreatePipelineOp) -> 
 @Operations.implementation_for(ops.DropPipelineOp)
 def drop_pipeline(operations: Operations, operation: ops.DropPipelineOp) -> None:
     """Drop the pipeline if it is there."""
-    if _is_offline(operations) or _look(operations, _PIPELINE, name=operation.name, source="") is not None:
+    if _is_offline(operations) or _look(operations, _PIPELINE, name=operation.name, source=None) is not None:
         _run(operations, call("drop_pipeline", {"name": operation.name}))
 
 

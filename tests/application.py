@@ -63,19 +63,19 @@ class Application:
         return subprocess.Popen(
             [str(Path(sys.executable).with_name(program)), *arguments],
             cwd=self.folder, env=environment, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def run(self, program: str, *arguments: str, fails: bool = False) -> str:
-        """Run a program; return what it printed. It must succeed, or fail without a traceback."""
+        """Run a program; return its output, or in one line what it said of its failure, which must be no traceback."""
         process = self.start(program, *arguments)
-        output = process.communicate(timeout=120)[0]
-        assert (process.returncode != 0) == fails, f"{program} {' '.join(arguments)}: {output}"
-        assert not fails or "Traceback" not in output, output
-        return " ".join(output.split()) if fails else output
+        output, messages = process.communicate(timeout=120)
+        assert (process.returncode != 0) == fails, f"{program} {' '.join(arguments)}: {messages}{output}"
+        assert not fails or "Traceback" not in messages, messages
+        return " ".join((messages + output).split()) if fails else output
 
     def alembic(self, *arguments: str, fails: bool = False) -> str:
-        """Run alembic. What it prints of a failure comes in one line."""
+        """Run alembic."""
         return self.run("alembic", *arguments, fails=fails)
 
     def autogenerate(self, message: str) -> list[str]:

@@ -18,7 +18,9 @@ from alembic.operations import Operations
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
+from embedline import index_build
 from embedline.database import quote_ident
+from embedline.errors import EmbedlineError
 from embedline.migrations import operations as ops
 from embedline.migrations.catalogue import is_installed
 from embedline.migrations.statements import Cast, call, call_rows, literal
@@ -190,9 +192,7 @@ def build_vector_index(operations: Operations, operation: ops.BuildVectorIndexOp
         return
     with _committed_at_once(operations, operation, required=True):
         _wait_until_complete(operations, operation)
-        statement = _index_statement(operations, operation)
-        if statement is not None:
-            _build(operations, operation, statement)
+        _build(operations, operation)
 
 
 def _index_is_there(operation: ops.BuildVectorIndexOp) -> str:
@@ -235,7 +235,10 @@ def _coverage(operations: Operations, operation: ops.BuildVectorIndexOp) -> dict
 
 
 def _progress(coverage: Mapping[str, Any]) -> str:
-    parts = [f"{coverage['vectors']} of {coverage['chunks']} chunks have a vector"]
+    # A version that is chunked in another way than the serving one begins without chunks.
+    parts = ["no row is chunked yet"]
+    if coverage["chunks"]:
+        parts = [f"{coverage['vectors']} of {coverage['chunks']} chunks have a vector"]
     refused = (coverage["dead_letters"] or 0) - (coverage["accepted"] or 0)
     if refused > 0:
         parts.append(f"{refused} dead letters are not accepted (embedline.accept_dead_letters)")
@@ -244,24 +247,15 @@ def _progress(coverage: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _index_statement(operations: Operations, operation: ops.BuildVectorIndexOp) -> str | None:
-    statement = call("index_statement", {"pipeline_name": operation.pipeline, "version_number": operation.version})
-    found = _run(operations, statement)
-    return None if found is None else str(found)
-
-
-def _build(operations: Operations, operation: ops.BuildVectorIndexOp, statement: str) -> None:
-    """Build over the migration's own connection, which is in autocommit mode; see that the index came out valid."""
-    index = _index_name(operation)
-    if _scalar(operations, "SELECT to_regclass(:index)", index=index) is not None:
-        # The leftover of a build that was killed serves no query, slows every write, and would be taken for the index.
-        _run(operations, f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
+def _build(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
+    """Build as `embedline build-index` does, over the migration's own connection, which is in autocommit mode."""
+    client = index_build.SqlAlchemyClient(operations.get_bind())
     logger.info("building the index of %s", _label(operation))
-    _run(operations, statement)
-    if _index_statement(operations, operation) is not None:
-        raise CommandError(
-            f"the index of {_label(operation)} did not become valid. HINT: Run alembic upgrade again; it is then built anew."
-        )
+    try:
+        with _reported():
+            index_build.build(client, operation.pipeline, operation.version, tell=logger.warning)
+    except EmbedlineError as error:
+        raise CommandError(" HINT: ".join(filter(None, (error.message, error.hint)))) from error
 
 
 def _index_name(operation: Any) -> str:

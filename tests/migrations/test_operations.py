@@ -212,6 +212,42 @@ def test_a_cutover_without_a_passing_gate_is_refused(
     assert _versions(database) == {1: "serves", 2: "complete"}
 
 
+def test_the_gate_runs_once_as_a_part_of_the_upgrade(application: Application, database: psycopg.Connection) -> None:
+    """The same model in halfvec finds the same; a passing gate that is stored is not run again after a rollback."""
+    database.execute("CREATE SCHEMA quality")
+    database.execute(
+        "CREATE TABLE quality.canary AS SELECT title || ' ' || body || ' ' || word AS query, id::text AS key"
+        " FROM public.article, unnest('{about,find,show,read,why,how,where,when,who,what}'::text[]) AS word"
+    )
+    application.run(
+        "embedline", "upgrade-model", "article", "--model", "static-256", "--column-type", "halfvec",
+        "--canaries", "quality.canary",
+    )  # fmt: skip
+    cutover = application.revisions()[-2]
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    for _ in range(2):
+        application.alembic("upgrade", _revision_id(cutover))
+        assert _versions(database) == {1: "complete", 2: "serves"}
+        application.alembic("downgrade", "-1")
+    gates = database.execute("SELECT verdict, query_source, query_count FROM embedline.evaluation").fetchall()
+    assert gates == [("pass", "canary", 10 * ROWS)]
+
+
+def test_an_inconclusive_gate_stops_the_upgrade_and_stays_as_evidence(
+    application: Application, database: psycopg.Connection
+) -> None:
+    application.run("embedline", "upgrade-model", "article", "--model", "static-256", "--column-type", "halfvec")
+    *_, index, cutover, _ = application.revisions()
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    refused = application.alembic("upgrade", _revision_id(cutover), fails=True)
+    assert "Its last evaluation is inconclusive" in refused
+    assert _at(application) == _revision_id(index)
+    assert scalar(database, "SELECT verdict FROM embedline.evaluation") == "inconclusive"
+    assert _versions(database) == {1: "serves", 2: "complete"}
+
+
 def test_a_chain_renders_as_a_script_that_runs(
     application: Application, chain: list[Path], database: psycopg.Connection
 ) -> None:

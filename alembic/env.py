@@ -33,19 +33,21 @@ def run_offline() -> None:
 def run_online() -> None:
     engine = create_engine(_database_url(), poolclass=pool.NullPool)
     try:
-        with engine.connect() as connection, connection.begin():
-            installation.check_server(connection)
-            installation.run_script(connection, "SET LOCAL lock_timeout = '10s'")
-            installation.run_script(connection, "CREATE SCHEMA IF NOT EXISTS embedline")
+        with engine.connect() as connection:
+            with connection.begin():
+                installation.check_server(connection)
             context.configure(connection=connection, **_VERSION_TABLE)
+            # Alembic's own transaction, so that an operation can leave it (autocommit_block).
             with context.begin_transaction():
+                installation.run_script(connection, "SET LOCAL lock_timeout = '10s'")
+                installation.run_script(connection, "CREATE SCHEMA IF NOT EXISTS embedline")
                 context.run_migrations()
-            heads = set(context.get_context().get_current_heads())
-            if heads == set(context.script.get_heads()):
-                installation.replay(connection)
-            elif not heads:
-                # Alembic needed its version table until now; with it goes the last trace.
-                installation.run_script(connection, "DROP SCHEMA embedline CASCADE")
+                heads = set(context.get_context().get_current_heads())
+                if heads == set(context.script.get_heads()):
+                    installation.replay(connection)
+                elif not heads:
+                    # Alembic needed its version table until now; with it goes the last trace.
+                    installation.run_script(connection, "DROP SCHEMA embedline CASCADE")
     except EmbedlineError as error:
         lines = [
             error.message,

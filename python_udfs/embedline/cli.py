@@ -1,4 +1,4 @@
-"""The command line: `embedline upgrade`, `status`, `build-index`, `worker`, `verify`, `export-onnx`, `doctor`."""
+"""The command line: `embedline upgrade`, `upgrade-model`, `status`, `build-index`, `worker`, `verify`, `doctor` and others."""
 
 from __future__ import annotations
 
@@ -124,6 +124,60 @@ def build_index_command(
         progress.update(task, description="done", completed=100)
     if statement is None:
         console.print(f"The index of pipeline {pipeline} is valid, or it has none: nothing to build.")
+
+
+@app.command("upgrade-model")
+def upgrade_model(
+    pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
+    model: Annotated[str, typer.Option(help="Registered model, or one that embedline.toml declares.")],
+    config: Annotated[Path, typer.Option(help="alembic.ini of the environment to write to.")] = Path("alembic.ini"),
+    column_type: Annotated[Literal["vector", "halfvec"] | None, typer.Option(help="As it is, unless given.")] = None,
+    distance: Annotated[Literal["cosine", "inner_product", "l2"] | None, typer.Option(help="The same.")] = None,
+    chunking: Annotated[str | None, typer.Option(help="The same.")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="The same.")] = None,
+    chunk_overlap: Annotated[int | None, typer.Option(help="The same.")] = None,
+    canaries: Annotated[str | None, typer.Option(help="Table of labelled queries for the gate.")] = None,
+    backfill_order: Annotated[Literal["oldest_first", "newest_first"] | None, typer.Option()] = None,
+    backfill_rate: Annotated[int | None, typer.Option(help="Chunks a second at most.")] = None,
+    wait_seconds: Annotated[float | None, typer.Option(help="How long the index waits for the backfill.")] = None,
+    rollback_window: Annotated[str | None, typer.Option(help="An interval; 48 hours unless given.")] = None,
+    head: Annotated[str, typer.Option(help="Revision that the chain follows.")] = "head",
+    contract: Annotated[bool, typer.Option(help="Write the last revision now, too.")] = True,
+) -> None:
+    """Write the revisions of a model upgrade (expand, index, cutover, contract) into an Alembic environment."""
+    recipe = _given(model=model, column_type=column_type, distance=distance, chunking=chunking)
+    recipe |= _given(chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
+    settings = _given(canaries=canaries, backfill_order=backfill_order, backfill_rate=backfill_rate)
+    settings |= _given(wait_seconds=wait_seconds, rollback_window=rollback_window)
+    _write_upgrade(config, pipeline, recipe, settings, head, contract)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _write_upgrade(
+    config: Path, pipeline: str, recipe: dict[str, Any], settings: dict[str, Any], head: str, contract: bool
+) -> None:
+    from alembic.util import CommandError
+
+    from embedline.migrations import chain, upgrade_model
+    from embedline.migrations.declaration import find_declaration
+
+    try:
+        environment = upgrade_model.configuration(config)
+        plan = upgrade_model.plan_upgrade(environment, pipeline, recipe, settings)
+        phases = chain.PHASES if contract else chain.PHASES[:-1]
+        paths = chain.write_chain(environment, plan, head=head, phases=phases)
+        declaration = find_declaration(environment)
+    except CommandError as error:
+        _fail(str(error))
+    for phase, path in zip(phases, paths, strict=True):
+        typer.echo(f"{phase}: {path}")
+    if declaration is not None and pipeline in declaration.pipelines:
+        typer.echo(
+            f"Say the same in [pipelines.{pipeline}] of {declaration.path}, or autogenerate proposes the way back."
+        )
 
 
 @app.command()

@@ -1,0 +1,185 @@
+"""`alembic revision --autogenerate` of an application beside an installed Embedline, through the real command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from application import PIPELINE, Application
+from support import create_pipeline, scalar, settle
+
+_NOTHING = "No new upgrade operations detected"
+
+
+@pytest.fixture
+def application(tmp_path: Path, database_dsn: str) -> Application:
+    """An application whose table exists and has a few rows."""
+    app = Application(tmp_path, database_dsn)
+    app.autogenerate("article")
+    app.alembic("upgrade", "head")
+    with psycopg.connect(database_dsn, autocommit=True) as connection:
+        connection.execute("INSERT INTO article SELECT n, 'Title ' || n, 'Body ' || n FROM generate_series(1, 20) AS n")
+    return app
+
+
+def test_the_first_revision_holds_the_applications_table_and_nothing_else(application: Application) -> None:
+    text = application.revisions()[0].read_text(encoding="utf-8")
+    assert text.count("op.") == 2
+    assert "op.create_table('article'" in text
+    assert _NOTHING in application.alembic("check")
+
+
+def test_generated_tables_views_and_indexes_are_left_alone(
+    application: Application, database: psycopg.Connection
+) -> None:
+    create_pipeline(database, "article", "article", "title")
+    settle(database)
+    database.execute(scalar(database, "SELECT embedline.index_statement('article')"))
+    assert _NOTHING in application.alembic("check")
+
+
+def test_a_model_that_maps_the_routing_view_is_no_table_to_create(
+    application: Application, database: psycopg.Connection
+) -> None:
+    models = application.folder / "models.py"
+    models.write_text(
+        models.read_text(encoding="utf-8")
+        + 'sa.Table("article_embedding", metadata, sa.Column("id", sa.Integer), sa.Column("chunk", sa.Text))\n'
+        + 'sa.Table("status", metadata, sa.Column("pipeline", sa.Text), schema="embedline")\n',
+        encoding="utf-8",
+    )
+    application.declare()
+    (revision,) = application.autogenerate("watch articles")
+    assert "create_table" not in revision
+    application.alembic("upgrade", "head")
+    assert _NOTHING in application.alembic("check")
+
+
+def test_a_declared_pipeline_is_created_and_dropped_again(
+    application: Application, database: psycopg.Connection
+) -> None:
+    application.declare()
+    (revision,) = application.autogenerate("watch articles")
+    assert "op.create_pipeline(" in revision
+    assert "op.drop_pipeline('article')" in revision
+    application.alembic("upgrade", "head")
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM article_embedding") == 20
+    assert _NOTHING in application.alembic("check")
+    application.alembic("downgrade", "-1")
+    assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 0
+
+
+def test_a_table_and_its_pipeline_come_in_one_revision(application: Application, database: psycopg.Connection) -> None:
+    models = application.folder / "models.py"
+    models.write_text(
+        models.read_text(encoding="utf-8")
+        + 'sa.Table("note", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("text", sa.Text))\n',
+        encoding="utf-8",
+    )
+    application.declare('[pipelines.note]\nsource = "note"\ncontent = "text"\nmodel = "static-256"\n')
+    (revision,) = application.autogenerate("notes")
+    assert revision.index("op.create_table('note'") < revision.index("op.create_pipeline(")
+    assert revision.index("op.drop_pipeline('note'") < revision.index("op.drop_table('note'")
+    for direction in (("upgrade", "head"), ("downgrade", "-1"), ("upgrade", "head")):
+        application.alembic(*direction)
+    assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 1
+
+
+def test_a_changed_model_becomes_a_chain_of_four_revisions(
+    application: Application, database: psycopg.Connection
+) -> None:
+    application.declare()
+    application.autogenerate("watch articles")
+    application.alembic("upgrade", "head")
+    application.declare(PIPELINE.replace("static-256", "minilm") + 'column_type = "halfvec"\n')
+    assert "add_embedding_version" in application.alembic("check", fails=True)
+    expand, index, cutover, contract = application.autogenerate("better search")
+    assert "op.add_embedding_version('article', version=2, model='minilm', column_type='halfvec')" in expand
+    assert "op.drop_embedding_version('article', version=2, rollback_window='0 hours')" in expand
+    assert "op.build_vector_index('article', version=2)" in index
+    assert "op.drop_vector_index('article', version=2)" in index
+    assert "op.cutover_embedding_version('article', version=2)" in cutover
+    assert "op.rollback_embedding_version('article', version=2)" in cutover
+    assert "op.drop_embedding_version('article', version=1)" in contract
+    assert "op.restore_embedding_version('article', version=1, model='static-256')" in contract
+    application.alembic("upgrade", "+1")
+    assert scalar(database, "SELECT count(*) FROM embedline.versions WHERE pipeline = 'article'") == 2
+    application.alembic("downgrade", "-1")
+    assert scalar(database, "SELECT count(*) FROM embedline.versions WHERE pipeline = 'article'") == 1
+
+
+def test_the_environments_own_hook_still_numbers_its_revisions(application: Application) -> None:
+    application.declare()
+    application.autogenerate("watch articles")
+    application.alembic("upgrade", "head")
+    environment = application.folder / "migrations" / "env.py"
+    hook = "def number(context, revision, directives):\n    directives[0].rev_id = '0003'\n\n\n"
+    text = environment.read_text(encoding="utf-8").replace(
+        "def run_migrations_online", hook + "def run_migrations_online"
+    )
+    environment.write_text(
+        text.replace("include_schemas=True", "include_schemas=True, process_revision_directives=number"), encoding="utf-8"
+    )  # fmt: skip
+    application.declare(PIPELINE.replace("static-256", "minilm"))
+    expand, index, *_ = application.autogenerate("better search")
+    assert "revision: str = '0003'" in expand
+    assert "= '0003'" in index
+
+
+def test_changed_expressions_are_altered_in_place(application: Application, database: psycopg.Connection) -> None:
+    application.declare(PIPELINE + 'filter = "live"\n')
+    application.autogenerate("watch articles")
+    application.alembic("upgrade", "head")
+    application.declare(PIPELINE.replace("title || ': ' || body", "body"))
+    (revision,) = application.autogenerate("bodies only")
+    assert "op.alter_pipeline('article', content='body', drop=['filter'])" in revision
+    application.alembic("upgrade", "head")
+    assert _NOTHING in application.alembic("check")
+    application.alembic("downgrade", "-1")
+    stored = database.execute("SELECT content_expression, filter_expression FROM embedline.pipeline").fetchone()
+    assert stored == ("title || ': ' || body", "live")
+
+
+def test_a_pipeline_is_dropped_only_where_the_file_says_so(
+    application: Application, database: psycopg.Connection
+) -> None:
+    create_pipeline(database, "by_hand", "article", "title", weight=2.0)
+    application.declare("")
+    assert _NOTHING in application.alembic("check")
+    application.declare('[drop]\npipelines = ["by_hand", "never_there"]\n')
+    (revision,) = application.autogenerate("no longer")
+    application.alembic("upgrade", "head")
+    assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 0
+    assert _NOTHING in application.alembic("check")
+    application.alembic("downgrade", "-1")
+    assert scalar(database, "SELECT weight FROM embedline.pipeline WHERE name = 'by_hand'") == 2.0
+    assert revision.count("by_hand") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PIPELINE.replace("public.article", "alembic_version"), "A pipeline keeps its source"),
+        (PIPELINE + '[models.static-256]\nprovider = "openai"\nmodel = "other"\n', "registered with another provider"),
+        (PIPELINE.replace("model =", "modell ="), 'has no key "modell"'),
+    ],
+)
+def test_what_no_operation_does_is_refused(application: Application, text: str, message: str) -> None:
+    application.declare()
+    application.autogenerate("watch articles")
+    application.alembic("upgrade", "head")
+    application.declare(text)
+    assert message in application.alembic("check", fails=True)
+
+
+def test_a_declaration_without_embedline_in_the_database_says_how_to_install_it(
+    tmp_path: Path, empty_database_dsn: str
+) -> None:
+    application = Application(tmp_path, empty_database_dsn)
+    assert "op.create_table('article'" in application.autogenerate("article")[0]
+    application.alembic("upgrade", "head")
+    application.declare()
+    assert "embedline upgrade" in application.alembic("check", fails=True)

@@ -1,0 +1,325 @@
+"""An application upgrades its pipeline's model with revisions of its own, through the real alembic and embedline commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from application import PIPELINE, Application
+from support import scalar, wait_until
+from working import Worker
+
+ROWS = 40
+
+
+@pytest.fixture
+def application(tmp_path: Path, database_dsn: str, database: psycopg.Connection) -> Application:
+    """An application whose table is watched by a pipeline that its own second revision created; all is embedded."""
+    app = Application(tmp_path, database_dsn)
+    app.autogenerate("article")
+    app.alembic("upgrade", "head")
+    database.execute(
+        "INSERT INTO article SELECT n, 'Title ' || n, 'Body ' || n || (ARRAY[' rivers', ' law', ' bread'])[1 + n %% 3]"
+        " FROM generate_series(1, %s) AS n",
+        (ROWS,),
+    )
+    app.declare()
+    app.autogenerate("watch articles")
+    app.alembic("upgrade", "head")
+    _work(database_dsn)
+    return app
+
+
+@pytest.fixture
+def chain(application: Application) -> Iterator[list[Path]]:
+    """The four revisions of an upgrade to minilm; a gate takes more articles than these, so the cutover overrides it."""
+    application.run(
+        "embedline", "upgrade-model", "article", "--model", "minilm", "--rollback-window", "0 hours"
+    )  # fmt: skip
+    written = application.revisions()[-4:]
+    application.rewrite(
+        written[2], "version=2)\n    # ### end Alembic commands ###\n\n\ndef downgrade",
+        "version=2, override_reason='a test')\n    # ### end Alembic commands ###\n\n\ndef downgrade",
+    )  # fmt: skip
+    yield written
+
+
+def _work(dsn: str) -> None:
+    worker = Worker(dsn, until_idle=True)
+    worker.join(120)
+    assert worker.error is None
+
+
+def _versions(connection: psycopg.Connection) -> dict[int, str]:
+    query = "SELECT version, CASE WHEN serving THEN 'serves' ELSE state END FROM embedline.versions WHERE pipeline = 'article'"
+    return dict(connection.execute(query).fetchall())
+
+
+def _at(application: Application) -> str:
+    return application.alembic("current").split()[0]
+
+
+def _revision_id(path: Path) -> str:
+    return path.name.partition("_")[0]
+
+
+def _index_is_valid(connection: psycopg.Connection) -> Any:
+    query = (
+        "SELECT bool_and(i.indisvalid) FROM pg_index AS i"
+        " WHERE i.indexrelid = to_regclass('embedline_data.article_v2_embedding_idx')"
+    )
+    return scalar(connection, query)
+
+
+def test_an_application_upgrades_its_model_with_revisions_of_its_own(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    assert [path.stem.partition("_")[2] for path in chain] == [
+        f"{phase}_version_2_of_article" for phase in ("expand", "index", "cutover", "contract")
+    ]
+    application.alembic("upgrade", "+1")
+    assert _versions(database) == {1: "serves", 2: "backfilling"}
+
+    refused = application.alembic("upgrade", "head", fails=True)
+    assert 'version 2 of pipeline "article" is not filled yet: no row is chunked yet' in refused
+    assert _at(application) == _revision_id(chain[0])
+
+    _work(application.dsn)
+    application.alembic("upgrade", "+2")
+    assert _versions(database) == {1: "complete", 2: "serves"}
+    assert _index_is_valid(database)
+
+    database.execute("INSERT INTO article VALUES (1000, 'After', 'the cutover')")
+    database.execute("DELETE FROM article WHERE id = 1")
+    _work(application.dsn)
+    application.alembic("downgrade", "-1")
+    assert _versions(database) == {1: "serves", 2: "complete"}
+    ids = {row[0] for row in database.execute("SELECT id FROM article_embedding WHERE embedding IS NOT NULL")}
+    assert ids == {*range(2, ROWS + 1), 1000}
+
+    application.alembic("upgrade", "head")
+    assert _versions(database) == {2: "serves"}
+    assert scalar(database, "SELECT to_regclass('embedline_data.article_v1') IS NULL")
+    assert "embedline upgrade-model article --model static-256" in application.alembic("downgrade", "-1", fails=True)
+    assert _versions(database) == {2: "serves"}
+    assert scalar(database, "SELECT count(*) FROM alembic_version") == 1
+    application.declare(PIPELINE.replace("static-256", "minilm"))
+    assert "No new upgrade operations detected" in application.alembic("check")
+
+
+def test_the_index_waits_for_the_backfill(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    application.rewrite(
+        chain[1],
+        "build_vector_index('article', version=2)",
+        "build_vector_index('article', version=2, wait_seconds=60)",
+    )
+    process = application.start("alembic", "upgrade", "+2")
+    wait_until(lambda: 2 in _versions(database), 60, "the expansion is committed")
+    _work(application.dsn)
+    messages = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, messages
+    assert _index_is_valid(database)
+
+
+def test_the_chain_goes_all_the_way_down_before_its_contract(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    for _ in range(2):
+        application.alembic("upgrade", _revision_id(chain[2]))
+        assert _versions(database) == {1: "complete", 2: "serves"}
+        application.alembic("downgrade", _revision_id(chain[0]))
+        assert _versions(database) == {1: "serves", 2: "complete"}
+        assert _index_is_valid(database) is None
+    application.alembic("downgrade", "-1")
+    assert _versions(database) == {1: "serves"}
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2, 3])
+def test_a_chain_killed_before_alembic_noted_a_phase_is_run_again(
+    application: Application, chain: list[Path], database: psycopg.Connection, phase: int
+) -> None:
+    """kill -9 between the work of a phase and the update of the version table, which a lock of ours holds up."""
+    for earlier in chain[:phase]:
+        application.alembic("upgrade", _revision_id(earlier))
+        _work(application.dsn)
+    with psycopg.connect(application.dsn) as holder:
+        holder.execute("LOCK TABLE alembic_version IN EXCLUSIVE MODE")
+        process = application.start("alembic", "upgrade", "+1")
+        waits = (
+            "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'UPDATE alembic_version%%'"
+        )
+        wait_until(lambda: database.execute(waits).fetchone(), 60, "alembic wants to note the revision")
+        backend = scalar(database, waits)
+        process.kill()
+        process.communicate()
+        database.execute("SELECT pg_terminate_backend(%s)", (backend,))
+    assert _at(application) == _revision_id(chain[phase - 1] if phase else application.revisions()[1])
+    application.alembic("upgrade", _revision_id(chain[phase]))
+    _work(application.dsn)
+    if phase < 3:
+        application.alembic("upgrade", "head")
+    assert _versions(database) == {2: "serves"}
+    assert scalar(database, "SELECT count(*) FROM embedline.cutover") == 1
+    assert scalar(database, "SELECT count(*) FROM article_embedding WHERE embedding IS NOT NULL") == ROWS
+
+
+def test_an_index_build_that_was_killed_is_built_anew(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    with psycopg.connect(application.dsn) as holder:
+        # CONCURRENTLY waits for those who may write to the table, after it has entered the index as invalid.
+        holder.execute("LOCK TABLE embedline_data.article_v2 IN ROW EXCLUSIVE MODE")
+        process = application.start("alembic", "upgrade", "+1")
+        wait_until(lambda: _index_is_valid(database) is False, 60, "the build has begun")
+        process.kill()
+        process.communicate()
+        builders = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX%%'"
+        assert scalar(database, builders) == 1
+    assert _index_is_valid(database) is False
+    application.alembic("upgrade", "+1")
+    assert _index_is_valid(database)
+
+
+def test_a_version_of_another_number_or_recipe_is_refused(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    database.execute("SELECT embedline.add_embedding_version('article', 'static-256', column_type => 'halfvec')")
+    assert "exists already with another model" in application.alembic("upgrade", "+1", fails=True)
+    application.rewrite(chain[0], "version=2, model", "version=4, model")
+    assert "is 3, the revision says 4" in application.alembic("upgrade", "+1", fails=True)
+    assert sorted(_versions(database)) == [1, 2]
+
+
+def test_a_cutover_without_a_passing_gate_is_refused(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    application.rewrite(chain[2], "override_reason='a test'", "evaluate=False")
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    refused = application.alembic("upgrade", "+2", fails=True)
+    assert "HINT" in refused
+    assert _at(application) == _revision_id(chain[1])
+    assert _versions(database) == {1: "serves", 2: "complete"}
+
+
+def test_the_gate_runs_once_as_a_part_of_the_upgrade(application: Application, database: psycopg.Connection) -> None:
+    """The same model in halfvec finds the same; a passing gate that is stored is not run again after a rollback."""
+    database.execute("CREATE SCHEMA quality")
+    database.execute(
+        "CREATE TABLE quality.canary AS SELECT title || ' ' || body || ' ' || word AS query, id::text AS key"
+        " FROM public.article, unnest('{about,find,show,read,why,how,where,when,who,what}'::text[]) AS word"
+    )
+    application.run(
+        "embedline", "upgrade-model", "article", "--model", "static-256", "--column-type", "halfvec",
+        "--canaries", "quality.canary",
+    )  # fmt: skip
+    cutover = application.revisions()[-2]
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    for _ in range(2):
+        application.alembic("upgrade", _revision_id(cutover))
+        assert _versions(database) == {1: "complete", 2: "serves"}
+        application.alembic("downgrade", "-1")
+    gates = database.execute("SELECT verdict, query_source, query_count FROM embedline.evaluation").fetchall()
+    assert gates == [("pass", "canary", 10 * ROWS)]
+
+
+def test_an_inconclusive_gate_stops_the_upgrade_and_stays_as_evidence(
+    application: Application, database: psycopg.Connection
+) -> None:
+    application.run("embedline", "upgrade-model", "article", "--model", "static-256", "--column-type", "halfvec")
+    *_, index, cutover, _ = application.revisions()
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    refused = application.alembic("upgrade", _revision_id(cutover), fails=True)
+    assert "Its last evaluation is inconclusive" in refused
+    assert _at(application) == _revision_id(index)
+    assert scalar(database, "SELECT verdict FROM embedline.evaluation") == "inconclusive"
+    assert _versions(database) == {1: "serves", 2: "complete"}
+
+
+def test_a_chain_renders_as_a_script_that_runs(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    def script(first: Path, last: Path) -> str:
+        return application.alembic("upgrade", f"{_revision_id(first)}:{_revision_id(last)}", "--sql").partition(
+            "BEGIN;"
+        )[2]
+
+    watched = application.revisions()[1]
+    with psycopg.connect(application.dsn, autocommit=True) as client:
+        client.execute("BEGIN;" + script(watched, chain[0]))
+        with pytest.raises(psycopg.errors.RaiseException, match="has no valid index yet") as refused:
+            client.execute("BEGIN;" + script(chain[0], chain[1]))
+        assert refused.value.diag.message_hint is not None
+        assert "embedline build-index article --version 2" in refused.value.diag.message_hint
+        client.execute("ROLLBACK")
+    assert _at(application) == _revision_id(chain[0])
+    assert _versions(database) == {1: "serves", 2: "backfilling"}
+    assert "embedline.cutover(" in script(chain[1], chain[2])
+    assert "was dropped" in application.alembic(
+        "downgrade", f"{_revision_id(chain[3])}:{_revision_id(chain[2])}", "--sql", fails=True
+    )
+
+
+def test_in_a_transaction_of_env_py_the_index_says_so_and_the_cutover_holds_its_locks(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    begun = "    with connectable.connect() as connection, connection.begin():"
+    application.rewrite(
+        application.folder / "migrations" / "env.py", "    with connectable.connect() as connection:", begun
+    )
+    assert "env.py has begun a transaction" in application.alembic("upgrade", "+1", fails=True)
+    statement = scalar(database, "SELECT embedline.index_statement('article', 2)")
+    database.execute(statement)
+    application.alembic("stamp", _revision_id(chain[1]))
+    application.alembic("upgrade", "+1")
+    assert _versions(database) == {1: "complete", 2: "serves"}
+    application.alembic("downgrade", "-1")
+    assert _versions(database) == {1: "serves", 2: "complete"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing", "--model", "minilm"), 'there is no pipeline "nothing"'),
+        (("article", "--model", "other"), "[models.other]"),
+        (("article", "--model", "static-256"), "version 1 of pipeline"),
+        (("article", "--model", "minilm", "--config", "nowhere.ini"), "there is no nowhere.ini"),
+    ],
+)
+def test_upgrade_model_refuses_what_cannot_be(
+    application: Application, arguments: tuple[str, ...], message: str
+) -> None:
+    before = application.revisions()
+    assert message in application.run("embedline", "upgrade-model", *arguments, fails=True)
+    assert application.revisions() == before
+
+
+def test_a_declared_model_is_registered_by_the_chain(application: Application, database: psycopg.Connection) -> None:
+    path = scalar(database, "SELECT model FROM embedline.model WHERE name = 'static-256'")
+    application.declare(
+        PIPELINE
+        + f'[models.again]\nprovider = "sentence-transformers"\nmodel = "{path}"\ndocument_prefix = "passage: "\n'
+    )
+    output = application.run("embedline", "upgrade-model", "article", "--model", "again", "--no-contract")
+    assert "[pipelines.article]" in output
+    expand, *_, cutover = application.revisions()[-3:]
+    assert "op.create_model(" in expand.read_text(encoding="utf-8")
+    assert "cutover" in cutover.name
+    application.alembic("upgrade", "+1")
+    assert scalar(database, "SELECT document_prefix FROM embedline.model WHERE name = 'again'") == "passage: "
+    application.alembic("downgrade", "-1")
+    assert scalar(database, "SELECT count(*) FROM embedline.model WHERE name = 'again'") == 0

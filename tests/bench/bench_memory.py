@@ -1,8 +1,8 @@
 """A worker's memory over 1,000,000 rows: the backend's own, from /proc, so the bench must run on the server's machine.
 
 One worker takes them as a backfill through the stub. What the backend has of shared_buffers is not its own and is left
-out: VmRSS less RssShmem. Memory goes up and down with the batches in work; so growth compares medians, of the last
-100,000 rows and of those that follow the first 100,000.
+out: VmRSS less RssShmem. Memory goes up and down with the batches in work; so these have the most rows that they may have
+all the time, and growth compares medians, of the last 100,000 rows and of those that follow the first 100,000.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from harness import Bench, Figure
 from rich.progress import TaskID
 from workers import check_count, check_vector, create_pipeline, drain, fill, recreate_source, register_stub
 
+from embedline.pacing import PacingLimits
 from stub_provider import StubProvider, stub_provider
 
 ROWS, STRETCH, DIMENSIONS = 1_000_000, 100_000, 384
 MOST_MB, MOST_GROWTH = 300, 1.05
 SAMPLE_SECONDS = 0.25
+LARGEST_BATCH = PacingLimits().max_rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ def run(bench: Bench) -> None:
         recreate_source(session)
         fill(session, range(1, ROWS + 1))
         create_pipeline(session, model)
+        # Batches follow what the machine gives, and memory follows them: held at their largest, what grows is a leak.
+        for setting in ("min_rows", "max_rows"):
+            session.execute("SELECT embedline.configure(%s, %s)", (setting, LARGEST_BATCH))
         provider.counts()
         task = bench.progress.add_task("Embedding", total=ROWS)
         watcher = threading.Thread(target=_watch, args=(bench, provider, session.info.backend_pid, samples, done, task))

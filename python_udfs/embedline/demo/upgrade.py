@@ -99,14 +99,15 @@ def _upgrade(connection: psycopg.Connection[Any], tally: Tally, console: Console
         shortfalls.append(f"the gate of {NEW_MODEL} says {verdict}")
         return shortfalls
     headline(console, "Cutover, rollback, cutover: each is one statement")
-    _swap(connection, f"SELECT embedline.cutover('{NAME}', {number})", tally, console)
+    pauses = [_swap(connection, f"SELECT embedline.cutover('{NAME}', {number})", tally, console)]
     time.sleep(_PAUSE_SECONDS)
-    _swap(connection, f"SELECT embedline.rollback('{NAME}')", tally, console)
+    pauses.append(_swap(connection, f"SELECT embedline.rollback('{NAME}')", tally, console))
     missing = _missing_after_rollback(connection, console)
     if missing:
         shortfalls.append(f"{missing} chunks were missing after the rollback")
     time.sleep(_PAUSE_SECONDS)
-    _swap(connection, f"SELECT embedline.cutover('{NAME}', {number})", tally, console)
+    pauses.append(_swap(connection, f"SELECT embedline.cutover('{NAME}', {number})", tally, console))
+    console.print(f"longest reader pause in a cutover or rollback: [bold]{max(pauses) * 1000:.0f} ms[/bold]")
     _contract(connection, console)
     return shortfalls
 
@@ -124,7 +125,7 @@ def _expand(connection: psycopg.Connection[Any], model: str, console: Console) -
     console.print(f"  returned after {(time.perf_counter() - started) * 1000:.0f} ms")
     started = time.perf_counter()
     limit = time.monotonic() + _FILLED_SECONDS
-    with console.status("filling version 2") as status:
+    with console.status(f"filling version {number}") as status:
         while True:
             state, chunks, vectors, _, _, last_error = (
                 connection.execute(_VERSION, (NAME, number)).fetchone() or (None,) * 6
@@ -176,7 +177,8 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, console: Console) -> None:
+def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, console: Console) -> float:
+    """Run a swap; return the longest time in seconds that a read took meanwhile."""
     begin = time.monotonic()
     connection.execute(statement.encode())
     end = time.monotonic()
@@ -185,6 +187,7 @@ def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, con
     pause = tally.longest_between(begin, end)
     _say(console, statement)
     console.print(f"  {(end - begin) * 1000:.0f} ms; the longest read meanwhile {pause * 1000:.0f} ms")
+    return pause
 
 
 def _missing_after_rollback(connection: psycopg.Connection[Any], console: Console) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from embedline import circuit, documents, spending
+from embedline import circuit, documents, probe, spending
 from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
 from embedline.catalog import ChunkSet
 from embedline.chunking import Chunker, make_chunker
@@ -41,6 +41,8 @@ _WRITE_DOCUMENTS = 2000
 _BUSY_SECONDS = 0.1
 _MISCONFIGURED_PAUSE_SECONDS = 10.0
 _MONEY_SECONDS = 1.0
+# Until the answer to a probe is there.
+_PROBE_SECONDS = 0.5
 # A cancel is looked for so often.
 _CANCEL_SECONDS = 0.1
 
@@ -393,17 +395,7 @@ class Engine:
         error = unit.error
         message = _words(error)
         work_of(batch).note_error(self.session, batch, message)
-        model_id = batch.pipeline.version.model.model_id
-        pause, charged = None, True
-        if isinstance(error, ProviderMisconfigured):
-            pause, charged = _MISCONFIGURED_PAUSE_SECONDS, False
-            circuit.open_circuit(self.session, model_id, message, pause)
-        elif isinstance(error, TransientProviderError):
-            # A provider that cannot be reached, or that limits its rate, says nothing about these rows.
-            says_nothing = error.throttled or error.unreachable or isinstance(error, ModelHostUnavailable)
-            pause, charged = error.retry_after, not says_nothing
-            if not charged:
-                pause = circuit.open_circuit(self.session, model_id, message, pause)
+        pause, charged = self._consequence(batch, unit, message)
         rows = [document.row for document in unit.documents]
         if charged:
             spent = [document for document in unit.documents if document.row.attempts >= MAX_ATTEMPTS]
@@ -412,6 +404,25 @@ class Engine:
             pause = backoff_seconds(max((row.attempts for row in rows), default=1), pause)
         if rows:
             self._give_back(batch, rows, pause or 0.0, charged=charged, error=message)
+
+    def _consequence(self, batch: Batch, unit: Unit, message: str) -> tuple[float | None, bool]:
+        """Return how long a failed unit's rows are to wait, and whether the try counts; open the circuit where it is due."""
+        error, model = unit.error, batch.pipeline.version.model
+        if isinstance(error, ProviderMisconfigured):
+            circuit.open_circuit(self.session, model.model_id, message, _MISCONFIGURED_PAUSE_SECONDS)
+            return _MISCONFIGURED_PAUSE_SECONDS, False
+        if not isinstance(error, TransientProviderError):
+            return None, True
+        # A provider that cannot be reached, or that limits its rate, says nothing about these rows.
+        says_nothing = error.throttled or error.unreachable or isinstance(error, ModelHostUnavailable)
+        if not says_nothing and any(document.row.attempts >= MAX_ATTEMPTS for document in unit.documents):
+            health = probe.health(self.session, model)
+            if health == "unknown":
+                return _PROBE_SECONDS, False
+            says_nothing = health == "failing"
+        if says_nothing:
+            return circuit.open_circuit(self.session, model.model_id, message, error.retry_after), False
+        return error.retry_after, True
 
     def _halve(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
         """Split a rejected unit until the rows that are the cause stand alone; those are given up.

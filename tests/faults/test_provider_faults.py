@@ -10,6 +10,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
+from embedline.probe import PROBE_TEXT
 from support import create_pages, create_pipeline, data_count, drain, queued, scalar, settle, wait_until
 
 Answer = Callable[[list[str]], Response]
@@ -105,18 +106,40 @@ def test_a_provider_that_is_down_charges_no_row_and_loses_none(
     assert scalar(http_pipeline, "SELECT count(*) FROM embedline.circuit") == 0
 
 
+def _drain_without_waiting(connection: psycopg.Connection) -> None:
+    # Backoff and breaker are real; the tests do not wait for them.
+    connection.execute("UPDATE embedline.circuit SET open_until = now()")
+    connection.execute("UPDATE embedline_data.page_outbox SET not_before = now()")
+    drain(connection)
+
+
 def test_five_failures_of_a_row_make_a_dead_letter(http_pipeline: psycopg.Connection, endpoint: Endpoint) -> None:
-    endpoint.behave = lambda texts: Response("broken", status=500)
+    """Where the provider answers others."""
+    endpoint.behave = lambda texts: answer(vectors(texts)) if texts == [PROBE_TEXT] else Response("broken", status=500)
 
     def all_dead() -> bool:
-        # The backoff is real; the test does not wait for it.
-        http_pipeline.execute("UPDATE embedline_data.page_outbox SET not_before = now()")
-        drain(http_pipeline)
+        _drain_without_waiting(http_pipeline)
         return bool(scalar(http_pipeline, "SELECT count(*) = 20 FROM embedline.dead_letter"))
 
     wait_until(all_dead, 30)
     assert queued(http_pipeline) == 0
     assert scalar(http_pipeline, "SELECT array_agg(DISTINCT attempts) FROM embedline.dead_letter") == [5]
+    assert endpoint.texts.count(PROBE_TEXT) == 1
+
+
+def test_a_provider_that_fails_everybody_makes_no_dead_letter(
+    http_pipeline: psycopg.Connection, endpoint: Endpoint
+) -> None:
+    endpoint.behave = lambda texts: Response("broken", status=500)
+    for _ in range(20):
+        _drain_without_waiting(http_pipeline)
+    assert endpoint.texts.count(PROBE_TEXT) > 1
+    assert scalar(http_pipeline, "SELECT count(*) FROM embedline.dead_letter") == 0
+    assert queued(http_pipeline) == 20
+    assert scalar(http_pipeline, "SELECT last_error FROM embedline.circuit") is not None
+    endpoint.behave = lambda texts: answer(vectors(texts))
+    wait_until(lambda: _drain_without_waiting(http_pipeline) or queued(http_pipeline) == 0, 30)
+    assert data_count(http_pipeline, "page_v1") == 20
 
 
 def test_unchanged_chunks_are_never_paid_for_twice(http_pipeline: psycopg.Connection, endpoint: Endpoint) -> None:

@@ -74,7 +74,8 @@ def test_reference_shows_every_parameter(database: psycopg.Connection) -> None:
         " WHERE p.pronamespace = 'embedline'::regnamespace AND NOT starts_with(p.proname, '_') AND p.proargnames IS NOT NULL"
     ).fetchall()
     for name, parameters in rows:
-        signature = re.search(rf"embedline\.{name}\(.*?```", text, re.DOTALL)
+        # Its signature, not an example of another section that calls it.
+        signature = re.search(rf"```postgresql\n(?:CALL )?(?:[^`]*\n)?(?:CALL )?embedline\.{name}\([^`]*```", text)
         assert signature is not None, name
         assert [p for p in parameters if not re.search(rf"\b{p}\b", signature.group())] == [], name
 

@@ -1,7 +1,7 @@
 """Let a pipeline have several versions: chunk sets, the queue of versions that fill, gates, cutovers, shadow indexes, traffic.
 
 What: tables chunk_set, version_queue, version_dead_letter, evaluation, cutover, precision_index, traffic, traffic_tenant,
-shadow_read, query_sample; chunking moves from embedline.pipeline to chunk_set. Lock: ACCESS EXCLUSIVE on embedline.pipeline and
+shadow_read; chunking moves from embedline.pipeline to chunk_set. Lock: ACCESS EXCLUSIVE on embedline.pipeline and
 embedline.version for an instant, none on any table of the user. How long: under a second. Undo: `alembic downgrade 0005`, which
 refuses while a pipeline has more than one version, or chunks in a table of a later version.
 

@@ -1,5 +1,6 @@
 -- Expand: a version of another model, dimension, type, distance or chunking, written with every change from now on.
--- NULL leaves a parameter as the serving version has it. Locks: the chunk table SHARE ROW EXCLUSIVE for an instant.
+-- NULL leaves a parameter as the serving version has it. Locks: the chunk table SHARE ROW EXCLUSIVE to the end of the
+-- transaction, where the version has no chunks of its own: a DELETE on the source waits for it.
 CREATE OR REPLACE FUNCTION embedline.add_embedding_version(
     pipeline_name text,
     model text,

@@ -64,4 +64,4 @@ COMMENT ON VIEW embedline.versions IS 'One row per version of a pipeline: what i
 COMMENT ON COLUMN embedline.versions.missing IS 'Chunks without a vector of this version: queued, dead letters, or of the backfill';
 COMMENT ON COLUMN embedline.versions.queued IS 'Chunks that wait or are in work; ranges of the backfill that nobody has taken yet are not counted';
 COMMENT ON COLUMN embedline.versions.rollback_until IS 'The serving version took over from this one: until then drop_embedding_version refuses';
-COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe; cutover needs pass';
+COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe; cutover needs a pass against the version that serves then';

@@ -1,5 +1,5 @@
--- Contract: take a version away that does not serve. Locks, to the end of the transaction: its table, view and the chunks
--- ACCESS EXCLUSIVE; the source SHARE ROW EXCLUSIVE where a chunk table goes with it.
+-- Contract: take a version away that does not serve. Locks, to the end of the transaction: its table, view and the
+-- chunks ACCESS EXCLUSIVE; the source SHARE ROW EXCLUSIVE where a chunk table goes with it.
 CREATE OR REPLACE FUNCTION embedline.drop_embedding_version(
     pipeline_name text,
     version_number integer,

@@ -144,6 +144,8 @@ UPGRADE = (
         cutover_id bigint GENERATED ALWAYS AS IDENTITY CONSTRAINT cutover_pkey PRIMARY KEY,
         pipeline_id bigint NOT NULL CONSTRAINT cutover_pipeline_id_fkey REFERENCES embedline.pipeline ON DELETE CASCADE,
         kind text NOT NULL CONSTRAINT cutover_kind_check CHECK (kind IN ('cutover', 'rollback')),
+        from_version_id bigint NOT NULL,
+        to_version_id bigint NOT NULL,
         from_number integer NOT NULL,
         to_number integer NOT NULL,
         evaluation_id bigint CONSTRAINT cutover_evaluation_id_fkey REFERENCES embedline.evaluation ON DELETE SET NULL,
@@ -155,6 +157,7 @@ UPGRADE = (
     """,
     "CREATE INDEX cutover_pipeline_id_idx ON embedline.cutover (pipeline_id, cutover_id)",
     "COMMENT ON TABLE embedline.cutover IS 'Which version came to serve when, by whom, on what evidence'",
+    "COMMENT ON COLUMN embedline.cutover.from_version_id IS 'Versions may be gone, and a later one may have the number of one that is'",
     "COMMENT ON COLUMN embedline.cutover.override_reason IS 'Why it was done without a passing gate'",
     """
     CREATE TABLE embedline.precision_index (
@@ -250,7 +253,7 @@ DOWNGRADE = (
             FROM pg_catalog.pg_proc AS f
             WHERE f.pronamespace = 'embedline'::regnamespace AND f.proname IN (
                 'search', 'index_statement', 'add_embedding_version', 'configure_backfill', 'build_vector_index',
-                'accept_dead_letters', 'evaluate', 'preview_version', 'cutover', 'rollback', 'drop_embedding_version',
+                'accept_dead_letters', 'requeue_version', 'evaluate', 'preview_version', 'cutover', 'rollback', 'drop_embedding_version',
                 'add_precision_index', 'drop_precision_index', 'use_precision', 'set_traffic', 'set_tenant_version',
                 'index_progress', '_index_plan', '_on_create_index', '_note_shadow_read', '_version_counts')
         LOOP

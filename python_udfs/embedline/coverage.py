@@ -10,10 +10,12 @@ from embedline.version_queue import FRESH
 # Keys of quarantined rows that an error names.
 _SHOWN_KEYS = 5
 
+# One whose chunk is gone says nothing any more.
 _DEAD_LETTERS = """
     SELECT count(*) AS count, count(*) FILTER (WHERE accepted_by IS NULL) AS open,
         (array_agg(key::text ORDER BY chunk_id) FILTER (WHERE accepted_by IS NULL))[1:$2] AS keys
-    FROM embedline.version_dead_letter WHERE version_id = $1
+    FROM embedline.version_dead_letter AS d
+    WHERE version_id = $1 AND EXISTS (SELECT FROM {chunk} AS c WHERE c.chunk_id = d.chunk_id)
 """
 
 
@@ -54,12 +56,15 @@ def require_coverage(session: Session, pipeline: Pipeline) -> None:
             detail="Its workers are behind, or the chunks were written where no queue saw it.",
             hint=f"{progress} shows what is queued; SELECT * FROM embedline.verify('{name}', repair => true); queues the rest.",
         )
-    dead = session.query(_DEAD_LETTERS, ["bigint", "integer"], version.version_id, _SHOWN_KEYS)[0]
+    dead = session.query(
+        _DEAD_LETTERS.format(chunk=pipeline.chunk), ["bigint", "integer"], version.version_id, _SHOWN_KEYS
+    )[0]
     if dead["open"]:
         raise NotReady(
             f'version {number} of pipeline "{name}" could not embed {dead["open"]} chunks',
             detail=f"Of rows {', '.join(dead['keys'])}{' and others' if dead['open'] > _SHOWN_KEYS else ''}.",
-            hint=f"SELECT embedline.accept_dead_letters('{name}', {number}); goes without them.",
+            hint=f"SELECT embedline.requeue_version('{name}', {number}); tries them again,"
+            f" SELECT embedline.accept_dead_letters('{name}', {number}); goes without them.",
         )
     if dead["count"] and session.scalar(f"SELECT 1 FROM {pipeline.vectors} LIMIT 1") is None:
         raise NotReady(

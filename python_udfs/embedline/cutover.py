@@ -8,7 +8,6 @@ nothing that the outgoing version shows is missing from the incoming one.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from embedline import coverage, routing, version_queue
 from embedline.batch import Batch
@@ -32,16 +31,16 @@ _GATE = """
 """
 # Where the serving version came from. A rollback is no such step: after it, the way back is the next cutover.
 _CAME_FROM = """
-    SELECT c.from_number FROM embedline.cutover AS c JOIN embedline.version AS v
-        ON v.pipeline_id = c.pipeline_id AND v.number = c.from_number
-    WHERE c.pipeline_id = $1 AND c.to_number = $2 AND c.kind = 'cutover' ORDER BY c.cutover_id DESC LIMIT 1
+    SELECT v.number FROM embedline.cutover AS c JOIN embedline.version AS v ON v.version_id = c.from_version_id
+    WHERE c.to_version_id = $1 AND c.kind = 'cutover' ORDER BY c.cutover_id DESC LIMIT 1
 """
 _SERVE = """
     UPDATE embedline.pipeline SET serving_version_id = $2, generation = generation + 1 WHERE pipeline_id = $1
 """
 _LOG = """
-    INSERT INTO embedline.cutover (pipeline_id, kind, from_number, to_number, evaluation_id, override_reason)
-    VALUES ($1, $2, $3, $4, $5, $6) RETURNING cutover_id
+    INSERT INTO embedline.cutover (pipeline_id, kind, from_version_id, to_version_id, from_number, to_number, evaluation_id,
+        override_reason)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING cutover_id
 """
 _LEFT = """
     SELECT coalesce(sum(cardinality(chunk_ids)), 0) AS count,
@@ -78,7 +77,7 @@ def rollback(session: Session, name: str) -> int:
     """Have the version serve again that served before; it was written with every change. Return its number."""
     require_control(session, name)
     pipeline = load_pipeline(session, name)
-    number = session.scalar(_CAME_FROM, ["bigint", "integer"], pipeline.pipeline_id, pipeline.version.number)
+    number = session.scalar(_CAME_FROM, ["bigint"], pipeline.version.version_id)
     if number is None:
         raise NotReady(
             f'there is no version that pipeline "{name}" could go back to',
@@ -142,10 +141,13 @@ def _swap(
 ) -> None:
     plan, source = current_plan(session, target)
     session.query(_SERVE, ["bigint", "bigint"], target.pipeline_id, target.version.version_id)
-    log: list[Any] = [target.pipeline_id, kind, outgoing.version.number, target.version.number]
+    leaving, coming = outgoing.version, target.version
     cutover_id = session.scalar(
-        _LOG, ["bigint", "text", "integer", "integer", "bigint", "text"], *log, evaluation_id, override_reason
-    )
+        _LOG,
+        ["bigint", "text", "bigint", "bigint", "integer", "integer", "bigint", "text"],
+        target.pipeline_id, kind, leaving.version_id, coming.version_id, leaving.number, coming.number, evaluation_id,
+        override_reason,
+    )  # fmt: skip
     if kind == "cutover":
         # Everybody has it now; whoever was kept back on purpose stays so.
         for table in ("embedline.traffic", "embedline.traffic_tenant"):

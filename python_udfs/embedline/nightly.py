@@ -35,6 +35,11 @@ def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair
             ["integer"],
             _KEPT_DAYS,
         )
+        session.query(
+            "DELETE FROM embedline.shadow_read WHERE read_at < now() - make_interval(days => $1)",
+            ["integer"],
+            _KEPT_DAYS,
+        )
         spending.roll_up(session)
 
 

@@ -29,6 +29,8 @@ _VIEW = """
         coalesce(c.reloptions, '{}') AS options, obj_description(c.oid, 'pg_class') AS comment,
         (SELECT a.atttypid::regtype::text FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = $2) AS type,
         (SELECT a.atttypmod FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = $2) AS typmod,
+        (SELECT format_type(a.atttypid, a.atttypmod) FROM pg_attribute AS a
+         WHERE a.attrelid = c.oid AND a.attname = $2) AS full_type,
         (SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute AS a
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = $1::oid
@@ -170,7 +172,7 @@ def require_swappable(session: Session, pipeline: Pipeline) -> None:
     dependents = [str(row["object"]) for row in session.query(_DEPENDENTS, ["bigint"], pipeline.view_oid)]
     if dependents:
         raise DependentObjects(
-            f"the type of {view['name']}.embedding changes from {view['type']} to {pipeline.version.column_type},"
+            f"the type of {view['name']}.embedding changes from {view['full_type']} to {pipeline.version.column_type},"
             " and other objects depend on the view",
             detail=f"{', '.join(dependents)}.",
             hint="Drop them, cut over, and create them again; a version of the same column_type keeps them.",
@@ -222,34 +224,41 @@ def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query
         session.execute(f"COMMENT ON VIEW {name} IS {quote_literal(view['comment'])}")
     for comment in comments:
         session.execute(f"COMMENT ON COLUMN {name}.{comment['column']} IS {quote_literal(comment['comment'])}")
-    for grant in grants:
-        columns = f" ({grant['column']})" if grant["column"] else ""
-        option = " WITH GRANT OPTION" if grant["is_grantable"] else ""
-        session.execute(f"GRANT {grant['privilege_type']}{columns} ON {name} TO {grant['grantee']}{option}")
+    _give_grants(session, name, grants)
     session.query(
         "UPDATE embedline.pipeline SET routing_view = $2::regclass WHERE pipeline_id = $1",
         ["bigint", "text"], pipeline.pipeline_id, name,
     )  # fmt: skip
 
 
+def _give_grants(session: Session, view: str, grants: list[dict[str, Any]]) -> None:
+    for grant in grants:
+        columns = f" ({grant['column']})" if grant["column"] else ""
+        option = " WITH GRANT OPTION" if grant["is_grantable"] else ""
+        session.execute(f"GRANT {grant['privilege_type']}{columns} ON {view} TO {grant['grantee']}{option}")
+
+
 def refresh_views(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
     """Have all views show what the source has now; missing ones are made anew."""
     _refresh_routing_view(session, pipeline, plan, source)
     for version in load_versions(session, pipeline.name):
-        view = session.scalar(
-            "SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], version.version.view_oid
-        )
+        oid = version.version.view_oid
+        view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], oid)
+        grants: list[dict[str, Any]] = []
         if view is not None:
-            _require_no_dependents(session, version.version.view_oid, str(view))
+            require_no_dependents(session, oid)
+            grants = session.query(_GRANTS, ["bigint"], oid)
             session.execute(f"DROP VIEW {view}")
         create_version_view(session, version, plan, source)
+        _give_grants(session, view_name(source, plan.name, version.version.number), grants)
 
 
-def _require_no_dependents(session: Session, view_oid: int | None, view: str) -> None:
+def require_no_dependents(session: Session, view_oid: int | None) -> None:
+    """Raise, with their names, where objects depend on the view of a version."""
     dependents = [str(row["object"]) for row in session.query(_DEPENDENTS, ["bigint"], view_oid)]
     if dependents:
         raise DependentObjects(
-            f"other objects depend on {view}", detail=f"{', '.join(dependents)}.",
+            "other objects depend on the view of a version", detail=f"{', '.join(dependents)}.",
             hint="Build them on the routing view, which is replaced in place.",
         )  # fmt: skip
 

@@ -267,6 +267,8 @@ def _other_versions(session: Session, pipeline: Pipeline, repair: bool) -> list[
     for other in load_versions(session, pipeline.name):
         if other.is_serving or other.version.state != "complete":
             continue
+        if repair:
+            version_queue.forget_dead_letters(session, other)
         missing = coverage.missing_chunks(session, other)
         if missing:
             queued = version_queue.enqueue_missing(session, other) if repair else 0

@@ -281,6 +281,28 @@ def enqueue_range(session: Session, lane: Pipeline) -> None:
     )
 
 
+def enqueue_lists(session: Session, lane: Pipeline, chunk_ids: Sequence[int]) -> None:
+    """Queue chunks as lists of a thousand."""
+    for first in range(0, len(chunk_ids), _SWEPT_CHUNKS):
+        session.query(
+            "INSERT INTO embedline.version_queue (version_id, chunk_ids, of_backfill) VALUES ($1, $2, true)",
+            ["bigint", "bigint[]"],
+            lane.version.version_id,
+            list(chunk_ids[first : first + _SWEPT_CHUNKS]),
+        )
+
+
+def forget_dead_letters(session: Session, lane: Pipeline) -> None:
+    """Remove the version's dead letters whose chunk is gone, or has its vector after all."""
+    session.query(
+        f"DELETE FROM embedline.version_dead_letter AS d WHERE d.version_id = $1 AND (NOT EXISTS ("
+        f"SELECT FROM {lane.chunk} AS c WHERE c.chunk_id = d.chunk_id)"
+        f" OR EXISTS (SELECT FROM {lane.vectors} AS v WHERE v.chunk_id = d.chunk_id))",
+        ["bigint"],
+        lane.version.version_id,
+    )
+
+
 def is_behind(session: Session, pipeline: Pipeline) -> bool:
     """Whether chunks are queued for the version: after a cutover the serving one may still have some to embed."""
     return bool(
@@ -340,6 +362,7 @@ def close(session: Session, lane: Pipeline) -> bool:
     )
     if locked is None:
         return False
+    forget_dead_letters(session, lane)
     if enqueue_missing(session, lane):
         return True
     if session.scalar(

@@ -52,19 +52,21 @@ _SAME_TOKENIZER = """
     SELECT s.tokenizer IS NOT DISTINCT FROM m.tokenizer
     FROM embedline.chunk_set AS s, embedline.model AS m WHERE s.chunk_set_id = $1 AND m.model_id = $2
 """
-# When the version that serves took over from that one, if it did.
+# When the version that serves took over from that one by a cutover, if it did: that is what a rollback goes back to.
 _TOOK_OVER = """
-    SELECT c.performed_at + coalesce($4::interval, make_interval(secs => $5 * 3600)) AS kept_until,
-        c.performed_at + coalesce($4::interval, make_interval(secs => $5 * 3600)) > now() AS is_kept
+    SELECT c.performed_at + w.length AS kept_until, c.performed_at + w.length > now() AS is_kept
     FROM embedline.cutover AS c
-    WHERE c.pipeline_id = $1 AND c.to_number = $2 AND c.from_number = $3 ORDER BY c.cutover_id DESC LIMIT 1
+    CROSS JOIN (SELECT coalesce($3::interval, make_interval(secs => $4 * 3600)) AS length) AS w
+    WHERE c.to_version_id = $1 AND c.from_version_id = $2 AND c.kind = 'cutover' ORDER BY c.cutover_id DESC LIMIT 1
 """
+# A model that served here once; one that was only tried stays, for the next try.
 _FORGET_MODEL = """
     DELETE FROM embedline.model AS m
     WHERE m.model_id = $1 AND NOT EXISTS (SELECT FROM embedline.version AS v WHERE v.model_id = m.model_id)
-        AND EXISTS (SELECT FROM embedline.cutover AS c WHERE c.pipeline_id = $2 AND $3 IN (c.from_number, c.to_number))
+        AND EXISTS (SELECT FROM embedline.cutover AS c WHERE $2 IN (c.from_version_id, c.to_version_id))
     RETURNING m.name
 """
+_QUARANTINED = "DELETE FROM embedline.version_dead_letter WHERE version_id = $1 RETURNING chunk_id"
 
 
 @entry_point
@@ -252,6 +254,16 @@ def accept_dead_letters(session: Session, name: str, number: int) -> int:
 
 
 @entry_point
+def requeue_version(session: Session, name: str, number: int) -> int:
+    """Queue the chunks that a version could not embed, with their tries counted anew; return how many."""
+    require_control(session, name)
+    pipeline = load_version(session, name, number)
+    rows = session.query(_QUARANTINED, ["bigint"], pipeline.version.version_id)
+    version_queue.enqueue_lists(session, pipeline, [int(row["chunk_id"]) for row in rows])
+    return len(rows)
+
+
+@entry_point
 def drop_embedding_version(session: Session, name: str, number: int, window: str | None) -> None:
     """Take a version away with its table, view, queue and evaluations, and its chunks and model where nothing uses them."""
     require_control(session, name)
@@ -259,6 +271,7 @@ def drop_embedding_version(session: Session, name: str, number: int, window: str
     doomed = load_version(session, name, number)
     _require_disposable(session, pipeline, doomed, window)
     change_versions(session, pipeline.pipeline_id)
+    routing.require_no_dependents(session, doomed.version.view_oid)
     plan, source = current_plan(session, pipeline)
     chunk_set = doomed.chunk_set.number
     is_last = not doomed.other_versions(chunk_set)
@@ -277,7 +290,7 @@ def drop_embedding_version(session: Session, name: str, number: int, window: str
     )  # fmt: skip
     forgotten = session.scalar(
         _FORGET_MODEL,
-        ["bigint", "bigint", "integer"], doomed.version.model.model_id, pipeline.pipeline_id, number,
+        ["bigint", "bigint"], doomed.version.model.model_id, doomed.version.version_id,
     )  # fmt: skip
     if forgotten is not None:
         session.plpy.notice(f'model "{forgotten}" is forgotten: no pipeline uses it')
@@ -292,8 +305,8 @@ def _require_disposable(session: Session, pipeline: Pipeline, doomed: Pipeline, 
         )
     rows = session.query(
         _TOOK_OVER,
-        ["bigint", "integer", "integer", "text", "double precision"],
-        pipeline.pipeline_id, pipeline.version.number, number, window, load_settings(session).rollback_window_hours,
+        ["bigint", "bigint", "text", "double precision"],
+        pipeline.version.version_id, doomed.version.version_id, window, load_settings(session).rollback_window_hours,
     )  # fmt: skip
     if rows and rows[0]["is_kept"]:
         raise NotReady(

@@ -83,7 +83,8 @@ TO embedline_reader, embedline_worker;
 GRANT SELECT ON
 embedline.version_queue, embedline.version_dead_letter, embedline.evaluation, embedline.cutover, embedline.shadow_read
 TO embedline_admin;
-GRANT EXECUTE ON FUNCTION embedline._version_counts(text, integer, integer) TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION embedline._version_counts(text, integer, integer, bigint)
+TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline._note_shadow_read(bigint, integer, double precision, double precision, double precision)
 TO embedline_reader;
@@ -93,6 +94,7 @@ embedline.add_embedding_version(
 ),
 embedline.configure_backfill(text, integer, text, integer),
 embedline.accept_dead_letters(text, integer),
+embedline.requeue_version(text, integer),
 embedline.cutover(text, integer, text),
 embedline.rollback(text),
 embedline.set_traffic(text, integer, double precision, double precision),

@@ -10,8 +10,8 @@ SELECT
     c.vectors,
     c.chunks - c.vectors AS missing,
     q.queued,
-    d.dead_letters,
-    d.accepted,
+    c.dead_letters,
+    c.accepted,
     CASE
         WHEN v.index_method = 'none' THEN 'none'
         WHEN i.indisvalid THEN 'valid'
@@ -30,7 +30,7 @@ LEFT JOIN pg_catalog.pg_class AS ic
         ic.relname = p.name || '_v' || v.number || '_embedding_idx'
         AND ic.relnamespace = 'embedline_data'::regnamespace
 LEFT JOIN pg_catalog.pg_index AS i ON ic.oid = i.indexrelid
-CROSS JOIN LATERAL embedline._version_counts(p.name, v.number, v.chunk_set) AS c
+CROSS JOIN LATERAL embedline._version_counts(p.name, v.number, v.chunk_set, v.version_id) AS c
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(cardinality(r.chunk_ids)), 0)::bigint AS queued
     FROM embedline.version_queue AS r
@@ -38,24 +38,19 @@ CROSS JOIN LATERAL (
 ) AS q
 CROSS JOIN LATERAL (
     SELECT
-        count(*) AS dead_letters,
-        count(l.accepted_by) AS accepted
-    FROM embedline.version_dead_letter AS l
-    WHERE l.version_id = v.version_id
-) AS d
-CROSS JOIN LATERAL (
-    SELECT
         max(o.performed_at) + make_interval(secs => 3600 * coalesce((
             SELECT s.value::double precision FROM embedline.setting AS s
             WHERE s.name = 'rollback_window_hours'
         ), 48)) AS rollback_until
     FROM embedline.cutover AS o
-    INNER JOIN embedline.version AS serving ON p.serving_version_id = serving.version_id
-    WHERE o.pipeline_id = p.pipeline_id AND o.to_number = serving.number AND o.from_number = v.number
+    WHERE o.to_version_id = p.serving_version_id AND o.from_version_id = v.version_id AND o.kind = 'cutover'
 ) AS w
+INNER JOIN embedline.version AS s ON p.serving_version_id = s.version_id
 LEFT JOIN LATERAL (
     SELECT g.verdict FROM embedline.evaluation AS g
-    WHERE g.version_id = v.version_id AND g.kind = 'gate' AND g.fingerprint = v.fingerprint
+    WHERE
+        g.version_id = v.version_id AND g.kind = 'gate' AND g.fingerprint = v.fingerprint
+        AND (g.baseline_number = s.number OR v.version_id = s.version_id)
     ORDER BY g.evaluation_id DESC
     LIMIT 1
 ) AS e ON true;
@@ -64,4 +59,4 @@ COMMENT ON VIEW embedline.versions IS 'One row per version of a pipeline: what i
 COMMENT ON COLUMN embedline.versions.missing IS 'Chunks without a vector of this version: queued, dead letters, or of the backfill';
 COMMENT ON COLUMN embedline.versions.queued IS 'Chunks that wait or are in work; ranges of the backfill that nobody has taken yet are not counted';
 COMMENT ON COLUMN embedline.versions.rollback_until IS 'The serving version took over from this one: until then drop_embedding_version refuses';
-COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe; cutover needs a pass against the version that serves then';
+COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe against the version that serves; cutover needs pass';

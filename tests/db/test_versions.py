@@ -226,3 +226,71 @@ def test_verify_queues_what_a_version_lacks(pages: psycopg.Connection) -> None:
     assert pages.execute("SELECT * FROM embedline.verify('page', sample => 0)").fetchall() == []
     cut_over(pages, 2)
     assert assert_exact(pages) == 40
+
+
+def _quarantine(connection: psycopg.Connection, key: int) -> None:
+    """Have version 2 fail a row's chunk for good."""
+    connection.execute("DELETE FROM embedline_data.page_v2 AS v USING embedline_data.page_chunk AS c"
+                       " WHERE c.chunk_id = v.chunk_id AND c.key_id = %s", (key,))  # fmt: skip
+    connection.execute(
+        "INSERT INTO embedline.version_dead_letter (version_id, chunk_id, key, stage, error_code, message, attempts)"
+        " SELECT v.version_id, c.chunk_id, jsonb_build_object('id', c.key_id::text), 'embed', 'EL012', 'refused', 5"
+        " FROM embedline.version AS v, embedline_data.page_chunk AS c WHERE v.number = 2 AND c.key_id = %s",
+        (key,),
+    )
+
+
+def test_quarantined_chunks_are_listed_and_accepted_or_tried_again(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    for key in (7, 8, 9):
+        _quarantine(pages, key)
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="could not embed 3 chunks") as caught:
+        cut_over(pages, 2)
+    assert '"7"' in (caught.value.diag.message_detail or "")
+    # Gone with its row, and with its words.
+    pages.execute("DELETE FROM page WHERE id = 8")
+    pages.execute("UPDATE page SET body = 'other words' WHERE id = 9")
+    settle(pages)
+    assert versions(pages, "dead_letters")[2] == 1
+    assert scalar(pages, "SELECT embedline.accept_dead_letters('page', 2)") >= 1
+    assert versions(pages, "accepted")[2] == 1
+    cut_over(pages, 2)
+    pages.execute("SELECT embedline.rollback('page')")
+    assert scalar(pages, "SELECT embedline.requeue_version('page', 2)") >= 1
+    settle_versions(pages)
+    assert versions(pages, "missing")[2] == versions(pages, "dead_letters")[2] == 0
+
+
+def test_a_version_that_takes_the_number_of_another_has_a_history_of_its_own(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    pages.execute("SELECT embedline.rollback('page')")
+    # Nothing goes back to it any more, so nothing keeps it.
+    pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+    register_static(pages, 16)
+    assert add_version(pages, "static-16") == 2
+    assert versions(pages, "rollback_until")[2] is None
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no version that pipeline"):
+        pages.execute("SELECT embedline.rollback('page')")
+    pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+    assert scalar(pages, "SELECT count(*) FROM embedline.model WHERE name = 'static-16'") == 1
+
+
+def test_what_depends_on_a_versions_view_is_named(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    pages.execute("CREATE VIEW trial AS SELECT id FROM page_embedding_v2")
+    with pytest.raises(errors.DependentObjectsStillExist) as caught:
+        pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+    assert "trial" in (caught.value.diag.message_detail or "")
+
+
+def test_a_refresh_keeps_grants_on_a_versions_view(pages: psycopg.Connection, make_role: Any) -> None:
+    role = make_role("embedline_reader")
+    pages.execute(sql.SQL("GRANT SELECT (id) ON page_embedding_v1 TO {}").format(sql.Identifier(role)))
+    pages.execute("ALTER TABLE page ADD COLUMN language text")
+    pages.execute("SELECT embedline.refresh_pipeline('page')")
+    assert scalar(pages, "SELECT count(language) FROM page_embedding_v1") == 0
+    assert scalar(pages, "SELECT attacl IS NOT NULL FROM pg_attribute"
+                  " WHERE attrelid = 'page_embedding_v1'::regclass AND attname = 'id'")  # fmt: skip

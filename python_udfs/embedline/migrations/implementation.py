@@ -1,7 +1,8 @@
 """What each operation does: online it looks first, so that a chain that was killed can be run again; offline it renders.
 
-Alembic writes its version table in the transaction of the migration. Operations that stay in it are all or nothing with
-that; the others (index, cutover, rollback) commit on their own, and find on the next run that they are done.
+Alembic writes its version table in the transaction of the migration. Operations that stay in it (models, pipelines) are all or
+nothing with that; those on versions commit on their own, so that no lock outlives its statement, and find on the next run
+that they are done.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ _COVERAGE = "SELECT to_jsonb(v) FROM embedline.versions AS v WHERE v.pipeline = 
 _GATE = """
     SELECT e.verdict FROM embedline.evaluation AS e JOIN embedline.version AS v USING (version_id)
     JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
+    JOIN embedline.version AS s ON s.version_id = p.serving_version_id
     WHERE p.name = :pipeline AND v.number = :version AND e.kind = 'gate' AND e.fingerprint = v.fingerprint
+        AND e.baseline_number = s.number
     ORDER BY e.evaluation_id DESC LIMIT 1
 """
 # Set by ALTER or learnt by the model itself; a declaration that is otherwise the same is the same model.
@@ -131,9 +134,11 @@ def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVer
         )
         _require_same(_label(operation), recipe, existing, hint, ("backfill_order", "backfill_rate"))
         return
-    # Looked at before, too: where the environment commits each statement, a version of another number would stay.
-    _require_number(operation, _scalar(operations, _NEXT_NUMBER, pipeline=operation.pipeline))
-    _require_number(operation, _run(operations, statement))
+    # Committed at once: until then a DELETE on the source waits for the chunk table, to which the new one has a foreign key.
+    with _committed_at_once(operations, operation):
+        # Looked at before, too: a version of another number would stay.
+        _require_number(operation, _scalar(operations, _NEXT_NUMBER, pipeline=operation.pipeline))
+        _require_number(operation, _run(operations, statement))
 
 
 def _require_number(operation: ops.AddEmbeddingVersionOp, number: int | None) -> None:
@@ -168,7 +173,13 @@ def drop_embedding_version(operations: Operations, operation: ops.DropEmbeddingV
     if not _is_offline(operations) and _version(operations, operation) is None:
         return
     window = None if operation.rollback_window is None else Cast(operation.rollback_window, "interval")
-    _run(operations, call("drop_embedding_version", {**_names(operation), "rollback_window": window}))
+    statement = call("drop_embedding_version", {**_names(operation), "rollback_window": window})
+    if _is_offline(operations):
+        _run(operations, statement)
+        return
+    # Committed at once: until then reads and writes wait for what is dropped.
+    with _committed_at_once(operations, operation):
+        _run(operations, statement)
 
 
 @Operations.implementation_for(ops.RestoreEmbeddingVersionOp)

@@ -1,0 +1,13 @@
+-- Put the chunks that a version could not embed back into its queue.
+CREATE OR REPLACE FUNCTION embedline.requeue_version(pipeline_name text, version_number integer)
+RETURNS bigint
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import versions
+    return versions.requeue_version(plpy, GD, pipeline_name, version_number)
+$python$;
+
+COMMENT ON FUNCTION embedline.requeue_version(text, integer) IS 'Have a version try the chunks in embedline.version_dead_letter again, with their tries counted anew, and return how many.';

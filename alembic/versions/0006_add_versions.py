@@ -64,7 +64,8 @@ UPGRADE = (
     ALTER TABLE embedline.pipeline
         ADD COLUMN generation integer NOT NULL DEFAULT 1,
         ADD COLUMN recipe integer,
-        ADD COLUMN serving_function oid
+        ADD COLUMN serving_function oid,
+        ADD COLUMN view_attributes jsonb NOT NULL DEFAULT '{}'
     """,
     """
     UPDATE embedline.pipeline AS p SET recipe = ('x' || left(v.fingerprint, 8))::bit(32)::integer
@@ -73,6 +74,7 @@ UPGRADE = (
     "ALTER TABLE embedline.pipeline DROP COLUMN chunking, DROP COLUMN chunk_tokens, DROP COLUMN chunk_overlap, DROP COLUMN chunking_options",
     "COMMENT ON COLUMN embedline.pipeline.generation IS 'Counts changes of the versions and the chunking: a worker that began before one writes nothing after it'",
     "COMMENT ON COLUMN embedline.pipeline.recipe IS 'Stamp of the documents that were cut as all chunk sets ask for; others are looked at again'",
+    "COMMENT ON COLUMN embedline.pipeline.view_attributes IS 'Attribute numbers of the source''s columns, by the names that the routing view gives them'",
     "COMMENT ON COLUMN embedline.pipeline.serving_function IS 'Function whose body names the serving version: read past the snapshot, as the view''s definition is'",
     """
     CREATE TABLE embedline.version_queue (
@@ -255,7 +257,7 @@ DOWNGRADE = (
                 'search', 'index_statement', 'add_embedding_version', 'configure_backfill', 'build_vector_index',
                 'accept_dead_letters', 'requeue_version', 'evaluate', 'preview_version', 'cutover', 'rollback', 'drop_embedding_version',
                 'add_precision_index', 'drop_precision_index', 'use_precision', 'set_traffic', 'set_tenant_version',
-                'index_progress', '_index_plan', '_on_create_index', '_note_shadow_read', '_version_counts')
+                'index_progress', '_index_plan', '_on_create_index', '_note_shadow_read', '_embed_chunks', '_version_counts')
         LOOP
             EXECUTE doomed;
         END LOOP;
@@ -277,7 +279,7 @@ DOWNGRADE = (
     """,
     "ALTER TABLE embedline.pipeline ALTER COLUMN chunking SET NOT NULL",
     "COMMENT ON COLUMN embedline.pipeline.chunking_options IS 'Options of the chunking method, such as {\"percentile\": 95} of semantic'",
-    "ALTER TABLE embedline.pipeline DROP COLUMN generation, DROP COLUMN recipe, DROP COLUMN serving_function",
+    "ALTER TABLE embedline.pipeline DROP COLUMN generation, DROP COLUMN recipe, DROP COLUMN serving_function, DROP COLUMN view_attributes",
     """
     ALTER TABLE embedline.version DROP COLUMN chunk_set, DROP COLUMN view, DROP COLUMN backfill_order, DROP COLUMN backfill_rate,
         DROP COLUMN backfill_due_at, DROP COLUMN search_precision, DROP COLUMN last_error

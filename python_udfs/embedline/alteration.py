@@ -22,6 +22,7 @@ from embedline.pipelines import (
     deparsed,
     generated_functions,
     insert_ranges,
+    load_alone,
     recipe_stamp,
     require_control,
     rewrite_trigger_functions,
@@ -89,9 +90,9 @@ def alter_pipeline(session: Session, name: str, given: dict[str, Any]) -> None:
     """
     require_control(session, name)
     bound_lock_wait(session)
+    pipeline = load_alone(session, name)
     # Alterations of one pipeline follow each other. NO KEY: a worker that writes a dead letter does not wait.
     stored = session.query(_STORED, ["text"], name)[0]
-    pipeline = load_pipeline(session, name)
     current = _Wanted(stored, pipeline.spec, pipeline.weight)
     wanted = _wanted(pipeline, current, given)
     if wanted == current:

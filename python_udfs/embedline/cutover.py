@@ -11,14 +11,18 @@ import time
 
 from embedline import coverage, routing, version_queue
 from embedline.batch import Batch
-from embedline.catalog import Pipeline, load_pipeline, load_version
-from embedline.database import Session, change_versions, entry_point, prepare_environment, retry_locked
+from embedline.catalog import Pipeline, load_version
+from embedline.database import Session, entry_point, prepare_environment, retry_locked
 from embedline.engine import Engine
 from embedline.errors import NotReady
-from embedline.pipelines import current_plan, require_control
+from embedline.pipelines import current_plan, load_alone, require_control
 
 # So long a version may take to embed what was written in the last moments.
-_CUTOVER_SECONDS, _ROLLBACK_SECONDS = 3.0, 3.0
+_CUTOVER_SECONDS, _ROLLBACK_SECONDS = 2.0, 2.0
+# So long the swap tries for the routing view, which was to be had before: rows that were caught up with are locked.
+_SWAP_SECONDS = 2.0
+# So long a cutover waits for transactions that would see the version empty.
+_SNAPSHOT_SECONDS = 2.0
 _CATCH_UP_CHUNKS = 500
 _PATIENCE_SECONDS = 0.0
 
@@ -42,6 +46,13 @@ _LOG = """
         override_reason)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING cutover_id
 """
+_GO_ON = "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1"
+# Snapshots of before the version was complete; a statement of READ COMMITTED has one only while it runs.
+_OLDER_SNAPSHOTS = """
+    SELECT array_agg(a.pid) FROM pg_stat_activity AS a, embedline.version AS v
+    WHERE v.version_id = $1 AND a.datname = current_database() AND a.backend_type = 'client backend'
+        AND a.backend_xmin IS NOT NULL AND a.xact_start < v.completed_at AND a.pid <> pg_backend_pid()
+"""
 _LEFT = """
     SELECT coalesce(sum(cardinality(chunk_ids)), 0) AS count,
         bool_or(not_before <= clock_timestamp() AND crash_count = 0) AS is_due
@@ -53,6 +64,7 @@ _LEFT = """
 def cutover(session: Session, name: str, number: int, override_reason: str | None) -> None:
     """Have a version serve, if it is complete, indexed, and its gate has passed or is overridden with a reason."""
     require_control(session, name)
+    pipeline = load_alone(session, name)
     target = load_version(session, name, number)
     if target.is_serving:
         session.plpy.notice(f'version {number} of pipeline "{name}" serves already')
@@ -61,22 +73,23 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
     coverage.require_index(session, target)
     evaluation_id = _require_gate(session, target, override_reason)
     routing.require_swappable(session, target)
-    change_versions(session, target.pipeline_id)
-    left = _catch_up(session, load_version(session, name, number), _CUTOVER_SECONDS)
+    _require_no_older_snapshot(session, target)
+    routing.await_view(session, target)
+    left = _catch_up(session, target, _CUTOVER_SECONDS)
     if left:
         raise NotReady(
             f'version {number} of pipeline "{name}" is {left} chunks behind',
             hint="Run it again when its workers have caught up:"
             f" SELECT queued, last_error FROM embedline.versions WHERE pipeline = '{name}' AND version = {number};",
         )
-    _swap(session, load_pipeline(session, name), target, "cutover", evaluation_id, override_reason)
+    _swap(session, pipeline, target, "cutover", evaluation_id, override_reason)
 
 
 @entry_point
 def rollback(session: Session, name: str) -> int:
     """Have the version serve again that served before; it was written with every change. Return its number."""
     require_control(session, name)
-    pipeline = load_pipeline(session, name)
+    pipeline = load_alone(session, name)
     number = session.scalar(_CAME_FROM, ["bigint"], pipeline.version.version_id)
     if number is None:
         raise NotReady(
@@ -84,16 +97,29 @@ def rollback(session: Session, name: str) -> int:
             detail=f"Version {pipeline.version.number} was never cut over to, or the one before it is dropped.",
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{name}'; lists the versions.",
         )
-    change_versions(session, pipeline.pipeline_id)
     target = load_version(session, name, number)
     routing.require_swappable(session, target)
+    routing.await_view(session, target)
     left = _catch_up(session, target, _ROLLBACK_SECONDS)
     if left:
         session.plpy.warning(
             f"{left} chunks of the last changes follow within moments: version {number} is behind with them"
         )
-    _swap(session, load_pipeline(session, name), target, "rollback", None, None)
+    _swap(session, pipeline, target, "rollback", None, None)
     return int(number)
+
+
+def _require_no_older_snapshot(session: Session, target: Pipeline) -> None:
+    """Raise where transactions go on that began before the version was complete: the view would show them gaps."""
+    limit = time.monotonic() + _SNAPSHOT_SECONDS
+    while pids := session.scalar(_OLDER_SNAPSHOTS, ["bigint"], target.version.version_id):
+        if time.monotonic() > limit:
+            raise NotReady(
+                f"transactions are open that began before version {target.version.number} was complete",
+                detail=f"To them it would be empty. Processes {', '.join(map(str, pids))}.",
+                hint="Cut over when they are through, or end them: SELECT pg_terminate_backend(pid);",
+            )
+        session.execute("SELECT pg_sleep(0.05)")
 
 
 def _require_gate(session: Session, target: Pipeline, override_reason: str | None) -> int | None:
@@ -148,13 +174,17 @@ def _swap(
         target.pipeline_id, kind, leaving.version_id, coming.version_id, leaving.number, coming.number, evaluation_id,
         override_reason,
     )  # fmt: skip
+    if leaving.state == "backfilling":
+        # What reads the source belongs to the version that serves: it goes on.
+        session.query(_GO_ON, ["bigint"], coming.version_id)
     if kind == "cutover":
         # Everybody has it now; whoever was kept back on purpose stays so.
         for table in ("embedline.traffic", "embedline.traffic_tenant"):
             session.query(f"DELETE FROM {table} WHERE version_id = $1", ["bigint"], target.version.version_id)
     routing.write_serving_function(session, target.pipeline_id, plan, target.version.number)
     started = time.monotonic()
-    retry_locked(session, lambda: routing.show_version(session, target, plan, source), "the routing view")
+    show = lambda: routing.show_version(session, target, plan, source)  # noqa: E731
+    retry_locked(session, show, "the routing view", _SWAP_SECONDS)
     session.query(
         "UPDATE embedline.cutover SET swap_seconds = $2 WHERE cutover_id = $1",
         ["bigint", "double precision"], cutover_id, time.monotonic() - started,

@@ -291,15 +291,18 @@ def _share_versions(session: Session, pipeline: Pipeline) -> bool:
 
     The second statement has a snapshot of its own, taken under the lock: a change committed before is seen.
     """
-    shared = session.scalar(
-        "SELECT pg_try_advisory_xact_lock_shared($1, $2)",
+    row = session.query(
+        "SELECT pg_try_advisory_xact_lock_shared($1, $2) AS shared, current_setting('transaction_isolation') AS isolation",
         ["integer", "integer"],
         VERSIONS_LOCK_CLASS,
         pipeline.pipeline_id,
-    )
-    return bool(shared) and pipeline.generation == session.scalar(
-        "SELECT generation FROM embedline.pipeline WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id
-    )
+    )[0]
+    if not row["shared"]:
+        return False
+    # An older snapshot would show the generation of then; locking the row raises a serialization failure instead.
+    lock = "" if row["isolation"] == "read committed" else " FOR SHARE"
+    query = f"SELECT generation FROM embedline.pipeline WHERE pipeline_id = $1{lock}"
+    return bool(pipeline.generation == session.scalar(query, ["bigint"], pipeline.pipeline_id))
 
 
 def _write_other_set(

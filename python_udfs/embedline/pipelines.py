@@ -14,7 +14,15 @@ from embedline.audit_functions import audit_function_statements
 from embedline.capture import CapturePlan, KeyColumn, SourceExpression
 from embedline.catalog import Model, Pipeline, chunk_table_suffix, load_model, load_pipeline, load_versions
 from embedline.chunking import ChunkingSpec, chunking_spec
-from embedline.database import Session, as_mapping, entry_point, quote_ident, quote_literal, vector_schema
+from embedline.database import (
+    Session,
+    as_mapping,
+    change_versions,
+    entry_point,
+    quote_ident,
+    quote_literal,
+    vector_schema,
+)
 from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermitted
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
@@ -544,12 +552,18 @@ def set_pipeline_state(session: Session, name: str, state: str) -> None:
     session.query("UPDATE embedline.pipeline SET state = $2 WHERE name = $1", ["text", "text"], name, state)
 
 
+def load_alone(session: Session, name: str) -> Pipeline:
+    """Return the pipeline as it is once nobody else changes its versions, and keep it so to the end of the transaction."""
+    change_versions(session, load_pipeline(session, name).pipeline_id)
+    return load_pipeline(session, name)
+
+
 @entry_point
 def refresh_pipeline(session: Session, name: str) -> None:
     """Add new source columns to the routing view, and watch every update where a BEFORE trigger now exists."""
     require_control(session, name)
     bound_lock_wait(session)
-    pipeline = load_pipeline(session, name)
+    pipeline = load_alone(session, name)
     plan, source = current_plan(session, pipeline)
     routing.refresh_views(session, pipeline, plan, source)
     _refresh_update_trigger(session, plan, source)
@@ -564,7 +578,7 @@ def refresh_pipeline(session: Session, name: str) -> None:
 @entry_point
 def follow_source(session: Session, name: str) -> None:
     """Write the trigger functions anew with the current names of the key columns; called by the event trigger."""
-    rewrite_trigger_functions(session, current_plan(session, load_pipeline(session, name))[0])
+    rewrite_trigger_functions(session, current_plan(session, load_alone(session, name))[0])
 
 
 def rewrite_trigger_functions(session: Session, plan: CapturePlan) -> None:

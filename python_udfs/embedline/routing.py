@@ -8,20 +8,22 @@ embed_query which one that is, past the snapshot, as the view's definition is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from embedline import capture
 from embedline.capture import CapturePlan, ShownVersion
 from embedline.catalog import Pipeline, load_versions
-from embedline.database import Session, quote_ident, quote_literal, vector_schema
+from embedline.database import Session, as_mapping, quote_ident, quote_literal, retry_locked, vector_schema
 from embedline.errors import AlreadyExists, DependentObjects
 from embedline.source import Source
 
 _MAX_VIEW_COLUMNS = 1600
 _SOURCE_COLUMNS = """
-    SELECT attname FROM pg_attribute
+    SELECT attname, attnum FROM pg_attribute
     WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """
 _VIEW = """
@@ -32,7 +34,8 @@ _VIEW = """
         (SELECT format_type(a.atttypid, a.atttypmod) FROM pg_attribute AS a
          WHERE a.attrelid = c.oid AND a.attname = $2) AS full_type,
         (SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute AS a
-         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
+        (SELECT p.view_attributes FROM embedline.pipeline AS p WHERE p.routing_view = c.oid) AS attributes
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = $1::oid
 """
 # Grants on the view and on single columns of it.
@@ -45,6 +48,10 @@ _GRANTS = """
         CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END
     FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid, aclexplode(a.attacl) AS g
     WHERE c.oid = $1::oid AND g.grantee <> c.relowner
+"""
+_GRANTEES = """
+    SELECT DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END AS grantee
+    FROM pg_class AS c, aclexplode(c.relacl) AS g WHERE c.oid = $1::regclass AND g.grantee <> c.relowner
 """
 _COLUMN_COMMENTS = """
     SELECT quote_ident(a.attname) AS column, col_description(a.attrelid, a.attnum) AS comment FROM pg_attribute AS a
@@ -77,7 +84,8 @@ def create_routing_view(
     """Create the routing view and note its columns' names; return its name."""
     view = view_name(source, plan.name)
     _require_free(session, view, "its routing view is <name>_embedding")
-    names = _source_columns(session, plan, source, view)
+    attributes = _shown_attributes(session, plan, source, view)
+    names = list(attributes)
     view_columns = {column: _free_name(column, names) for column in capture.CHUNK_COLUMNS}
     columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
     view_columns |= {key.name: key.source_name for key in plan.keys}
@@ -85,8 +93,9 @@ def create_routing_view(
     comment = f"Embedline pipeline {plan.name}: each row of {source.qualified} with its chunks and their embeddings"
     session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
     session.query(
-        "UPDATE embedline.pipeline SET routing_view = $2::regclass, view_columns = $3 WHERE pipeline_id = $1",
-        ["bigint", "text", "jsonb"], pipeline_id, view, json.dumps(view_columns),
+        "UPDATE embedline.pipeline SET routing_view = $2::regclass, view_columns = $3, view_attributes = $4"
+        " WHERE pipeline_id = $1",
+        ["bigint", "text", "jsonb", "jsonb"], pipeline_id, view, json.dumps(view_columns), json.dumps(attributes),
     )  # fmt: skip
     session.execute(f"GRANT SELECT ON {view} TO embedline_reader")
     return view
@@ -98,7 +107,7 @@ def create_version_view(session: Session, pipeline: Pipeline, plan: CapturePlan,
     view = view_name(source, plan.name, version.number)
     _require_free(session, view, "the view of each version is <name>_embedding_v<number>")
     of_chunk = {column: pipeline.view_columns[column] for column in capture.CHUNK_COLUMNS}
-    names = [name for name in _source_columns(session, plan, source, view) if name not in of_chunk.values()]
+    names = [name for name in _shown_attributes(session, plan, source, view) if name not in of_chunk.values()]
     shown_as = {key.source_name: pipeline.view_columns[key.name] for key in plan.keys}
     columns = [(name, shown_as.get(name, name), False) for name in names] + [(c, n, True) for c, n in of_chunk.items()]
     shown = ShownVersion(version.number, pipeline.chunk_set.number, None)
@@ -122,14 +131,19 @@ def _create(session: Session, view: str, query: str, owner: str) -> None:
     session.execute(f"ALTER VIEW {view} OWNER TO {quote_ident(owner)}")
 
 
-def _source_columns(session: Session, plan: CapturePlan, source: Source, view: str) -> list[str]:
-    names = [str(row["attname"]) for row in session.query(_SOURCE_COLUMNS, ["bigint"], source.oid)]
-    if len(names) + len(capture.CHUNK_COLUMNS) > _MAX_VIEW_COLUMNS:
+def _source_attributes(session: Session, source: Source) -> dict[str, int]:
+    """Return the source's columns now: name to attribute number, in their order."""
+    return {str(row["attname"]): int(row["attnum"]) for row in session.query(_SOURCE_COLUMNS, ["bigint"], source.oid)}
+
+
+def _shown_attributes(session: Session, plan: CapturePlan, source: Source, view: str) -> dict[str, int]:
+    attributes = _source_attributes(session, source)
+    if len(attributes) + len(capture.CHUNK_COLUMNS) > _MAX_VIEW_COLUMNS:
         session.plpy.notice(
             f"view {view} shows only the key of {source.qualified}: a view has at most {_MAX_VIEW_COLUMNS} columns"
         )
-        names = [key.source_name for key in plan.keys]
-    return names
+        attributes = {key.source_name: attributes[key.source_name] for key in plan.keys}
+    return attributes
 
 
 def _free_name(column: str, taken: list[str]) -> str:
@@ -181,7 +195,7 @@ def require_swappable(session: Session, pipeline: Pipeline) -> None:
 
 def _view(session: Session, pipeline: Pipeline) -> dict[str, Any] | None:
     rows = session.query(_VIEW, ["bigint", "name"], pipeline.view_oid, pipeline.view_columns.get("embedding"))
-    return rows[0] if rows else None
+    return {**rows[0], "attributes": as_mapping(rows[0]["attributes"])} if rows else None
 
 
 def _type_name(session: Session, shown: ShownVersion) -> str:
@@ -197,19 +211,53 @@ def _options(view: dict[str, Any]) -> str:
 
 
 def _layout(session: Session, pipeline: Pipeline, source: Source, view: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """Return the routing view's columns in their order.
+    """Return the routing view's columns in their order, with the names that the source's columns have now.
 
-    A renamed column of the source keeps its old name in the view. Columns only ever join a view at its end, in the order
-    in which they joined the source: so those without a name in common belong together in order.
+    A renamed column keeps its old name in the view; it is known by its attribute number.
     """
     of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
-    columns = [str(row["attname"]) for row in session.query(_SOURCE_COLUMNS, ["bigint"], source.oid)]
-    shown = [str(name) for name in view["columns"]]
-    renamed = iter([column for column in columns if column not in shown])
-    return [
-        (of_chunk[name], name, True) if name in of_chunk else (name if name in columns else next(renamed), name, False)
-        for name in shown
-    ]
+    attributes = _source_attributes(session, source)
+    names = {number: name for name, number in attributes.items()}
+    known = view["attributes"] or _attributes_by_name(view, attributes, of_chunk)
+    layout = []
+    for shown in map(str, view["columns"]):
+        name = of_chunk.get(shown) or names.get(known.get(shown, 0))
+        if name is None:
+            raise DependentObjects(
+                f"column \"{shown}\" of {view['name']} is none of the source's and none of Embedline's",
+                hint="Take it out of the view, and build a view of your own on the routing view.",
+            )
+        layout.append((name, shown, shown in of_chunk))
+    return layout
+
+
+def _attributes_by_name(view: dict[str, Any], attributes: dict[str, int], of_chunk: dict[str, str]) -> dict[str, int]:
+    """Return what a view shows that was made before the numbers were kept.
+
+    Columns only ever joined a view at its end, in the order in which they joined the source: so those without a name in
+    common belong together in order.
+    """
+    shown = [str(name) for name in view["columns"] if name not in of_chunk]
+    renamed = iter([number for name, number in attributes.items() if name not in shown])
+    return {name: attributes[name] if name in attributes else next(renamed, 0) for name in shown}
+
+
+def await_view(session: Session, pipeline: Pipeline) -> None:
+    """Wait until the routing view can be had alone, and let it go again: what follows locks rows and must not wait for it."""
+    view = _view(session, pipeline)
+    if view is None:
+        return
+
+    def take() -> None:
+        with contextlib.suppress(_LetGo), session.plpy.subtransaction():
+            session.execute(f"ALTER VIEW {view['name']} SET ({_options(view)})")
+            raise _LetGo
+
+    retry_locked(session, take, "the routing view")
+
+
+class _LetGo(Exception):
+    """Rolls a lock back that was only tried."""
 
 
 def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query: str) -> None:
@@ -232,6 +280,9 @@ def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query
 
 
 def _give_grants(session: Session, view: str, grants: list[dict[str, Any]]) -> None:
+    """Give a view that was made anew exactly these rights: none of the creator's default privileges."""
+    for grantee in {str(row["grantee"]) for row in session.query(_GRANTEES, ["text"], view)}:
+        session.execute(f"REVOKE ALL ON {view} FROM {grantee}")
     for grant in grants:
         columns = f" ({grant['column']})" if grant["column"] else ""
         option = " WITH GRANT OPTION" if grant["is_grantable"] else ""
@@ -244,11 +295,12 @@ def refresh_views(session: Session, pipeline: Pipeline, plan: CapturePlan, sourc
     for version in load_versions(session, pipeline.name):
         oid = version.version.view_oid
         view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], oid)
-        grants: list[dict[str, Any]] = []
-        if view is not None:
-            require_no_dependents(session, oid)
-            grants = session.query(_GRANTS, ["bigint"], oid)
-            session.execute(f"DROP VIEW {view}")
+        if view is None:
+            create_version_view(session, version, plan, source)
+            continue
+        require_no_dependents(session, oid)
+        grants = session.query(_GRANTS, ["bigint"], oid)
+        session.execute(f"DROP VIEW {view}")
         create_version_view(session, version, plan, source)
         _give_grants(session, view_name(source, plan.name, version.version.number), grants)
 
@@ -269,27 +321,57 @@ def _refresh_routing_view(session: Session, pipeline: Pipeline, plan: CapturePla
     if view is None:
         create_routing_view(session, pipeline.pipeline_id, plan, source, shown)
         return
-    of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
-    columns = [str(row["attname"]) for row in session.query(_SOURCE_COLUMNS, ["bigint"], source.oid)]
-    existing = [str(name) for name in view["columns"]]
+    layout = _layout(session, pipeline, source, view)
+    attributes = _source_attributes(session, source)
     is_typed = (view["type"], view["typmod"]) == (_type_name(session, shown), -1)
-    if is_typed and all(column in existing for column in columns):
-        return
-    renamed = [name for name in existing if name not in columns and name not in of_chunk]
-    if renamed or not is_typed:
-        # CREATE OR REPLACE VIEW renames no column and changes no type; the view is made anew where nothing depends on it.
-        fresh = [(name, name, False) for name in columns] + [(c, n, True) for n, c in of_chunk.items()]
-        _make_anew(session, pipeline, view, capture.view_query(plan, fresh, shown))
-        names = pipeline.view_columns | {key.name: key.source_name for key in plan.keys}
-        session.query(
-            "UPDATE embedline.pipeline SET view_columns = $2 WHERE pipeline_id = $1",
-            ["bigint", "jsonb"], pipeline.pipeline_id, json.dumps(names),
-        )  # fmt: skip
-        return
-    layout = [(of_chunk.get(name, name), name, name in of_chunk) for name in existing]
-    layout += [(column, column, False) for column in columns if column not in existing]
-    query = capture.view_query(plan, layout, shown)
-    session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
+    is_renamed = any(column != name for column, name, of_chunk in layout if not of_chunk)
+    if is_renamed or not is_typed:
+        # CREATE OR REPLACE VIEW renames no column and changes no type: the view is made anew where nothing depends on it.
+        if not is_renamed and session.query(_DEPENDENTS, ["bigint"], pipeline.view_oid):
+            session.plpy.notice(
+                f"{view['name']} keeps the type {view['full_type']}: other objects depend on it",
+                detail="A cutover to a version of other dimensions will ask for them to be dropped and made again.",
+            )
+            shown = replace(shown, type_name=None)
+        else:
+            _make_fresh(session, pipeline, plan, view, attributes, shown)
+            return
+    taken = {name for _, name, _ in layout}
+    known = {attributes[column]: name for column, name, of_chunk in layout if not of_chunk}
+    added = {column: _free_name(column, list(taken)) for column, number in attributes.items() if number not in known}
+    if added and len(taken) + len(added) <= _MAX_VIEW_COLUMNS:
+        layout += [(column, name, False) for column, name in added.items()]
+        query = capture.view_query(plan, layout, shown)
+        session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
+    _note_attributes(session, pipeline, {name: attributes[column] for column, name, of_chunk in layout if not of_chunk})
+
+
+def _make_fresh(
+    session: Session,
+    pipeline: Pipeline,
+    plan: CapturePlan,
+    view: dict[str, Any],
+    attributes: dict[str, int],
+    shown: ShownVersion,
+) -> None:
+    """Make the routing view anew with all columns of the source under the names that they have now."""
+    of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
+    names = {column: _free_name(column, list(of_chunk)) for column in attributes}
+    fresh = [(column, name, False) for column, name in names.items()] + [(c, n, True) for n, c in of_chunk.items()]
+    _make_anew(session, pipeline, view, capture.view_query(plan, fresh, shown))
+    view_columns = pipeline.view_columns | {key.name: names[key.source_name] for key in plan.keys}
+    session.query(
+        "UPDATE embedline.pipeline SET view_columns = $2 WHERE pipeline_id = $1",
+        ["bigint", "jsonb"], pipeline.pipeline_id, json.dumps(view_columns),
+    )  # fmt: skip
+    _note_attributes(session, pipeline, {name: attributes[column] for column, name in names.items()})
+
+
+def _note_attributes(session: Session, pipeline: Pipeline, attributes: dict[str, int]) -> None:
+    session.query(
+        "UPDATE embedline.pipeline SET view_attributes = $2 WHERE pipeline_id = $1",
+        ["bigint", "jsonb"], pipeline.pipeline_id, json.dumps(attributes),
+    )  # fmt: skip
 
 
 def write_serving_function(session: Session, pipeline_id: int, plan: CapturePlan, number: int) -> None:

@@ -212,14 +212,20 @@ def _chunks(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]
     about to complete: both are written in one transaction. Keys without a document are always queued: the worker removes
     what is left of them.
     """
-    bare = f"NOT EXISTS (SELECT FROM {pipeline.vectors} AS v WHERE v.chunk_id = c.chunk_id)"
+    # After a cutover the version may go without chunks that were accepted.
+    given_up = (
+        "EXISTS (SELECT FROM embedline.version_dead_letter AS l"
+        f" WHERE l.version_id = {pipeline.version.version_id} AND l.chunk_id = c.chunk_id)"
+    )
+    bare = f"NOT EXISTS (SELECT FROM {pipeline.vectors} AS v WHERE v.chunk_id = c.chunk_id) AND NOT {given_up}"
     keys = ", ".join(
         f"coalesce(s.{quote_ident(key)}, d.{quote_ident(key)}) AS {quote_ident(key)}" for key in pipeline.key_columns
     )
     rows = session.query(
         f"""
         WITH stored AS (
-            SELECT {pipeline.key_list_of("c")}, count(*) AS chunks, count(v.chunk_id) AS vectors, max(c.seq) AS last_seq
+            SELECT {pipeline.key_list_of("c")}, count(*) AS chunks,
+                count(*) FILTER (WHERE v.chunk_id IS NOT NULL OR {given_up}) AS vectors, max(c.seq) AS last_seq
             FROM {pipeline.chunk} AS c LEFT JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
             GROUP BY {pipeline.key_list_of("c")}
         ), joined AS (
@@ -283,6 +289,12 @@ def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
     worker could still take a row that comes back at this very moment for unchanged; the closing look finds it.
     """
     arrays = ", ".join(f"array_agg(l.{quote_ident(key)}) AS {quote_ident(key)}" for key in pipeline.key_columns)
+    gone_chunks = "".join(
+        f""", gone_chunk_{number} AS (
+            DELETE FROM {table} AS t USING doomed AS x WHERE {pipeline.key_join("x", "t")}
+        )"""
+        for number, table in enumerate(pipeline.chunk_tables)
+    )
     rows = session.query(
         f"""
         WITH gone AS MATERIALIZED (
@@ -298,9 +310,7 @@ def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
             CROSS JOIN LATERAL {pipeline.generated("present")}({pipeline.key_list_of("b")}) AS p ({pipeline.key_list})
         ), doomed AS MATERIALIZED (
             SELECT * FROM locked AS l WHERE NOT EXISTS (SELECT FROM present AS p WHERE {pipeline.key_join("p", "l")})
-        ), gone_chunk AS (
-            DELETE FROM {pipeline.chunk} AS t USING doomed AS x WHERE {pipeline.key_join("x", "t")}
-        ), gone_document AS (
+        ){gone_chunks}, gone_document AS (
             DELETE FROM {pipeline.document} AS t USING doomed AS x WHERE {pipeline.key_join("x", "t")} RETURNING 1
         )
         SELECT 'orphaned' AS finding, count(*) AS count, (SELECT count(*) FROM gone_document) AS repaired,

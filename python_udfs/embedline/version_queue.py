@@ -274,7 +274,8 @@ def enqueue_range(session: Session, lane: Pipeline) -> None:
     session.query(
         f"""
         INSERT INTO embedline.version_queue (version_id, first_id, end_id, of_backfill)
-        SELECT $1, min(c.chunk_id), max(c.chunk_id) + 1, true FROM {lane.chunk} AS c HAVING count(*) > 0
+        SELECT $1, m.first_id, m.last_id + 1, true
+        FROM (SELECT min(chunk_id) AS first_id, max(chunk_id) AS last_id FROM {lane.chunk}) AS m WHERE m.first_id IS NOT NULL
         """,
         ["bigint"],
         lane.version.version_id,
@@ -355,6 +356,7 @@ def close(session: Session, lane: Pipeline) -> bool:
             -- Chunks of rows that nobody has read yet are missing, too.
             AND NOT EXISTS (SELECT FROM embedline.pipeline AS p JOIN embedline.version AS s ON s.version_id = p.serving_version_id
                 WHERE p.pipeline_id = v.pipeline_id AND s.version_id <> v.version_id AND s.state = 'backfilling')
+            AND NOT EXISTS (SELECT FROM embedline.backfill_range AS r WHERE r.pipeline_id = v.pipeline_id AND NOT r.done)
         FOR UPDATE OF v SKIP LOCKED
         """,
         ["bigint"],

@@ -114,7 +114,8 @@ def _begin(session: Session, pipeline: Pipeline, added: Pipeline, is_new_set: bo
     if not is_new_set:
         version_queue.enqueue_range(session, added)
         return
-    stamp = recipe_stamp(sorted([pipeline.version.fingerprint, added.version.fingerprint]))
+    # With the version's id: what was cut for an earlier version of this recipe is gone, and no document counts as cut.
+    stamp = recipe_stamp([pipeline.version.fingerprint, added.version.fingerprint, str(added.version.version_id)])
     session.query(
         "UPDATE embedline.pipeline SET recipe = $2 WHERE pipeline_id = $1",
         ["bigint", "integer"], pipeline.pipeline_id, stamp,
@@ -267,10 +268,10 @@ def requeue_version(session: Session, name: str, number: int) -> int:
 def drop_embedding_version(session: Session, name: str, number: int, window: str | None) -> None:
     """Take a version away with its table, view, queue and evaluations, and its chunks and model where nothing uses them."""
     require_control(session, name)
+    change_versions(session, load_pipeline(session, name).pipeline_id)
     pipeline = load_pipeline(session, name)
     doomed = load_version(session, name, number)
     _require_disposable(session, pipeline, doomed, window)
-    change_versions(session, pipeline.pipeline_id)
     routing.require_no_dependents(session, doomed.version.view_oid)
     plan, source = current_plan(session, pipeline)
     chunk_set = doomed.chunk_set.number

@@ -19,6 +19,7 @@ from embedline.outbox import ClaimedRow
 
 if TYPE_CHECKING:
     from embedline.batch import Batch
+    from embedline.catalog import Pipeline
 
 _MAX_ERROR_CHARACTERS = 500
 
@@ -161,6 +162,9 @@ class VersionWork:
         """
         lane = batch.pipeline
         ids = [int(document.key[0]) for document in sound]
+        if not self._holds_version(session, lane):
+            # Dropped; a later version may have its number, and the table of that name another model's vectors.
+            return WriteResult(absent=list(range(len(sound))))
         locked = self._ids(
             session,
             f"SELECT chunk_id FROM {lane.chunk} WHERE chunk_id = ANY ($1) ORDER BY 1 FOR NO KEY UPDATE SKIP LOCKED",
@@ -182,6 +186,12 @@ class VersionWork:
                 session, lane, np.asarray([ids[i] for i in result.written], dtype=np.int64), documents.stacked(vectors)
             )
         return result
+
+    @staticmethod
+    def _holds_version(session: Session, lane: Pipeline) -> bool:
+        """Keep the version from being dropped to the end of the transaction; False where it is gone."""
+        query = "SELECT 1 FROM embedline.version WHERE version_id = $1 FOR KEY SHARE"
+        return session.scalar(query, ["bigint"], lane.version.version_id) is not None
 
     @staticmethod
     def _ids(session: Session, query: str, ids: Sequence[int]) -> set[int]:

@@ -124,7 +124,7 @@ def test_a_dropped_prefix_and_tenant_leave_no_trace(page: psycopg.Connection) ->
     assert _version(page, "fingerprint") == before
     leftovers = page.execute(
         "SELECT proname FROM pg_proc WHERE pronamespace = 'embedline_data'::regnamespace AND proname ~ 'prefix|tenant'"
-        " UNION ALL SELECT indexname FROM pg_indexes WHERE indexname ~ 'tenant'"
+        " UNION ALL SELECT indexname FROM pg_indexes WHERE schemaname = 'embedline_data' AND indexname ~ 'tenant'"
     ).fetchall()
     assert leftovers == []
     page.execute("SELECT embedline.drop_pipeline('page')")
@@ -279,7 +279,7 @@ def test_the_new_functions_belong_to_the_sources_owner(
     admin = connect(owner)
     create_pipeline(admin)
     _alter(admin, content="body", document_prefix="title", tenant="views")
-    owners = "SELECT DISTINCT proowner::regrole::text FROM pg_proc WHERE proname ~ '^page_' AND proname !~ '_capture_'"
+    owners = "SELECT DISTINCT proowner::regrole::text FROM pg_proc WHERE proname ~ '^page_' AND proname !~ '_capture_|_serving'"
     assert [row[0].strip('"') for row in database.execute(owners)] == [owner]
     public = (
         "SELECT count(*) FROM pg_proc WHERE proname ~ '^page_' AND has_function_privilege('public', oid, 'EXECUTE')"

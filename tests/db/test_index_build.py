@@ -126,7 +126,7 @@ def test_the_command_line_builds_and_says_what_it_found(complete: psycopg.Connec
     refused = run()
     assert refused.startswith("1")
     assert "lacks 1 vectors" in refused
-    assert "HINT: SELECT * FROM embedline.verify('page', repair => true)" in refused
+    assert "SELECT * FROM embedline.verify('page', repair => true)" in refused
 
 
 # --- coverage

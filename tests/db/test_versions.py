@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import psycopg
@@ -294,3 +295,91 @@ def test_a_refresh_keeps_grants_on_a_versions_view(pages: psycopg.Connection, ma
     assert scalar(pages, "SELECT count(language) FROM page_embedding_v1") == 0
     assert scalar(pages, "SELECT attacl IS NOT NULL FROM pg_attribute"
                   " WHERE attrelid = 'page_embedding_v1'::regclass AND attname = 'id'")  # fmt: skip
+
+
+def test_a_recipe_that_is_added_again_is_filled_again(pages: psycopg.Connection) -> None:
+    """Its chunks went with the first one: documents that were cut then count as not cut."""
+    for _ in range(2):
+        add_version(pages, "static-64", chunking="none")
+        settle_versions(pages)
+        assert versions(pages, "vectors")[2] == 40
+        pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+
+
+def test_a_row_that_no_trigger_saw_is_found_after_a_cutover_too(pages: psycopg.Connection) -> None:
+    """The sweep that refresh_pipeline asked for belongs to the version that serves, whichever that is."""
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    with pages.transaction():
+        pages.execute("SET LOCAL session_replication_role = replica")
+        pages.execute("INSERT INTO page (id, title, body) VALUES (500, 'Unseen', 'by any trigger')")
+    pages.execute("SELECT embedline.refresh_pipeline('page')")
+    cut_over(pages, 2)
+    settle_versions(pages)
+    assert assert_exact(pages) == 41
+
+
+def test_a_cutover_waits_for_no_transaction_that_would_see_the_version_empty(
+    pages: psycopg.Connection, database_dsn: str
+) -> None:
+    with psycopg.connect(database_dsn) as reader:
+        reader.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        reader.execute("SELECT count(*) FROM page")
+        add_version(pages, "static-64")
+        settle_versions(pages)
+        with pytest.raises(errors.ObjectNotInPrerequisiteState, match="began before version 2") as caught:
+            cut_over(pages, 2)
+        assert str(reader.info.backend_pid) in (caught.value.diag.message_detail or "")
+    cut_over(pages, 2)
+
+
+def test_embed_pending_with_an_old_snapshot_fails_rather_than_leave_a_version_out(
+    pages: psycopg.Connection, database_dsn: str
+) -> None:
+    with psycopg.connect(database_dsn) as application:
+        application.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        application.execute("SELECT count(*) FROM page")
+        add_version(pages, "static-64")
+        settle_versions(pages)
+        application.execute("INSERT INTO page (id, title, body) VALUES (600, 'Late', 'row')")
+        with pytest.raises(errors.SerializationFailure):
+            application.execute("SELECT embed_pending(10)")
+
+
+def test_two_cutovers_at_once_leave_one_way_back(pages: psycopg.Connection, connect: Any) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    threads = [threading.Thread(target=cut_over, args=(connect(), 2)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert pages.execute("SELECT from_number, to_number FROM embedline.cutover").fetchall() == [(1, 2)]
+    assert scalar(pages, "SELECT embedline.rollback('page')") == 1
+
+
+def test_a_renamed_column_keeps_its_place_in_the_view_over_a_cutover(pages: psycopg.Connection) -> None:
+    pages.execute("ALTER TABLE page RENAME title TO headline")
+    pages.execute("ALTER TABLE page ADD COLUMN title integer DEFAULT 7")
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    assert scalar(pages, "SELECT title FROM page_embedding WHERE id = 3") == "Title 3"
+    pages.execute("SELECT embedline.rollback('page')")
+    pages.execute("SELECT embedline.refresh_pipeline('page')")
+    assert pages.execute("SELECT headline, title FROM page_embedding WHERE id = 3").fetchone() == ("Title 3", 7)
+
+
+def test_a_view_that_is_made_anew_has_the_rights_it_had_and_no_others(
+    pages: psycopg.Connection, make_role: Any
+) -> None:
+    kept, other = make_role("embedline_reader"), make_role("embedline_reader")
+    pages.execute(sql.SQL("GRANT SELECT ON page_embedding TO {}").format(sql.Identifier(kept)))
+    pages.execute(sql.SQL("ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO {}").format(sql.Identifier(other)))
+    add_version(pages, "static-256", column_type="halfvec")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    acl = scalar(pages, "SELECT relacl::text FROM pg_class WHERE oid = 'page_embedding'::regclass")
+    assert kept in acl
+    assert other not in acl
+    pages.execute(sql.SQL("ALTER DEFAULT PRIVILEGES REVOKE SELECT ON TABLES FROM {}").format(sql.Identifier(other)))

@@ -199,7 +199,7 @@ class _Recipe:
     chunks: str
 
 
-def _recipe(connection: psycopg.Connection, pipeline: str) -> _Recipe:
+def _recipe(connection: psycopg.Connection, pipeline: str, version: int | None) -> _Recipe:
     row = connection.execute(
         """
         SELECT p.source::oid::regclass::text,
@@ -211,13 +211,14 @@ def _recipe(connection: psycopg.Connection, pipeline: str) -> _Recipe:
             p.name || '_v' || v.number, 'embedding_v' || v.number,
             v.distance <> 'l2', m.name, s.tokenizer, m.document_prefix,
             p.name || CASE WHEN s.number = 1 THEN '_chunk' ELSE '_chunk_' || s.number END
-        FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+        FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
+            AND coalesce(v.number = %s, v.version_id = p.serving_version_id)
         JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
         JOIN embedline.model AS m USING (model_id) WHERE p.name = %s
         """,
-        (pipeline,),
+        (version, pipeline),
     ).fetchone()
-    assert row is not None, f"there is no pipeline {pipeline}"
+    assert row is not None, f"there is no pipeline {pipeline}, or no such version"
     source, keys, names, *rest = row
     return _Recipe(source, tuple(keys), tuple(names), *rest)
 
@@ -255,14 +256,16 @@ def assert_exact(
     content: str | None = None,
     filter: str | None = None,
     embed: Embed | None = None,
+    version: int | None = None,
 ) -> int:
     """Assert that a drained pipeline holds exactly what its source asks for; return the number of chunks.
 
     Nothing is queued; every row that the filter accepts has the chunks of its current content and no others; each chunk
     has one vector, the one that the model gives for its text; there is nothing besides. `content` and `filter` replace
     the expressions of the catalogue, for sources whose columns were renamed. `embed` computes vectors of other models.
+    Without a `version` it is the serving one that is looked at.
     """
-    recipe = _recipe(connection, pipeline)
+    recipe = _recipe(connection, pipeline, version)
     assert queued(connection, pipeline) == 0, "changes are still queued"
     if embed is None:
         family, _, dimensions = recipe.model.partition("-")

@@ -38,17 +38,29 @@ def missing_chunks(session: Session, pipeline: Pipeline) -> int:
     )
 
 
+def _progress(pipeline: Pipeline) -> str:
+    return (
+        f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline.name}' AND version = {pipeline.version.number};"
+    )
+
+
+def require_complete(pipeline: Pipeline) -> None:
+    """Raise while the version's backfill is not through. Reads none of its tables."""
+    if pipeline.version.state != "complete":
+        raise NotReady(
+            f'version {pipeline.version.number} of pipeline "{pipeline.name}" is still being filled',
+            hint=f"{_progress(pipeline)} shows how far it is.",
+        )
+
+
 def require_coverage(session: Session, pipeline: Pipeline) -> None:
     """Raise unless every chunk has its vector, or a dead letter that somebody has accepted.
 
     Not unless the queue is empty: under steady writes it never is, and what was written in the last seconds is on its way.
     """
+    require_complete(pipeline)
     name, number, version = pipeline.name, pipeline.version.number, pipeline.version
-    progress = f"SELECT * FROM embedline.versions WHERE pipeline = '{name}' AND version = {number};"
-    if version.state != "complete":
-        raise NotReady(
-            f'version {number} of pipeline "{name}" is still being filled', hint=f"{progress} shows how far it is."
-        )
+    progress = _progress(pipeline)
     missing = missing_chunks(session, pipeline)
     if missing:
         raise NotReady(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 
-from embedline import coverage, routing, version_queue
+from embedline import circuit, coverage, routing, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_version
-from embedline.database import Session, entry_point, prepare_environment, retry_locked
+from embedline.database import Session, entry_point, hold_source, prepare_environment, retry_locked
 from embedline.engine import Engine
 from embedline.errors import NotReady
 from embedline.pipelines import current_plan, load_alone, require_control
@@ -58,6 +58,11 @@ _LEFT = """
         bool_or(not_before <= clock_timestamp() AND crash_count = 0) AS is_due
     FROM embedline.version_queue WHERE version_id = $1 AND chunk_ids IS NOT NULL
 """
+# Whether a session waits for a lock on a table.
+_IS_WANTED = """
+    SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype = 'relation' AND relation = $1::oid
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+"""
 
 
 @entry_point
@@ -69,12 +74,15 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
     if target.is_serving:
         session.plpy.notice(f'version {number} of pipeline "{name}" serves already')
         return
-    coverage.require_coverage(session, target)
+    coverage.require_complete(target)
     coverage.require_index(session, target)
     evaluation_id = _require_gate(session, target, override_reason)
     routing.require_swappable(session, target)
     _require_no_older_snapshot(session, target)
     routing.await_view(session, target)
+    # From here on a TRUNCATE waits for this transaction, and every other writer behind it: whatever may take long is done.
+    hold_source(session, target.source_oid)
+    coverage.require_coverage(session, target)
     left = _catch_up(session, target, _CUTOVER_SECONDS)
     if left:
         raise NotReady(
@@ -100,6 +108,7 @@ def rollback(session: Session, name: str) -> int:
     target = load_version(session, name, number)
     routing.require_swappable(session, target)
     routing.await_view(session, target)
+    hold_source(session, target.source_oid)
     left = _catch_up(session, target, _ROLLBACK_SECONDS)
     if left:
         session.plpy.warning(
@@ -140,21 +149,32 @@ def _require_gate(session: Session, target: Pipeline, override_reason: str | Non
 
 
 def _catch_up(session: Session, target: Pipeline, seconds: float) -> int:
-    """Embed the chunks that the version lacks yet, beside its workers; return how many are left after so long."""
+    """Embed the chunks that the version lacks yet, beside its workers; return how many are left after so long.
+
+    Or before, where the provider is known to be away, and where somebody wants the source alone, for a TRUNCATE: workers
+    then write nothing more of it, and nobody who comes after can write at all.
+    """
     prepare_environment()
     engine = Engine(session, None, _PATIENCE_SECONDS)
     lane = target.as_lane()
     deadline = time.monotonic() + seconds
+
+    def is_over() -> bool:
+        return time.monotonic() > deadline or bool(session.scalar(_IS_WANTED, ["bigint"], lane.source_oid))
+
     while True:
         left = session.query(_LEFT, ["bigint"], lane.version.version_id)[0]
-        if not left["count"] or not left["is_due"] or time.monotonic() > deadline:
+        if not left["count"] or not left["is_due"] or is_over():
+            return int(left["count"])
+        if circuit.is_open(session, lane.version.model.model_id):
             return int(left["count"])
         claim = version_queue.claim_lists(session, lane, _CATCH_UP_CHUNKS, None)
         if claim is None:
             # The rest is in workers' hands.
             session.execute("SELECT pg_sleep(0.005)")
         else:
-            engine.run(Batch(lane, claim.rows, queue_ids=claim.queue_ids, of_backfill=claim.of_backfill))
+            batch = Batch(lane, claim.rows, queue_ids=claim.queue_ids, of_backfill=claim.of_backfill)
+            engine.run(batch, is_over)
 
 
 def _swap(

@@ -134,6 +134,16 @@ def change_versions(session: Session, pipeline_id: int) -> None:
     )
 
 
+def hold_source(session: Session, source_oid: int) -> None:
+    """Lock a pipeline's source as its readers do, to the end of the transaction, before anything else of the pipeline is.
+
+    TRUNCATE locks the source first and then the generated tables: whoever has one of these and then wants the source keeps
+    it waiting, or deadlocks with it.
+    """
+    name = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], source_oid)
+    retry_locked(session, lambda: session.execute(f"LOCK TABLE ONLY {name} IN ROW SHARE MODE"), "the source")
+
+
 def quote_ident(name: str) -> str:
     """Return `name` as a quoted SQL identifier: the one place where identifiers enter statements."""
     return '"' + name.replace('"', '""') + '"'

@@ -46,11 +46,13 @@ def let_cancel_through(session: Session) -> Callable[[], None]:
     return breathe
 
 
-def wait_first(futures: Collection[Future[T]], on_wait: Callable[[], None]) -> set[Future[T]]:
-    """Return the futures that are done as soon as one is, calling `on_wait` about every 0.1 s."""
+def wait_first(
+    futures: Collection[Future[T]], on_wait: Callable[[], None], is_over: Callable[[], bool] = lambda: False
+) -> set[Future[T]]:
+    """Return the futures that are done as soon as one is, or none once `is_over`, calling `on_wait` about every 0.1 s."""
     while True:
         done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-        if done:
+        if done or is_over():
             return done
         on_wait()
 

@@ -60,8 +60,11 @@ class Engine:
         # Why requests were last refused a grant; None while none was.
         self.refusal: str | None = None
 
-    def run(self, batch: Batch) -> None:
-        """Take a batch through all steps inside the caller's transaction; the statement stays cancellable."""
+    def run(self, batch: Batch, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Take a batch through all steps inside the caller's transaction; the statement stays cancellable.
+
+        `is_over` is asked whenever the provider is waited for: where it says so, what is not written goes back.
+        """
         on_wait = let_cancel_through(self.session)
         self.read(batch)
         self.chunk(batch, now_and_then(on_wait))
@@ -70,14 +73,29 @@ class Engine:
             self.start(batch)
             if self.write_ready(batch):
                 continue
+            if is_over():
+                self._give_up_waiting(batch)
+                break
             if batch.futures:
-                wait_first(batch.futures, on_wait)
+                wait_first(batch.futures, on_wait, is_over)
                 continue
             time.sleep(max(min(batch.grant_at - time.monotonic(), _CANCEL_SECONDS), 0.0))
             on_wait()
             if time.monotonic() >= batch.grant_at:
                 self.grant(batch)
         self.finish(batch)
+
+    def _give_up_waiting(self, batch: Batch) -> None:
+        """Give back what is not written, uncounted. Its requests may yet be served: what was reserved for them stands."""
+        for future in batch.futures:
+            future.cancel()
+        for reservation_id in batch.tokens_used:
+            spending.settle(self.session, reservation_id, None)
+        batch.tokens_used = {}
+        rows = [document.row for unit in batch.units for document in unit.documents]
+        batch.units = []
+        if rows:
+            self._give_back(batch, rows, 0.0, charged=False, error=None)
 
     def read(self, batch: Batch) -> None:
         """Read and compare; settle at once what is gone or has not changed."""

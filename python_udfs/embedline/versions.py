@@ -22,7 +22,7 @@ from embedline.catalog import (
     load_versions,
 )
 from embedline.chunking import ChunkingSpec
-from embedline.database import Session, as_mapping, change_versions, entry_point, retry_locked
+from embedline.database import Session, as_mapping, change_versions, entry_point, hold_source, retry_locked
 from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotReady
 from embedline.pipelines import (
     INDEX_DIMENSIONS,
@@ -75,7 +75,9 @@ def add_embedding_version(session: Session, name: str, given: dict[str, Any]) ->
     require_control(session, name)
     check_backfill(given["backfill_order"], given["backfill_rate"])
     model = load_model(session, given.pop("model"))
-    change_versions(session, load_pipeline(session, name).pipeline_id)
+    pipeline = load_pipeline(session, name)
+    hold_source(session, pipeline.source_oid)
+    change_versions(session, pipeline.pipeline_id)
     pipeline = load_pipeline(session, name)
     recipe = _recipe(session, pipeline, model, given)
     check_recipe({**recipe, "capture": "auto", "weight": 1.0}, model)

@@ -59,10 +59,12 @@ _COLUMN_COMMENTS = """
 """
 # What DROP VIEW would refuse, or take along: views, functions, triggers, rules over the view or its row type.
 _DEPENDENTS = """
-    SELECT DISTINCT CASE WHEN r.oid IS NULL THEN pg_describe_object(d.classid, d.objid, d.objsubid)
+    SELECT DISTINCT CASE WHEN r.oid IS NULL OR r.ev_class = $1::oid THEN pg_describe_object(d.classid, d.objid, d.objsubid)
         ELSE pg_describe_object('pg_class'::regclass, r.ev_class, 0) END AS object
     FROM pg_depend AS d
-    LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid AND r.ev_class <> $1::oid
+    -- All but the view's own query: a rule that somebody put on it would go with it.
+    LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+        AND (r.ev_class <> $1::oid OR r.rulename <> '_RETURN')
     WHERE ((d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::oid)
             OR (d.refclassid = 'pg_type'::regclass AND d.refobjid = (SELECT reltype FROM pg_class WHERE oid = $1::oid)))
         AND d.deptype IN ('n', 'a')
@@ -268,6 +270,11 @@ def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query
     session.execute(f"DROP VIEW {name}")
     session.execute(f"CREATE VIEW {name} WITH ({_options(view)}) AS {query}")
     session.execute(f"ALTER VIEW {name} OWNER TO {quote_ident(view['owner'])}")
+    # Default privileges would give the new view grants that the old one did not have.
+    for grantee in {
+        str(row["grantee"]) for row in session.execute(_GRANTS.replace("$1", quote_literal(name) + "::regclass"))
+    }:
+        session.execute(f"REVOKE ALL ON {name} FROM {grantee}")
     if view["comment"] is not None:
         session.execute(f"COMMENT ON VIEW {name} IS {quote_literal(view['comment'])}")
     for comment in comments:

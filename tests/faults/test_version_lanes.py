@@ -194,11 +194,7 @@ def test_dead_letters_of_a_version_can_be_tried_again(
     work_until_idle(page)
     assert sorted(_letters(page)) == list(range(ROWS + 1, ROWS + 10))
     other.behave()
-    assert scalar(page, "SELECT embedline.requeue('page', '{\"id\": 21}')") == 1
-    work_until_idle(page)
-    assert sorted(_letters(page)) == list(range(ROWS + 2, ROWS + 10))
-    assert scalar(page, "SELECT embedline.requeue('page', error_code => 'EL004')") == 0
-    assert scalar(page, "SELECT embedline.requeue('page')") == 8
+    assert scalar(page, "SELECT embedline.requeue_version('page', 2)") == 9
     work_until_idle(page)
     assert _letters(page) == {}
     assert _assert_exact(page, stub, other) == ROWS + 9

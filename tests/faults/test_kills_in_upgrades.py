@@ -1,0 +1,239 @@
+"""kill -9 of a worker's backend and of the whole server at every phase boundary of an upgrade: run again, it ends the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+
+from embedline.index_build import PsycopgClient, build
+from embedline.local.cluster import Cluster
+from small_models import register_static
+from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, wait_until
+from upgrading import OVERRIDE, add_version, cut_over, settle_versions, versions
+from working import Worker, remove_all
+
+ROWS = 1000
+INDEX = "embedline_data.page_v2_embedding_idx"
+# What the chain does is looked for in the catalogue first, as Alembic's operations do.
+PHASES = ("expand", "fill", "index", "gate", "cutover", "rollback", "cutover again", "contract")
+# (schema.table or view) that an upgrade leaves behind, and none besides.
+LEFT = {"page_v2", "page_chunk", "page_inbox", "page_outbox", "page_document", "page_claim"}
+
+
+@pytest.fixture
+def page(own_cluster: Cluster) -> Iterator[psycopg.Connection]:
+    """A pipeline on a server of its own, filled by static-256; static-64 is registered."""
+    with contextlib.closing(_reconnect(own_cluster)) as connection:
+        remove_all(connection)
+        connection.execute("SELECT embedline.drop_model(name) FROM embedline.model WHERE name = 'static-64'")
+        _register_serving(connection)
+        create_pages(connection, ROWS)
+        create_pipeline(connection)
+        settle(connection, 60)
+        if not scalar(connection, "SELECT to_regclass('embedline_data.page_v1_embedding_idx') IS NOT NULL"):
+            build(PsycopgClient(connection), "page")
+        register_static(connection, 64)
+        yield connection
+
+
+def _register_serving(connection: psycopg.Connection) -> None:
+    if not scalar(connection, "SELECT count(*) FROM embedline.model WHERE name = 'static-256'"):
+        # The contract of the test before has forgotten it.
+        register_static(connection, 256)
+
+
+def _run_chain(connection: psycopg.Connection, last: str = "contract") -> None:
+    """Run the phases from the first to `last`, each of which does what is not done yet."""
+    for phase in PHASES:
+        _run_phase(connection, phase)
+        if phase == last:
+            break
+
+
+def _run_phase(connection: psycopg.Connection, phase: str) -> None:
+    if 1 not in versions(connection, "serving"):
+        return
+    kinds = [row[0] for row in connection.execute("SELECT kind FROM embedline.cutover ORDER BY cutover_id")]
+    if phase == "expand" and 2 not in versions(connection, "state"):
+        add_version(connection, "static-64")
+    elif phase == "fill":
+        settle_versions(connection, 60)
+    elif phase == "index":
+        build(PsycopgClient(connection), "page", 2)
+    elif phase == "gate" and versions(connection, "gate")[2] is None:
+        connection.execute("SELECT embedline.evaluate('page', 2, query_count => 20)")
+    elif phase == "cutover" and not kinds:
+        cut_over(connection, 2)
+    elif phase == "rollback" and kinds == ["cutover"]:
+        connection.execute("SELECT embedline.rollback('page')")
+    elif phase == "cutover again" and kinds == ["cutover", "rollback"]:
+        cut_over(connection, 2)
+    elif phase == "contract":
+        connection.execute("SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')")
+
+
+def _assert_ended(connection: psycopg.Connection) -> None:
+    """Assert that the upgrade has ended as one without a kill does, counted."""
+    settle(connection, 60)
+    assert versions(connection, "serving") == {2: True}
+    assert versions(connection, "missing") == {2: 0}
+    assert versions(connection, "index_state") == {2: "valid"}
+    assert assert_exact(connection) == ROWS == data_count(connection, "page_v2")
+    assert data_count(connection, "page_chunk") == ROWS == scalar(connection, "SELECT count(*) FROM page_embedding")
+    tables = "SELECT relname FROM pg_class WHERE relnamespace = 'embedline_data'::regnamespace AND relkind = 'r'"
+    assert {row[0] for row in connection.execute(tables)} == LEFT
+    views = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'v' ORDER BY 1"
+    assert [row[0] for row in connection.execute(views)] == ["page_embedding", "page_embedding_v2"]
+    assert scalar(connection, "SELECT count(*) FROM pg_index WHERE NOT indisvalid") == 0
+    for table in ("version_queue", "version_dead_letter", "dead_letter"):
+        assert scalar(connection, f"SELECT count(*) FROM embedline.{table}") == 0
+    kinds = connection.execute("SELECT kind FROM embedline.cutover ORDER BY cutover_id").fetchall()
+    assert kinds == [("cutover",), ("rollback",), ("cutover",)]
+    models = {row[0] for row in connection.execute("SELECT name FROM embedline.model")}
+    assert models == {"static-64"}
+
+
+def _kill_server(cluster: Cluster, connection: psycopg.Connection) -> None:
+    cluster.kill()
+    connection.close()
+    cluster.start()
+
+
+def _kill_backend(cluster: Cluster, connection: psycopg.Connection) -> None:
+    """Kill a session: the postmaster ends all others, and recovers."""
+    with contextlib.closing(psycopg.connect(cluster.dsn(), autocommit=True)) as other:
+        os.kill(connection.info.backend_pid, signal.SIGKILL)
+        # A session of before the postmaster noticed the death would be ended with this one.
+        wait_until(lambda: _is_ended(other), 30, "the postmaster has ended all sessions")
+    connection.close()
+
+
+KILLS: dict[str, Callable[[Cluster, psycopg.Connection], None]] = {"backend": _kill_backend, "server": _kill_server}
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_an_upgrade_killed_after_each_phase_is_run_again_from_its_start(
+    own_cluster: Cluster, page: psycopg.Connection, kill: str
+) -> None:
+    """Each phase is committed, and then its client is told nothing more."""
+    connection = page
+    for phase in PHASES:
+        _run_chain(connection, phase)
+        connection.execute("UPDATE page SET body = body || ' ' || %s WHERE id <= 20", (phase,))
+        KILLS[kill](own_cluster, connection)
+        connection = _reconnect(own_cluster)
+    with connection:
+        _run_chain(connection)
+        _assert_ended(connection)
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Connection, kill: str) -> None:
+    add_version(page, "static-64", backfill_rate=400)
+    with Worker(own_cluster.dsn()) as worker:
+        wait_until(lambda: data_count(page, "page_v2") > 300, 30, "the fill is under way")
+        page.execute("DELETE FROM page WHERE id > %s", (ROWS - 10,))
+        if kill == "backend":
+            os.kill(worker.pid, signal.SIGKILL)
+        else:
+            _kill_server(own_cluster, page)
+        worker.join(30)
+    with _reconnect(own_cluster) as after:
+        filled = data_count(after, "page_v2")
+        assert filled < ROWS
+        after.execute(
+            "INSERT INTO page (id, title, body) SELECT n, 'again', 'row ' || n FROM generate_series(%s::integer, %s) AS n",
+            (ROWS - 9, ROWS),
+        )
+        after.execute("SELECT embedline.configure_backfill('page', 2)")
+        _run_chain(after)
+        _assert_ended(after)
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_kill_while_the_index_is_built(own_cluster: Cluster, page: psycopg.Connection, kill: str) -> None:
+    _run_chain(page, "fill")
+    with contextlib.ExitStack() as stack:
+        builder, holder = (stack.enter_context(contextlib.closing(_reconnect(own_cluster))) for _ in range(2))
+        # CONCURRENTLY waits for those who may write to the table, after it has entered the index as invalid.
+        holder.execute("BEGIN")
+        holder.execute("LOCK TABLE embedline_data.page_v2 IN ROW EXCLUSIVE MODE")
+        thread = _in_thread(lambda: build(PsycopgClient(builder), "page", 2))
+        wait_until(lambda: _index_is_valid(page) is False, 30, "the index is half built")
+        KILLS[kill](own_cluster, builder)
+        thread.join(30)
+    with _reconnect(own_cluster) as after:
+        assert _index_is_valid(after) is False, "an INVALID index is left over"
+        _run_chain(after)
+        _assert_ended(after)
+
+
+# What was not committed a kill of the server undoes as that of a backend does: one of each will do.
+@pytest.mark.parametrize(
+    ("change", "kill"), [("expand", "backend"), ("cutover", "server"), ("rollback", "backend"), ("contract", "backend")]
+)
+def test_a_kill_within_a_change_of_the_versions_undoes_it_as_a_whole(
+    own_cluster: Cluster, page: psycopg.Connection, change: str, kill: str
+) -> None:
+    before = {"expand": "", "cutover": "gate", "rollback": "cutover", "contract": "cutover again"}[change]
+    if before:
+        _run_chain(page, before)
+    serving = versions(page, "serving")
+    statement = {
+        "expand": "SELECT embedline.add_embedding_version('page', 'static-64')",
+        "cutover": OVERRIDE.replace("%s, %s", "'page', 2"),
+        "rollback": "SELECT embedline.rollback('page')",
+        "contract": "SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')",
+    }[change]
+    other = _reconnect(own_cluster)
+    other.execute("BEGIN")
+    # Done, and not committed.
+    other.execute(statement.encode())
+    KILLS[kill](own_cluster, other)
+    with _reconnect(own_cluster) as after:
+        assert versions(after, "serving") == serving
+        after.execute("UPDATE page SET body = body || ' after the crash' WHERE id <= 20")
+        settle(after)
+        assert assert_exact(after) == ROWS
+        _run_chain(after)
+        _assert_ended(after)
+
+
+def _in_thread(work: Callable[[], object]) -> threading.Thread:
+    def run() -> None:
+        with contextlib.suppress(psycopg.Error):
+            work()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def _index_is_valid(connection: psycopg.Connection) -> bool | None:
+    query = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
+    row = connection.execute(query, (INDEX,)).fetchone()
+    return None if row is None else bool(row[0])
+
+
+def _is_ended(connection: psycopg.Connection) -> bool:
+    with contextlib.suppress(psycopg.OperationalError):
+        connection.execute("SELECT 1")
+    return connection.broken
+
+
+def _reconnect(cluster: Cluster) -> psycopg.Connection:
+    opened: list[psycopg.Connection] = []
+
+    def connected() -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            opened.append(psycopg.connect(cluster.dsn(), autocommit=True))
+        return bool(opened)
+
+    wait_until(connected, 30, "the server accepts connections")
+    return opened[0]

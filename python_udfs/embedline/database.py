@@ -140,7 +140,9 @@ def hold_source(session: Session, source_oid: int) -> None:
     TRUNCATE locks the source first and then the generated tables: whoever has one of these and then wants the source keeps
     it waiting, or deadlocks with it.
     """
-    name = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], source_oid)
+    name = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], source_oid)
+    if name is None:
+        return
     retry_locked(session, lambda: session.execute(f"LOCK TABLE ONLY {name} IN ROW SHARE MODE"), "the source")
 
 

@@ -19,6 +19,7 @@ from embedline.database import (
     as_mapping,
     change_versions,
     entry_point,
+    hold_source,
     quote_ident,
     quote_literal,
     vector_schema,
@@ -554,7 +555,9 @@ def set_pipeline_state(session: Session, name: str, state: str) -> None:
 
 def load_alone(session: Session, name: str) -> Pipeline:
     """Return the pipeline as it is once nobody else changes its versions, and keep it so to the end of the transaction."""
-    change_versions(session, load_pipeline(session, name).pipeline_id)
+    pipeline = load_pipeline(session, name)
+    hold_source(session, pipeline.source_oid)
+    change_versions(session, pipeline.pipeline_id)
     return load_pipeline(session, name)
 
 

@@ -270,11 +270,6 @@ def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query
     session.execute(f"DROP VIEW {name}")
     session.execute(f"CREATE VIEW {name} WITH ({_options(view)}) AS {query}")
     session.execute(f"ALTER VIEW {name} OWNER TO {quote_ident(view['owner'])}")
-    # Default privileges would give the new view grants that the old one did not have.
-    for grantee in {
-        str(row["grantee"]) for row in session.execute(_GRANTS.replace("$1", quote_literal(name) + "::regclass"))
-    }:
-        session.execute(f"REVOKE ALL ON {name} FROM {grantee}")
     if view["comment"] is not None:
         session.execute(f"COMMENT ON VIEW {name} IS {quote_literal(view['comment'])}")
     for comment in comments:

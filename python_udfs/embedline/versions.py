@@ -22,7 +22,7 @@ from embedline.catalog import (
     load_versions,
 )
 from embedline.chunking import ChunkingSpec
-from embedline.database import Session, as_mapping, change_versions, entry_point, hold_source, retry_locked
+from embedline.database import Session, as_mapping, entry_point, retry_locked
 from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotReady
 from embedline.pipelines import (
     INDEX_DIMENSIONS,
@@ -32,6 +32,7 @@ from embedline.pipelines import (
     grant_tables,
     insert_chunk_set,
     insert_version,
+    load_alone,
     recipe_stamp,
     require_control,
     rewrite_trigger_functions,
@@ -75,10 +76,7 @@ def add_embedding_version(session: Session, name: str, given: dict[str, Any]) ->
     require_control(session, name)
     check_backfill(given["backfill_order"], given["backfill_rate"])
     model = load_model(session, given.pop("model"))
-    pipeline = load_pipeline(session, name)
-    hold_source(session, pipeline.source_oid)
-    change_versions(session, pipeline.pipeline_id)
-    pipeline = load_pipeline(session, name)
+    pipeline = load_alone(session, name)
     recipe = _recipe(session, pipeline, model, given)
     check_recipe({**recipe, "capture": "auto", "weight": 1.0}, model)
     spec, set_number = _chunk_set(session, pipeline, model, given)
@@ -270,8 +268,7 @@ def requeue_version(session: Session, name: str, number: int) -> int:
 def drop_embedding_version(session: Session, name: str, number: int, window: str | None) -> None:
     """Take a version away with its table, view, queue and evaluations, and its chunks and model where nothing uses them."""
     require_control(session, name)
-    change_versions(session, load_pipeline(session, name).pipeline_id)
-    pipeline = load_pipeline(session, name)
+    pipeline = load_alone(session, name)
     doomed = load_version(session, name, number)
     _require_disposable(session, pipeline, doomed, window)
     routing.require_no_dependents(session, doomed.version.view_oid)

@@ -143,7 +143,7 @@ def test_384_to_1536_to_3072_dimensions_on_a_live_table(
         # HNSW indexes vector up to 2,000 dimensions: of 3,072 it becomes halfvec by itself.
         for number, column_type, dimensions in ((2, "vector", 1536), (3, "halfvec", 3072)):
             assert add_version(page, f"d{dimensions}", index_method="hnsw") == number
-            wait_until(lambda n=number: versions(page, "state")[n] == "complete", 30, "it is filled")  # type: ignore[misc]
+            wait_until(lambda n=number: versions(page, "state")[n] == "complete", 90, "it is filled")  # type: ignore[misc]
             build(PsycopgClient(page), "page", number)
             _cut_over(page, number)
             _assert_serves(page, number, column_type, dimensions)
@@ -171,7 +171,7 @@ def test_vector_and_halfvec_take_each_others_place_on_a_live_table(
     serving = max(versions(page, "serving"))
     with working(page, 1), _Application(connect):
         number = add_version(page, "d384", column_type=second)
-        wait_until(lambda: versions(page, "state")[number] == "complete", 30, "it is filled")
+        wait_until(lambda: versions(page, "state")[number] == "complete", 90, "it is filled")
         for _ in range(3):
             _cut_over(page, number)
             _assert_serves(page, number, second, 384)

@@ -12,7 +12,7 @@ import time
 from embedline import circuit, coverage, routing, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_version
-from embedline.database import Session, entry_point, prepare_environment, retry_locked
+from embedline.database import Session, entry_point, hold_source, prepare_environment, retry_locked
 from embedline.engine import Engine
 from embedline.errors import NotReady
 from embedline.pipelines import current_plan, load_alone, require_control
@@ -69,7 +69,7 @@ _IS_WANTED = """
 def cutover(session: Session, name: str, number: int, override_reason: str | None) -> None:
     """Have a version serve, if it is complete, indexed, and its gate has passed or is overridden with a reason."""
     require_control(session, name)
-    pipeline = load_alone(session, name)
+    pipeline = load_alone(session, name, holds_source=False)
     target = load_version(session, name, number)
     if target.is_serving:
         session.plpy.notice(f'version {number} of pipeline "{name}" serves already')
@@ -81,6 +81,7 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
     _require_no_older_snapshot(session, target)
     routing.await_view(session, target)
     # From here on a TRUNCATE waits for this transaction, and every other writer behind it: whatever may take long is done.
+    hold_source(session, target.source_oid)
     coverage.require_coverage(session, target)
     left = _catch_up(session, target, _CUTOVER_SECONDS)
     if left:
@@ -96,7 +97,7 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
 def rollback(session: Session, name: str) -> int:
     """Have the version serve again that served before; it was written with every change. Return its number."""
     require_control(session, name)
-    pipeline = load_alone(session, name)
+    pipeline = load_alone(session, name, holds_source=False)
     number = session.scalar(_CAME_FROM, ["bigint"], pipeline.version.version_id)
     if number is None:
         raise NotReady(
@@ -107,6 +108,7 @@ def rollback(session: Session, name: str) -> int:
     target = load_version(session, name, number)
     routing.require_swappable(session, target)
     routing.await_view(session, target)
+    hold_source(session, target.source_oid)
     left = _catch_up(session, target, _ROLLBACK_SECONDS)
     if left:
         session.plpy.warning(

@@ -553,12 +553,17 @@ def set_pipeline_state(session: Session, name: str, state: str) -> None:
     session.query("UPDATE embedline.pipeline SET state = $2 WHERE name = $1", ["text", "text"], name, state)
 
 
-def load_alone(session: Session, name: str) -> Pipeline:
-    """Return the pipeline as it is once nobody else changes its versions, and keep it so to the end of the transaction."""
+def load_alone(session: Session, name: str, *, holds_source: bool = True) -> Pipeline:
+    """Return the pipeline as it is once nobody else changes its versions, and keep it so to the end of the transaction.
+
+    Whoever has something to wait for before it touches a generated table holds the source only then (`holds_source`): a
+    TRUNCATE waits for that, and every writer behind it.
+    """
+    change_versions(session, load_pipeline(session, name).pipeline_id)
     pipeline = load_pipeline(session, name)
-    hold_source(session, pipeline.source_oid)
-    change_versions(session, pipeline.pipeline_id)
-    return load_pipeline(session, name)
+    if holds_source:
+        hold_source(session, pipeline.source_oid)
+    return pipeline
 
 
 @entry_point

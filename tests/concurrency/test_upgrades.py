@@ -151,3 +151,34 @@ def test_both_versions_are_exact_after_mixed_transactions_cutovers_and_rollbacks
         assert assert_exact(pages) > 0
         if number == 2:
             pages.execute("SELECT embedline.rollback('page')")
+
+
+def test_a_truncate_waits_for_no_cutover_that_waits_for_somebody_else(
+    connect: Connect, pages: psycopg.Connection
+) -> None:
+    """A transaction that began before the version was complete would see it empty: the cutover waits for its end."""
+    add_version(pages, "static-64")
+    older = connect(autocommit=False)
+    older.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    older.execute("SELECT 1 FROM embedline.setting")
+    settle_versions(pages)
+    refused: list[BaseException] = []
+
+    def cut() -> None:
+        try:
+            cut_over(connect(), 2)
+        except errors.ObjectNotInPrerequisiteState as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=cut, daemon=True)
+    thread.start()
+    waits = (
+        "SELECT count(*) = 1 FROM pg_stat_activity WHERE query LIKE '%embedline.cutover(%' AND wait_event = 'PgSleep'"
+    )
+    wait_until(lambda: scalar(pages, waits), 20, "the cutover waits for the older transaction")
+    application = connect(options="-c lock_timeout=500ms")
+    application.execute("TRUNCATE page")
+    assert thread.is_alive()
+    thread.join(20)
+    assert "began before version 2 was complete" in str(refused)
+    older.rollback()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import psycopg
 import pytest
 
 from embedline.index_build import PsycopgClient, build
 from embedline.local.cluster import Cluster
-from small_models import register_static
+from stub_provider import StubProvider, stub_provider, vector_of
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, wait_until
 from upgrading import OVERRIDE, add_version, cut_over, settle_versions, versions
-from working import Worker, remove_all
+from working import Worker, create_stub_model, remove_all
 
 ROWS = 1000
 INDEX = "embedline_data.page_v2_embedding_idx"
@@ -26,26 +29,32 @@ PHASES = ("expand", "fill", "index", "gate", "cutover", "rollback", "cutover aga
 LEFT = {"page_v2", "page_chunk", "page_inbox", "page_outbox", "page_document", "page_claim"}
 
 
+@pytest.fixture(scope="module")
+def providers() -> Iterator[dict[str, StubProvider]]:
+    """The providers of the old model and the new one: a model host would have to start anew with each server."""
+    with stub_provider(64) as old, stub_provider(32) as new:
+        yield {"old": old, "new": new}
+
+
 @pytest.fixture
-def page(own_cluster: Cluster) -> Iterator[psycopg.Connection]:
-    """A pipeline on a server of its own, filled by static-256; static-64 is registered."""
+def page(own_cluster: Cluster, providers: dict[str, StubProvider]) -> Iterator[psycopg.Connection]:
+    """A pipeline on a server of its own, filled by the old model; the new one is registered."""
     with contextlib.closing(_reconnect(own_cluster)) as connection:
         remove_all(connection)
-        connection.execute("SELECT embedline.drop_model(name) FROM embedline.model WHERE name = 'static-64'")
-        _register_serving(connection)
+        for name, provider in providers.items():
+            create_stub_model(connection, provider, name)
         create_pages(connection, ROWS)
-        create_pipeline(connection)
+        create_pipeline(connection, model="old")
         settle(connection, 60)
-        if not scalar(connection, "SELECT to_regclass('embedline_data.page_v1_embedding_idx') IS NOT NULL"):
-            build(PsycopgClient(connection), "page")
-        register_static(connection, 64)
+        build(PsycopgClient(connection), "page")
         yield connection
 
 
-def _register_serving(connection: psycopg.Connection) -> None:
-    if not scalar(connection, "SELECT count(*) FROM embedline.model WHERE name = 'static-256'"):
-        # The contract of the test before has forgotten it.
-        register_static(connection, 256)
+def _vectors(texts: Sequence[str], dimensions: int) -> npt.NDArray[np.float32]:
+    return np.stack([vector_of(text, dimensions) for text in texts])
+
+
+OLD, NEW = functools.partial(_vectors, dimensions=64), functools.partial(_vectors, dimensions=32)
 
 
 def _run_chain(connection: psycopg.Connection, last: str = "contract") -> None:
@@ -61,7 +70,7 @@ def _run_phase(connection: psycopg.Connection, phase: str) -> None:
         return
     kinds = [row[0] for row in connection.execute("SELECT kind FROM embedline.cutover ORDER BY cutover_id")]
     if phase == "expand" and 2 not in versions(connection, "state"):
-        add_version(connection, "static-64")
+        add_version(connection, "new")
     elif phase == "fill":
         settle_versions(connection, 60)
     elif phase == "index":
@@ -84,7 +93,7 @@ def _assert_ended(connection: psycopg.Connection) -> None:
     assert versions(connection, "serving") == {2: True}
     assert versions(connection, "missing") == {2: 0}
     assert versions(connection, "index_state") == {2: "valid"}
-    assert assert_exact(connection) == ROWS == data_count(connection, "page_v2")
+    assert assert_exact(connection, embed=NEW) == ROWS == data_count(connection, "page_v2")
     assert data_count(connection, "page_chunk") == ROWS == scalar(connection, "SELECT count(*) FROM page_embedding")
     tables = "SELECT relname FROM pg_class WHERE relnamespace = 'embedline_data'::regnamespace AND relkind = 'r'"
     assert {row[0] for row in connection.execute(tables)} == LEFT
@@ -95,8 +104,8 @@ def _assert_ended(connection: psycopg.Connection) -> None:
         assert scalar(connection, f"SELECT count(*) FROM embedline.{table}") == 0
     kinds = connection.execute("SELECT kind FROM embedline.cutover ORDER BY cutover_id").fetchall()
     assert kinds == [("cutover",), ("rollback",), ("cutover",)]
-    models = {row[0] for row in connection.execute("SELECT name FROM embedline.model")}
-    assert models == {"static-64"}
+    models = {row[0] for row in connection.execute("SELECT name FROM embedline.model WHERE provider = 'openai'")}
+    assert models == {"new"}, "the old model is forgotten"
 
 
 def _kill_server(cluster: Cluster, connection: psycopg.Connection) -> None:
@@ -135,7 +144,7 @@ def test_an_upgrade_killed_after_each_phase_is_run_again_from_its_start(
 
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Connection, kill: str) -> None:
-    add_version(page, "static-64", backfill_rate=400)
+    add_version(page, "new", backfill_rate=400)
     with Worker(own_cluster.dsn()) as worker:
         wait_until(lambda: data_count(page, "page_v2") > 300, 30, "the fill is under way")
         page.execute("DELETE FROM page WHERE id > %s", (ROWS - 10,))
@@ -186,7 +195,7 @@ def test_a_kill_within_a_change_of_the_versions_undoes_it_as_a_whole(
         _run_chain(page, before)
     serving = versions(page, "serving")
     statement = {
-        "expand": "SELECT embedline.add_embedding_version('page', 'static-64')",
+        "expand": "SELECT embedline.add_embedding_version('page', 'new')",
         "cutover": OVERRIDE.replace("%s, %s", "'page', 2"),
         "rollback": "SELECT embedline.rollback('page')",
         "contract": "SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')",
@@ -200,7 +209,7 @@ def test_a_kill_within_a_change_of_the_versions_undoes_it_as_a_whole(
         assert versions(after, "serving") == serving
         after.execute("UPDATE page SET body = body || ' after the crash' WHERE id <= 20")
         settle(after)
-        assert assert_exact(after) == ROWS
+        assert assert_exact(after, embed=OLD if serving[1] else NEW) == ROWS
         _run_chain(after)
         _assert_ended(after)
 

@@ -14,7 +14,7 @@ import pytest
 from psycopg import errors
 
 from stub_provider import StubProvider, stub_provider, vector_of
-from support import assert_exact, data_count, scalar, settle, wait_until
+from support import assert_exact, data_count, queued, scalar, settle, wait_until
 from upgrading import add_version, cut_over, settle_versions, versions
 from working import (
     Worker,
@@ -87,10 +87,11 @@ def _assert_exact(connection: psycopg.Connection, stub: StubProvider, other: Stu
 
 def _letters(connection: psycopg.Connection) -> dict[int, tuple[str, str]]:
     """Return (stage, error code) of each dead letter of a version, by the id of the row."""
-    query = "SELECT key, stage, error_code, chunk_id FROM embedline.version_dead_letter"
-    found = connection.execute(query).fetchall()
-    named = "SELECT c.key_id::text FROM embedline_data.page_chunk AS c WHERE c.chunk_id = %s"
-    assert all(key["id"] == scalar(connection, named, (chunk_id,)) for key, _, _, chunk_id in found)
+    found = connection.execute(
+        "SELECT l.key, l.stage, l.error_code, c.key_id FROM embedline.version_dead_letter AS l"
+        " JOIN embedline_data.page_chunk AS c USING (chunk_id)"
+    ).fetchall()
+    assert all(key == {"id": str(key_id)} for key, _, _, key_id in found)
     return {int(key["id"]): (stage, code) for key, stage, code, _ in found}
 
 
@@ -264,9 +265,10 @@ def test_writes_between_a_cutover_and_a_rollback_are_there_after_it_whatever_the
         insert_rows(page, ROWS + 1, 3 * ROWS)
         page.execute("UPDATE page SET body = 'changed since: ' || body WHERE id <= 5")
         page.execute("DELETE FROM page WHERE id = 6")
-        wait_until(lambda: versions(page, "missing")[2] == 0, 10, "the new version has it")
+        wait_until(lambda: queued(page) == 0 and versions(page, "missing")[2] == 0, 10, "the new version has all")
         page.execute("SELECT embedline.rollback('page')")
-        wait_until(lambda: scalar(page, "SELECT count(*) FROM page_embedding") == 3 * ROWS - 1, 10, "all is there")
+        wait_until(lambda: versions(page, "missing") == {1: 0, 2: 0}, 10, "the old one has all")
+        assert scalar(page, "SELECT count(*) FROM page_embedding") == 3 * ROWS - 1
     assert versions(page, "serving") == {1: True, 2: False}
     assert _assert_exact(page, stub, other) == 3 * ROWS - 1
 

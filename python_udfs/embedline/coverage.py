@@ -75,8 +75,8 @@ def require_coverage(session: Session, pipeline: Pipeline) -> None:
         raise NotReady(
             f'version {number} of pipeline "{name}" could not embed {dead["open"]} chunks',
             detail=f"Of rows {', '.join(dead['keys'])}{' and others' if dead['open'] > _SHOWN_KEYS else ''}.",
-            hint=f"SELECT embedline.requeue_version('{name}', {number}); tries them again,"
-            f" SELECT embedline.accept_dead_letters('{name}', {number}); goes without them.",
+            hint=f"SELECT embedline.accept_dead_letters('{name}', {number}); goes without them,"
+            f" SELECT embedline.requeue_version('{name}', {number}); tries them again.",
         )
     if dead["count"] and session.scalar(f"SELECT 1 FROM {pipeline.vectors} LIMIT 1") is None:
         raise NotReady(

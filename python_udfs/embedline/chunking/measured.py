@@ -12,6 +12,8 @@ from embedline.chunking.measure import Measure
 
 # A text of more characters for each unit of room is not measured whole before it is split.
 _CHARACTERS_PER_UNIT = 8
+# Prefix and content together may have a token more than each alone: where they meet, others are merged.
+_SEAM = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class MeasuredChunker:
         if self.measure.surely_fits(prefix + text if prefix else text, capacity):
             return whole_text(text, prefix=prefix)
         prefix, taken = cut_to(self.measure, prefix, capacity // 2)
-        room = capacity - taken
+        room = max(capacity - taken - (_SEAM if prefix else 0), 1)
         if len(text) <= room * _CHARACTERS_PER_UNIT and self.measure.sizes([text])[0] <= room:
             return whole_text(text, prefix=prefix)
         overlap = self.measure.capacity(self.overlap) * room // capacity

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from embedline.local.cluster import Cluster
+from killing import kill_backend, reconnect
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, take_inbox, wait_until
 
 ROWS = 4000
@@ -20,7 +21,7 @@ ROWS = 4000
 @pytest.fixture
 def page(own_cluster: Cluster) -> psycopg.Connection:
     """A pipeline on a table of its own on a server of its own."""
-    with _reconnect(own_cluster) as connection:
+    with reconnect(own_cluster) as connection:
         names = [row[0] for row in connection.execute("SELECT name FROM embedline.pipeline")]
         for name in names:
             connection.execute("SELECT embedline.drop_pipeline(%s)", (name,))
@@ -77,11 +78,9 @@ def test_kill_9_of_a_workers_backend_during_a_drain(own_cluster: Cluster, page: 
     pid = scalar(page, "SELECT pid FROM pg_stat_activity WHERE application_name = 'victim'")
     host = _host_pids(own_cluster.postmaster_pid())
     # The postmaster restarts every backend after a crash; the model host is none of them.
-    os.kill(int(pid), signal.SIGKILL)
+    kill_backend(int(pid), page)
     thread.join(30)
-    # A session of before the postmaster noticed the death would be ended with all others.
-    wait_until(lambda: _is_ended(page), 30, "the postmaster has ended all sessions")
-    after = _reconnect(own_cluster)
+    after = reconnect(own_cluster)
     with after:
         settle(after, 60)
         assert assert_exact(after) == ROWS
@@ -97,7 +96,7 @@ def test_kill_9_of_the_server_during_a_drain(own_cluster: Cluster, page: psycopg
     page.close()
     thread.join(30)
     own_cluster.start()
-    after = _reconnect(own_cluster)
+    after = reconnect(own_cluster)
     with after:
         settle(after, 60)
         assert assert_exact(after) == ROWS
@@ -134,21 +133,3 @@ def test_a_row_that_crashes_its_workers_is_quarantined_alone(own_cluster: Cluste
         letters = page.execute("SELECT key, stage, error_code FROM embedline.dead_letter").fetchall()
         assert letters == [({"id": "42"}, "claim", "EL020")]
         assert data_count(page, "page_chunk") == ROWS - 1
-
-
-def _is_ended(connection: psycopg.Connection) -> bool:
-    with contextlib.suppress(psycopg.OperationalError):
-        connection.execute("SELECT 1")
-    return connection.broken
-
-
-def _reconnect(cluster: Cluster) -> psycopg.Connection:
-    opened: list[psycopg.Connection] = []
-
-    def connected() -> bool:
-        with contextlib.suppress(psycopg.OperationalError):
-            opened.append(psycopg.connect(cluster.dsn(), autocommit=True))
-        return bool(opened)
-
-    wait_until(connected, 30, "the server accepts connections")
-    return opened[0]

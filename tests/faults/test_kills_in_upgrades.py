@@ -16,6 +16,7 @@ import pytest
 
 from embedline.index_build import PsycopgClient, build
 from embedline.local.cluster import Cluster
+from killing import kill_backend, reconnect
 from stub_provider import StubProvider, stub_provider, vector_of
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, wait_until
 from upgrading import OVERRIDE, add_version, cut_over, settle_versions, versions
@@ -39,7 +40,7 @@ def providers() -> Iterator[dict[str, StubProvider]]:
 @pytest.fixture
 def page(own_cluster: Cluster, providers: dict[str, StubProvider]) -> Iterator[psycopg.Connection]:
     """A pipeline on a server of its own, filled by the old model; the new one is registered."""
-    with contextlib.closing(_reconnect(own_cluster)) as connection:
+    with contextlib.closing(reconnect(own_cluster)) as connection:
         remove_all(connection)
         for name, provider in providers.items():
             create_stub_model(connection, provider, name)
@@ -117,9 +118,7 @@ def _kill_server(cluster: Cluster, connection: psycopg.Connection) -> None:
 def _kill_backend(cluster: Cluster, connection: psycopg.Connection) -> None:
     """Kill a session: the postmaster ends all others, and recovers."""
     with contextlib.closing(psycopg.connect(cluster.dsn(), autocommit=True)) as other:
-        os.kill(connection.info.backend_pid, signal.SIGKILL)
-        # A session of before the postmaster noticed the death would be ended with this one.
-        wait_until(lambda: _is_ended(other), 30, "the postmaster has ended all sessions")
+        kill_backend(connection.info.backend_pid, other)
     connection.close()
 
 
@@ -136,7 +135,7 @@ def test_an_upgrade_killed_after_each_phase_is_run_again_from_its_start(
         _run_chain(connection, phase)
         connection.execute("UPDATE page SET body = body || ' ' || %s WHERE id <= 20", (phase,))
         KILLS[kill](own_cluster, connection)
-        connection = _reconnect(own_cluster)
+        connection = reconnect(own_cluster)
     with connection:
         _run_chain(connection)
         _assert_ended(connection)
@@ -153,7 +152,7 @@ def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Co
         else:
             _kill_server(own_cluster, page)
         worker.join(30)
-    with _reconnect(own_cluster) as after:
+    with reconnect(own_cluster) as after:
         filled = data_count(after, "page_v2")
         assert filled < ROWS
         after.execute(
@@ -169,7 +168,7 @@ def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Co
 def test_a_kill_while_the_index_is_built(own_cluster: Cluster, page: psycopg.Connection, kill: str) -> None:
     _run_chain(page, "fill")
     with contextlib.ExitStack() as stack:
-        builder, holder = (stack.enter_context(contextlib.closing(_reconnect(own_cluster))) for _ in range(2))
+        builder, holder = (stack.enter_context(contextlib.closing(reconnect(own_cluster))) for _ in range(2))
         # CONCURRENTLY waits for those who may write to the table, after it has entered the index as invalid.
         holder.execute("BEGIN")
         holder.execute("LOCK TABLE embedline_data.page_v2 IN ROW EXCLUSIVE MODE")
@@ -177,7 +176,7 @@ def test_a_kill_while_the_index_is_built(own_cluster: Cluster, page: psycopg.Con
         wait_until(lambda: _index_is_valid(page) is False, 30, "the index is half built")
         KILLS[kill](own_cluster, builder)
         thread.join(30)
-    with _reconnect(own_cluster) as after:
+    with reconnect(own_cluster) as after:
         assert _index_is_valid(after) is False, "an INVALID index is left over"
         _run_chain(after)
         _assert_ended(after)
@@ -200,12 +199,12 @@ def test_a_kill_within_a_change_of_the_versions_undoes_it_as_a_whole(
         "rollback": "SELECT embedline.rollback('page')",
         "contract": "SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')",
     }[change]
-    other = _reconnect(own_cluster)
+    other = reconnect(own_cluster)
     other.execute("BEGIN")
     # Done, and not committed.
     other.execute(statement.encode())
     KILLS[kill](own_cluster, other)
-    with _reconnect(own_cluster) as after:
+    with reconnect(own_cluster) as after:
         assert versions(after, "serving") == serving
         after.execute("UPDATE page SET body = body || ' after the crash' WHERE id <= 20")
         settle(after)
@@ -228,21 +227,3 @@ def _index_is_valid(connection: psycopg.Connection) -> bool | None:
     query = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
     row = connection.execute(query, (INDEX,)).fetchone()
     return None if row is None else bool(row[0])
-
-
-def _is_ended(connection: psycopg.Connection) -> bool:
-    with contextlib.suppress(psycopg.OperationalError):
-        connection.execute("SELECT 1")
-    return connection.broken
-
-
-def _reconnect(cluster: Cluster) -> psycopg.Connection:
-    opened: list[psycopg.Connection] = []
-
-    def connected() -> bool:
-        with contextlib.suppress(psycopg.OperationalError):
-            opened.append(psycopg.connect(cluster.dsn(), autocommit=True))
-        return bool(opened)
-
-    wait_until(connected, 30, "the server accepts connections")
-    return opened[0]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,25 +12,11 @@ import psycopg
 import pytest
 
 from embedline.local.cluster import Cluster
+from killing import IN_FLIGHT, REQUEST, ROWS, Hold, assert_paid, held_worker, is_embedding, kill_backend, reconnect
 from stub_provider import StubProvider, vector_of
-from support import assert_exact, data_count, scalar, settle, wait_until
+from support import assert_exact, data_count, scalar, settle
 from upgrading import add_version, settle_versions, versions
-from working import Worker, create_stub_model, create_stub_pipeline, remove_all, work_until_idle
-
-ROWS, REQUEST, IN_FLIGHT = 400, 50, 2
-
-
-@dataclass(frozen=True)
-class Hold:
-    """How a worker is held in a step: by a lock on a table, once `begun`; None: by the provider, which takes its time."""
-
-    lock: str | None
-    paid_twice: int
-    begun: Callable[[psycopg.Connection, StubProvider], bool] = lambda _connection, _stub: True
-
-
-def _is_embedding(connection: psycopg.Connection, stub: StubProvider) -> bool:
-    return stub.in_flight() > 0
+from working import create_stub_model, create_stub_pipeline, remove_all, work_until_idle
 
 
 def _first_is_written(connection: psycopg.Connection, stub: StubProvider) -> bool:
@@ -48,8 +31,8 @@ STEPS = {
     # In flight, and answered in the moment before.
     "embed": Hold(None, 2 * IN_FLIGHT * REQUEST, _first_is_written),
     # What is answered while the write waits is lost with it.
-    "write": Hold("LOCK TABLE embedline_data.page_v2 IN SHARE MODE", ROWS, _is_embedding),
-    "finish": Hold("LOCK TABLE embedline.version_queue IN SHARE MODE", 2 * IN_FLIGHT * REQUEST, _is_embedding),
+    "write": Hold("LOCK TABLE embedline_data.page_v2 IN SHARE MODE", ROWS, is_embedding),
+    "finish": Hold("LOCK TABLE embedline.version_queue IN SHARE MODE", 2 * IN_FLIGHT * REQUEST, is_embedding),
 }
 
 
@@ -57,7 +40,7 @@ STEPS = {
 def page(own_cluster: Cluster, stub: StubProvider) -> Iterator[psycopg.Connection]:
     """Version 2 of a pipeline on a server of its own: all of its chunks are queued."""
     # Closed, not left as a context: at the end the server may have been killed under it.
-    with contextlib.closing(_connect(own_cluster)) as opened:
+    with contextlib.closing(reconnect(own_cluster)) as opened:
         remove_all(opened)
         create_stub_model(opened, stub, max_batch_items=REQUEST, concurrency=IN_FLIGHT)
         create_stub_pipeline(opened, rows=ROWS, model="static-256")
@@ -69,23 +52,6 @@ def page(own_cluster: Cluster, stub: StubProvider) -> Iterator[psycopg.Connectio
         assert versions(opened, "queued")[2] == ROWS
         stub.forget()
         yield opened
-
-
-def _held_worker(
-    cluster: Cluster, page: psycopg.Connection, stub: StubProvider, hold: Hold, stack: contextlib.ExitStack
-) -> Worker:
-    """Start a worker and return it once it is held in the step."""
-    stub.behave(latency=0.1, remember=True)
-    locker = stack.enter_context(contextlib.closing(psycopg.connect(cluster.dsn())))
-    if hold.lock is not None and hold.begun is Hold.begun:
-        locker.execute(hold.lock)
-    worker = stack.enter_context(Worker(cluster.dsn()))
-    wait_until(lambda: hold.begun(page, stub), 20, "the worker has come as far")
-    if hold.lock is None:
-        return worker
-    locker.execute(hold.lock)
-    wait_until(lambda: worker.waits_for_lock(page), 20, "the worker waits for the lock")
-    return worker
 
 
 def _vectors(texts: Sequence[str], dimensions: int) -> npt.NDArray[np.float32]:
@@ -102,10 +68,7 @@ def _assert_nothing_lost(connection: psycopg.Connection, stub: StubProvider, hol
     assert versions(connection, "missing") == {1: 0, 2: 0}
     assert scalar(connection, "SELECT count(*) FROM embedline.version_dead_letter") == 0
     assert scalar(connection, "SELECT count(*) FROM embedline.version_queue") == 0
-    seen = stub.texts_seen()
-    assert len(seen) == ROWS
-    assert max(seen.values()) <= 2
-    assert sum(count - 1 for count in seen.values()) <= hold.paid_twice
+    assert_paid(stub, hold)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -113,7 +76,7 @@ def test_a_worker_terminated_in_a_step_of_a_versions_lane(
     own_cluster: Cluster, page: psycopg.Connection, stub: StubProvider, step: str
 ) -> None:
     with contextlib.ExitStack() as stack:
-        worker = _held_worker(own_cluster, page, stub, STEPS[step], stack)
+        worker = held_worker(own_cluster, page, stub, STEPS[step], stack)
         page.execute("SELECT pg_terminate_backend(%s)", (worker.pid,))
         worker.join(20)
         assert worker.error is not None
@@ -125,21 +88,8 @@ def test_kill_9_of_a_workers_backend_in_a_step_of_a_versions_lane(
     own_cluster: Cluster, page: psycopg.Connection, stub: StubProvider, step: str
 ) -> None:
     with contextlib.ExitStack() as stack:
-        worker = _held_worker(own_cluster, page, stub, STEPS[step], stack)
-        os.kill(worker.pid, signal.SIGKILL)
+        worker = held_worker(own_cluster, page, stub, STEPS[step], stack)
+        kill_backend(worker.pid, page)
         worker.join(20)
-    with contextlib.closing(_connect(own_cluster)) as after:
+    with contextlib.closing(reconnect(own_cluster)) as after:
         _assert_nothing_lost(after, stub, STEPS[step])
-
-
-def _connect(cluster: Cluster) -> psycopg.Connection:
-    """Return a connection once the server, which ends all sessions after kill -9 of one, accepts it."""
-    opened: list[psycopg.Connection] = []
-
-    def connected() -> bool:
-        with contextlib.suppress(psycopg.OperationalError):
-            opened.append(psycopg.connect(cluster.dsn(), autocommit=True))
-        return bool(opened)
-
-    wait_until(connected, 30, "the server accepts connections")
-    return opened[0]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident
+from embedline.database import Session, quote_ident, sqlstate_of
 from embedline.errors import InvalidParameter, NotReady, UnusableText
 from embedline.known_items import known_item_queries
 from embedline.ranking import key_expression, version_view
@@ -153,7 +153,7 @@ def _find_keys(
                 *([part[i] for part in parts] for i in range(len(pipeline.key_columns))),
             )  # fmt: skip
         except Exception as error:
-            if str(getattr(error, "sqlstate", ""))[:2] != "22":
+            if sqlstate_of(error)[:2] != "22":
                 raise
             raise InvalidParameter(
                 f'a key in {table} is no key of pipeline "{pipeline.name}": {error}',

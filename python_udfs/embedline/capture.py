@@ -34,7 +34,7 @@ CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "
 
 
 TENANT_COMMENT = "Whose change it is, set when it is claimed; NULL without a tenant expression"
-RECIPE_COMMENT = "First four bytes of the version''s fingerprint at the time of embedding"
+RECIPE_COMMENT = "Stamp of the versions'' fingerprints that the document was cut by; with another one it is cut anew"
 PREFIX_COMMENT = "Text put before the chunk for embedding, NULL if none"
 
 

@@ -8,6 +8,7 @@ nothing that the outgoing version shows is missing from the incoming one.
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from embedline import circuit, coverage, routing, version_queue
 from embedline.batch import Batch
@@ -203,7 +204,7 @@ def _swap(
             session.query(f"DELETE FROM {table} WHERE version_id = $1", ["bigint"], target.version.version_id)
     routing.write_serving_function(session, target.pipeline_id, plan, target.version.number)
     started = time.monotonic()
-    show = lambda: routing.show_version(session, target, plan, source)  # noqa: E731
+    show = partial(routing.show_version, session, target, plan, source)
     retry_locked(session, show, "the routing view", _SWAP_SECONDS)
     session.query(
         "UPDATE embedline.cutover SET swap_seconds = $2 WHERE cutover_id = $1",

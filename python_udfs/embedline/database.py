@@ -26,6 +26,8 @@ _LOCK_PAUSE_SECONDS = (0.01, 0.04)
 # SQLSTATEs that are handled in more than one place.
 LOCK_NOT_AVAILABLE = "55P03"
 UNDEFINED_TABLE = "42P01"
+# The end of the session, or of the statement: whoever tries again after errors lets these through.
+ENDING = ("57014", "57P01", "57P02", "57P03")
 
 # First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
 WORKER_LOCK_CLASS = 1164797804
@@ -90,6 +92,11 @@ class Session:
         return next(iter(rows[0].values())) if rows else None
 
 
+def sqlstate_of(error: BaseException) -> str:
+    """Return an error's SQLSTATE, or '' where it is none of the database's."""
+    return str(getattr(error, "sqlstate", None) or "")
+
+
 def _has_rows(result: Result) -> bool:
     # A command without RETURNING counts rows that it does not hand out.
     return len(result) > 0
@@ -111,7 +118,7 @@ def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: fl
             session.execute(f"SET LOCAL lock_timeout = {quote_literal(str(before))}")
             return result
         except Exception as error:
-            if getattr(error, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+            if sqlstate_of(error) != LOCK_NOT_AVAILABLE:
                 raise
         if time.monotonic() > deadline:
             raise NotReady(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from embedline import row_keys
 from embedline.catalog import Pipeline, load_pipeline
-from embedline.database import Session, entry_point
+from embedline.database import Session, entry_point, sqlstate_of
 from embedline.errors import InvalidParameter, NotFound
 from embedline.outbox import ClaimedRow, Key, key_columns
 from embedline.pipelines import require_control
@@ -202,7 +202,7 @@ def _read_key(session: Session, pipeline: Pipeline, key: str) -> Key:
             key,
         )
     except Exception as error:
-        if str(getattr(error, "sqlstate", ""))[:2] != "22":
+        if sqlstate_of(error)[:2] != "22":
             raise
         raise InvalidParameter(
             f"{key} is no key of pipeline {pipeline.name}: {error}",

@@ -22,6 +22,7 @@ from embedline.database import (
     Session,
     quote_ident,
     quote_literal,
+    sqlstate_of,
     vector_schema,
 )
 from embedline.dead_letters import forget_dead_letters
@@ -236,7 +237,7 @@ def can_hold_source(session: Session, pipeline: Pipeline) -> bool:
     try:
         session.execute(f"LOCK TABLE ONLY {name} IN ROW SHARE MODE NOWAIT")
     except Exception as error:
-        if getattr(error, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+        if sqlstate_of(error) != LOCK_NOT_AVAILABLE:
             raise
         return False
     return True

@@ -13,7 +13,7 @@ from embedline import circuit, documents, probe, spending
 from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
 from embedline.catalog import ChunkSet
 from embedline.chunking import Chunker, make_chunker
-from embedline.database import Session
+from embedline.database import Session, sqlstate_of
 from embedline.dead_letters import DeadLetter
 from embedline.documents import Document, Vector
 from embedline.embedder_pool import embedder_for, let_cancel_through, sentence_embedder, wait_first
@@ -248,7 +248,7 @@ class Engine:
             # Find the rows whose expression raises, by halves; those are given up, their neighbours go on.
             if len(rows) == 1:
                 message = str(error).removeprefix("spiexceptions.")
-                code = str(getattr(error, "sqlstate", "EL022"))
+                code = sqlstate_of(error) or "EL022"
                 self._bury(batch, [DeadLetter(rows[0], "read", code, message, None)])
             else:
                 middle = len(rows) // 2
@@ -490,7 +490,7 @@ def now_and_then(breathe: Callable[[], None]) -> Callable[[], None]:
 
 def _is_row_fault(error: Exception) -> bool:
     # Data exceptions, wrong text for a type, an error raised by a function of the expression, a missing right or function.
-    return str(getattr(error, "sqlstate", ""))[:2] in ("21", "22", "23", "38", "39", "42", "P0")
+    return sqlstate_of(error)[:2] in ("21", "22", "23", "38", "39", "42", "P0")
 
 
 def _fatal_letter(row: ClaimedRow) -> DeadLetter:

@@ -7,14 +7,13 @@ from typing import Literal
 
 from embedline import dead_letters, spending, verification
 from embedline.catalog import load_pipeline
-from embedline.database import Plpy, Session, SessionCache, entry_point
+from embedline.database import ENDING, Plpy, Session, SessionCache, entry_point, sqlstate_of
 
 # Session advisory lock: of two nightly runs in one database the second returns at once ("Emn1").
 _LOCK = 1164799537
 # Chunks of each pipeline that the model is asked for again: one or two requests, whatever the pipeline's size.
 _SAMPLE = 20
 _KEPT_DAYS = 90
-_ENDING = ("57014", "57P01", "57P02", "57P03")
 
 Step = Literal["verify", "failed", "purge"]
 
@@ -73,7 +72,7 @@ def _verify(plpy: Plpy, name: str, repair: bool) -> None:
         _step(plpy, "verify", name, repair, None)
         plpy.commit()
     except Exception as error:
-        if getattr(error, "sqlstate", None) in _ENDING:
+        if sqlstate_of(error) in ENDING:
             raise
         plpy.rollback()
         _step(plpy, "failed", name, repair, str(error))

@@ -22,6 +22,7 @@ from embedline.database import (
     hold_source,
     quote_ident,
     quote_literal,
+    sqlstate_of,
     vector_schema,
 )
 from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermitted
@@ -332,7 +333,7 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
         session.execute(f"SELECT set_config('search_path', {quote_literal(search_path)}, true)")
         session.execute(f"ALTER TABLE pg_temp.embedline_check ADD CHECK ((\n{expression}\n){cast}{test})")
     except Exception as error:
-        state = str(getattr(error, "sqlstate", ""))
+        state = sqlstate_of(error)
         if state[:2] not in ("42", "22", "0A"):
             raise
         raise InvalidParameter(

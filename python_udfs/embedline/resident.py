@@ -12,7 +12,7 @@ from embedline import backfill, claiming, documents, indexing, pressure, schedul
 from embedline.batch import Batch, Unit
 from embedline.catalog import Pipeline, load_active_pipelines, load_all_pipelines, load_lanes
 from embedline.claiming import Claimant
-from embedline.database import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, Session, quote_literal
+from embedline.database import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, Session, quote_literal, sqlstate_of
 from embedline.embedders import EmbeddingBlock
 from embedline.engine import Engine
 from embedline.pacing import Pace
@@ -201,7 +201,7 @@ class ResidentWorker:
             )
         except Exception as error:
             # Somebody has locked a table of it; then there will be something to look at.
-            if getattr(error, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+            if sqlstate_of(error) != LOCK_NOT_AVAILABLE:
                 raise
             return True
         return bool(found)
@@ -266,7 +266,7 @@ class ResidentWorker:
             try:
                 claiming.release_all(self.engine.session, pipeline, self.worker_id)
             except Exception as error:
-                if getattr(error, "sqlstate", None) not in (LOCK_NOT_AVAILABLE, UNDEFINED_TABLE):
+                if sqlstate_of(error) not in (LOCK_NOT_AVAILABLE, UNDEFINED_TABLE):
                     raise
         version_queue.release(self.engine.session, self.worker_id)
         for future in self.futures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from embedline.database import Session
+from embedline.database import Session, sqlstate_of
 from embedline.errors import InvalidParameter
 from embedline.sampling import Amount, Sample, block_total
 
@@ -97,7 +97,7 @@ def _evaluate(session: Session, subject: Subject, statement: str) -> list[dict[s
             session.query("SELECT set_config('search_path', $1, true)", ["text"], subject.search_path)
         return session.execute(statement)
     except Exception as error:
-        state = str(getattr(error, "sqlstate", ""))
+        state = sqlstate_of(error)
         if state[:2] not in ("42", "22", "0A") or state == "42501":
             raise
         raise InvalidParameter(

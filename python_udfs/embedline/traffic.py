@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from embedline.catalog import Pipeline, load_pipeline, load_version
-from embedline.database import Session, entry_point
+from embedline.database import ENDING, Session, entry_point, sqlstate_of
 from embedline.errors import InvalidParameter, NotReady
 from embedline.pipelines import require_control
 
@@ -38,8 +38,6 @@ _STORE_TENANT = """
     ON CONFLICT (pipeline_id, tenant) DO UPDATE SET version_id = excluded.version_id
 """
 _NOTE = "SELECT embedline._note_shadow_read($1, $2, $3, $4, $5)"
-# The end of the session or of the statement: these are not the shadow's trouble.
-_ENDING = ("57014", "57P01", "57P02", "57P03")
 
 
 @entry_point
@@ -144,5 +142,5 @@ def _read_in_shadow(
                 shadow.version.version_id, k, overlap, seconds, shadow_seconds,
             )  # fmt: skip
     except Exception as error:
-        if getattr(error, "sqlstate", None) in _ENDING:
+        if sqlstate_of(error) in ENDING:
             raise

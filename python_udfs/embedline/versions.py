@@ -17,13 +17,12 @@ from embedline.catalog import (
     Pipeline,
     chunk_table_suffix,
     load_model,
-    load_pipeline,
     load_version,
     load_versions,
 )
 from embedline.chunking import ChunkingSpec
 from embedline.database import Session, as_mapping, entry_point, retry_locked
-from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotReady
+from embedline.errors import AlreadyExists, InvalidParameter, NotReady
 from embedline.pipelines import (
     INDEX_DIMENSIONS,
     check_recipe,
@@ -330,12 +329,3 @@ def _drop_tables(session: Session, doomed: Pipeline, plan: CapturePlan, source: 
     session.execute(f"DROP TABLE IF EXISTS {doomed.vectors}")
     if is_last:
         session.execute(f"DROP TABLE IF EXISTS {doomed.chunk}")
-
-
-def require_version(session: Session, name: str, number: int | None) -> Pipeline:
-    """Return a version of a pipeline, the serving one without a number, or raise NotFound."""
-    if number is None:
-        return load_pipeline(session, name)
-    if number < 1:
-        raise NotFound(f'pipeline "{name}" has no version {number}')
-    return load_version(session, name, number)

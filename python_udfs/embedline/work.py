@@ -171,10 +171,11 @@ class VersionWork:
             ids,
         )
         done = self._ids(session, f"SELECT chunk_id FROM {lane.vectors} WHERE chunk_id = ANY ($1)", ids)
-        there = self._ids(session, f"SELECT chunk_id FROM {lane.chunk} WHERE chunk_id = ANY ($1)", ids)
+        others = [chunk_id for chunk_id in ids if chunk_id not in locked]
+        held = self._ids(session, f"SELECT chunk_id FROM {lane.chunk} WHERE chunk_id = ANY ($1)", others)
         result = WriteResult()
         for index, chunk_id in enumerate(ids):
-            if chunk_id in done or chunk_id not in there:
+            if chunk_id in done or not (chunk_id in locked or chunk_id in held):
                 result.absent.append(index)
             elif chunk_id in locked and sound[index].chunks[0].digest in known:
                 result.written.append(index)
@@ -195,7 +196,10 @@ class VersionWork:
 
     @staticmethod
     def _ids(session: Session, query: str, ids: Sequence[int]) -> set[int]:
-        return {int(row["chunk_id"]) for row in session.query(query, ["bigint[]"], list(ids))}
+        if not ids:
+            return set()
+        # One array: a row for each would be a dictionary for each.
+        return set(session.scalar(f"SELECT array(SELECT chunk_id FROM ({query}) AS q)", ["bigint[]"], list(ids)))
 
     def settle(self, session: Session, batch: Batch, rows: Sequence[ClaimedRow], worker_id: int | None) -> None:
         """Do nothing: the lists that hold the rows go with the claim."""

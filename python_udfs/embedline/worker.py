@@ -14,6 +14,7 @@ from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_active_pipelines, load_lanes
 from embedline.claiming import Claimant
 from embedline.database import (
+    ENDING,
     SLOT_LOCK_CLASS,
     UNDEFINED_TABLE,
     WORKER_LOCK_CLASS,
@@ -22,6 +23,7 @@ from embedline.database import (
     SessionCache,
     entry_point,
     prepare_environment,
+    sqlstate_of,
 )
 from embedline.engine import Engine, now_and_then
 from embedline.errors import InvalidParameter
@@ -35,8 +37,6 @@ _POLL_COST_SHARE = 0.1
 _CANCEL_SECONDS = 0.1
 # A statement that ran into a lock, a deadlock or a full disk is tried again: the answers are paid for and at hand.
 _PASSING_FAULTS = ("40001", "40P01", "53100", "53200", "53300", "55P03")
-# The end of the session, or of the call.
-_ENDING = ("57014", "57P01", "57P02", "57P03")
 # embed_pending waits no longer for a rate limit: its caller waits, too.
 _PATIENCE_SECONDS = 2.0
 # Objects made before Python looks for cycles: a batch is some ten thousand objects without any, and at the default of 700
@@ -272,7 +272,7 @@ def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> str:
         return state
     except Exception as error:
         pipeline = resident.claimant.asking
-        if getattr(error, "sqlstate", None) in _ENDING or pipeline is None:
+        if sqlstate_of(error) in ENDING or pipeline is None:
             raise
         plpy.rollback()
         resident.put_off(pipeline)
@@ -335,8 +335,8 @@ def _guarded(
     try:
         work()
     except Exception as error:
-        sqlstate = getattr(error, "sqlstate", None)
-        if sqlstate in _ENDING:
+        sqlstate = sqlstate_of(error)
+        if sqlstate in ENDING:
             raise
         plpy.rollback()
         resident.undo()
@@ -351,7 +351,7 @@ def _abandon(plpy: Plpy, cache: SessionCache, resident: ResidentWorker, message:
         _step(plpy, cache, "abandon", message=message)
     except Exception as error:
         # The pipeline was dropped meanwhile, and its claims with it.
-        if getattr(error, "sqlstate", None) != UNDEFINED_TABLE:
+        if sqlstate_of(error) != UNDEFINED_TABLE:
             raise
         plpy.rollback()
         resident.forget_current()

@@ -57,8 +57,14 @@ class Upgrade:
                 build = BuildVectorIndexOp(pipeline, version, settings.wait_seconds)
                 return [explain(build, self._about_index())]
             case "cutover":
-                gate = {"canaries": settings.canaries, "k": settings.k, "margin": settings.margin}
-                cutover = CutoverEmbeddingVersionOp(pipeline, version, query_count=settings.query_count, **gate)  # type: ignore[arg-type]
+                cutover = CutoverEmbeddingVersionOp(
+                    pipeline,
+                    version,
+                    canaries=settings.canaries,
+                    k=settings.k,
+                    margin=settings.margin,
+                    query_count=settings.query_count,
+                )
                 return [explain(cutover, self._about_cutover())]
             case _:
                 contract = DropEmbeddingVersionOp(

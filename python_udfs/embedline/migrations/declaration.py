@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,10 +106,10 @@ def _pipeline(path: Path, name: str, table: Any) -> DeclaredPipeline:
     return DeclaredPipeline(_operation(path, label, CreatePipelineOp, name, given), UpgradeSettings(**upgrade))
 
 
-def _operation(path: Path, label: str, kind: type[Operation], name: str, table: Any) -> Operation:
+def _operation(path: Path, label: str, kind: Callable[..., Operation], name: str, table: Any) -> Operation:
     given = _table(path, label, table)
     _check_keys(path, label, kind, given, ("name",))
-    return kind(name=name, **given)  # type: ignore[call-arg]
+    return kind(name=name, **given)
 
 
 def _check_keys(path: Path, label: str, kind: Any, given: Mapping[str, Any], filled: tuple[str, ...] = ()) -> None:

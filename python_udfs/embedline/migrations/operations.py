@@ -15,6 +15,7 @@ from alembic.operations import MigrateOperation, Operations
 Options = Mapping[str, Any]
 
 
+@dataclass(eq=False)
 class PipelineOperation(MigrateOperation):
     """An operation on a model, a pipeline or a version of one; its first field is written without its name."""
 
@@ -26,7 +27,7 @@ class PipelineOperation(MigrateOperation):
         """Return the fields that differ from their defaults: what a revision file has to say."""
         return {
             item.name: getattr(self, item.name)
-            for item in fields(self)  # type: ignore[arg-type]
+            for item in fields(self)
             if item.name not in self.unwritten and (item.default is MISSING or getattr(self, item.name) != item.default)
         }
 

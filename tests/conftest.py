@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -234,16 +235,13 @@ def make_role(maintenance: psycopg.Connection, role_passwords: dict[str, str]) -
 StartCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(scope="module")
-def start_cluster() -> Iterator[StartCluster]:
-    """Start throw-away servers with Embedline installed and static-256 registered: start_cluster(cron_database=None, ...).
-
-    Each has a data directory and a free port of its own. All are removed at the end, also after kill -9 of the server.
-    """
+@pytest.fixture(scope="session")
+def new_cluster() -> Iterator[StartCluster]:
+    """Make clusters in temporary folders that go at the end of the session, also after kill -9 of the server."""
     settings = load_settings()
     with contextlib.ExitStack() as stack:
 
-        def _start(
+        def _new(
             *,
             cron_database: str | None = None,
             settings_: Mapping[str, str] | None = None,
@@ -264,15 +262,47 @@ def start_cluster() -> Iterator[StartCluster]:
             stack.callback(cluster.remove)
             atexit.register(cluster.remove)
             stack.callback(atexit.unregister, cluster.remove)
-            cluster.init()
+            return cluster
+
+        yield _new
+
+
+@pytest.fixture(scope="session")
+def installed_clusters() -> dict[str | None, Cluster]:
+    """Stopped servers with Embedline installed, by the database of pg_cron: others begin as copies of them."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def start_cluster(new_cluster: StartCluster, installed_clusters: dict[str | None, Cluster]) -> Iterator[StartCluster]:
+    """Start throw-away servers with Embedline installed and static-256 registered: start_cluster(cron_database=None, ...).
+
+    Each has a data directory and a free port of its own, and ends with the module.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def _start(*, cron_database: str | None = None, **options: Mapping[str, str] | None) -> Cluster:
+            if cron_database not in installed_clusters:
+                installed_clusters[cron_database] = _with_embedline(new_cluster(cron_database=cron_database))
+            cluster = new_cluster(cron_database=cron_database, **options)
+            subprocess.run(["cp", "-a", installed_clusters[cron_database].data_dir, cluster.data_dir], check=True)
+            stack.callback(cluster.remove)
             cluster.start()
-            if cron_database is not None:
-                with psycopg.connect(cluster.dsn(cron_database), autocommit=True) as connection:
-                    connection.execute("CREATE EXTENSION IF NOT EXISTS pg_cron")
-            support.install(cluster.dsn(), models=("static-256",))
             return cluster
 
         yield _start
+
+
+def _with_embedline(cluster: Cluster) -> Cluster:
+    """Install Embedline on a new server, and stop it."""
+    cluster.init()
+    cluster.start()
+    if cluster.cron_database is not None:
+        with psycopg.connect(cluster.dsn(cluster.cron_database), autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION IF NOT EXISTS pg_cron")
+    support.install(cluster.dsn(), models=("static-256",))
+    cluster.stop()
+    return cluster
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,7 @@ def test_a_document_in_many_requests_neither_burns_the_processor_nor_hides_a_can
     work_until_idle(stub_database)
     stub_database.execute("SELECT pg_stat_clear_snapshot()")
     assert scalar(stub_database, transactions) - before < 300
-    stub.behave(rules=[{"match": "number 800 ", "latency": 2.0}])
+    stub.behave(rules=[{"match": "number 800 ", "latency": 20.0}])
     stub_database.execute("UPDATE page SET body = replace(body, 'Sentence', 'Phrase')")
     stub_database.execute("SET statement_timeout = '500ms'")
     started = time.monotonic()
@@ -222,7 +222,7 @@ def test_a_document_in_many_requests_neither_burns_the_processor_nor_hides_a_can
             stub_database.execute("SELECT embed_pending(10)")
     finally:
         stub_database.execute("RESET statement_timeout")
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 10
 
 
 def test_a_document_of_50_megabytes_is_chunked_and_stored(page: psycopg.Connection, stub: StubProvider) -> None:

@@ -28,6 +28,8 @@ LOCK_NOT_AVAILABLE = "55P03"
 UNDEFINED_TABLE = "42P01"
 # The end of the session, or of the statement: whoever tries again after errors lets these through.
 ENDING = ("57014", "57P01", "57P02", "57P03")
+# In GD: how many of our functions are running inside each other.
+_DEPTH = "embedline.depth"
 
 # First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
 WORKER_LOCK_CLASS = 1164797804
@@ -175,15 +177,23 @@ def entry_point(
     """Turn a function of a Session into what an SQL wrapper calls, with Embedline's errors reported as PostgreSQL's."""
 
     def wrapper(plpy: Plpy, cache: SessionCache, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        cache[_DEPTH] = cache.get(_DEPTH, 0) + 1
         try:
             session = Session(plpy, cache)
             _check_version(session)
             return function(session, *args, **kwargs)
         except EmbedlineError as error:
             raise postgres_error(plpy, error) from None
+        finally:
+            cache[_DEPTH] -= 1
 
     wrapper.__doc__ = function.__doc__
     return wrapper
+
+
+def is_nested(session: Session) -> bool:
+    """Whether one of our functions runs inside another: a user's expression, which another of ours evaluates, called it."""
+    return int(session.cache.get(_DEPTH, 0)) > 1
 
 
 def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:

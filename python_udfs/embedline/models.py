@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from embedline.database import Session, as_mapping, entry_point
+from embedline.database import Session, as_mapping, entry_point, is_nested
 from embedline.embedder_pool import let_cancel_through, wait_result
 from embedline.embedders import ModelConfig, ModelInfo, create_embedder
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound, NotPermitted
@@ -47,7 +47,15 @@ def check_price(price: Decimal | None) -> Decimal | None:
 
 
 def caller(session: Session) -> str:
-    """Return the role that called a SECURITY DEFINER function."""
+    """Return the role that called a SECURITY DEFINER function: the session's, or the one it has SET.
+
+    Raises NotPermitted where others' code may be calling in its name: an expression that a worker evaluates as the source's
+    owner, or a function of an index during ANALYZE. (A session that calls others' functions itself has trusted these anyway.)
+    """
+    if is_nested(session):
+        raise NotPermitted("an expression of a pipeline may not change Embedline's objects")
+    # Changes nothing, and is refused where PostgreSQL runs a table owner's code on its own: autovacuum, ANALYZE, REINDEX.
+    session.execute("UNLISTEN embedline")
     return str(session.scalar(CALLER))
 
 

@@ -271,6 +271,49 @@ def test_an_expression_cannot_act_with_our_rights(database: psycopg.Connection, 
     assert not scalar(database, "SELECT rolsuper FROM pg_roles WHERE rolname = %s", (owner,))
 
 
+@pytest.fixture
+def robber(database: psycopg.Connection, connect: Connect, owner: str) -> psycopg.Connection:
+    """An administrator with a function that drops another's pipeline, in whosever session it runs."""
+    create_pipeline(database)
+    admin = connect(owner)
+    admin.execute(
+        """
+        CREATE FUNCTION own.rob(text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$
+        BEGIN
+            PERFORM embedline.drop_pipeline('page');
+            RETURN $1;
+        EXCEPTION WHEN insufficient_privilege THEN
+            RETURN $1 || ' ' || SQLERRM;
+        END $$
+        """
+    )
+    return admin
+
+
+def test_an_expression_cannot_act_in_the_name_of_the_worker(
+    database: psycopg.Connection, robber: psycopg.Connection
+) -> None:
+    create_pipeline(
+        robber, name="mine", source="own.mine", content="own.rob(body)", filter="own.rob(title) IS NOT NULL"
+    )
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 2
+    assert scalar(database, "SELECT bool_and(content LIKE '%may not change%') FROM embedline_data.mine_chunk")
+    database.execute("SELECT * FROM embedline.verify('mine', repair => true)")
+    database.execute("SELECT * FROM embedline.estimate('mine')")
+    assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 2
+
+
+def test_a_function_of_an_index_cannot_act_in_the_name_of_who_analyses(
+    database: psycopg.Connection, robber: psycopg.Connection
+) -> None:
+    robber.execute("CREATE INDEX ON own.mine (own.rob(body))")
+    database.execute("ANALYZE own.mine")
+    database.execute("REINDEX TABLE own.mine")
+    assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 1
+    assert scalar(database, "SELECT embedline.drop_pipeline('page') IS NOT NULL")
+
+
 def test_a_search_path_of_the_callers_does_not_redirect_us(
     database: psycopg.Connection, connect: Connect, owner: str
 ) -> None:

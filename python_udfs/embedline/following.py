@@ -1,0 +1,65 @@
+"""Following a source: the names and types of its columns may change under a pipeline.
+
+The event trigger embedline_follow_source calls this where what is stored of a source is no longer what is;
+refresh_pipeline does it by hand, and brings the views up to date.
+"""
+
+from __future__ import annotations
+
+import re
+
+from embedline import capture, routing
+from embedline.capture import CapturePlan
+from embedline.catalog import Pipeline
+from embedline.database import Session, entry_point, quote_ident
+from embedline.pipelines import (
+    BEFORE_UPDATE,
+    bound_lock_wait,
+    current_plan,
+    load_alone,
+    require_control,
+    rewrite_trigger_functions,
+)
+from embedline.source import Source
+
+
+@entry_point
+def refresh_pipeline(session: Session, name: str) -> None:
+    """Add new source columns to the routing view, and watch every update where a BEFORE trigger now exists."""
+    require_control(session, name)
+    bound_lock_wait(session)
+    pipeline = load_alone(session, name)
+    plan, source = _follow(session, pipeline)
+    routing.refresh_views(session, pipeline, plan, source)
+    _refresh_update_trigger(session, plan, source)
+    # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
+    session.query(
+        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
+        ["bigint"], pipeline.version.version_id,
+    )  # fmt: skip
+
+
+@entry_point
+def follow_source(session: Session, name: str) -> None:
+    """Follow a change of the source; called by the event trigger."""
+    _follow(session, load_alone(session, name))
+
+
+def _follow(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
+    plan, source = current_plan(session, pipeline)
+    rewrite_trigger_functions(session, plan)
+    return plan, source
+
+
+def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
+    if not session.scalar(BEFORE_UPDATE, ["bigint"], source.oid):
+        return
+    name = capture.trigger_name(plan.name, "update")
+    definition = session.scalar(
+        "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
+        ["bigint", "name"], source.oid, name,
+    )  # fmt: skip
+    if definition is None:
+        return
+    session.execute(f"DROP TRIGGER {quote_ident(name)} ON {source.qualified}")
+    session.execute(re.sub(r"AFTER UPDATE OF .*? ON ", "AFTER UPDATE ON ", str(definition), count=1))

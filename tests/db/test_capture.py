@@ -353,6 +353,87 @@ def test_a_renamed_key_column_is_followed(pages: psycopg.Connection) -> None:
     assert searching(pages, "page", "new row", k=1)
 
 
+@pytest.mark.parametrize(
+    ("create", "rename"),
+    [
+        (
+            "CREATE TABLE whole (id integer, body text, PRIMARY KEY (id)) PARTITION BY RANGE (id);"
+            " CREATE TABLE part PARTITION OF whole FOR VALUES FROM (0) TO (100)",
+            "ALTER TABLE whole RENAME COLUMN {} TO {}",
+        ),
+        (
+            "CREATE TABLE whole (id integer NOT NULL, body text);"
+            " CREATE TABLE middle () INHERITS (whole); CREATE TABLE part (PRIMARY KEY (id)) INHERITS (middle)",
+            "ALTER TABLE whole RENAME COLUMN {} TO {}",
+        ),
+        (
+            "CREATE TYPE page_row AS (id integer, body text); CREATE TABLE part OF page_row (PRIMARY KEY (id))",
+            "ALTER TYPE page_row RENAME ATTRIBUTE {} TO {} CASCADE",
+        ),
+    ],
+    ids=["partition", "child", "typed table"],
+)
+def test_a_column_renamed_through_a_parent_or_a_type_is_followed(
+    database: psycopg.Connection, create: str, rename: str
+) -> None:
+    database.execute(create)
+    database.execute("INSERT INTO part VALUES (1, 'one'), (2, 'two')")
+    create_pipeline(database, "part", "part", "body")
+    settle(database)
+    database.execute(rename.format("body", "prose"))
+    database.execute("UPDATE part SET prose = 'changed' WHERE id = 1")
+    database.execute(rename.format("id", "number"))
+    database.execute("INSERT INTO part VALUES (3, 'three')")
+    database.execute("UPDATE part SET number = 4 WHERE number = 1")
+    database.execute("DELETE FROM part WHERE number = 2")
+    settle(database)
+    assert chunked_keys(database, "part") == {3, 4}
+    assert assert_exact(database, "part", content="prose") == 2
+
+
+@pytest.mark.parametrize(
+    ("rename", "schema"),
+    [
+        ("ALTER TYPE kinds.mood RENAME TO feeling", "kinds"),
+        ("ALTER SCHEMA kinds RENAME TO sorts", "sorts"),
+        ("ALTER TYPE kinds.mood SET SCHEMA public", "kinds"),
+    ],
+)
+@pytest.mark.parametrize("by_refresh", [False, True])
+def test_a_renamed_type_of_the_key_is_followed(
+    database: psycopg.Connection, rename: str, schema: str, by_refresh: bool
+) -> None:
+    database.execute(
+        "CREATE SCHEMA kinds; CREATE TYPE kinds.mood AS ENUM ('sad', 'ok', 'fine', 'glad');"
+        " CREATE TABLE kinds.day (id kinds.mood PRIMARY KEY, body text);"
+        " INSERT INTO kinds.day VALUES ('sad', 'one'), ('ok', 'two')"
+    )
+    create_pipeline(database, "day", "kinds.day", "body")
+    settle(database)
+    if by_refresh:
+        database.execute("ALTER EVENT TRIGGER embedline_follow_source DISABLE")
+    database.execute(rename)
+    if by_refresh:
+        database.execute("SELECT embedline.refresh_pipeline('day')")
+    database.execute(f"INSERT INTO {schema}.day VALUES ('fine', 'three')")
+    database.execute(f"UPDATE {schema}.day SET body = 'changed' WHERE id = 'sad'")
+    database.execute(f"DELETE FROM {schema}.day WHERE id = 'ok'")
+    settle(database)
+    assert chunked_keys(database, "day") == {"sad", "fine"}
+    assert scalar(database, "SELECT count(*) FROM embedline.verify('day')") == 0
+
+
+def test_a_command_that_changes_no_source_leaves_the_functions_alone(pages: psycopg.Connection) -> None:
+    written = (
+        "SELECT array_agg(xmin::text ORDER BY oid) FROM pg_proc WHERE pronamespace = 'embedline_data'::regnamespace"
+    )
+    before = scalar(pages, written)
+    pages.execute("CREATE TABLE other (id integer); ALTER TABLE other ADD COLUMN name text")
+    pages.execute("CREATE TYPE colour AS ENUM ('red'); ALTER TYPE colour RENAME TO paint")
+    pages.execute("CREATE SCHEMA here; ALTER SCHEMA here RENAME TO there")
+    assert scalar(pages, written) == before
+
+
 def test_dropping_an_input_column_is_refused_and_named(pages: psycopg.Connection) -> None:
     with pytest.raises(psycopg.errors.DependentObjectsStillExist) as caught:
         pages.execute("ALTER TABLE page DROP COLUMN body")

@@ -161,7 +161,7 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
         prefix=found.get("document_prefix") if "document_prefix" in changed else plan.prefix,
         tenant=found.get("tenant") if "tenant" in changed else plan.tenant,
     )
-    _replace_functions(session, plan, source, [_FUNCTIONS[parameter] for parameter in changed])
+    replace_functions(session, plan, source, [_FUNCTIONS[parameter] for parameter in changed])
     rewrite_trigger_functions(session, plan)
     for statement in capture.update_trigger_statements(plan):
         session.execute(statement)
@@ -171,7 +171,7 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
             session.execute(statement)
 
 
-def _replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
+def replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
     """Drop and create the generated functions; those of expressions that have not changed stay as they are."""
     kept = {suffix for suffix in _FUNCTIONS.values() if suffix not in changed}
     doomed = tuple(suffix for suffix in capture.FUNCTIONS if suffix not in kept)
@@ -267,7 +267,7 @@ def regenerate_pipelines(session: Session) -> None:
     for row in session.query(_OUTDATED, ["integer"], capture.CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
         plan, source = plan_in_use(session, pipeline)
-        _replace_functions(session, plan, source, [])
+        replace_functions(session, plan, source, [])
         rewrite_trigger_functions(session, plan)
         routing.refresh_views(session, pipeline, plan, source)
         routing.write_serving_function(session, pipeline.pipeline_id, plan, pipeline.version.number)

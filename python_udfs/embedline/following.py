@@ -1,4 +1,4 @@
-"""Following a source: the names and types of its columns may change under a pipeline.
+"""Following a source: the names and types of its columns and its owner may change under a pipeline.
 
 The event trigger embedline_follow_source calls this where what is stored of a source is no longer what is;
 refresh_pipeline does it by hand, and brings the views up to date.
@@ -9,18 +9,32 @@ from __future__ import annotations
 import re
 
 from embedline import capture, routing
+from embedline.alteration import plan_in_use, replace_functions
 from embedline.capture import CapturePlan
-from embedline.catalog import Pipeline
+from embedline.catalog import Pipeline, chunk_table_suffix
 from embedline.database import Session, entry_point, quote_ident
 from embedline.pipelines import (
     BEFORE_UPDATE,
     bound_lock_wait,
+    chunk_set_numbers,
     current_plan,
+    grant_tables,
     load_alone,
     require_control,
     rewrite_trigger_functions,
 )
 from embedline.source import Source
+
+_OWNER = """
+    SELECT pg_get_userbyid(proowner) FROM pg_proc
+    WHERE pronamespace = 'embedline_data'::regnamespace AND proname = $1 || '_read'
+"""
+_OWNED_VIEWS = """
+    SELECT c.oid::regclass::text AS name FROM pg_class AS c
+    WHERE c.relowner = $2::regrole AND c.oid IN (
+        SELECT routing_view FROM embedline.pipeline WHERE pipeline_id = $1
+        UNION ALL SELECT view FROM embedline.version WHERE pipeline_id = $1)
+"""
 
 
 @entry_point
@@ -48,7 +62,23 @@ def follow_source(session: Session, name: str) -> None:
 def _follow(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     plan, source = current_plan(session, pipeline)
     rewrite_trigger_functions(session, plan)
+    before = session.scalar(_OWNER, ["text"], pipeline.name)
+    if before is not None and before != source.owner:
+        _give_to_owner(session, pipeline, str(before))
     return plan, source
+
+
+def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
+    """Give the source's owner of now what the one before had: the functions that read it, the views, and what these read."""
+    plan, source = plan_in_use(session, pipeline)
+    replace_functions(session, plan, source, [])
+    suffixes = [chunk_table_suffix(number) for number in chunk_set_numbers(pipeline)]
+    suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
+    grant_tables(session, plan, source, suffixes)
+    tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, "inbox", "claim", "outbox", "document"))
+    session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
+    for view in session.query(_OWNED_VIEWS, ["bigint", "text"], pipeline.pipeline_id, quote_ident(before)):
+        session.execute(f"ALTER VIEW {view['name']} OWNER TO {quote_ident(source.owner)}")
 
 
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:

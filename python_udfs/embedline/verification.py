@@ -336,7 +336,7 @@ def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
 
 
 def _dead_letters(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Dead letters of rows that are gone or embedded. That a TRUNCATE took the row away leaves one, for example."""
+    """Dead letters of rows that are gone or embedded. A TRUNCATE leaves one that another transaction has locked."""
     rows = session.query(
         f"""
         WITH letter AS (

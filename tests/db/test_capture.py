@@ -247,6 +247,15 @@ def test_truncate_empties_everything_at_once(pages: psycopg.Connection) -> None:
 
 def test_truncate_cascades_from_a_referenced_table(database: psycopg.Connection) -> None:
     database.execute("CREATE TABLE book (id integer PRIMARY KEY)")
+def test_truncate_takes_the_dead_letters_away(pages: psycopg.Connection) -> None:
+    pages.execute("UPDATE page SET title = ' ', body = ' ' WHERE id < 3")
+    drain(pages)
+    assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 2
+    pages.execute("TRUNCATE page")
+    assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 0
+    assert scalar(pages, "SELECT count(*) FROM embedline.dead_letter") == 0
+
+
     database.execute("CREATE TABLE page (id integer PRIMARY KEY, book_id integer REFERENCES book, body text)")
     database.execute("INSERT INTO book VALUES (1)")
     database.execute("INSERT INTO page VALUES (1, 1, 'body')")

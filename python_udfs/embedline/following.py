@@ -85,11 +85,14 @@ def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source)
     if not session.scalar(BEFORE_UPDATE, ["bigint"], source.oid):
         return
     name = capture.trigger_name(plan.name, "update")
-    definition = session.scalar(
-        "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
+    rows = session.query(
+        "SELECT pg_get_triggerdef(oid) AS definition, tgenabled = 'A' AS always FROM pg_trigger"
+        " WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
         ["bigint", "name"], source.oid, name,
     )  # fmt: skip
-    if definition is None:
+    if not rows:
         return
     session.execute(f"DROP TRIGGER {quote_ident(name)} ON {source.qualified}")
-    session.execute(re.sub(r"AFTER UPDATE OF .*? ON ", "AFTER UPDATE ON ", str(definition), count=1))
+    session.execute(re.sub(r"AFTER UPDATE OF .*? ON ", "AFTER UPDATE ON ", str(rows[0]["definition"]), count=1))
+    if rows[0]["always"]:
+        session.execute(f"ALTER TABLE {source.qualified} ENABLE ALWAYS TRIGGER {quote_ident(name)}")

@@ -101,9 +101,14 @@ def _capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
     """Capture triggers that are gone or switched off: the cause of most of what the other checks find."""
     rows = session.query(
         """
-        SELECT w.name, t.tgenabled IS NULL AS gone FROM unnest($3::text[]) AS w (name)
-        LEFT JOIN pg_trigger AS t ON t.tgrelid = $1::oid AND t.tgname = 'embedline_' || $2 || '_' || w.name
-        WHERE coalesce(t.tgenabled, 'D') IN ('D', 'R')
+        WITH found AS (
+            SELECT w.name, t.tgenabled, coalesce(bool_or(t.tgenabled = 'A') OVER (), false) AS always
+            FROM unnest($3::text[]) AS w (name)
+            LEFT JOIN pg_trigger AS t ON t.tgrelid = $1::oid AND t.tgname = 'embedline_' || $2 || '_' || w.name
+        )
+        SELECT f.name, f.tgenabled IS NULL AS gone, f.always FROM found AS f
+        -- What was made to fire in replica mode is off there as soon as it fires in the others alone.
+        WHERE coalesce(f.tgenabled, 'D') IN ('D', 'R') OR (f.always AND f.tgenabled = 'O')
         """,
         ["bigint", "text", "text[]"],
         pipeline.source_oid,
@@ -117,7 +122,7 @@ def _capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
     remedy = (
         f"the trigger {trigger} is gone: drop the pipeline and create it again"
         if rows[0]["gone"]
-        else f"ALTER TABLE {table} ENABLE TRIGGER {trigger};"
+        else f"ALTER TABLE {table} ENABLE {'ALWAYS ' if rows[0]['always'] else ''}TRIGGER {trigger};"
     )
     return [Finding("capture_off", len(rows), 0, {"trigger": trigger, "hint": remedy})]
 

@@ -23,10 +23,12 @@ from embedline.pipelines import (
     generated_functions,
     insert_ranges,
     load_alone,
+    needs_row_triggers,
     recipe_stamp,
     require_control,
     rewrite_trigger_functions,
     spec_for,
+    use_row_triggers,
     version_fingerprint,
 )
 from embedline.source import Source
@@ -251,12 +253,17 @@ def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> No
     restart_ranges(session, pipeline)
 
 
-def restart_ranges(session: Session, pipeline: Pipeline) -> None:
-    """Have the serving version's backfill read every row of the source again."""
+def restart_sweep(session: Session, pipeline: Pipeline) -> None:
+    """Have the sweep that closes the backfill look once more for rows without a document."""
     session.query(
         "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
         ["bigint"], pipeline.version.version_id,
     )  # fmt: skip
+
+
+def restart_ranges(session: Session, pipeline: Pipeline) -> None:
+    """Have the serving version's backfill read every row of the source again."""
+    restart_sweep(session, pipeline)
     session.query("DELETE FROM embedline.backfill_range WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
     insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
 
@@ -269,5 +276,9 @@ def regenerate_pipelines(session: Session) -> None:
         plan, source = plan_in_use(session, pipeline)
         replace_functions(session, plan, source, [])
         rewrite_trigger_functions(session, plan)
+        if needs_row_triggers(plan, source):
+            use_row_triggers(session, plan)
+            # What was written through the parent until now: the next sweep finds it.
+            restart_sweep(session, pipeline)
         routing.refresh_views(session, pipeline, plan, source)
         routing.write_serving_function(session, pipeline.pipeline_id, plan, pipeline.version.number)

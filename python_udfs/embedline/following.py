@@ -1,4 +1,4 @@
-"""Following a source: the names and types of its columns and its owner may change under a pipeline.
+"""Following a source: the names and types of its columns, its owner and its parent may change under a pipeline.
 
 The event trigger embedline_follow_source calls this where what is stored of a source is no longer what is;
 refresh_pipeline does it by hand, and brings the views up to date.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from embedline import capture, routing
-from embedline.alteration import plan_in_use, replace_functions
+from embedline.alteration import plan_in_use, replace_functions, restart_sweep
 from embedline.capture import CapturePlan
 from embedline.catalog import Pipeline, chunk_table_suffix
 from embedline.database import Session, entry_point, quote_ident
@@ -20,8 +20,10 @@ from embedline.pipelines import (
     current_plan,
     grant_tables,
     load_alone,
+    needs_row_triggers,
     require_control,
     rewrite_trigger_functions,
+    use_row_triggers,
 )
 from embedline.source import Source
 
@@ -47,10 +49,7 @@ def refresh_pipeline(session: Session, name: str) -> None:
     routing.refresh_views(session, pipeline, plan, source)
     _refresh_update_trigger(session, plan, source)
     # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
-    session.query(
-        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
-        ["bigint"], pipeline.version.version_id,
-    )  # fmt: skip
+    restart_sweep(session, pipeline)
 
 
 @entry_point
@@ -65,6 +64,8 @@ def _follow(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     before = session.scalar(_OWNER, ["text"], pipeline.name)
     if before is not None and before != source.owner:
         _give_to_owner(session, pipeline, str(before))
+    if needs_row_triggers(plan, source):
+        use_row_triggers(session, plan_in_use(session, pipeline)[0])
     return plan, source
 
 

@@ -46,7 +46,9 @@ _SOURCE = """
     SELECT c.relkind, c.relpersistence, c.relispartition, n.nspname AS schema, c.relname AS name,
            pg_get_userbyid(c.relowner) AS owner,
            pg_has_role($2, c.relowner, 'USAGE') AS owned, has_schema_privilege($2, n.oid, 'CREATE') AS may_create,
-           EXISTS (SELECT FROM pg_subscription_rel AS s WHERE s.srrelid = c.oid) AS subscribed
+           EXISTS (SELECT FROM pg_subscription_rel AS s WHERE s.srrelid = c.oid) AS subscribed,
+           EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = c.oid) AS is_child,
+           EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhparent = c.oid) AS has_children
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = $1::oid
 """
@@ -200,6 +202,12 @@ def _load_source(session: Session, oid: int, role: str) -> Source:
             f"{label} cannot be a source: it is not a permanent table",
             hint="Name the table itself; views, foreign and temporary tables have no capture triggers.",
         )
+    if row["has_children"] and row["relkind"] == "r":
+        raise InvalidParameter(
+            f"{label} cannot be a source: other tables inherit from it",
+            detail="Their rows are seen through it, but no trigger of it sees them change, and its key is not theirs.",
+            hint="Create a pipeline on each table that holds rows and has no children, or use a partitioned table.",
+        )
     if row["schema"] in ("embedline", "embedline_data", "pg_catalog", "information_schema"):
         raise InvalidParameter(f"{label} cannot be a source: it is a table of the system")
     if not row["owned"]:
@@ -213,7 +221,7 @@ def _load_source(session: Session, oid: int, role: str) -> Source:
         )
     return Source(
         oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"],
-        partitioned=row["relkind"] == "p", subscribed=row["subscribed"],
+        partitioned=row["relkind"] == "p", subscribed=row["subscribed"], is_child=row["is_child"],
     )  # fmt: skip
 
 
@@ -298,18 +306,24 @@ def _make_plan(session: Session, name: str, source: Source, given: dict[str, Any
             )
     mode = given["capture"]
     if mode == "auto":
-        mode = "row" if source.partitioned or source.subscribed else "statement"
+        mode = "row" if source.partitioned or source.subscribed or source.is_child else "statement"
     elif mode == "statement" and source.partitioned:
         raise InvalidParameter(
             f"{source.qualified} is partitioned and needs capture => 'row'",
             detail="A parent's statement triggers do not fire on a write to a partition.",
+        )
+    elif mode == "statement" and source.is_child:
+        raise InvalidParameter(
+            f"{source.qualified} is a part of another table and needs capture => 'row'",
+            detail="Its statement triggers do not fire on a write through its parent.",
+            hint="Leave capture out: auto takes row triggers here.",
         )
     expressions = deparsed(session, source, given)
     return CapturePlan(
         name=name, source=source.qualified, keys=keys, content=expressions["content"],
         filter=expressions.get("filter"), capture=mode, always=source.subscribed or given["capture"] == "row",
         watch_all=bool(session.scalar(BEFORE_UPDATE, ["bigint"], source.oid)),
-        prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"),
+        prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"), partitioned=source.partitioned,
     )  # fmt: skip
 
 
@@ -590,6 +604,20 @@ def rewrite_trigger_functions(session: Session, plan: CapturePlan) -> None:
     session.query(_NOTE_SOURCE, ["text", "text[]"], plan.name, [key.type for key in plan.keys])
 
 
+def needs_row_triggers(plan: CapturePlan, source: Source) -> bool:
+    """Whether the source became a part of another table: its statement triggers do not fire on a write through that."""
+    return plan.capture == "statement" and source.is_child
+
+
+def use_row_triggers(session: Session, plan: CapturePlan) -> CapturePlan:
+    """Put row triggers in the place of the statement triggers; return the plan with them."""
+    plan = replace(plan, capture="row")
+    session.query("UPDATE embedline.pipeline SET capture = 'row' WHERE name = $1", ["text"], plan.name)
+    for statement in (*capture.trigger_function_statements(plan), *capture.trigger_statements(plan)):
+        session.execute(statement)
+    return plan
+
+
 def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     """Return what is needed to write a pipeline's trigger functions and view, with the names of now."""
     session.query("SELECT embedline._resolve_attributes()")
@@ -607,7 +635,8 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
         for attributes in ("key_attributes", "input_attributes")
     )
     rows = session.query(
-        "SELECT n.nspname, c.relname, pg_get_userbyid(c.relowner) AS owner, p.capture FROM pg_class AS c"
+        "SELECT n.nspname, c.relname, c.relkind, pg_get_userbyid(c.relowner) AS owner, p.capture,"
+        " EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = c.oid) AS is_child FROM pg_class AS c"
         " JOIN pg_namespace AS n ON n.oid = c.relnamespace JOIN embedline.pipeline AS p ON p.source = c.oid"
         " WHERE p.name = $1",
         ["text"], pipeline.name,
@@ -618,7 +647,10 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
             hint=f"SELECT embedline.drop_pipeline('{pipeline.name}').",
         )
     first = rows[0]
-    source = Source(pipeline.source_oid, first["nspname"], first["relname"], first["owner"], False, False)
+    source = Source(
+        pipeline.source_oid, first["nspname"], first["relname"], first["owner"], first["relkind"] == "p", False,
+        is_child=first["is_child"],
+    )  # fmt: skip
     key_types = session.scalar(_KEY_TYPES, ["text"], pipeline.name) or pipeline.key_types
     keys = tuple(
         KeyColumn(str(row["attname"]), column, key_type, None)
@@ -626,7 +658,7 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
     )
     inputs = SourceExpression("", tuple((str(row["attname"]), "") for row in input_rows))
     plan = CapturePlan(pipeline.name, source.qualified, keys, inputs, None, str(first["capture"]))
-    return replace(plan, chunk_sets=chunk_set_numbers(pipeline)), source
+    return replace(plan, chunk_sets=chunk_set_numbers(pipeline), partitioned=source.partitioned), source
 
 
 def chunk_set_numbers(pipeline: Pipeline) -> tuple[int, ...]:

@@ -23,10 +23,12 @@ from embedline.pipelines import (
     generated_functions,
     insert_ranges,
     load_alone,
+    needs_row_triggers,
     recipe_stamp,
     require_control,
     rewrite_trigger_functions,
     spec_for,
+    use_row_triggers,
     version_fingerprint,
 )
 from embedline.source import Source
@@ -148,10 +150,10 @@ def _wanted_spec(pipeline: Pipeline, given: dict[str, Any]) -> ChunkingSpec:
 
 def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str], given: dict[str, Any]) -> None:
     """Write the functions of changed expressions anew, all that read through them, and the trigger that names their columns."""
-    plan, source = _plan_in_use(session, pipeline)
+    plan, source = plan_in_use(session, pipeline)
     # What CREATE TRIGGER needs below. Taken first: so no write and no other alteration comes between the two.
     session.execute(f"LOCK TABLE {source.qualified} IN SHARE ROW EXCLUSIVE MODE")
-    plan, source = _plan_in_use(session, pipeline)
+    plan, source = plan_in_use(session, pipeline)
     values = {parameter: given[parameter] if parameter in changed else None for parameter in EXPRESSIONS}
     found = deparsed(session, source, {**values, "expression_search_path": given["expression_search_path"]})
     plan = replace(
@@ -161,7 +163,7 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
         prefix=found.get("document_prefix") if "document_prefix" in changed else plan.prefix,
         tenant=found.get("tenant") if "tenant" in changed else plan.tenant,
     )
-    _replace_functions(session, plan, source, [_FUNCTIONS[parameter] for parameter in changed])
+    replace_functions(session, plan, source, [_FUNCTIONS[parameter] for parameter in changed])
     rewrite_trigger_functions(session, plan)
     for statement in capture.update_trigger_statements(plan):
         session.execute(statement)
@@ -171,7 +173,7 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
             session.execute(statement)
 
 
-def _replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
+def replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
     """Drop and create the generated functions; those of expressions that have not changed stay as they are."""
     kept = {suffix for suffix in _FUNCTIONS.values() if suffix not in changed}
     doomed = tuple(suffix for suffix in capture.FUNCTIONS if suffix not in kept)
@@ -184,7 +186,7 @@ def _replace_functions(session: Session, plan: CapturePlan, source: Source, chan
     )  # fmt: skip
 
 
-def _plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
+def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     """Return the plan of a pipeline as it is: expressions without text, with the columns' names of now."""
     plan, source = current_plan(session, pipeline)
     types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], source.oid)}
@@ -251,12 +253,17 @@ def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> No
     restart_ranges(session, pipeline)
 
 
-def restart_ranges(session: Session, pipeline: Pipeline) -> None:
-    """Have the serving version's backfill read every row of the source again."""
+def restart_sweep(session: Session, pipeline: Pipeline) -> None:
+    """Have the sweep that closes the backfill look once more for rows without a document."""
     session.query(
         "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
         ["bigint"], pipeline.version.version_id,
     )  # fmt: skip
+
+
+def restart_ranges(session: Session, pipeline: Pipeline) -> None:
+    """Have the serving version's backfill read every row of the source again."""
+    restart_sweep(session, pipeline)
     session.query("DELETE FROM embedline.backfill_range WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
     insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
 
@@ -266,8 +273,12 @@ def regenerate_pipelines(session: Session) -> None:
     """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
     for row in session.query(_OUTDATED, ["integer"], capture.CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
-        plan, source = _plan_in_use(session, pipeline)
-        _replace_functions(session, plan, source, [])
+        plan, source = plan_in_use(session, pipeline)
+        replace_functions(session, plan, source, [])
         rewrite_trigger_functions(session, plan)
+        if needs_row_triggers(plan, source):
+            use_row_triggers(session, plan)
+            # What was written through the parent until now: the next sweep finds it.
+            restart_sweep(session, pipeline)
         routing.refresh_views(session, pipeline, plan, source)
         routing.write_serving_function(session, pipeline.pipeline_id, plan, pipeline.version.number)

@@ -66,7 +66,7 @@ def _audit_statement(plan: CapturePlan) -> str:
                     WHEN d.state = 'embedded' AND (d.recipe <> $1 OR d.embedded_at < $2) THEN 'outdated'
                 END AS finding, {selected}
             FROM (
-                SELECT {keys}, {plan.generated("digest")}({inputs}) AS digest FROM {plan.source} AS source_row OFFSET 0
+                SELECT {keys}, {plan.generated("digest")}({inputs}) AS digest FROM {plan.rows} AS source_row OFFSET 0
             ) AS r
             LEFT JOIN {plan.generated("document")} AS d ON {join}
         ) AS f
@@ -82,7 +82,7 @@ def _gone_statement(plan: CapturePlan) -> str:
         LANGUAGE sql STABLE {_DEFINER}
         BEGIN ATOMIC
         SELECT {selected}, d.embedded_at FROM {plan.generated("document")} AS d
-        WHERE NOT EXISTS (SELECT FROM {plan.source} AS source_row WHERE {_same_source_key(plan, "d")})
+        WHERE NOT EXISTS (SELECT FROM {plan.rows} AS source_row WHERE {_same_source_key(plan, "d")})
             AND {_not_queued(plan, "d")};
         END"""
 
@@ -97,7 +97,7 @@ def _present_statement(plan: CapturePlan) -> str:
         LANGUAGE sql VOLATILE {_DEFINER}
         BEGIN ATOMIC
         SELECT {selected} FROM unnest({parameters}) AS wanted ({plan.key_names})
-        WHERE EXISTS (SELECT FROM {plan.source} AS source_row WHERE {_same_source_key(plan, "wanted")});
+        WHERE EXISTS (SELECT FROM {plan.rows} AS source_row WHERE {_same_source_key(plan, "wanted")});
         END"""
 
 

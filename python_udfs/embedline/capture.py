@@ -20,7 +20,7 @@ from embedline.catalog import chunk_table_suffix
 from embedline.database import data_name, quote_ident, quote_literal
 
 # The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
-CODE_VERSION = 3
+CODE_VERSION = 4
 
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (
@@ -80,6 +80,12 @@ class CapturePlan:
     prefix: SourceExpression | None = None
     tenant: SourceExpression | None = None
     chunk_sets: tuple[int, ...] = (1,)
+    partitioned: bool = False
+
+    @property
+    def rows(self) -> str:
+        """The source as a FROM item: rows of a plain table's children are none of its rows, and not captured."""
+        return self.source if self.partitioned else f"ONLY {self.source}"
 
     @property
     def chunk_tables(self) -> list[str]:
@@ -358,7 +364,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
             FROM (
                 SELECT wanted.ordinality, {accepted} AS accepted, CASE WHEN {accepted} THEN {content} END AS content,
                     CASE WHEN {accepted} THEN {prefix} END AS prefix
-                FROM {wanted} JOIN {plan.source} AS source_row ON {join}
+                FROM {wanted} JOIN {plan.rows} AS source_row ON {join}
             ) AS c
         ) AS r
         ORDER BY r.ordinality;
@@ -371,7 +377,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         BEGIN ATOMIC
         SELECT wanted.ordinality, {accepted},
             CASE WHEN {accepted} THEN {content_hash_sql(plan, content, prefix)} END
-        FROM {wanted} JOIN {plan.source} AS source_row ON {join}
+        FROM {wanted} JOIN {plan.rows} AS source_row ON {join}
         ORDER BY {order}
         FOR KEY SHARE OF source_row SKIP LOCKED;
         END""",
@@ -381,7 +387,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         RETURNS TABLE ({returned_keys})
         LANGUAGE sql STABLE {definer}
         BEGIN ATOMIC
-        SELECT {key_select} FROM {plan.source} AS source_row
+        SELECT {key_select} FROM {plan.rows} AS source_row
         WHERE {accepted}
             AND NOT EXISTS (SELECT FROM {plan.generated("document")} AS other WHERE {anti})
             AND NOT EXISTS (SELECT FROM {plan.generated("outbox")} AS other WHERE {anti})
@@ -434,7 +440,7 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
         BEGIN ATOMIC
         SELECT wanted.ordinality, {plan.call("tenant_or_null", plan.tenant, "source_row")}
         FROM unnest({plan.key_names}) WITH ORDINALITY AS wanted ({plan.key_names}, ordinality)
-        JOIN {plan.source} AS source_row ON {join};
+        JOIN {plan.rows} AS source_row ON {join};
         END""",
     ]
 
@@ -473,6 +479,12 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
     tables = ", ".join([*(plan.generated(suffix) for suffix in ("inbox", "outbox", "document")), *plan.chunk_tables])
     bodies["truncate"] = f"""
         TRUNCATE {tables} CASCADE;
+        -- Who has one locked, or wrote one after an older snapshot, must not fail or hold up the TRUNCATE: verify finds those.
+        IF current_setting('transaction_isolation') NOT IN ('repeatable read', 'serializable') THEN
+            DELETE FROM embedline.dead_letter WHERE dead_letter_id IN (
+                SELECT l.dead_letter_id FROM embedline.pipeline AS p JOIN embedline.dead_letter AS l USING (pipeline_id)
+                WHERE p.name = {quote_literal(plan.name)} FOR UPDATE OF l SKIP LOCKED);
+        END IF;
         RETURN NULL;"""
     return [
         statement
@@ -607,6 +619,6 @@ def view_query(plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: S
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
     chunk = plan.generated(chunk_table_suffix(shown.chunk_set))
     return (
-        f"SELECT {', '.join(selected)} FROM {plan.source} AS s JOIN {chunk} AS c ON {join}"
+        f"SELECT {', '.join(selected)} FROM {plan.rows} AS s JOIN {chunk} AS c ON {join}"
         f" JOIN {plan.generated(f'v{shown.number}')} AS v ON v.chunk_id = c.chunk_id"
     )

@@ -46,7 +46,9 @@ _SOURCE = """
     SELECT c.relkind, c.relpersistence, c.relispartition, n.nspname AS schema, c.relname AS name,
            pg_get_userbyid(c.relowner) AS owner,
            pg_has_role($2, c.relowner, 'USAGE') AS owned, has_schema_privilege($2, n.oid, 'CREATE') AS may_create,
-           EXISTS (SELECT FROM pg_subscription_rel AS s WHERE s.srrelid = c.oid) AS subscribed
+           EXISTS (SELECT FROM pg_subscription_rel AS s WHERE s.srrelid = c.oid) AS subscribed,
+           EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = c.oid) AS is_child,
+           EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhparent = c.oid) AS has_children
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = $1::oid
 """
@@ -74,6 +76,19 @@ _KEY = """
     JOIN pg_type AS b ON b.oid = a.atttypid
     ORDER BY u.position
 """
+# As the generated tables hold the key: a type may be renamed, or move to another schema.
+_KEY_TYPES = """
+    SELECT array_agg(format_type(a.atttypid, a.atttypmod) ORDER BY k.position)
+    FROM embedline.pipeline AS p, unnest(p.key_columns) WITH ORDINALITY AS k (name, position)
+    JOIN pg_attribute AS a ON a.attname = k.name
+    WHERE p.name = $1 AND a.attrelid = to_regclass(format('embedline_data.%I', p.name || '_document'))
+"""
+_NOTE_SOURCE = """
+    UPDATE embedline.pipeline AS p SET key_types = $2, source_columns = (
+        SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
+        WHERE a.attrelid = p.source AND a.attnum > 0 AND NOT a.attisdropped)
+    WHERE p.name = $1
+"""
 _EXPRESSION = """
     SELECT pg_get_expr(conbin, conrelid) AS text FROM pg_constraint
     WHERE conrelid = 'pg_temp.embedline_check'::regclass AND contype = 'c'
@@ -95,7 +110,7 @@ _VOLATILE = """
         AND p.pronamespace = 'pg_catalog'::regnamespace LIMIT 1
 """
 # A BEFORE UPDATE row trigger may change an input that the statement does not name: UPDATE OF would not see it.
-_BEFORE_UPDATE = """
+BEFORE_UPDATE = """
     SELECT EXISTS (
         SELECT FROM pg_trigger AS t
         WHERE t.tgrelid IN (SELECT $1::oid UNION ALL SELECT relid FROM pg_partition_tree($1::oid::regclass))
@@ -187,6 +202,12 @@ def _load_source(session: Session, oid: int, role: str) -> Source:
             f"{label} cannot be a source: it is not a permanent table",
             hint="Name the table itself; views, foreign and temporary tables have no capture triggers.",
         )
+    if row["has_children"] and row["relkind"] == "r":
+        raise InvalidParameter(
+            f"{label} cannot be a source: other tables inherit from it",
+            detail="Their rows are seen through it, but no trigger of it sees them change, and its key is not theirs.",
+            hint="Create a pipeline on each table that holds rows and has no children, or use a partitioned table.",
+        )
     if row["schema"] in ("embedline", "embedline_data", "pg_catalog", "information_schema"):
         raise InvalidParameter(f"{label} cannot be a source: it is a table of the system")
     if not row["owned"]:
@@ -200,7 +221,7 @@ def _load_source(session: Session, oid: int, role: str) -> Source:
         )
     return Source(
         oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"],
-        partitioned=row["relkind"] == "p", subscribed=row["subscribed"],
+        partitioned=row["relkind"] == "p", subscribed=row["subscribed"], is_child=row["is_child"],
     )  # fmt: skip
 
 
@@ -285,18 +306,24 @@ def _make_plan(session: Session, name: str, source: Source, given: dict[str, Any
             )
     mode = given["capture"]
     if mode == "auto":
-        mode = "row" if source.partitioned or source.subscribed else "statement"
+        mode = "row" if source.partitioned or source.subscribed or source.is_child else "statement"
     elif mode == "statement" and source.partitioned:
         raise InvalidParameter(
             f"{source.qualified} is partitioned and needs capture => 'row'",
             detail="A parent's statement triggers do not fire on a write to a partition.",
         )
+    elif mode == "statement" and source.is_child:
+        raise InvalidParameter(
+            f"{source.qualified} is a part of another table and needs capture => 'row'",
+            detail="Its statement triggers do not fire on a write through its parent.",
+            hint="Leave capture out: auto takes row triggers here.",
+        )
     expressions = deparsed(session, source, given)
     return CapturePlan(
         name=name, source=source.qualified, keys=keys, content=expressions["content"],
         filter=expressions.get("filter"), capture=mode, always=source.subscribed or given["capture"] == "row",
-        watch_all=bool(session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid)),
-        prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"),
+        watch_all=bool(session.scalar(BEFORE_UPDATE, ["bigint"], source.oid)),
+        prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"), partitioned=source.partitioned,
     )  # fmt: skip
 
 
@@ -399,13 +426,15 @@ def _register(
         """
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
             key_attributes, input_attributes, key_columns, key_types, view_columns, capture, created_by,
-            document_prefix_expression, tenant_expression, weight, code_version)
+            document_prefix_expression, tenant_expression, weight, code_version, source_columns)
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($11) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-            $7, $8, '{}', $9, $10, $12, $13, $14, $15
+            $7, $8, '{}', $9, $10, $12, $13, $14, $15,
+            (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
+                WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped)
         RETURNING pipeline_id
         """,
         ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "name[]", "text", "text",
@@ -415,6 +444,7 @@ def _register(
         plan.capture, caller(session), [name for name, _ in plan.expression_columns], given["document_prefix"],
         given["tenant"], given["weight"], capture.CODE_VERSION,
     )  # fmt: skip
+    session.query("SELECT embedline._resolve_attributes()")
     insert_chunk_set(session, pipeline_id, 1, spec, model)
     fingerprint = version_fingerprint(model, given["column_type"], given["distance"], spec, given["document_prefix"])
     version_id = insert_version(session, pipeline_id, 1, 1, model, given, fingerprint)
@@ -567,37 +597,30 @@ def load_alone(session: Session, name: str, *, holds_source: bool = True) -> Pip
     return pipeline
 
 
-@entry_point
-def refresh_pipeline(session: Session, name: str) -> None:
-    """Add new source columns to the routing view, and watch every update where a BEFORE trigger now exists."""
-    require_control(session, name)
-    bound_lock_wait(session)
-    pipeline = load_alone(session, name)
-    plan, source = current_plan(session, pipeline)
-    routing.refresh_views(session, pipeline, plan, source)
-    _refresh_update_trigger(session, plan, source)
-    rewrite_trigger_functions(session, plan)
-    # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
-    session.query(
-        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
-        ["bigint"], pipeline.version.version_id,
-    )  # fmt: skip
-
-
-@entry_point
-def follow_source(session: Session, name: str) -> None:
-    """Write the trigger functions anew with the current names of the key columns; called by the event trigger."""
-    rewrite_trigger_functions(session, current_plan(session, load_alone(session, name))[0])
-
-
 def rewrite_trigger_functions(session: Session, plan: CapturePlan) -> None:
-    """Write the functions anew that name the source's columns in plain text."""
+    """Write the functions anew that name the source's columns and their types in plain text, and note what they name."""
     for statement in (*capture.trigger_function_statements(plan), capture.range_function_statement(plan)):
         session.execute(statement)
+    session.query(_NOTE_SOURCE, ["text", "text[]"], plan.name, [key.type for key in plan.keys])
+
+
+def needs_row_triggers(plan: CapturePlan, source: Source) -> bool:
+    """Whether the source became a part of another table: its statement triggers do not fire on a write through that."""
+    return plan.capture == "statement" and source.is_child
+
+
+def use_row_triggers(session: Session, plan: CapturePlan) -> CapturePlan:
+    """Put row triggers in the place of the statement triggers; return the plan with them."""
+    plan = replace(plan, capture="row")
+    session.query("UPDATE embedline.pipeline SET capture = 'row' WHERE name = $1", ["text"], plan.name)
+    for statement in (*capture.trigger_function_statements(plan), *capture.trigger_statements(plan)):
+        session.execute(statement)
+    return plan
 
 
 def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     """Return what is needed to write a pipeline's trigger functions and view, with the names of now."""
+    session.query("SELECT embedline._resolve_attributes()")
     key_rows, input_rows = (
         session.query(
             f"""
@@ -612,7 +635,8 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
         for attributes in ("key_attributes", "input_attributes")
     )
     rows = session.query(
-        "SELECT n.nspname, c.relname, pg_get_userbyid(c.relowner) AS owner, p.capture FROM pg_class AS c"
+        "SELECT n.nspname, c.relname, c.relkind, pg_get_userbyid(c.relowner) AS owner, p.capture,"
+        " EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = c.oid) AS is_child FROM pg_class AS c"
         " JOIN pg_namespace AS n ON n.oid = c.relnamespace JOIN embedline.pipeline AS p ON p.source = c.oid"
         " WHERE p.name = $1",
         ["text"], pipeline.name,
@@ -623,30 +647,20 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
             hint=f"SELECT embedline.drop_pipeline('{pipeline.name}').",
         )
     first = rows[0]
-    source = Source(pipeline.source_oid, first["nspname"], first["relname"], first["owner"], False, False)
+    source = Source(
+        pipeline.source_oid, first["nspname"], first["relname"], first["owner"], first["relkind"] == "p", False,
+        is_child=first["is_child"],
+    )  # fmt: skip
+    key_types = session.scalar(_KEY_TYPES, ["text"], pipeline.name) or pipeline.key_types
     keys = tuple(
         KeyColumn(str(row["attname"]), column, key_type, None)
-        for row, column, key_type in zip(key_rows, pipeline.key_columns, pipeline.key_types, strict=True)
+        for row, column, key_type in zip(key_rows, pipeline.key_columns, key_types, strict=True)
     )
     inputs = SourceExpression("", tuple((str(row["attname"]), "") for row in input_rows))
     plan = CapturePlan(pipeline.name, source.qualified, keys, inputs, None, str(first["capture"]))
-    return replace(plan, chunk_sets=chunk_set_numbers(pipeline)), source
+    return replace(plan, chunk_sets=chunk_set_numbers(pipeline), partitioned=source.partitioned), source
 
 
 def chunk_set_numbers(pipeline: Pipeline) -> tuple[int, ...]:
     """Return the numbers of the pipeline's chunk sets."""
     return tuple(sorted(chunk_set.number for chunk_set in (pipeline.chunk_set, *pipeline.other_sets)))
-
-
-def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
-    if not session.scalar(_BEFORE_UPDATE, ["bigint"], source.oid):
-        return
-    name = capture.trigger_name(plan.name, "update")
-    definition = session.scalar(
-        "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
-        ["bigint", "name"], source.oid, name,
-    )  # fmt: skip
-    if definition is None:
-        return
-    session.execute(f"DROP TRIGGER {quote_ident(name)} ON {source.qualified}")
-    session.execute(re.sub(r"AFTER UPDATE OF .*? ON ", "AFTER UPDATE ON ", str(definition), count=1))

@@ -71,7 +71,11 @@ _DEPENDENTS = """
         AND NOT (d.classid = 'pg_rewrite'::regclass AND r.oid IS NULL)
     ORDER BY 1
 """
-_SERVING_FUNCTION = "SELECT pg_get_functiondef(serving_function) FROM embedline.pipeline WHERE name = $1"
+# By its name: pipeline.serving_function has the oid of before a dump and restore.
+_SERVING_FUNCTION = """
+    SELECT pg_get_functiondef(oid) FROM pg_proc
+    WHERE proname = $1 || '_serving' AND pronamespace = 'embedline_data'::regnamespace
+"""
 
 
 def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:

@@ -17,6 +17,8 @@ class Source:
     owner: str
     partitioned: bool
     subscribed: bool
+    # A partition, or a child that inherits: what is written through its parent fires its row triggers alone.
+    is_child: bool = False
 
     @property
     def qualified(self) -> str:

@@ -25,6 +25,7 @@ from embedline.database import (
     prepare_environment,
     sqlstate_of,
 )
+from embedline.dead_letters import note_error
 from embedline.engine import Engine, now_and_then
 from embedline.errors import InvalidParameter
 from embedline.resident import ResidentWorker, Step
@@ -113,14 +114,21 @@ class _Run:
 
     def close_backfills(self) -> bool:
         """Close the backfills that are read through; True where there turns out to be more to do."""
-        return any(
-            [
-                version_queue.close(self._session, pipeline)
-                if pipeline.is_lane
-                else backfill.close_backfill(self._session, pipeline)
-                for pipeline in self.pipelines()
-            ]
-        )
+        return any([self._close(pipeline) for pipeline in self.pipelines() if pipeline.version.state == "backfilling"])
+
+    def _close(self, pipeline: Pipeline) -> bool:
+        """Close one backfill; where that fails the other pipelines go on."""
+        close = version_queue.close if pipeline.is_lane else backfill.close_backfill
+        try:
+            with self._session.plpy.subtransaction():
+                return close(self._session, pipeline)
+        except Exception as error:
+            # A serialization failure or a deadlock is the caller's transaction's, not the pipeline's.
+            if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
+                raise
+            note_error(self._session, pipeline, str(error))
+            self._session.plpy.warning(f"embedline, pipeline {pipeline.name}: {error}")
+            return False
 
     def _embed_batch(self, batch: Batch) -> int:
         self._engine.run(batch)

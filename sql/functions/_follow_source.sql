@@ -1,4 +1,4 @@
--- Write a pipeline's trigger functions anew with the names that the key columns have now.
+-- Write a pipeline's functions anew for its source as it is now.
 CREATE OR REPLACE FUNCTION embedline._follow_source(pipeline_name text)
 RETURNS void
 LANGUAGE plpython3u
@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import pipelines
-    pipelines.follow_source(plpy, GD, pipeline_name)
+    from embedline import following
+    following.follow_source(plpy, GD, pipeline_name)
 $python$;
 
-COMMENT ON FUNCTION embedline._follow_source(text) IS 'Internal: follow a renamed key column; called by the event trigger.';
+COMMENT ON FUNCTION embedline._follow_source(text) IS 'Internal: follow a change of a source; called by the event trigger.';

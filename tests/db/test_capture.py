@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
+from alembic import command
 from psycopg import IsolationLevel, sql
 
 from support import (
+    alembic_config,
     assert_exact,
     chunked_keys,
     create_pages,
@@ -245,6 +247,15 @@ def test_truncate_empties_everything_at_once(pages: psycopg.Connection) -> None:
     assert assert_exact(pages) == 1
 
 
+def test_truncate_takes_the_dead_letters_away(pages: psycopg.Connection) -> None:
+    pages.execute("UPDATE page SET title = ' ', body = ' ' WHERE id < 3")
+    drain(pages)
+    assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 2
+    pages.execute("TRUNCATE page")
+    assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 0
+    assert scalar(pages, "SELECT count(*) FROM embedline.dead_letter") == 0
+
+
 def test_truncate_cascades_from_a_referenced_table(database: psycopg.Connection) -> None:
     database.execute("CREATE TABLE book (id integer PRIMARY KEY)")
     database.execute("CREATE TABLE page (id integer PRIMARY KEY, book_id integer REFERENCES book, body text)")
@@ -351,6 +362,87 @@ def test_a_renamed_key_column_is_followed(pages: psycopg.Connection) -> None:
     drain(pages)
     assert_exact(pages)
     assert searching(pages, "page", "new row", k=1)
+
+
+@pytest.mark.parametrize(
+    ("create", "rename"),
+    [
+        (
+            "CREATE TABLE whole (id integer, body text, PRIMARY KEY (id)) PARTITION BY RANGE (id);"
+            " CREATE TABLE part PARTITION OF whole FOR VALUES FROM (0) TO (100)",
+            "ALTER TABLE whole RENAME COLUMN {} TO {}",
+        ),
+        (
+            "CREATE TABLE whole (id integer NOT NULL, body text);"
+            " CREATE TABLE middle () INHERITS (whole); CREATE TABLE part (PRIMARY KEY (id)) INHERITS (middle)",
+            "ALTER TABLE whole RENAME COLUMN {} TO {}",
+        ),
+        (
+            "CREATE TYPE page_row AS (id integer, body text); CREATE TABLE part OF page_row (PRIMARY KEY (id))",
+            "ALTER TYPE page_row RENAME ATTRIBUTE {} TO {} CASCADE",
+        ),
+    ],
+    ids=["partition", "child", "typed table"],
+)
+def test_a_column_renamed_through_a_parent_or_a_type_is_followed(
+    database: psycopg.Connection, create: str, rename: str
+) -> None:
+    database.execute(create)
+    database.execute("INSERT INTO part VALUES (1, 'one'), (2, 'two')")
+    create_pipeline(database, "part", "part", "body")
+    settle(database)
+    database.execute(rename.format("body", "prose"))
+    database.execute("UPDATE part SET prose = 'changed' WHERE id = 1")
+    database.execute(rename.format("id", "number"))
+    database.execute("INSERT INTO part VALUES (3, 'three')")
+    database.execute("UPDATE part SET number = 4 WHERE number = 1")
+    database.execute("DELETE FROM part WHERE number = 2")
+    settle(database)
+    assert chunked_keys(database, "part") == {3, 4}
+    assert assert_exact(database, "part", content="prose") == 2
+
+
+@pytest.mark.parametrize(
+    ("rename", "schema"),
+    [
+        ("ALTER TYPE kinds.mood RENAME TO feeling", "kinds"),
+        ("ALTER SCHEMA kinds RENAME TO sorts", "sorts"),
+        ("ALTER TYPE kinds.mood SET SCHEMA public", "kinds"),
+    ],
+)
+@pytest.mark.parametrize("by_refresh", [False, True])
+def test_a_renamed_type_of_the_key_is_followed(
+    database: psycopg.Connection, rename: str, schema: str, by_refresh: bool
+) -> None:
+    database.execute(
+        "CREATE SCHEMA kinds; CREATE TYPE kinds.mood AS ENUM ('sad', 'ok', 'fine', 'glad');"
+        " CREATE TABLE kinds.day (id kinds.mood PRIMARY KEY, body text);"
+        " INSERT INTO kinds.day VALUES ('sad', 'one'), ('ok', 'two')"
+    )
+    create_pipeline(database, "day", "kinds.day", "body")
+    settle(database)
+    if by_refresh:
+        database.execute("ALTER EVENT TRIGGER embedline_follow_source DISABLE")
+    database.execute(rename)
+    if by_refresh:
+        database.execute("SELECT embedline.refresh_pipeline('day')")
+    database.execute(f"INSERT INTO {schema}.day VALUES ('fine', 'three')")
+    database.execute(f"UPDATE {schema}.day SET body = 'changed' WHERE id = 'sad'")
+    database.execute(f"DELETE FROM {schema}.day WHERE id = 'ok'")
+    settle(database)
+    assert chunked_keys(database, "day") == {"sad", "fine"}
+    assert scalar(database, "SELECT count(*) FROM embedline.verify('day')") == 0
+
+
+def test_a_command_that_changes_no_source_leaves_the_functions_alone(pages: psycopg.Connection) -> None:
+    written = (
+        "SELECT array_agg(xmin::text ORDER BY oid) FROM pg_proc WHERE pronamespace = 'embedline_data'::regnamespace"
+    )
+    before = scalar(pages, written)
+    pages.execute("CREATE TABLE other (id integer); ALTER TABLE other ADD COLUMN name text")
+    pages.execute("CREATE TYPE colour AS ENUM ('red'); ALTER TYPE colour RENAME TO paint")
+    pages.execute("CREATE SCHEMA here; ALTER SCHEMA here RENAME TO there")
+    assert scalar(pages, written) == before
 
 
 def test_dropping_an_input_column_is_refused_and_named(pages: psycopg.Connection) -> None:
@@ -901,10 +993,97 @@ def test_a_large_value_is_captured(pages: psycopg.Connection) -> None:
 def test_an_inheritance_child_does_not_disturb_its_parent(pages: psycopg.Connection) -> None:
     """Rows of a child table are not rows of the source: they are neither captured nor embedded."""
     pages.execute("CREATE TABLE draft () INHERITS (page)")
-    pages.execute("INSERT INTO draft (id, title, body) VALUES (500, 'Draft', 'of a child')")
+    pages.execute(
+        "INSERT INTO draft (id, title, body) VALUES (500, 'Draft', 'of a child'), (2, 'Draft', 'of a known key')"
+    )
     pages.execute("UPDATE page SET body = 'changed' WHERE id = 1")
     settle(pages)
     assert 500 not in chunked_keys(pages)
+    assert scalar(pages, "SELECT count(*) FROM embedline.verify('page')") == 0
+    pages.execute("SELECT embedline.refresh_pipeline('page')")
+    settle(pages)
+    assert chunked_keys(pages) == set(range(1, 21))
+    assert scalar(pages, "SELECT count(*) FROM page_embedding WHERE id = 2") == 1
+
+
+def test_a_table_that_others_inherit_from_is_refused(database: psycopg.Connection) -> None:
+    create_pages(database, 3)
+    database.execute("CREATE TABLE draft (PRIMARY KEY (id)) INHERITS (page)")
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="other tables inherit from it") as caught:
+        create_pipeline(database)
+    assert caught.value.diag.message_hint
+    create_pipeline(database, "draft", "draft")
+
+
+_PARENTS = {
+    "partition": (
+        "CREATE TABLE whole (id integer, body text, PRIMARY KEY (id)) PARTITION BY RANGE (id)",
+        "CREATE TABLE part PARTITION OF whole FOR VALUES FROM (0) TO (100)",
+        "CREATE TABLE part (id integer PRIMARY KEY, body text)",
+        "ALTER TABLE whole ATTACH PARTITION part FOR VALUES FROM (0) TO (100)",
+    ),
+    "child": (
+        "CREATE TABLE whole (id integer NOT NULL, body text)",
+        "CREATE TABLE part (PRIMARY KEY (id)) INHERITS (whole)",
+        "CREATE TABLE part (id integer PRIMARY KEY, body text)",
+        "ALTER TABLE part INHERIT whole",
+    ),
+}
+
+
+def _write_through_the_parent(database: psycopg.Connection, kind: str) -> None:
+    """Rows 1 to 4 of part become 2 to 4, row 2 changed, and through a partition's parent 5."""
+    database.execute("UPDATE whole SET body = 'changed' WHERE id = 2")
+    database.execute("DELETE FROM whole WHERE id = 1")
+    database.execute(f"INSERT INTO {'whole' if kind == 'partition' else 'part'} VALUES (5, 'five')")
+    settle(database)
+    assert chunked_keys(database, "part") == {2, 3, 4, 5}
+    assert assert_exact(database, "part", content="body") == 4
+    assert scalar(database, "SELECT count(*) FROM embedline.verify('part')") == 0
+
+
+@pytest.mark.parametrize("kind", _PARENTS)
+def test_writes_through_the_parent_of_a_source_are_captured(database: psycopg.Connection, kind: str) -> None:
+    parent, part, _, _ = _PARENTS[kind]
+    database.execute(f"{parent}; {part}; INSERT INTO part SELECT n, 'row ' || n FROM generate_series(1, 4) AS n")
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="a part of another table"):
+        create_pipeline(database, "part", "part", "body", capture="statement")
+    create_pipeline(database, "part", "part", "body")
+    settle(database)
+    _write_through_the_parent(database, kind)
+
+
+@pytest.mark.parametrize("kind", _PARENTS)
+@pytest.mark.parametrize("by_refresh", [False, True])
+def test_a_source_that_gets_a_parent_gets_row_triggers(
+    database: psycopg.Connection, kind: str, by_refresh: bool
+) -> None:
+    parent, _, table, attach = _PARENTS[kind]
+    database.execute(f"{parent}; {table}; INSERT INTO part SELECT n, 'row ' || n FROM generate_series(1, 4) AS n")
+    create_pipeline(database, "part", "part", "body")
+    settle(database)
+    if by_refresh:
+        database.execute("ALTER EVENT TRIGGER embedline_follow_source DISABLE")
+    database.execute(attach)
+    if by_refresh:
+        query = "SELECT example ->> 'hint' FROM embedline.verify('part') WHERE finding = 'capture_off'"
+        database.execute(scalar(database, query))
+    _write_through_the_parent(database, kind)
+
+
+@pytest.mark.parametrize("kind", _PARENTS)
+def test_an_upgrade_gives_row_triggers_to_a_source_with_a_parent(
+    database: psycopg.Connection, database_dsn: str, kind: str
+) -> None:
+    parent, _, table, attach = _PARENTS[kind]
+    database.execute(f"{parent}; {table}; INSERT INTO part SELECT n, 'row ' || n FROM generate_series(1, 4) AS n")
+    create_pipeline(database, "part", "part", "body")
+    settle(database)
+    database.execute("ALTER EVENT TRIGGER embedline_follow_source DISABLE")
+    database.execute(attach)
+    database.execute("UPDATE embedline.pipeline SET code_version = 0")
+    command.upgrade(alembic_config(database_dsn), "head")
+    _write_through_the_parent(database, kind)
 
 
 # --- who writes

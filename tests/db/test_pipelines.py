@@ -376,6 +376,17 @@ def test_a_pipeline_whose_table_is_gone_does_not_stop_the_others(source: psycopg
     assert scalar(source, "SELECT count(*) FROM page_embedding") == 20
 
 
+def test_a_backfill_that_cannot_be_closed_does_not_stop_the_others(source: psycopg.Connection) -> None:
+    create_pages(source, 3, table="broken")
+    create_pipeline(source, name="broken", source="broken")
+    create_pipeline(source)
+    source.execute("DROP FUNCTION embedline_data.broken_missing(integer)")
+    assert drain(source) == 23
+    assert _status(source, "backfill_complete")
+    assert not _status(source, "backfill_complete", "broken")
+    assert "broken_missing" in _status(source, "last_error", "broken")
+
+
 def test_a_model_in_use_cannot_be_dropped(source: psycopg.Connection) -> None:
     create_pipeline(source)
     with pytest.raises(errors.InvalidParameterValue, match="in use") as caught:

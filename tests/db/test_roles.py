@@ -247,6 +247,37 @@ def test_the_content_expression_runs_as_the_sources_owner(
     assert chunks == {owner}
 
 
+@pytest.mark.parametrize("by_refresh", [False, True])
+def test_a_new_owner_of_the_source_has_the_pipeline(
+    database: psycopg.Connection, connect: Connect, owner: str, make_role: MakeRole, by_refresh: bool
+) -> None:
+    heir = make_role("embedline_admin")
+    _grant(database, "ALL ON SCHEMA own", heir)
+    create_pipeline(connect(owner), name="mine", source="own.mine", filter="views = 0", tenant="title")
+    settle(database)
+    if by_refresh:
+        database.execute("ALTER EVENT TRIGGER embedline_follow_source DISABLE")
+    database.execute(sql.SQL("ALTER TABLE own.mine OWNER TO {}").format(sql.Identifier(heir)))
+    if by_refresh:
+        connect(heir).execute("SELECT embedline.refresh_pipeline('mine')")
+    database.execute("INSERT INTO own.mine (id, title, body) VALUES (6, 'six', 'new')")
+    database.execute("UPDATE own.mine SET body = 'changed' WHERE id = 1")
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
+    assert scalar(database, "SELECT count(*) FROM embedline.verify('mine')") == 0
+    assert_exact(database, "mine")
+    left = (
+        "SELECT count(*) FROM pg_shdepend WHERE refobjid = %s::regrole AND classid IN ('pg_proc'::regclass, 'pg_class'::regclass)"
+        " AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    assert scalar(database, left, (f'"{owner}"',)) == 0
+    owners = (
+        "SELECT array_agg(DISTINCT relowner::regrole::text) FROM pg_class WHERE relname ~ '^mine_embedding'"
+        " UNION ALL SELECT array_agg(DISTINCT proowner::regrole::text) FROM pg_proc WHERE proname = 'mine_content'"
+    )
+    assert [[heir], [heir]] == [[name.strip('"') for name in row[0]] for row in database.execute(owners)]
+
+
 def test_an_expression_cannot_act_with_our_rights(database: psycopg.Connection, connect: Connect, owner: str) -> None:
     """A function that an administrator writes into the content tries to make its author a superuser, at every step."""
     admin = connect(owner)

@@ -112,6 +112,27 @@ def test_an_update_that_no_trigger_saw_is_stale_and_the_trigger_is_named(pages: 
     assert_exact(pages)
 
 
+@pytest.mark.parametrize("switch", ["DISABLE TRIGGER", "ENABLE TRIGGER", "ENABLE REPLICA TRIGGER"])
+def test_a_trigger_that_must_always_fire_is_made_to_by_the_hint(database: psycopg.Connection, switch: str) -> None:
+    create_pages(database, 5)
+    create_pipeline(database, capture="row")
+    settle(database)
+    assert verify(database) == {}
+    database.execute(f"ALTER TABLE page {switch} embedline_page_insert")
+    query = "SELECT count, example ->> 'hint' FROM embedline.verify('page') WHERE finding = 'capture_off'"
+    count, hint = database.execute(query).fetchall()[0]
+    assert count == 1
+    database.execute(hint)
+    assert verify(database) == {}
+    enabled = "SELECT array_agg(DISTINCT tgenabled::text) FROM pg_trigger WHERE tgname ~ '^embedline_page_'"
+    assert scalar(database, enabled) == ["A"]
+    # Nor does a refresh that makes the update trigger anew lose it.
+    database.execute("CREATE FUNCTION same() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
+    database.execute("CREATE TRIGGER same BEFORE UPDATE ON page FOR EACH ROW EXECUTE FUNCTION same()")
+    database.execute("SELECT embedline.refresh_pipeline('page')")
+    assert scalar(database, enabled) == ["A"]
+
+
 def test_a_truncated_partition_leaves_orphans_that_a_repair_removes(database: psycopg.Connection) -> None:
     database.execute("CREATE TABLE part (id integer PRIMARY KEY, body text) PARTITION BY RANGE (id)")
     database.execute("CREATE TABLE part_1 PARTITION OF part FOR VALUES FROM (1) TO (50)")

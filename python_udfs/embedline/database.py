@@ -29,6 +29,9 @@ UNDEFINED_TABLE = "42P01"
 # The end of the session, or of the statement: whoever tries again after errors lets these through.
 ENDING = ("57014", "57P01", "57P02", "57P03")
 
+# Schema of the functions of users' expressions. The sources' owners may name these, and nothing in embedline_data.
+EXPRESSION_SCHEMA = "embedline_expression"
+
 # First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
 WORKER_LOCK_CLASS = 1164797804
 # First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").

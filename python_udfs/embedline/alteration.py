@@ -214,7 +214,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
 
 def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExpression | None:
     """Return the input columns of an expression's function, as a function's body calls it; None where it does not."""
-    call = re.search(rf'embedline_data\."?{function}"?\(((?:{_ARGUMENT}(?:, )?)*)\)', body)
+    call = re.search(rf'embedline_(?:data|expression)\."?{function}"?\(((?:{_ARGUMENT}(?:, )?)*)\)', body)
     if call is None:
         return None
     names = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_ARGUMENT, call[1])]

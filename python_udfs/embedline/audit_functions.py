@@ -38,7 +38,7 @@ def _digest_statement(plan: CapturePlan) -> str:
 
 def _call(plan: CapturePlan, suffix: str, expression: SourceExpression) -> str:
     places = {name: i + 1 for i, (name, _) in enumerate(plan.expression_columns)}
-    return f"{plan.generated(suffix)}({', '.join(f'input_{places[name]}' for name, _ in expression.columns)})"
+    return f"{plan.expression(suffix)}({', '.join(f'input_{places[name]}' for name, _ in expression.columns)})"
 
 
 def _audit_statement(plan: CapturePlan) -> str:

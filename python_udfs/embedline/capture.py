@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embedline.catalog import chunk_table_suffix
-from embedline.database import data_name, quote_ident, quote_literal
+from embedline.database import EXPRESSION_SCHEMA, data_name, quote_ident, quote_literal
 
 # The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
 CODE_VERSION = 4
@@ -96,6 +96,10 @@ class CapturePlan:
         """Qualified, quoted name of a generated object."""
         return data_name(f"{self.name}_{suffix}")
 
+    def expression(self, suffix: str, schema: str = EXPRESSION_SCHEMA) -> str:
+        """Qualified, quoted name of the function of a user's expression."""
+        return f"{schema}.{quote_ident(f'{self.name}_{suffix}')}"
+
     def enqueue(self, keys: str, rows: str) -> str:
         """Return the INSERT of the keys of a row source into the inbox, in arrays of at most 100 keys."""
         listed = ", ".join(f"array_agg(k.{quote_ident(key.name)})" for key in self.keys)
@@ -129,7 +133,8 @@ class CapturePlan:
 
     def call(self, suffix: str, expression: SourceExpression, row: str) -> str:
         """The call of an expression's function for a row of the source."""
-        return f"{self.generated(suffix)}({', '.join(f'{row}.{quote_ident(name)}' for name, _ in expression.columns)})"
+        arguments = ", ".join(f"{row}.{quote_ident(name)}" for name, _ in expression.columns)
+        return f"{self.expression(suffix)}({arguments})"
 
     @property
     def key_names(self) -> str:
@@ -285,19 +290,19 @@ def version_statements(plan: CapturePlan, number: int, vector_type: str, chunk_s
     ]
 
 
-def content_function_statements(plan: CapturePlan) -> list[str]:
-    """The users' expressions as functions of their input columns. Inlined by the planner where they are called."""
+def content_function_statements(plan: CapturePlan, schema: str) -> dict[str, str]:
+    """The users' expressions as functions of their input columns, by suffix. Inlined by the planner where they are called."""
     functions = dict(plan.watched)
     if plan.tenant is not None:
         functions["tenant_value"] = plan.tenant
-    return [
-        f"""CREATE OR REPLACE FUNCTION {plan.generated(suffix)}(
+    return {
+        suffix: f"""CREATE FUNCTION {plan.expression(suffix, schema)}(
             {", ".join(f"{quote_ident(name)} {column_type}" for name, column_type in expression.columns)})
         RETURNS {"boolean" if suffix == "filter" else "text"} LANGUAGE sql STABLE
         BEGIN ATOMIC SELECT {expression.text}; END"""
         for suffix, expression in functions.items()
         if expression.text
-    ]
+    }
 
 
 def changed_function_statement(plan: CapturePlan) -> str:
@@ -309,7 +314,7 @@ def changed_function_statement(plan: CapturePlan) -> str:
     places = {name: i + 1 for i, (name, _) in enumerate(columns)}
     differences = [
         " IS DISTINCT FROM ".join(
-            f"{plan.generated(suffix)}({', '.join(f'{side}_{places[name]}' for name, _ in expression.columns)})"
+            f"{plan.expression(suffix)}({', '.join(f'{side}_{places[name]}' for name, _ in expression.columns)})"
             for side in ("old", "new")
         )
         for suffix, expression in plan.watched.items()
@@ -419,6 +424,7 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
     if plan.tenant is None:
         return []
     types = ", ".join(column_type for _, column_type in plan.tenant.columns)
+    arguments = ", ".join(f"source_row.{quote_ident(name)}" for name, _ in plan.tenant.columns)
     places = ", ".join(f"${i + 1}" for i in range(len(plan.tenant.columns)))
     arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
     join = " AND ".join(
@@ -429,7 +435,7 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
         RETURNS text LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
         AS $plpgsql$
         BEGIN
-            RETURN {plan.generated("tenant_value")}({places});
+            RETURN {plan.expression("tenant_value")}({places});
         EXCEPTION WHEN OTHERS THEN
             RETURN NULL;
         END
@@ -438,7 +444,7 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
         RETURNS TABLE (ordinality bigint, tenant text)
         LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
         BEGIN ATOMIC
-        SELECT wanted.ordinality, {plan.call("tenant_or_null", plan.tenant, "source_row")}
+        SELECT wanted.ordinality, {plan.generated("tenant_or_null")}({arguments})
         FROM unnest({plan.key_names}) WITH ORDINALITY AS wanted ({plan.key_names}, ordinality)
         JOIN {plan.rows} AS source_row ON {join};
         END""",

@@ -31,6 +31,9 @@ ENDING = ("57014", "57P01", "57P02", "57P03")
 # In GD: how many of our functions are running inside each other.
 _DEPTH = "embedline.depth"
 
+# Schema of the functions of users' expressions. The sources' owners may name these, and nothing in embedline_data.
+EXPRESSION_SCHEMA = "embedline_expression"
+
 # First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
 WORKER_LOCK_CLASS = 1164797804
 # First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").

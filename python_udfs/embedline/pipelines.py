@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -15,20 +16,21 @@ from embedline.capture import CapturePlan, KeyColumn, SourceExpression
 from embedline.catalog import Model, Pipeline, chunk_table_suffix, load_model, load_pipeline, load_versions
 from embedline.chunking import ChunkingSpec, chunking_spec
 from embedline.database import (
+    EXPRESSION_SCHEMA,
     Session,
     as_mapping,
     change_versions,
     entry_point,
     hold_source,
     quote_ident,
-    quote_literal,
     sqlstate_of,
     vector_schema,
 )
-from embedline.errors import AlreadyExists, InvalidParameter, NotFound, NotPermitted
+from embedline.errors import AlreadyExists, EmbedlineError, InvalidParameter, NotFound, NotPermitted
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
 from embedline.models import caller
+from embedline.owner_rights import create_scratch_schema, run_as_owner
 from embedline.schedule import forget_index_jobs
 from embedline.source import Source
 
@@ -91,21 +93,22 @@ _NOTE_SOURCE = """
 """
 _EXPRESSION = """
     SELECT pg_get_expr(conbin, conrelid) AS text FROM pg_constraint
-    WHERE conrelid = 'pg_temp.embedline_check'::regclass AND contype = 'c'
+    WHERE conrelid = $1::regclass AND contype = 'c'
 """
 _INPUT_COLUMNS = """
-    SELECT a.attname, format_type(a.atttypid, NULL) AS type
+    SELECT a.attname, a.attnum, format_type(a.atttypid, NULL) AS type
     FROM pg_constraint AS c, unnest(c.conkey) AS k (attnum), pg_attribute AS a
-    WHERE c.conrelid = 'pg_temp.embedline_check'::regclass AND c.contype = 'c'
+    WHERE c.conrelid = $1::regclass AND c.contype = 'c'
         AND a.attrelid = c.conrelid AND a.attnum = k.attnum
     ORDER BY a.attnum
 """
+_EXPRESSION_HINT = "Name columns without the table, for example title || E'\\n\\n' || body."
 # Functions and operators' functions of an expression, by the node tree that PostgreSQL stores of it.
 _VOLATILE = """
     SELECT p.oid::regprocedure::text AS signature
     FROM pg_constraint AS c, regexp_matches(c.conbin::text, ':(?:funcid|opfuncid) (\\d+)', 'g') AS m
     JOIN pg_proc AS p ON p.oid = m[1]::oid
-    WHERE c.conrelid = 'pg_temp.embedline_check'::regclass AND c.contype = 'c' AND p.provolatile = 'v'
+    WHERE c.conrelid = $1::regclass AND c.contype = 'c' AND p.provolatile = 'v'
         -- A function of the user's is volatile until declared otherwise; only the known ones are refused.
         AND p.pronamespace = 'pg_catalog'::regnamespace LIMIT 1
 """
@@ -208,7 +211,7 @@ def _load_source(session: Session, oid: int, role: str) -> Source:
             detail="Their rows are seen through it, but no trigger of it sees them change, and its key is not theirs.",
             hint="Create a pipeline on each table that holds rows and has no children, or use a partitioned table.",
         )
-    if row["schema"] in ("embedline", "embedline_data", "pg_catalog", "information_schema"):
+    if row["schema"] in ("embedline", "embedline_data", EXPRESSION_SCHEMA, "pg_catalog", "information_schema"):
         raise InvalidParameter(f"{label} cannot be a source: it is a table of the system")
     if not row["owned"]:
         raise NotPermitted(
@@ -349,29 +352,32 @@ def _key_column_name(source_name: str, position: int) -> str:
 def _deparse(session: Session, source: Source, expression: str, parameter: str, search_path: str) -> SourceExpression:
     """Let PostgreSQL resolve the expression with the caller's search_path, and print it back fully qualified.
 
-    A CHECK constraint on a temporary copy of the table takes exactly what is wanted: an expression over one row, without
+    A CHECK constraint on an empty copy of the table takes exactly what is wanted: an expression over one row, without
     aggregates, window or set-returning functions and subqueries, and prints it with bare column names.
     """
     require_single_expression(expression, parameter)
     # IS TRUE takes a boolean only; anything can be the text of a content.
     cast, test = ("", " IS TRUE") if parameter == "filter" else ("::pg_catalog.text", " IS NULL")
-    session.execute(f"CREATE TEMPORARY TABLE embedline_check (LIKE {source.qualified}) ON COMMIT DROP")
+    text, columns, volatile = "", [], None
     try:
-        session.execute(f"SELECT set_config('search_path', {quote_literal(search_path)}, true)")
-        session.execute(f"ALTER TABLE pg_temp.embedline_check ADD CHECK ((\n{expression}\n){cast}{test})")
+        # Rolled back: nothing stays of the table, nor of what the user's functions did.
+        with contextlib.suppress(_Undone), session.plpy.subtransaction():
+            table = f"{create_scratch_schema(session, source.owner)}.source"
+            session.execute(f"CREATE TABLE {table} (LIKE {source.qualified})")
+            session.execute(f"ALTER TABLE {table} OWNER TO {quote_ident(source.owner)}")
+            check = f"ALTER TABLE {table} ADD CHECK ((\n{expression}\n){cast}{test})"
+            run_as_owner(session, source.owner, check, search_path)
+            text = str(session.scalar(_EXPRESSION, ["text"], table)).removeprefix("(").removesuffix(f"{test})")
+            columns = session.query(_INPUT_COLUMNS, ["text"], table)
+            volatile = session.scalar(_VOLATILE, ["text"], table)
+            raise _Undone
     except Exception as error:
         state = sqlstate_of(error)
         if state[:2] not in ("42", "22", "0A"):
             raise
         raise InvalidParameter(
-            f"{parameter} is not an expression over the columns of {source.qualified}: {error}",
-            hint="Name columns without the table, for example title || E'\\n\\n' || body.",
+            f"{parameter} is not an expression over the columns of {source.qualified}: {error}", hint=_EXPRESSION_HINT
         ) from error
-    session.execute("SET LOCAL search_path = pg_catalog, pg_temp")
-    volatile = session.scalar(_VOLATILE)
-    text = str(session.scalar(_EXPRESSION)).removeprefix("(").removesuffix(f"{test})")
-    columns = session.query(_INPUT_COLUMNS)
-    session.execute("DROP TABLE pg_temp.embedline_check")
     if volatile:
         raise InvalidParameter(
             f"{parameter} calls {volatile}, which is volatile",
@@ -381,27 +387,59 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
         raise InvalidParameter(
             f"{parameter} is a row, not a single value", hint="Join the columns: title || E'\\n\\n' || body."
         )
+    if columns and columns[0]["attnum"] < 0:
+        raise InvalidParameter(
+            f"{parameter} is not an expression over the columns of {source.qualified}:"
+            f" {columns[0]['attname']} is a system column",
+            hint=_EXPRESSION_HINT,
+        )
     return SourceExpression(text, tuple((str(row["attname"]), str(row["type"])) for row in columns))
+
+
+class _Undone(Exception):
+    """Rolls back what was made only to be looked at."""
 
 
 def create_functions(session: Session, plan: CapturePlan, source: Source) -> None:
     """Create the functions that read the source; those of users' expressions only where the plan has their text."""
+    owner = quote_ident(source.owner)
+    _create_expression_functions(session, plan, source)
     for statement in (
-        *capture.content_function_statements(plan),
         capture.changed_function_statement(plan),
         *capture.read_function_statements(plan),
         *capture.tenant_function_statements(plan),
         *audit_function_statements(plan),
     ):
         session.execute(statement)
-    owner = quote_ident(source.owner)
-    session.execute(f"GRANT USAGE ON SCHEMA embedline_data TO {owner}")
     tables = ", ".join(plan.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document"))
     session.execute(f"GRANT SELECT ON {tables} TO {owner}")
-    # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's.
+    # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's. The owner
+    # may name them, and nothing else: whoever can name a function that is theirs can alter it to run as its caller.
+    session.execute(f"GRANT USAGE ON SCHEMA {EXPRESSION_SCHEMA} TO {owner}")
     for row in generated_functions(session, plan.name, capture.FUNCTIONS):
         session.execute(f"REVOKE ALL ON FUNCTION {row['signature']} FROM public")
         session.execute(f"ALTER FUNCTION {row['signature']} OWNER TO {owner}")
+
+
+def _create_expression_functions(session: Session, plan: CapturePlan, source: Source) -> None:
+    """Create the functions of users' expressions as the source's owner, and take them out of the owner's reach."""
+    schema = create_scratch_schema(session, source.owner)
+    for suffix, statement in capture.content_function_statements(plan, schema).items():
+        run_as_owner(session, source.owner, statement)
+        created = session.query(
+            """
+            SELECT p.oid::regprocedure::text AS signature FROM pg_proc AS p
+            WHERE p.pronamespace = $1::regnamespace AND p.proname = $2 AND p.prosqlbody IS NOT NULL AND NOT p.prosecdef
+                AND pg_get_userbyid(p.proowner) = $3
+            """,
+            ["text", "text", "name"], schema, f"{plan.name}_{suffix}", source.owner,
+        )  # fmt: skip
+        if len(created) != 1:
+            raise EmbedlineError(
+                f'code that runs with the expressions of pipeline "{plan.name}" has changed their functions'
+            )
+        session.execute(f"ALTER FUNCTION {created[0]['signature']} SET SCHEMA {EXPRESSION_SCHEMA}")
+    session.execute(f"DROP SCHEMA {schema} CASCADE")
 
 
 def generated_functions(session: Session, name: str, suffixes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -410,7 +448,8 @@ def generated_functions(session: Session, name: str, suffixes: tuple[str, ...]) 
         """
         SELECT p.oid::regprocedure::text AS signature, w.suffix
         FROM unnest($2::text[]) WITH ORDINALITY AS w (suffix, position)
-        JOIN pg_proc AS p ON p.proname = $1 || '_' || w.suffix AND p.pronamespace = 'embedline_data'::regnamespace
+        JOIN pg_proc AS p ON p.proname = $1 || '_' || w.suffix
+            AND p.pronamespace IN ('embedline_data'::regnamespace, 'embedline_expression'::regnamespace)
         ORDER BY w.position, p.oid
         """,
         ["text", "text[]"],

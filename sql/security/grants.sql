@@ -1,5 +1,5 @@
 -- All rights in one place. Nobody has any by default: functions are executable by PUBLIC unless that is taken away.
-REVOKE ALL ON SCHEMA embedline, embedline_data FROM public;
+REVOKE ALL ON SCHEMA embedline, embedline_data, embedline_expression FROM public;
 REVOKE ALL ON ALL TABLES IN SCHEMA embedline FROM public;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA embedline FROM public;
 REVOKE ALL ON FUNCTION public.embed_pending(integer, text) FROM public;

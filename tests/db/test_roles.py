@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
+from alembic import command
 from psycopg import errors, sql
 
-from support import assert_exact, create_pages, create_pipeline, drain, scalar, searching, settle
+from support import alembic_config, assert_exact, create_pages, create_pipeline, drain, scalar, searching, settle
 
 Connect = Callable[..., psycopg.Connection]
 MakeRole = Callable[..., str]
@@ -56,7 +57,7 @@ def test_public_has_no_right_on_anything_of_ours(pages: psycopg.Connection) -> N
         "SELECT * FROM embedline_data.page_chunk",
         "SELECT * FROM embedline_data.page_outbox",
         "INSERT INTO embedline_data.page_outbox (key_id) VALUES (1)",
-        "SELECT embedline_data.page_content(page) FROM page",
+        "SELECT embedline_expression.page_content(page) FROM page",
         "SELECT * FROM embedline_data.page_read('{1}', 1000)",
         "SELECT * FROM page_embedding",
         "SELECT * FROM embedline.search('page', 'rivers')",
@@ -104,7 +105,7 @@ def test_a_reader_without_the_source_sees_nothing(
         "SELECT * FROM embedline.search('page', 'rivers')",
         "SELECT chunk FROM page_embedding",
         "SELECT content FROM embedline_data.page_chunk",
-        "SELECT embedline_data.page_content(NULL)",
+        "SELECT embedline_expression.page_content(NULL)",
         "SELECT * FROM embedline_data.page_read('{1}', 1000)",
     ):
         with pytest.raises(errors.InsufficientPrivilege):
@@ -343,6 +344,99 @@ def test_a_function_of_an_index_cannot_act_in_the_name_of_who_analyses(
     database.execute("REINDEX TABLE own.mine")
     assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 1
     assert scalar(database, "SELECT embedline.drop_pipeline('page') IS NOT NULL")
+
+
+_GRAB = """
+    CREATE FUNCTION own.grab(x text) RETURNS boolean LANGUAGE plpgsql AS $$
+    BEGIN
+        EXECUTE format('ALTER ROLE %I CREATEDB', session_user);
+        RETURN true;
+    EXCEPTION WHEN insufficient_privilege THEN RETURN true;
+    END $$
+"""
+
+
+def _assert_nothing_grabbed(database: psycopg.Connection, owner: str) -> None:
+    assert not scalar(database, "SELECT rolcreatedb FROM pg_roles WHERE rolname = %s", (owner,))
+
+
+@pytest.mark.parametrize(
+    ("setup", "content"),
+    [
+        # Folded when the expression is planned.
+        (
+            "CREATE FUNCTION own.fixed(x text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS"
+            " $$ BEGIN RETURN own.grab(x)::text; END $$",
+            "body || own.fixed('now')",
+        ),
+        # Checked when the constant is parsed.
+        (
+            "CREATE DOMAIN own.checked AS text CHECK (own.grab(VALUE)); CREATE TYPE own.pair AS (x own.checked)",
+            "body || ('(x)'::own.pair)::text",
+        ),
+    ],
+    ids=["folded", "parsed"],
+)
+def test_an_expression_is_parsed_and_planned_with_its_owners_rights(
+    database: psycopg.Connection, connect: Connect, owner: str, setup: str, content: str
+) -> None:
+    admin = connect(owner)
+    admin.execute(_GRAB)
+    admin.execute(setup.encode())
+    create_pipeline(admin, name="mine", source="own.mine", content=content)
+    _assert_nothing_grabbed(database, owner)
+    admin.execute("SELECT embedline.alter_pipeline('mine', filter => %s)", (f"({content}) IS NOT NULL",))
+    assert drain(admin) == 5
+    _assert_nothing_grabbed(database, owner)
+    assert scalar(database, "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'embedline_new%'") == 0
+
+
+def test_a_source_owner_can_name_no_generated_object(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    """Not to have functions run as their caller, and not to read the texts of other owners' sources."""
+    create_pipeline(database)
+    admin = connect(owner)
+    create_pipeline(admin, name="mine", source="own.mine")
+    settle(database)
+    for statement in (
+        "ALTER FUNCTION embedline_data.mine_read(integer[], bigint) SECURITY INVOKER",
+        "DROP FUNCTION embedline_data.mine_changed(text, text, text, text)",
+        "SELECT content FROM embedline_data.page_chunk",
+        "SELECT chunk_id FROM embedline_data.page_v1",
+        "SELECT content FROM embedline_data.mine_chunk",
+        "CREATE FUNCTION embedline_expression.more() RETURNS integer LANGUAGE sql AS 'SELECT 1'",
+        "SELECT embedline_expression.page_content('a', 'b')",
+    ):
+        with pytest.raises(errors.InsufficientPrivilege):
+            admin.execute(statement)
+    admin.execute("UPDATE own.mine SET body = 'changed' WHERE id = 1")
+    assert drain(admin) == 1
+    assert_exact(database, "mine")
+    assert admin.execute("SELECT * FROM embedline.verify('mine')").fetchall() == []
+
+
+def test_an_upgrade_undoes_what_an_owner_could_once_name(
+    database: psycopg.Connection, database_dsn: str, connect: Connect, owner: str
+) -> None:
+    admin = connect(owner)
+    create_pipeline(admin, name="mine", source="own.mine")
+    settle(database)
+    command.downgrade(alembic_config(database_dsn), "0006")
+    admin.execute("ALTER FUNCTION embedline_data.mine_read(integer[], bigint) SECURITY INVOKER")
+    command.upgrade(alembic_config(database_dsn), "head")
+    assert not scalar(database, "SELECT has_schema_privilege(%s, 'embedline_data', 'USAGE')", (owner,))
+    assert scalar(database, "SELECT prosecdef FROM pg_proc WHERE proname = 'mine_read'")
+    admin.execute("UPDATE own.mine SET body = 'changed' WHERE id = 1")
+    assert drain(connect(owner)) == 1
+    assert_exact(database, "mine")
+
+
+def test_a_temporary_table_of_the_callers_does_not_stand_in_the_way(database: psycopg.Connection) -> None:
+    create_pages(database, 1)
+    database.execute("CREATE TEMPORARY TABLE embedline_check (id integer)")
+    create_pipeline(database)
+    assert drain(database) == 1
 
 
 def test_a_search_path_of_the_callers_does_not_redirect_us(

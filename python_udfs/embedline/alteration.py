@@ -238,6 +238,11 @@ def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> No
     fingerprint = version_fingerprint(
         version.model, version.column_type, version.distance, wanted.spec, wanted.expressions["document_prefix"]
     )
+    # Not now(): workers may have written since this transaction began, before it had the versions to itself.
+    session.query(
+        "UPDATE embedline.pipeline SET altered_at = clock_timestamp() WHERE pipeline_id = $1",
+        ["bigint"], pipeline.pipeline_id,
+    )  # fmt: skip
     decisive = (wanted.spec, wanted.expressions["document_prefix"]) != (pipeline.spec, pipeline.document_prefix)
     if decisive:
         session.query(

@@ -181,8 +181,8 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     """Sweep once all ranges are read; mark the version complete where no row is missing. True where work was found.
 
     An update of an unrelated column can move a row from a block not yet read to one already read, and is not captured:
-    so the end of the ranges is not the end of the backfill. The sweep is one snapshot; whatever is neither embedded nor
-    queued in it is queued.
+    so the end of the ranges is not the end of the backfill. The sweep is one snapshot; whatever is neither embedded as the
+    pipeline is now nor queued in it is queued, by its key: from there on it may move as it likes.
     """
     if pipeline.version.state != "backfilling":
         return False
@@ -207,12 +207,15 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
         f"""
         WITH queued AS (
             INSERT INTO {pipeline.outbox} ({pipeline.key_list}, of_backfill)
-            SELECT m.*, true FROM {pipeline.generated("missing")}($1) AS m RETURNING 1
+            SELECT m.*, true FROM {pipeline.missing_rows()} AS m RETURNING 1
         )
         SELECT count(*) FROM queued
         """,
-        ["integer"],
+        ["integer", "integer", "text", "text"],
         _SWEEP_ROWS,
+        pipeline.recipe,
+        pipeline.version.vectors_valid_from,
+        pipeline.altered_at,
     )
     if queued:
         return True

@@ -1,7 +1,7 @@
 """Keep what completeness, restores and gates of versions rest on.
 
-What: pipeline.altered_at; pipelines that hold documents of an earlier recipe are swept once more. Lock: ACCESS EXCLUSIVE on
-embedline.pipeline for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
+What: pipeline.altered_at; pipelines that hold documents of an earlier recipe are swept once more; backfill_range.relation is a
+regclass. Lock: ACCESS EXCLUSIVE on embedline.pipeline and embedline.backfill_range for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
 `alembic downgrade 0006`.
 
 Revision ID: 0009
@@ -41,11 +41,14 @@ UPGRADE: tuple[str, ...] = (
     END
     $do$
     """,
+    # By name, so that a dump takes it to where the table has another number. Both are stored alike: no rewrite.
+    "ALTER TABLE embedline.backfill_range ALTER COLUMN relation TYPE regclass",
     # Generated functions are written anew by the replay.
     "UPDATE embedline.pipeline SET code_version = 0",
 )
 
 DOWNGRADE: tuple[str, ...] = (
+    "ALTER TABLE embedline.backfill_range ALTER COLUMN relation TYPE oid",
     "ALTER TABLE embedline.pipeline DROP COLUMN altered_at",
     "UPDATE embedline.pipeline SET code_version = 0",
 )

@@ -1,0 +1,66 @@
+"""A database that pg_dump has taken to another place goes on where it was: numbers of objects mean nothing there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from small_models import register_static
+from support import assert_exact, create_pages, create_pipeline, scalar, settle
+from upgrading import add_version, cut_over, settle_versions
+
+Restore = Callable[[], psycopg.Connection]
+
+
+@pytest.fixture
+def restore(database_dsn: str, empty_database_dsn: str) -> Restore:
+    """Dump the database into an empty one and connect to that."""
+
+    def restored() -> psycopg.Connection:
+        pg_dump, psql = shutil.which("pg_dump"), shutil.which("psql")
+        assert pg_dump is not None
+        assert psql is not None
+        dump = subprocess.run([pg_dump, "--dbname", database_dsn], check=True, capture_output=True).stdout
+        subprocess.run(
+            [psql, "--quiet", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--dbname", empty_database_dsn],
+            input=dump, check=True, capture_output=True,
+        )  # fmt: skip
+        return psycopg.connect(empty_database_dsn, autocommit=True)
+
+    return restored
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True])
+def test_chunking_anew_goes_on_after_a_restore(
+    database: psycopg.Connection, restore: Restore, is_partitioned: bool
+) -> None:
+    create_pages(database, 300)
+    if is_partitioned:
+        database.execute("ALTER TABLE page RENAME TO page_1; ALTER TABLE page_1 RENAME CONSTRAINT page_pkey TO page_1_pkey")
+        database.execute("CREATE TABLE page (LIKE page_1 INCLUDING ALL) PARTITION BY RANGE (id)")
+        database.execute("ALTER TABLE page ATTACH PARTITION page_1 FOR VALUES FROM (1) TO (1000)")
+    create_pipeline(database, index_method="none")
+    settle(database)
+    add_version(database, "static-256", chunking="sentences")
+    scalar(database, "SELECT embedline.embed_pending(120)")
+    with restore() as restored:
+        settle_versions(restored)
+        cut_over(restored, 2)
+        assert assert_exact(restored) == 300
+
+
+def test_ranges_of_another_database_are_made_anew(database: psycopg.Connection) -> None:
+    create_pages(database, 300)
+    create_pipeline(database, index_method="none")
+    settle(database)
+    add_version(database, "static-256", chunking="sentences")
+    scalar(database, "SELECT embedline.embed_pending(120)")
+    # As a dump by an earlier release leaves them: the number of nothing, or of another table.
+    database.execute("UPDATE embedline.backfill_range SET relation = 'embedline.setting'::regclass")
+    settle_versions(database)
+    cut_over(database, 2)
+    assert assert_exact(database) == 300

@@ -1,7 +1,7 @@
 """Keep what completeness, restores and gates of versions rest on.
 
 What: pipeline.altered_at; pipelines that hold documents of an earlier recipe are swept once more; backfill_range.relation is a
-regclass. Lock: ACCESS EXCLUSIVE on embedline.pipeline and embedline.backfill_range for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
+regclass; pipeline.serving_function goes. Lock: ACCESS EXCLUSIVE on embedline.pipeline and embedline.backfill_range for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
 `alembic downgrade 0006`.
 
 Revision ID: 0009
@@ -43,11 +43,16 @@ UPGRADE: tuple[str, ...] = (
     """,
     # By name, so that a dump takes it to where the table has another number. Both are stored alike: no rewrite.
     "ALTER TABLE embedline.backfill_range ALTER COLUMN relation TYPE regclass",
+    # It is found by its name: functions have other numbers after a restore, and after pg_upgrade.
+    "ALTER TABLE embedline.pipeline DROP COLUMN serving_function",
     # Generated functions are written anew by the replay.
     "UPDATE embedline.pipeline SET code_version = 0",
 )
 
 DOWNGRADE: tuple[str, ...] = (
+    "ALTER TABLE embedline.pipeline ADD COLUMN serving_function oid",
+    "COMMENT ON COLUMN embedline.pipeline.serving_function IS 'Function whose body names the serving version: read past the snapshot, as the view''s definition is'",
+    "UPDATE embedline.pipeline SET serving_function = to_regprocedure(format('embedline_data.%I()', name || '_serving'))",
     "ALTER TABLE embedline.backfill_range ALTER COLUMN relation TYPE oid",
     "ALTER TABLE embedline.pipeline DROP COLUMN altered_at",
     "UPDATE embedline.pipeline SET code_version = 0",

@@ -275,4 +275,4 @@ def regenerate_pipelines(session: Session) -> None:
         _replace_functions(session, plan, source, [])
         rewrite_trigger_functions(session, plan)
         routing.refresh_views(session, pipeline, plan, source)
-        routing.write_serving_function(session, pipeline.pipeline_id, plan, pipeline.version.number)
+        routing.write_serving_function(session, plan, pipeline.version.number)

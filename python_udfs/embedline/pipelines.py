@@ -137,7 +137,7 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     shown = routing.shown_version(session, load_pipeline(session, name))
     view = routing.create_routing_view(session, pipeline_id, plan, source, shown)
     routing.create_version_view(session, load_pipeline(session, name), plan, source)
-    routing.write_serving_function(session, pipeline_id, plan, 1)
+    routing.write_serving_function(session, plan, 1)
     grant_tables(session, plan, source, [chunk_table_suffix(1), "v1"])
     return view
 
@@ -575,6 +575,7 @@ def refresh_pipeline(session: Session, name: str) -> None:
     pipeline = load_alone(session, name)
     plan, source = current_plan(session, pipeline)
     routing.refresh_views(session, pipeline, plan, source)
+    routing.write_serving_function(session, plan, pipeline.version.number)
     _refresh_update_trigger(session, plan, source)
     rewrite_trigger_functions(session, plan)
     # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.

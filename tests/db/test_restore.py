@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
+from psycopg import errors
 
 from small_models import register_static
 from support import assert_exact, create_pages, create_pipeline, scalar, settle
@@ -64,3 +65,31 @@ def test_ranges_of_another_database_are_made_anew(database: psycopg.Connection) 
     settle_versions(database)
     cut_over(database, 2)
     assert assert_exact(database) == 300
+
+
+def test_a_statement_embeds_with_the_version_that_it_reads_after_a_restore(
+    database: psycopg.Connection, restore: Restore
+) -> None:
+    create_pages(database, 40)
+    create_pipeline(database, index_method="none")
+    register_static(database, 64)
+    add_version(database, "static-64")
+    settle_versions(database)
+    dimensions = "SELECT vector_dims(embedline.embed_query('page', 'bread')::vector), max(vector_dims(embedding)) FROM page_embedding"
+    with restore() as restored, psycopg.connect(restored.info.dsn, password=restored.info.password) as old:
+        old.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        old.execute("SELECT 1 FROM embedline.version")
+        restored.execute("SET lock_timeout = '5s'")
+        cut_over(restored, 2)
+        assert old.execute(dimensions).fetchone() == (64, 64)
+
+
+def test_without_its_function_nothing_says_what_version_serves(database: psycopg.Connection) -> None:
+    create_pages(database, 5)
+    create_pipeline(database, index_method="none")
+    database.execute("DROP FUNCTION embedline_data.page_serving()")
+    with pytest.raises(errors.UndefinedObject, match="serving") as caught:
+        database.execute("SELECT embedline.embed_query('page', 'bread')")
+    assert "refresh_pipeline" in (caught.value.diag.message_hint or "")
+    database.execute("SELECT embedline.refresh_pipeline('page')")
+    assert scalar(database, "SELECT vector_dims(embedline.embed_query('page', 'bread')::vector)") == 256

@@ -178,6 +178,15 @@ def test_a_version_beside_the_serving_one_can_be_given_up(pages: psycopg.Connect
     assert add_version(pages, "static-64") == 2
 
 
+def test_a_version_that_was_rolled_back_from_goes_at_once_and_leaves_its_model(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    pages.execute("SELECT embedline.rollback('page')")
+    pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+    assert add_version(pages, "static-64") == 2
+
+
 def test_the_serving_version_is_not_dropped(pages: psycopg.Connection) -> None:
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="serves"):
         pages.execute("SELECT embedline.drop_embedding_version('page', 1)")

@@ -140,6 +140,8 @@ def test_the_chain_goes_all_the_way_down_before_its_contract(
         assert _index_is_valid(database) is None
     application.alembic("downgrade", "-1")
     assert _versions(database) == {1: "serves"}
+    application.alembic("upgrade", "+1")
+    assert _versions(database) == {1: "serves", 2: "backfilling"}
 
 
 @pytest.mark.parametrize("phase", [0, 1, 2, 3])

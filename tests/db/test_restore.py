@@ -41,7 +41,9 @@ def test_chunking_anew_goes_on_after_a_restore(
 ) -> None:
     create_pages(database, 300)
     if is_partitioned:
-        database.execute("ALTER TABLE page RENAME TO page_1; ALTER TABLE page_1 RENAME CONSTRAINT page_pkey TO page_1_pkey")
+        database.execute(
+            "ALTER TABLE page RENAME TO page_1; ALTER TABLE page_1 RENAME CONSTRAINT page_pkey TO page_1_pkey"
+        )
         database.execute("CREATE TABLE page (LIKE page_1 INCLUDING ALL) PARTITION BY RANGE (id)")
         database.execute("ALTER TABLE page ATTACH PARTITION page_1 FOR VALUES FROM (1) TO (1000)")
     create_pipeline(database, index_method="none")

@@ -240,6 +240,11 @@ def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> No
     fingerprint = version_fingerprint(
         version.model, version.column_type, version.distance, wanted.spec, wanted.expressions["document_prefix"]
     )
+    # Not now(): workers may have written since this transaction began, before it had the versions to itself.
+    session.query(
+        "UPDATE embedline.pipeline SET altered_at = clock_timestamp() WHERE pipeline_id = $1",
+        ["bigint"], pipeline.pipeline_id,
+    )  # fmt: skip
     decisive = (wanted.spec, wanted.expressions["document_prefix"]) != (pipeline.spec, pipeline.document_prefix)
     if decisive:
         session.query(
@@ -281,4 +286,4 @@ def regenerate_pipelines(session: Session) -> None:
             # What was written through the parent until now: the next sweep finds it.
             restart_sweep(session, pipeline)
         routing.refresh_views(session, pipeline, plan, source)
-        routing.write_serving_function(session, pipeline.pipeline_id, plan, pipeline.version.number)
+        routing.write_serving_function(session, plan, pipeline.version.number)

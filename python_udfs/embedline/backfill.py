@@ -30,7 +30,7 @@ def claim_backfill(
     while True:
         rows = session.query(
             """
-            SELECT r.range_id, r.relation::bigint AS relation, r.next_tid::text AS next_tid, r.end_tid::text AS end_tid,
+            SELECT r.range_id, r.relation::oid::bigint AS relation, r.next_tid::text AS next_tid, r.end_tid::text AS end_tid,
                 r.crash_count, r.file_node = pg_relation_filenode(r.relation) AS unmoved
             FROM embedline.backfill_range AS r
             WHERE r.pipeline_id = $1 AND NOT r.done AND r.claimed_by IS NULL AND least(r.crash_count, $3) = $2
@@ -110,22 +110,32 @@ def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, worker
 
 
 def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None:
-    # VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE write the table anew: every row has moved.
+    """Make the ranges of a relation anew, and those of relations of the source that have none.
+
+    VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE write a table anew: every row has moved. A relation that is none of
+    the source's was detached or dropped, or the ranges come out of another database, whose numbers mean nothing here: then
+    no relation has any.
+    """
     session.query(
         """
         WITH gone AS (DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 AND relation = $2::oid)
         INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
         SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid,
             format('(%s,0)', least(b + $3, size.blocks))::tid
-        FROM pg_class AS c
+        FROM (
+            SELECT $4::oid AS relid UNION SELECT relid FROM pg_partition_tree($4::oid::regclass) WHERE isleaf
+        ) AS leaf
+        JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
         CROSS JOIN LATERAL (SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
         CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
-        WHERE c.oid = $2::oid
+        WHERE c.oid = $2::oid OR NOT EXISTS (
+            SELECT FROM embedline.backfill_range AS r WHERE r.pipeline_id = $1 AND r.relation = c.oid)
         """,
-        ["bigint", "bigint", "bigint"],
+        ["bigint", "bigint", "bigint", "bigint"],
         pipeline.pipeline_id,
         relation,
         _BLOCKS_PER_RANGE,
+        pipeline.source_oid,
     )
 
 
@@ -181,8 +191,8 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     """Sweep once all ranges are read; mark the version complete where no row is missing. True where work was found.
 
     An update of an unrelated column can move a row from a block not yet read to one already read, and is not captured:
-    so the end of the ranges is not the end of the backfill. The sweep is one snapshot; whatever is neither embedded nor
-    queued in it is queued.
+    so the end of the ranges is not the end of the backfill. The sweep is one snapshot; whatever is neither embedded as the
+    pipeline is now nor queued in it is queued, by its key: from there on it may move as it likes.
     """
     if pipeline.version.state != "backfilling":
         return False
@@ -207,12 +217,15 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
         f"""
         WITH queued AS (
             INSERT INTO {pipeline.outbox} ({pipeline.key_list}, of_backfill)
-            SELECT m.*, true FROM {pipeline.generated("missing")}($1) AS m RETURNING 1
+            SELECT m.*, true FROM {pipeline.missing_rows()} AS m RETURNING 1
         )
         SELECT count(*) FROM queued
         """,
-        ["integer"],
+        ["integer", "integer", "text", "text"],
         _SWEEP_ROWS,
+        pipeline.recipe,
+        pipeline.version.vectors_valid_from,
+        pipeline.altered_at,
     )
     if queued:
         return True

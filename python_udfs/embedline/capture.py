@@ -344,12 +344,6 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         f"source_row.{quote_ident(key.source_name)} = wanted.{quote_ident(key.name)}" for key in plan.keys
     )
     order = ", ".join(f"source_row.{quote_ident(key.source_name)}" for key in plan.keys)
-    returned_keys = ", ".join(f"{quote_ident(key.name)} {key.type}" for key in plan.keys)
-    key_select = ", ".join(f"source_row.{quote_ident(key.source_name)}" for key in plan.keys)
-    anti = " AND ".join(
-        f"other.{quote_ident(key.name)} = source_row.{quote_ident(key.source_name)}" for key in plan.keys
-    )
-    taken = ", ".join(f"i.{quote_ident(key.name)}" for key in plan.keys)
     definer = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp"
     return [
         # Contents up to max_bytes in all; past that the row comes back deferred, and is asked for again.
@@ -387,23 +381,6 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         FOR KEY SHARE OF source_row SKIP LOCKED;
         END""",
         range_function_statement(plan),
-        # The closing sweep of a backfill: an update that moved a row to a block already read was not captured.
-        f"""CREATE OR REPLACE FUNCTION {plan.generated("missing")}(row_limit integer)
-        RETURNS TABLE ({returned_keys})
-        LANGUAGE sql STABLE {definer}
-        BEGIN ATOMIC
-        SELECT {key_select} FROM {plan.rows} AS source_row
-        WHERE {accepted}
-            AND NOT EXISTS (SELECT FROM {plan.generated("document")} AS other WHERE {anti})
-            AND NOT EXISTS (SELECT FROM {plan.generated("outbox")} AS other WHERE {anti})
-            AND NOT EXISTS (
-                SELECT FROM {plan.generated("inbox")} AS i CROSS JOIN LATERAL unnest({taken}) AS other ({plan.key_names})
-                WHERE {anti})
-            AND NOT EXISTS (
-                SELECT FROM {plan.generated("claim")} AS i CROSS JOIN LATERAL unnest({taken}) AS other ({plan.key_names})
-                WHERE {anti})
-        LIMIT row_limit;
-        END""",
     ]
 
 

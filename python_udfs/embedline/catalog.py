@@ -22,7 +22,8 @@ _CHUNK_SET_COLUMNS = """
 # One row for each version of each pipeline; `others` are the versions beside it, `sets` the other ways of chunking.
 _VERSION_SQL = f"""
     SELECT p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
-           p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, {_CHUNK_SET_COLUMNS},
+           p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, p.altered_at::text AS altered_at,
+           {_CHUNK_SET_COLUMNS},
            p.document_prefix_expression, p.tenant_expression, p.weight, v.fingerprint AS version_fingerprint,
            v.vectors_valid_from::text AS vectors_valid_from, v.version_id = p.serving_version_id AS is_serving,
            v.view::oid::bigint AS version_view_oid, v.search_precision, v.backfill_order, v.backfill_rate,
@@ -152,6 +153,7 @@ class Pipeline:
     state: str
     generation: int
     recipe: int
+    altered_at: str | None
     version: Version
     versions: tuple[tuple[int, int, int], ...]
     is_serving: bool = True
@@ -231,6 +233,13 @@ class Pipeline:
     def quoted_key_columns(self) -> list[str]:
         """The key columns of the generated tables, each quoted."""
         return [quote_ident(column) for column in self.key_columns]
+
+    def missing_rows(self, first_parameter: int = 1) -> str:
+        """Call of the closing sweep with parameters from $n on: `row_limit` and `sweep_parameters`."""
+        limit, recipe, valid_from, altered_at = range(first_parameter, first_parameter + 4)
+        return (
+            f"{self.generated('missing')}(${limit}, ${recipe}, ${valid_from}::timestamptz, ${altered_at}::timestamptz)"
+        )
 
     def key_texts_of(self, alias: str) -> str:
         """`key_texts` with the columns qualified by a table alias."""
@@ -354,6 +363,7 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         state=str(values["state"]),
         generation=int(str(values["generation"])),
         recipe=int(str(values["recipe"])),
+        altered_at=_optional(values["altered_at"]),
         version=version,
         versions=tuple((int(i), int(n), int(s)) for i, n, s in as_list(values["versions"])),
         is_serving=bool(values["is_serving"]),

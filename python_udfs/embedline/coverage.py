@@ -19,6 +19,10 @@ _DEAD_LETTERS = """
 """
 
 
+# Documents that the current recipe has not cut: their rows have no chunks in the sets that it added.
+_UNCUT = "SELECT count(*) FROM {document} WHERE state = 'embedded' AND recipe <> $1"
+
+
 def missing_chunks(session: Session, pipeline: Pipeline) -> int:
     """Count the chunks of the version's set without vector and dead letter, but for those written in the last seconds."""
     return int(
@@ -54,13 +58,20 @@ def require_complete(pipeline: Pipeline) -> None:
 
 
 def require_coverage(session: Session, pipeline: Pipeline) -> None:
-    """Raise unless every chunk has its vector, or a dead letter that somebody has accepted.
+    """Raise unless every row is cut as the version asks for, and every chunk has its vector or an accepted dead letter.
 
     Not unless the queue is empty: under steady writes it never is, and what was written in the last seconds is on its way.
     """
     require_complete(pipeline)
     name, number, version = pipeline.name, pipeline.version.number, pipeline.version
     progress = _progress(pipeline)
+    uncut = session.scalar(_UNCUT.format(document=pipeline.document), ["integer"], pipeline.recipe)
+    if uncut:
+        raise NotReady(
+            f'version {number} of pipeline "{name}" lacks the chunks of {uncut} rows',
+            detail="They are cut as an earlier recipe asked for.",
+            hint=f"SELECT * FROM embedline.verify('{name}', repair => true); queues them.",
+        )
     missing = missing_chunks(session, pipeline)
     if missing:
         raise NotReady(

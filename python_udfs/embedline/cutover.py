@@ -202,7 +202,7 @@ def _swap(
         # Everybody has it now; whoever was kept back on purpose stays so.
         for table in ("embedline.traffic", "embedline.traffic_tenant"):
             session.query(f"DELETE FROM {table} WHERE version_id = $1", ["bigint"], target.version.version_id)
-    routing.write_serving_function(session, target.pipeline_id, plan, target.version.number)
+    routing.write_serving_function(session, plan, target.version.number)
     started = time.monotonic()
     show = partial(routing.show_version, session, target, plan, source)
     retry_locked(session, show, "the routing view", _SWAP_SECONDS)

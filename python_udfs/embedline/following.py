@@ -47,6 +47,7 @@ def refresh_pipeline(session: Session, name: str) -> None:
     pipeline = load_alone(session, name)
     plan, source = _follow(session, pipeline)
     routing.refresh_views(session, pipeline, plan, source)
+    routing.write_serving_function(session, plan, pipeline.version.number)
     _refresh_update_trigger(session, plan, source)
     # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
     restart_sweep(session, pipeline)

@@ -155,7 +155,7 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     shown = routing.shown_version(session, load_pipeline(session, name))
     view = routing.create_routing_view(session, pipeline_id, plan, source, shown)
     routing.create_version_view(session, load_pipeline(session, name), plan, source)
-    routing.write_serving_function(session, pipeline_id, plan, 1)
+    routing.write_serving_function(session, plan, 1)
     grant_tables(session, plan, source, [chunk_table_suffix(1), "v1"])
     return view
 

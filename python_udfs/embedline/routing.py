@@ -18,7 +18,7 @@ from embedline import capture
 from embedline.capture import CapturePlan, ShownVersion
 from embedline.catalog import Pipeline, load_versions
 from embedline.database import Session, as_mapping, quote_ident, quote_literal, retry_locked, vector_schema
-from embedline.errors import AlreadyExists, DependentObjects
+from embedline.errors import AlreadyExists, DependentObjects, NotFound
 from embedline.source import Source
 
 _MAX_VIEW_COLUMNS = 1600
@@ -71,11 +71,8 @@ _DEPENDENTS = """
         AND NOT (d.classid = 'pg_rewrite'::regclass AND r.oid IS NULL)
     ORDER BY 1
 """
-# By its name: pipeline.serving_function has the oid of before a dump and restore.
-_SERVING_FUNCTION = """
-    SELECT pg_get_functiondef(oid) FROM pg_proc
-    WHERE proname = $1 || '_serving' AND pronamespace = 'embedline_data'::regnamespace
-"""
+# By its name, which a dump and pg_upgrade keep; to_regprocedure looks it up in the system cache, too.
+_SERVING_FUNCTION = "SELECT pg_get_functiondef(to_regprocedure($1))"
 
 
 def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:
@@ -380,7 +377,7 @@ def _note_attributes(session: Session, pipeline: Pipeline, attributes: dict[str,
     )  # fmt: skip
 
 
-def write_serving_function(session: Session, pipeline_id: int, plan: CapturePlan, number: int) -> None:
+def write_serving_function(session: Session, plan: CapturePlan, number: int) -> None:
     """Write the function whose body names the serving version, in the transaction that changes the routing view.
 
     Its body is read through the system cache (pg_get_functiondef), which knows no snapshot, just as the parser reads the
@@ -391,14 +388,18 @@ def write_serving_function(session: Session, pipeline_id: int, plan: CapturePlan
         f"CREATE OR REPLACE FUNCTION {function} RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT {number}'"
     )
     session.execute(f"REVOKE ALL ON FUNCTION {function} FROM public")
-    session.query(
-        "UPDATE embedline.pipeline SET serving_function = $2::regprocedure::oid WHERE pipeline_id = $1",
-        ["bigint", "text"], pipeline_id, function,
-    )  # fmt: skip
 
 
-def serving_number(session: Session, pipeline_name: str) -> int | None:
-    """Return the number of the version that the routing view shows at this moment; None where there is no such function."""
-    definition = session.scalar(_SERVING_FUNCTION, ["text"], pipeline_name)
-    found = re.search(r"SELECT (\d+)", definition or "")
-    return int(found[1]) if found else None
+def serving_number(session: Session, pipeline: Pipeline) -> int:
+    """Return the number of the version that the routing view shows at this moment.
+
+    Raises NotFound where nothing says so: the catalogue is of the statement's snapshot, and the view may be of a later one.
+    """
+    function = f"{pipeline.generated('serving')}()"
+    found = re.search(r"SELECT (\d+)", session.scalar(_SERVING_FUNCTION, ["text"], function) or "")
+    if found is None:
+        raise NotFound(
+            f"the function {function} is gone or changed, which says what version serves",
+            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
+        )
+    return int(found[1])

@@ -23,8 +23,8 @@ _OVERFETCH = 4
 def embed_query(session: Session, pipeline_name: str, query: str) -> str:
     """Return the query's vector in pgvector's text form, made by the model of the version that serves."""
     pipeline = load_pipeline(session, pipeline_name)
-    shown = routing.serving_number(session, pipeline_name)
-    if shown is not None and shown != pipeline.version.number:
+    shown = routing.serving_number(session, pipeline)
+    if shown != pipeline.version.number:
         # The view was cut over after this transaction's snapshot was taken; the statement reads the view as it is now.
         pipeline = load_version(session, pipeline_name, shown)
     return _embed(session, pipeline, query)

@@ -344,12 +344,15 @@ def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
         session.query(
             row_keys.enqueue(
                 pipeline,
-                f"{pipeline.generated('missing')}($1)",
-                "EXISTS (SELECT FROM embedline.version WHERE version_id = $2 AND state = 'complete')",
+                pipeline.missing_rows(2),
+                "EXISTS (SELECT FROM embedline.version WHERE version_id = $1 AND state = 'complete')",
             ),
-            ["integer", "bigint"],
-            QUEUED_ROWS,
+            ["bigint", "integer", "integer", "text", "text"],
             pipeline.version.version_id,
+            QUEUED_ROWS,
+            pipeline.recipe,
+            pipeline.version.vectors_valid_from,
+            pipeline.altered_at,
         )
     return [finding] if finding.count else []
 

@@ -59,11 +59,12 @@ _TOOK_OVER = """
     CROSS JOIN (SELECT coalesce($3::interval, make_interval(secs => $4 * 3600)) AS length) AS w
     WHERE c.to_version_id = $1 AND c.from_version_id = $2 AND c.kind = 'cutover' ORDER BY c.cutover_id DESC LIMIT 1
 """
-# A model that served here once; one that was only tried stays, for the next try.
+# A model that gave way by a cutover; one that was tried, or cut over to and rolled back from, stays for the next try.
 _FORGET_MODEL = """
     DELETE FROM embedline.model AS m
     WHERE m.model_id = $1 AND NOT EXISTS (SELECT FROM embedline.version AS v WHERE v.model_id = m.model_id)
-        AND EXISTS (SELECT FROM embedline.cutover AS c WHERE $2 IN (c.from_version_id, c.to_version_id))
+        AND (SELECT c.kind FROM embedline.cutover AS c WHERE $2 IN (c.from_version_id, c.to_version_id)
+            ORDER BY c.cutover_id DESC LIMIT 1) = 'cutover'
     RETURNING m.name
 """
 _QUARANTINED = "DELETE FROM embedline.version_dead_letter WHERE version_id = $1 RETURNING chunk_id"

@@ -1,28 +1,105 @@
-"""A database that was dumped and restored: pg_dump numbers columns anew where one was dropped."""
+"""A database that pg_dump has taken to another place goes on where it was: numbers of objects mean nothing there."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
+from psycopg import errors
 
-from embedline.local.bootstrap import local_cluster
-from embedline.local.settings import load_settings
-from support import assert_exact, create_pipeline, scalar, searching, settle
+from small_models import register_static
+from support import assert_exact, create_pages, create_pipeline, scalar, searching, settle
+from upgrading import add_version, cut_over, settle_versions
 
-
-def _restore(dump_of: str, into: str) -> None:
-    programs = local_cluster(load_settings()).bin_dir
-    dump = subprocess.run([programs / "pg_dump", dump_of], check=True, capture_output=True, text=True).stdout
-    psql = [programs / "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", into]
-    subprocess.run(psql, input=dump, check=True, capture_output=True, text=True)
+Restore = Callable[[], psycopg.Connection]
 
 
 @pytest.fixture
-def restored(database: psycopg.Connection, database_dsn: str, empty_database_dsn: str) -> Iterator[psycopg.Connection]:
-    """A copy of tables of which the first or the second column was dropped; a key of one and one of two columns."""
+def restore(database_dsn: str, empty_database_dsn: str) -> Restore:
+    """Dump the database into an empty one and connect to that."""
+
+    def restored() -> psycopg.Connection:
+        pg_dump, psql = shutil.which("pg_dump"), shutil.which("psql")
+        assert pg_dump is not None
+        assert psql is not None
+        dump = subprocess.run([pg_dump, "--dbname", database_dsn], check=True, capture_output=True).stdout
+        subprocess.run(
+            [psql, "--quiet", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--dbname", empty_database_dsn],
+            input=dump, check=True, capture_output=True,
+        )  # fmt: skip
+        return psycopg.connect(empty_database_dsn, autocommit=True)
+
+    return restored
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True])
+def test_chunking_anew_goes_on_after_a_restore(
+    database: psycopg.Connection, restore: Restore, is_partitioned: bool
+) -> None:
+    create_pages(database, 300)
+    if is_partitioned:
+        database.execute(
+            "ALTER TABLE page RENAME TO page_1; ALTER TABLE page_1 RENAME CONSTRAINT page_pkey TO page_1_pkey"
+        )
+        database.execute("CREATE TABLE page (LIKE page_1 INCLUDING ALL) PARTITION BY RANGE (id)")
+        database.execute("ALTER TABLE page ATTACH PARTITION page_1 FOR VALUES FROM (1) TO (1000)")
+    create_pipeline(database, index_method="none")
+    settle(database)
+    add_version(database, "static-256", chunking="sentences")
+    scalar(database, "SELECT embedline.embed_pending(120)")
+    with restore() as restored:
+        settle_versions(restored)
+        cut_over(restored, 2)
+        assert assert_exact(restored) == 300
+
+
+def test_ranges_of_another_database_are_made_anew(database: psycopg.Connection) -> None:
+    create_pages(database, 300)
+    create_pipeline(database, index_method="none")
+    settle(database)
+    add_version(database, "static-256", chunking="sentences")
+    scalar(database, "SELECT embedline.embed_pending(120)")
+    # As a dump by an earlier release leaves them: the number of nothing, or of another table.
+    database.execute("UPDATE embedline.backfill_range SET relation = 'embedline.setting'::regclass")
+    settle_versions(database)
+    cut_over(database, 2)
+    assert assert_exact(database) == 300
+
+
+def test_a_statement_embeds_with_the_version_that_it_reads_after_a_restore(
+    database: psycopg.Connection, restore: Restore
+) -> None:
+    create_pages(database, 40)
+    create_pipeline(database, index_method="none")
+    register_static(database, 64)
+    add_version(database, "static-64")
+    settle_versions(database)
+    dimensions = "SELECT vector_dims(embedline.embed_query('page', 'bread')::vector), max(vector_dims(embedding)) FROM page_embedding"
+    with restore() as restored, psycopg.connect(restored.info.dsn, password=restored.info.password) as old:
+        old.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        old.execute("SELECT 1 FROM embedline.version")
+        restored.execute("SET lock_timeout = '5s'")
+        cut_over(restored, 2)
+        assert old.execute(dimensions).fetchone() == (64, 64)
+
+
+def test_without_its_function_nothing_says_what_version_serves(database: psycopg.Connection) -> None:
+    create_pages(database, 5)
+    create_pipeline(database, index_method="none")
+    database.execute("DROP FUNCTION embedline_data.page_serving()")
+    with pytest.raises(errors.UndefinedObject, match="serving") as caught:
+        database.execute("SELECT embedline.embed_query('page', 'bread')")
+    assert "refresh_pipeline" in (caught.value.diag.message_hint or "")
+    database.execute("SELECT embedline.refresh_pipeline('page')")
+    assert scalar(database, "SELECT vector_dims(embedline.embed_query('page', 'bread')::vector)") == 256
+
+
+@pytest.fixture
+def restored(database: psycopg.Connection, restore: Restore) -> Iterator[psycopg.Connection]:
+    """A copy of tables of which the first or the second column was dropped: pg_dump numbers columns anew."""
     database.execute(
         "CREATE TABLE m (old integer, id integer PRIMARY KEY, parent integer, body text);"
         " ALTER TABLE m DROP COLUMN old; INSERT INTO m VALUES (1, 2, 'one'), (2, 1, 'two'), (3, 3, 'three');"
@@ -32,8 +109,7 @@ def restored(database: psycopg.Connection, database_dsn: str, empty_database_dsn
     create_pipeline(database, "m", "m", "body")
     create_pipeline(database, "zz", "zz", "body")
     settle(database)
-    _restore(database_dsn, empty_database_dsn)
-    with psycopg.connect(empty_database_dsn, autocommit=True) as connection:
+    with restore() as connection:
         yield connection
 
 

@@ -88,6 +88,53 @@ def test_a_version_of_another_chunking_has_chunks_of_its_own(pages: psycopg.Conn
     assert data_count(pages, "page_chunk_2") == 0
 
 
+def _move_unread_rows(connection: psycopg.Connection) -> None:
+    """Have an update of an unrelated column move the last rows to where the backfill has been already."""
+    connection.execute("UPDATE page SET views = views + 1 WHERE id > 950")
+    assert scalar(connection, "SELECT count(*) FROM page WHERE id > 950 AND ctid < '(3,0)'") > 0, "no row has moved"
+
+
+@pytest.fixture
+def roomy(database: psycopg.Connection) -> psycopg.Connection:
+    """Pipeline page over 800 rows behind the room that 200 others have left."""
+    create_pages(database, 1000)
+    create_pipeline(database, index_method="none")
+    settle(database)
+    database.execute("DELETE FROM page WHERE id <= 200")
+    database.execute("VACUUM page")
+    return database
+
+
+def test_rows_that_move_while_they_are_chunked_anew_are_not_lost(roomy: psycopg.Connection) -> None:
+    add_version(roomy, "static-256", chunking="sentences")
+    scalar(roomy, "SELECT embedline.embed_pending(770)")
+    _move_unread_rows(roomy)
+    settle_versions(roomy)
+    cut_over(roomy, 2)
+    assert assert_exact(roomy) == 800
+
+
+def test_rows_that_move_while_an_alteration_reads_them_are_not_lost(roomy: psycopg.Connection) -> None:
+    roomy.execute("SELECT embedline.alter_pipeline('page', content => 'body', filter => 'id % 3 > 0')")
+    scalar(roomy, "SELECT embedline.embed_pending(500)")
+    _move_unread_rows(roomy)
+    settle(roomy)
+    assert assert_exact(roomy) > 500
+
+
+def test_a_version_without_the_chunks_of_some_rows_does_not_serve(roomy: psycopg.Connection) -> None:
+    add_version(roomy, "static-256", chunking="sentences")
+    settle_versions(roomy)
+    roomy.execute("DELETE FROM embedline_data.page_chunk_2 WHERE key_id > 990")
+    roomy.execute("UPDATE embedline_data.page_document SET recipe = 1 WHERE key_id > 990")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="lacks the chunks of 10 rows"):
+        cut_over(roomy, 2)
+    roomy.execute("SELECT * FROM embedline.verify('page', repair => true)")
+    settle_versions(roomy)
+    cut_over(roomy, 2)
+    assert assert_exact(roomy) == 800
+
+
 def test_the_same_vectors_in_another_type_are_not_paid_for(pages: psycopg.Connection) -> None:
     """The lender is the version that is there: no model is asked, so a model that cannot answer does not matter."""
     pages.execute("UPDATE embedline.model SET model = '/nowhere' WHERE name = 'static-256'")
@@ -128,6 +175,15 @@ def test_a_version_beside_the_serving_one_can_be_given_up(pages: psycopg.Connect
     pages.execute("UPDATE page SET body = 'again' WHERE id = 1")
     settle(pages)
     assert assert_exact(pages) == 40
+    assert add_version(pages, "static-64") == 2
+
+
+def test_a_version_that_was_rolled_back_from_goes_at_once_and_leaves_its_model(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    pages.execute("SELECT embedline.rollback('page')")
+    pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
     assert add_version(pages, "static-64") == 2
 
 

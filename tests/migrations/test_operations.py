@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,25 @@ def test_an_application_upgrades_its_model_with_revisions_of_its_own(
     application.alembic("upgrade", "head")
     assert _versions(database) == {2: "serves"}
     assert scalar(database, "SELECT to_regclass('embedline_data.article_v1') IS NULL")
-    assert "embedline upgrade-model article --model static-256" in application.alembic("downgrade", "-1", fails=True)
+    refused = application.alembic("downgrade", "-1", fails=True)
     assert _versions(database) == {2: "serves"}
     assert scalar(database, "SELECT count(*) FROM alembic_version") == 1
-    application.declare(PIPELINE.replace("static-256", "minilm"))
+    declared = PIPELINE.replace("static-256", "minilm")
+    application.declare(
+        declared + '[models.static-256]\nprovider = "sentence-transformers"\nmodel = "/srv/static-256"\n'
+    )
     assert "No new upgrade operations detected" in application.alembic("check")
+
+    # What the refusal says to run leads to the old model.
+    application.declare(declared)
+    registration = re.search(r"SELECT embedline\.create_model\(.*?\);", refused)
+    command = re.search(r"embedline (upgrade-model article --model static-256)", refused)
+    assert registration
+    assert command
+    database.execute(registration[0])
+    application.run("embedline", *command[1].split())
+    application.alembic("upgrade", "+1")
+    assert _versions(database) == {2: "serves", 3: "backfilling"}
 
 
 def test_the_index_waits_for_the_backfill(
@@ -140,6 +155,8 @@ def test_the_chain_goes_all_the_way_down_before_its_contract(
         assert _index_is_valid(database) is None
     application.alembic("downgrade", "-1")
     assert _versions(database) == {1: "serves"}
+    application.alembic("upgrade", "+1")
+    assert _versions(database) == {1: "serves", 2: "backfilling"}
 
 
 @pytest.mark.parametrize("phase", [0, 1, 2, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alembic import util
 from alembic.autogenerate import render_python_code
@@ -35,6 +36,7 @@ class Upgrade:
     serving_model: str
     settings: UpgradeSettings
     register: CreateModelOp | None = None
+    serving_registration: CreateModelOp | None = None
 
     @property
     def pipeline(self) -> str:
@@ -68,9 +70,19 @@ class Upgrade:
                 return [explain(cutover, self._about_cutover())]
             case _:
                 contract = DropEmbeddingVersionOp(
-                    pipeline, self.serving, settings.rollback_window, model=self.serving_model
+                    pipeline,
+                    self.serving,
+                    settings.rollback_window,
+                    model=self.serving_model,
+                    registration=self._registration_again(),
                 )
                 return [explain(contract, self._about_contract())]
+
+    def _registration_again(self) -> dict[str, Any] | None:
+        """Return the arguments that would register the serving model again, but its name."""
+        if self.serving_registration is None:
+            return None
+        return {key: value for key, value in self.serving_registration.written().items() if key != "name"}
 
     def _about_expand(self) -> list[str]:
         return [

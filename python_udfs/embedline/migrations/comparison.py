@@ -64,14 +64,22 @@ def compare(connection: Connection, declaration: Declaration) -> Changes:
             continue
         _require_same_source(connection, declared, stored)
         operations.extend(_alteration(declared, stored))
-        upgrades.extend(_upgrade(declared, stored))
+        upgrades.extend(_upgrade(declared, stored, catalogue))
     return Changes(tuple(_drops(declaration, catalogue)), tuple(operations), tuple(upgrades))
 
 
 def _new_models(declaration: Declaration, catalogue: Catalogue) -> list[CreateModelOp]:
+    """Return the models that a declared pipeline asks for and that are not registered.
+
+    Others are not proposed: a contract forgets the model that nothing uses any more, though the file may keep it.
+    """
     new = []
+    used = {declared.create.model for declared in declaration.pipelines.values()}
     for name, declared in declaration.models.items():
         stored = catalogue.models.get(name)
+        if stored is None and name not in used:
+            logger.info("model %r is registered when a pipeline asks for it", name)
+            continue
         if stored is None:
             new.append(declared)
             logger.info("Detected added model %r", name)
@@ -156,7 +164,7 @@ def _alteration(declared: DeclaredPipeline, stored: StoredPipeline) -> list[Alte
     return [AlterPipelineOp(stored.name, **changed, drop=drop, before=before)]
 
 
-def _upgrade(declared: DeclaredPipeline, stored: StoredPipeline) -> list[Upgrade]:
+def _upgrade(declared: DeclaredPipeline, stored: StoredPipeline, catalogue: Catalogue) -> list[Upgrade]:
     wanted = {name: value for name, value in declared.create.written().items() if name in RECIPE}
     if _has(stored.serving, wanted):
         return []
@@ -168,10 +176,10 @@ def _upgrade(declared: DeclaredPipeline, stored: StoredPipeline) -> list[Upgrade
             return []
     changed = ", ".join(name for name, value in wanted.items() if not _same(stored.serving[name], value))
     logger.info("Detected changed %s of pipeline %r: version %s", changed, stored.name, stored.next_number)
-    return [planned_upgrade(declared, stored)]
+    return [planned_upgrade(declared, stored, catalogue)]
 
 
-def planned_upgrade(declared: DeclaredPipeline, stored: StoredPipeline) -> Upgrade:
+def planned_upgrade(declared: DeclaredPipeline, stored: StoredPipeline, catalogue: Catalogue) -> Upgrade:
     """Return the upgrade of a pipeline to what is declared of it."""
     settings = declared.upgrade
     given = {
@@ -184,7 +192,9 @@ def planned_upgrade(declared: DeclaredPipeline, stored: StoredPipeline) -> Upgra
         stored.name, stored.next_number, **given,
         backfill_order=settings.backfill_order, backfill_rate=settings.backfill_rate,
     )  # fmt: skip
-    return Upgrade(expand, int(stored.serving["number"]), str(stored.serving["model"]), settings)
+    serving_model = str(stored.serving["model"])
+    registration = _registration(serving_model, catalogue.models[serving_model])
+    return Upgrade(expand, int(stored.serving["number"]), serving_model, settings, serving_registration=registration)
 
 
 def _has(version: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

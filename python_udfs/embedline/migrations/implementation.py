@@ -190,9 +190,20 @@ def restore_embedding_version(operations: Operations, operation: ops.RestoreEmbe
     model = operation.model or "MODEL"
     raise CommandError(
         f"{_label(operation)} was dropped, and its vectors do not come back by a downgrade. "
-        f"HINT: embedline upgrade-model {operation.pipeline} --model {model} writes a chain to a new version of that model; "
+        f"HINT: {_registration(operations, operation)}embedline upgrade-model {operation.pipeline} --model {model} writes a chain to a new version of that model; "
         "alembic stamp with the revision before this one moves only Alembic's mark."
     )
+
+
+def _registration(operations: Operations, operation: ops.RestoreEmbeddingVersionOp) -> str:
+    """Return what registers the version's model again, where the contract has forgotten it."""
+    name = operation.model
+    if name is None or (not _is_offline(operations) and _look(operations, _MODEL, name=name) is not None):
+        return ""
+    if operation.registration is None:
+        return f"Register the model again, as it was, with embedline.create_model({literal(name)}, ...). Then: "
+    statement = call("create_model", {"name": name, **operation.registration})
+    return f"The model is forgotten: as a superuser, {statement}; Then: "
 
 
 @Operations.implementation_for(ops.BuildVectorIndexOp)

@@ -221,12 +221,13 @@ class DropEmbeddingVersionOp(PipelineOperation):
     """Contract: drop a version that does not serve; as embedline.drop_embedding_version."""
 
     operation: ClassVar[str] = "drop_embedding_version"
-    unwritten: ClassVar[tuple[str, ...]] = ("added", "model")
+    unwritten: ClassVar[tuple[str, ...]] = ("added", "model", "registration")
     pipeline: str
     version: int
     rollback_window: str | None = None
     added: AddEmbeddingVersionOp | None = None
     model: str | None = None
+    registration: Options | None = None
 
     @classmethod
     def drop_embedding_version(
@@ -237,29 +238,39 @@ class DropEmbeddingVersionOp(PipelineOperation):
 
     def reverse(self) -> AddEmbeddingVersionOp | RestoreEmbeddingVersionOp:
         """Begin the version anew where it had not served; otherwise there is no way back."""
-        return self.added or RestoreEmbeddingVersionOp(self.pipeline, self.version, self.model)
+        return self.added or RestoreEmbeddingVersionOp(self.pipeline, self.version, self.model, self.registration)
 
 
 @Operations.register_operation("restore_embedding_version")
 @dataclass(eq=False)
 class RestoreEmbeddingVersionOp(PipelineOperation):
-    """The downgrade of a contract: says what to run, since vectors that were dropped do not come back."""
+    """The downgrade of a contract: says what to run, since vectors that were dropped do not come back.
+
+    `registration` are the arguments of create_model but the name: the contract forgets the model.
+    """
 
     operation: ClassVar[str] = "restore_embedding_version"
     pipeline: str
     version: int
     model: str | None = None
+    registration: Options | None = None
 
     @classmethod
     def restore_embedding_version(
-        cls, operations: Operations, pipeline: str, *, version: int, model: str | None = None
+        cls,
+        operations: Operations,
+        pipeline: str,
+        *,
+        version: int,
+        model: str | None = None,
+        registration: Options | None = None,
     ) -> Any:
         """Pass where the version is still there; raise with the manual path where it was dropped."""
-        return operations.invoke(cls(pipeline, version, model))
+        return operations.invoke(cls(pipeline, version, model, registration))
 
     def reverse(self) -> DropEmbeddingVersionOp:
         """Drop the version."""
-        return DropEmbeddingVersionOp(self.pipeline, self.version, model=self.model)
+        return DropEmbeddingVersionOp(self.pipeline, self.version, model=self.model, registration=self.registration)
 
 
 @Operations.register_operation("build_vector_index")

@@ -43,7 +43,7 @@ def plan_upgrade(config: Config, name: str, recipe: Mapping[str, Any], settings:
     chosen = replace(declared.upgrade if declared else UpgradeSettings(), **settings)
     create = CreatePipelineOp(name, str(stored.values["source"]), str(stored.values["content"]), **recipe)
     _require_change(create, stored)
-    upgrade = planned_upgrade(DeclaredPipeline(create, chosen), stored)
+    upgrade = planned_upgrade(DeclaredPipeline(create, chosen), stored, catalogue)
     return _with_model(upgrade, catalogue, declaration)
 
 

@@ -1,0 +1,76 @@
+"""Keep what completeness, restores and gates of versions rest on.
+
+What: pipeline.altered_at; pipelines that hold documents of an earlier recipe are swept once more; backfill_range.relation is a
+regclass; pipeline.serving_function goes. Lock: ACCESS EXCLUSIVE on embedline.pipeline and embedline.backfill_range for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
+`alembic downgrade 0006`.
+
+Revision ID: 0009
+Revises: 0006
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0009"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+UPGRADE: tuple[str, ...] = (
+    "ALTER TABLE embedline.pipeline ADD COLUMN altered_at timestamptz",
+    "COMMENT ON COLUMN embedline.pipeline.altered_at IS 'When content, filter, prefix or chunking last changed: the next sweep compares documents of before with their rows; NULL: never'",
+    # What earlier releases called complete without the rows that moved while they were read again.
+    """
+    DO $do$
+    DECLARE
+        pipeline record;
+        has_uncut boolean;
+    BEGIN
+        FOR pipeline IN
+            SELECT p.name, p.recipe, p.serving_version_id FROM embedline.pipeline AS p
+            WHERE to_regclass(format('embedline_data.%I', p.name || '_document')) IS NOT NULL
+        LOOP
+            EXECUTE format('SELECT EXISTS (SELECT FROM embedline_data.%I WHERE state = ''embedded'' AND recipe <> $1)',
+                pipeline.name || '_document') INTO has_uncut USING pipeline.recipe;
+            IF has_uncut THEN
+                UPDATE embedline.version SET state = 'backfilling', completed_at = NULL
+                WHERE version_id = pipeline.serving_version_id;
+            END IF;
+        END LOOP;
+    END
+    $do$
+    """,
+    # By name, so that a dump takes it to where the table has another number. Both are stored alike: no rewrite.
+    "ALTER TABLE embedline.backfill_range ALTER COLUMN relation TYPE regclass",
+    # It is found by its name: functions have other numbers after a restore, and after pg_upgrade.
+    "ALTER TABLE embedline.pipeline DROP COLUMN serving_function",
+    # Generated functions are written anew by the replay.
+    "UPDATE embedline.pipeline SET code_version = 0",
+)
+
+DOWNGRADE: tuple[str, ...] = (
+    "ALTER TABLE embedline.pipeline ADD COLUMN serving_function oid",
+    "COMMENT ON COLUMN embedline.pipeline.serving_function IS 'Function whose body names the serving version: read past the snapshot, as the view''s definition is'",
+    "UPDATE embedline.pipeline SET serving_function = to_regprocedure(format('embedline_data.%I()', name || '_serving'))",
+    "ALTER TABLE embedline.backfill_range ALTER COLUMN relation TYPE oid",
+    "ALTER TABLE embedline.pipeline DROP COLUMN altered_at",
+    "UPDATE embedline.pipeline SET code_version = 0",
+)
+
+
+def _run(statements: tuple[str, ...]) -> None:
+    for statement in statements:
+        if op.get_context().as_sql:
+            op.get_context().impl.static_output(statement + ";")
+        else:
+            # Plain execution would take ":name" and "%" in the statement for parameters.
+            op.get_bind().exec_driver_sql(statement, execution_options={"no_parameters": True})
+
+
+def upgrade() -> None:
+    _run(UPGRADE)
+
+
+def downgrade() -> None:
+    _run(DOWNGRADE)

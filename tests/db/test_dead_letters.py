@@ -186,3 +186,32 @@ def test_only_who_controls_the_pipeline_requeues(
     letters.execute(sql.SQL("ALTER TABLE page OWNER TO {}").format(sql.Identifier(role)))
     assert scalar(admin, "SELECT embedline.requeue('page')") == 3
     letters.execute("ALTER TABLE page OWNER TO CURRENT_USER")
+
+
+# As random as to stay uncompressed, and as long as an index entry of its own table may be.
+LONG_KEY = "left(string_agg(encode(sha256(n::text::bytea), 'hex'), ''), 2688)"
+
+
+def test_a_key_as_long_as_its_own_index_holds_gets_its_dead_letter(database: psycopg.Connection) -> None:
+    database.execute("CREATE TABLE lk (id text PRIMARY KEY, body text)")
+    create_pipeline(database, "lk", "lk", "body")
+    database.execute(f"INSERT INTO lk SELECT {LONG_KEY} || '\\', U&'\\200B' FROM generate_series(1, 42) AS n")
+    database.execute("INSERT INTO lk VALUES ('fine', 'words')")
+    settle(database)
+    assert scalar(database, "SELECT array_agg(length(key ->> 'id')) FROM embedline.dead_letter") == [2689]
+    assert data_count(database, "lk_v1") == 1
+    # Found again by its key: replaced where it fails again, gone where it is embedded.
+    assert scalar(database, "SELECT embedline.requeue('lk', key) FROM embedline.dead_letter") == 1
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 1
+    database.execute("UPDATE lk SET body = 'more words'")
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
+
+
+def test_a_tenant_longer_than_an_index_holds_stops_nobody(database: psycopg.Connection) -> None:
+    create_pages(database, 3)
+    create_pipeline(database, tenant="title")
+    settle(database)
+    database.execute(f"UPDATE page SET title = (SELECT {LONG_KEY} || 'x' FROM generate_series(1, 99) AS n) || id")
+    assert drain(database) == 3

@@ -129,6 +129,21 @@ def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: fl
         session.execute(f"SELECT pg_sleep({random.uniform(*_LOCK_PAUSE_SECONDS):.3f})")
 
 
+class _ReadThrough(Exception):
+    """Ends the subtransaction of `read_and_release`."""
+
+
+def read_and_release(session: Session, read: Callable[[], T]) -> T:
+    """Return what `read` finds; the locks of tables that it took are given back at once, not at the transaction's end."""
+    found: list[T] = []
+    try:
+        with session.plpy.subtransaction():
+            found.append(read())
+            raise _ReadThrough
+    except _ReadThrough:
+        return found[0]
+
+
 def change_versions(session: Session, pipeline_id: int) -> None:
     """Have a pipeline's versions to this transaction alone: writes of workers end before, and begin again after it."""
     retry_locked(

@@ -95,6 +95,20 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
     )
 
 
+def forget_error(session: Session, pipeline: Pipeline) -> None:
+    """Take away the error that was shown when the batch was claimed, unless another has come since; waits for nobody."""
+    session.query(
+        """
+        UPDATE embedline.pipeline_health SET last_error = NULL, last_error_at = NULL WHERE pipeline_id IN (
+            SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 AND last_error = $2
+            FOR NO KEY UPDATE SKIP LOCKED)
+        """,
+        ["bigint", "text"],
+        pipeline.pipeline_id,
+        pipeline.last_error,
+    )
+
+
 def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:
     """Remove the dead letters of keys that are embedded or gone."""
     if session.scalar(

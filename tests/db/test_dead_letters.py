@@ -176,6 +176,26 @@ def test_keys_of_several_columns_come_back_from_their_json(database: psycopg.Con
     assert assert_exact(database, "odd") == 1
 
 
+def test_keys_and_contents_with_times_are_the_same_in_every_time_zone(database: psycopg.Connection) -> None:
+    database.execute("CREATE TABLE event (at timestamptz PRIMARY KEY, body text)")
+    database.execute("INSERT INTO event VALUES ('2026-01-02 03:04+00')")
+    create_pipeline(database, "event", "event", "coalesce(body || ' ' || at, U&'\\200B')")
+    database.execute("SET timezone = 'America/New_York'")
+    settle(database)
+    database.execute("SET timezone = 'Asia/Tokyo'")
+    assert scalar(database, "SELECT embedline.requeue('event', key) FROM embedline.dead_letter") == 1
+    settle(database)
+    # Tried again, and still one letter.
+    assert scalar(database, "SELECT array_agg(key ->> 'at') FROM embedline.dead_letter") == ["2026-01-02 03:04:00+00"]
+    database.execute("UPDATE event SET body = 'Opened'")
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
+    # What is embedded does not depend on who drains.
+    assert scalar(database, "SELECT chunk FROM event_embedding") == "Opened 2026-01-02 03:04:00+00"
+    database.execute("SET timezone = 'America/New_York'")
+    assert database.execute("SELECT * FROM embedline.verify('event')").fetchall() == []
+
+
 def test_only_who_controls_the_pipeline_requeues(
     letters: psycopg.Connection, connect: Connect, make_role: MakeRole
 ) -> None:

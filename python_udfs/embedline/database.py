@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import embedline
-from embedline.errors import EmbedlineError, NotReady, VersionSkew
+from embedline.errors import EmbedlineError, InvalidParameter, NotReady, VersionSkew
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -199,6 +199,13 @@ def entry_point(
 
     wrapper.__doc__ = function.__doc__
     return wrapper
+
+
+def require_given(**values: object) -> None:
+    """Raise InvalidParameter for the first value that is NULL."""
+    for name, value in values.items():
+        if value is None:
+            raise InvalidParameter(f"{name} must not be NULL", hint="Leave it out: then it has its default.")
 
 
 def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:

@@ -1,5 +1,5 @@
 -- Find, and repair if asked, what is not as the source asks for: what no trigger saw, and vectors of another model.
--- Locks: ROW SHARE on the source, after the model has answered; row locks on Embedline's own tables, taken at the end, with SKIP LOCKED.
+-- Locks: ROW SHARE on the source, after the model has answered; row locks on Embedline's own tables, with SKIP LOCKED.
 CREATE OR REPLACE FUNCTION embedline.verify(
     pipeline text,
     repair boolean DEFAULT false,

@@ -2,10 +2,10 @@
 
 An owner who could name the other generated functions could have them run with the rights of their caller. What: schema
 embedline_expression; all generated functions are written anew by the replay that follows. Lock: none on any table. How
-long: under a second. Undo: `alembic downgrade 0006`.
+long: under a second. Undo: `alembic downgrade 0007`.
 
 Revision ID: 0008
-Revises: 0006
+Revises: 0007
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0008"
-down_revision = "0006"
+down_revision = "0007"
 branch_labels = None
 depends_on = None
 

@@ -2,10 +2,10 @@
 
 What: pipeline.altered_at; pipelines that hold documents of an earlier recipe are swept once more; backfill_range.relation is a
 regclass; pipeline.serving_function goes. Lock: ACCESS EXCLUSIVE on embedline.pipeline and embedline.backfill_range for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
-`alembic downgrade 0006`.
+`alembic downgrade 0008`.
 
 Revision ID: 0009
-Revises: 0006
+Revises: 0008
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0009"
-down_revision = "0006"
+down_revision = "0008"
 branch_labels = None
 depends_on = None
 

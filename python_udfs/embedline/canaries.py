@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ _CANARY_COLUMNS: dict[str, tuple[str | None, str]] = {
 class QuerySet:
     """Queries with the grades of the keys that answer each, and, where a column was named, the group of each.
 
-    `source` is 'canary' or 'known_item'; `note` tells a person where they come from and what was left out.
+    `source` is 'canary' or 'known_item'; `note` tells a person where they come from and what was left out. `is_all`: the
+    corpus gives no more known items.
     """
 
     source: str
@@ -44,6 +46,14 @@ class QuerySet:
     grades: list[dict[str, float]]
     groups: list[str | None]
     note: str
+    is_all: bool = False
+
+    @property
+    def more_come_from(self) -> str:
+        """Where more queries come from: "query_count", or the words for it."""
+        if self.source == "known_item":
+            return "the corpus gives no more: take canaries" if self.is_all else "query_count"
+        return "more canaries"
 
 
 @dataclass(frozen=True)
@@ -107,8 +117,16 @@ def _repaired(text: str, table: str) -> str:
         return repair_text(text)
     except UnusableText as error:
         raise InvalidParameter(
-            f"a query in {table} has no text in it", hint=f"DELETE FROM {table} WHERE query !~ '\\S';"
+            f"a query in {table} has no text in it",
+            detail=f"The query {text!r}.",
+            hint=f"DELETE FROM {table} WHERE query = {_escaped(text)};",
         ) from error
+
+
+def _escaped(text: str) -> str:
+    """Return a string constant in which nothing is invisible."""
+    shown = (c if c.isprintable() and c not in "'\\" else f"\\U{ord(c):08X}" for c in text)
+    return f"E'{''.join(shown)}'"
 
 
 def _read_canaries(session: Session, table: str) -> list[dict[str, Any]]:
@@ -134,7 +152,12 @@ def _read_canaries(session: Session, table: str) -> list[dict[str, Any]]:
     if incomplete:
         raise InvalidParameter(
             f"{incomplete} rows of {table} have no query, no key or no grade",
-            hint=f"DELETE FROM {table} WHERE query IS NULL OR key IS NULL;",
+            hint=f"DELETE FROM {table} WHERE query IS NULL OR key IS NULL{' OR grade IS NULL' if 'grade' in present else ''};",
+        )
+    if not all(math.isfinite(row["grade"]) for row in rows):
+        raise InvalidParameter(
+            f"a grade in {table} is not finite",
+            hint=f"DELETE FROM {table} WHERE grade::float8 IN ('Infinity', '-Infinity', 'NaN');",
         )
     return rows
 
@@ -221,7 +244,7 @@ def _known_items(
         queries.setdefault(text, ({}, row["label"]))[0][str(row["key"])] = 1.0
     return QuerySet(
         "known_item", list(queries), [grades for grades, _ in queries.values()], [label for _, label in queries.values()],
-        f"{len(queries)} known-item queries made from the corpus",
+        f"{len(queries)} known-item queries made from the corpus", len(queries) < count,
     )  # fmt: skip
 
 

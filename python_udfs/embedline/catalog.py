@@ -47,6 +47,8 @@ _METERED = """
     (m.provider <> 'sentence-transformers' OR m.price_per_million_tokens IS NOT NULL
         OR EXISTS (SELECT FROM embedline.spending_cap AS s WHERE s.pipeline_id = p.pipeline_id OR s.model_id = m.model_id)
         OR EXISTS (SELECT FROM embedline.rate_limit AS l WHERE l.model_id = m.model_id)) AS metered,
+    v.last_error AS version_error,
+    (SELECT h.last_error FROM embedline.pipeline_health AS h WHERE h.pipeline_id = p.pipeline_id) AS last_error,
 """
 # A source that was dropped takes its functions along; its pipeline must not stop the others.
 ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
@@ -158,6 +160,8 @@ class Pipeline:
     versions: tuple[tuple[int, int, int], ...]
     is_serving: bool = True
     is_lane: bool = False
+    # Where workers loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the lane.
+    last_error: str | None = None
 
     @property
     def lane_id(self) -> int:
@@ -289,7 +293,7 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
 def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
     """Return a lane for each version that is filled from the chunks of the others' work: of all pipelines or the one named."""
     rows = session.query(_LANES, ["text"], name)
-    return [pipeline_from_row(row).as_lane() for row in rows]
+    return [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
 
 
 def load_versions(session: Session, name: str) -> list[Pipeline]:
@@ -367,6 +371,7 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         version=version,
         versions=tuple((int(i), int(n), int(s)) for i, n, s in as_list(values["versions"])),
         is_serving=bool(values["is_serving"]),
+        last_error=_optional(values.get("last_error")),
     )
 
 

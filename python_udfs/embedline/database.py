@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import embedline
-from embedline.errors import EmbedlineError, NotReady, VersionSkew
+from embedline.errors import EmbedlineError, InvalidParameter, NotReady, VersionSkew
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -134,6 +134,21 @@ def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: fl
         session.execute(f"SELECT pg_sleep({random.uniform(*_LOCK_PAUSE_SECONDS):.3f})")
 
 
+class _ReadThrough(Exception):
+    """Ends the subtransaction of `read_and_release`."""
+
+
+def read_and_release(session: Session, read: Callable[[], T]) -> T:
+    """Return what `read` finds; the locks of tables that it took are given back at once, not at the transaction's end."""
+    found: list[T] = []
+    try:
+        with session.plpy.subtransaction():
+            found.append(read())
+            raise _ReadThrough
+    except _ReadThrough:
+        return found[0]
+
+
 def change_versions(session: Session, pipeline_id: int) -> None:
     """Have a pipeline's versions to this transaction alone: writes of workers end before, and begin again after it."""
     retry_locked(
@@ -197,6 +212,13 @@ def entry_point(
 def is_nested(session: Session) -> bool:
     """Whether one of our functions runs inside another: a user's expression, which another of ours evaluates, called it."""
     return int(session.cache.get(_DEPTH, 0)) > 1
+
+
+def require_given(**values: object) -> None:
+    """Raise InvalidParameter for the first value that is NULL."""
+    for name, value in values.items():
+        if value is None:
+            raise InvalidParameter(f"{name} must not be NULL", hint="Leave it out: then it has its default.")
 
 
 def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:

@@ -16,6 +16,8 @@ from embedline.row_keys import key_json
 
 RETENTION_SETTING = "dead_letter_retention"
 _MAX_ERROR_CHARACTERS = 500
+# So much of a key is shown before an error's words.
+_SHOWN_KEY_CHARACTERS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,10 @@ def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) ->
         pipeline.recipe,
     )
     session.query(
-        """
+        f"""
         INSERT INTO embedline.dead_letter (pipeline_id, key, stage, error_code, message, content_hash, attempts)
         SELECT $1, l.* FROM unnest($2::text[]::jsonb[], $3, $4, $5, $6, $7) AS l ORDER BY 2
-        ON CONFLICT (pipeline_id, key) DO UPDATE SET stage = excluded.stage, error_code = excluded.error_code,
+        ON CONFLICT (pipeline_id, {_digest("key")}) DO UPDATE SET stage = excluded.stage, error_code = excluded.error_code,
             message = excluded.message, content_hash = excluded.content_hash, attempts = excluded.attempts, created_at = now()
         """,
         ["bigint", "text[]", "text[]", "text[]", "text[]", "bytea[]", "integer[]"],
@@ -72,7 +74,15 @@ def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) ->
         [letter.row.attempts for letter in letters],
     )
     first = letters[0]
-    note_error(session, pipeline, f"{key_json(pipeline, first.row.key)}: {first.message}")
+    note_error(session, pipeline, f"{key_json(pipeline, first.row.key)[:_SHOWN_KEY_CHARACTERS]}: {first.message}")
+
+
+def _digest(key: str) -> str:
+    """The indexed expression of a dead letter's key: a key may be as long as an index of the source holds, as JSON longer.
+
+    Written so because convert_to is not immutable; the backslashes are those of the escape format of bytea.
+    """
+    return rf"sha256(replace(({key})::text, E'\\', E'\\\\')::bytea)"
 
 
 def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
@@ -85,13 +95,28 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
     )
 
 
+def forget_error(session: Session, pipeline: Pipeline) -> None:
+    """Take away the error that was shown when the batch was claimed, unless another has come since; waits for nobody."""
+    session.query(
+        """
+        UPDATE embedline.pipeline_health SET last_error = NULL, last_error_at = NULL WHERE pipeline_id IN (
+            SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 AND last_error = $2
+            FOR NO KEY UPDATE SKIP LOCKED)
+        """,
+        ["bigint", "text"],
+        pipeline.pipeline_id,
+        pipeline.last_error,
+    )
+
+
 def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:
     """Remove the dead letters of keys that are embedded or gone."""
     if session.scalar(
         "SELECT 1 FROM embedline.dead_letter WHERE pipeline_id = $1 LIMIT 1", ["bigint"], pipeline.pipeline_id
     ):
         session.query(
-            "DELETE FROM embedline.dead_letter WHERE pipeline_id = $1 AND key = ANY ($2::text[]::jsonb[])",
+            f"DELETE FROM embedline.dead_letter AS d USING unnest($2::text[]::jsonb[]) AS k (key)"
+            f" WHERE d.pipeline_id = $1 AND {_digest('d.key')} = {_digest('k.key')}",
             ["bigint", "text[]"],
             pipeline.pipeline_id,
             [key_json(pipeline, key) for key in keys],
@@ -164,7 +189,7 @@ def _requeue_letters(session: Session, pipeline: Pipeline, error_code: str | Non
 def _requeue_key(session: Session, pipeline: Pipeline, key: Key, error_code: str | None, include_embedded: bool) -> int:
     shown = key_json(pipeline, key)
     code = session.scalar(
-        "SELECT error_code FROM embedline.dead_letter WHERE pipeline_id = $1 AND key = $2",
+        f"SELECT error_code FROM embedline.dead_letter WHERE pipeline_id = $1 AND {_digest('key')} = {_digest('$2')}",
         ["bigint", "jsonb"],
         pipeline.pipeline_id,
         shown,

@@ -15,7 +15,7 @@ import numpy as np
 
 from embedline import circuit, row_keys, spending, vectors
 from embedline.catalog import Pipeline
-from embedline.database import Session, as_mapping, quote_ident, vector_schema
+from embedline.database import Session, as_mapping, hold_source, quote_ident, read_and_release, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import InvalidVectors, ProviderError
 from embedline.vectors import FloatMatrix
@@ -84,10 +84,16 @@ class Drift:
 def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
     """Embed the texts of up to `sample` random chunks again and compare; asks the model nothing where there are none.
 
-    One probe and one request for each 16 texts, inside the caller's transaction; the statement stays cancellable.
+    One probe and one request for each 16 texts, inside the caller's transaction; the statement stays cancellable. No
+    table of the pipeline is locked meanwhile: a TRUNCATE of the source does not wait for the model.
     """
     model = pipeline.version.model
-    chosen = _choose(session, pipeline, sample)
+
+    def choose() -> list[dict[str, Any]]:
+        hold_source(session, pipeline.source_oid)
+        return _choose(session, pipeline, sample)
+
+    chosen = read_and_release(session, choose)
     if not chosen:
         return Drift()
     if circuit.is_open(session, model.model_id):

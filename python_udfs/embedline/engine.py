@@ -369,6 +369,8 @@ class Engine:
     def _write(self, batch: Batch, sound: list[Document], known: dict[bytes, Vector]) -> None:
         result = work_of(batch).write(self.session, batch, sound, known)
         self._finish([sound[i].row for i in result.written], batch)
+        if result.written and batch.pipeline.last_error is not None:
+            work_of(batch).forget_error(self.session, batch)
         batch.embedded_count += sum(1 for i in result.written if sound[i].chunks)
         if not batch.pipeline.is_lane:
             self._settle_absent(batch, [sound[i] for i in result.absent])

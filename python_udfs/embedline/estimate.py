@@ -17,7 +17,7 @@ from typing import Any
 from embedline import storage_size
 from embedline.catalog import Model, load_model, load_pipeline
 from embedline.chunking import Chunk, ChunkingSpec, make_chunker
-from embedline.database import Session, entry_point, prepare_environment, quote_literal
+from embedline.database import Session, entry_point, prepare_environment, quote_literal, require_given, sqlstate_of
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import InvalidParameter, NotFound, UnusableText
 from embedline.expression import require_single_expression
@@ -33,6 +33,8 @@ _TIMED_TEXTS = 64
 _COMPARED_TEXTS = 256
 _TOKENS_PER_PRICE = 1_000_000
 _MEGABYTE = 1024 * 1024
+# SQLSTATE of a text that cannot be a name.
+_INVALID_NAME = "42602"
 
 _PIPELINE = """
     SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS source, p.content_expression, p.filter_expression
@@ -114,6 +116,7 @@ def estimate(
     session: Session, subject: str, model_name: str | None, content: str | None, sample_rows: int, search_path: str
 ) -> list[dict[str, Any]]:
     """Return the figures of a pipeline, or of a table that has none yet."""
+    require_given(sample_rows=sample_rows)
     low, high = _SAMPLE_ROWS
     if not low <= sample_rows <= high:
         raise InvalidParameter(
@@ -140,8 +143,13 @@ def _plan(
     if rows and content is None:
         return _pipeline_plan(session, subject, rows[0], model_name)
     session.query("SELECT set_config('search_path', $1, true)", ["text"], search_path)
-    found = session.query(_TABLE, ["text"], subject)
+    found = _table(session, subject)
     session.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+    if rows and (not found or model_name is None):
+        raise InvalidParameter(
+            f'"{subject}" is a pipeline, with a content of its own',
+            hint="Leave content out; or give a table and a model with another content.",
+        )
     if not found:
         raise NotFound(
             f'there is no pipeline and no table "{subject}"',
@@ -157,6 +165,16 @@ def _plan(
     tokens = min(_DEFAULT_CHUNK_TOKENS, model.max_tokens or _DEFAULT_CHUNK_TOKENS)
     table = Subject(found[0]["source"], int(found[0]["source_oid"]), content, search_path=search_path)
     return _Plan(table, ChunkingSpec("recursive", tokens), "vector", 16, True, None), model
+
+
+def _table(session: Session, subject: str) -> list[dict[str, Any]]:
+    try:
+        with session.plpy.subtransaction():
+            return session.query(_TABLE, ["text"], subject)
+    except Exception as error:
+        if sqlstate_of(error) != _INVALID_NAME:
+            raise
+        return []
 
 
 def _pipeline_plan(session: Session, name: str, row: dict[str, Any], model_name: str | None) -> tuple[_Plan, Model]:

@@ -12,7 +12,7 @@ import numpy as np
 from embedline import fidelity, gate, gate_report
 from embedline.canaries import QuerySet, load_queries
 from embedline.catalog import Pipeline, load_pipeline, load_version
-from embedline.database import Session, entry_point, prepare_environment
+from embedline.database import Session, entry_point, prepare_environment, require_given
 from embedline.errors import InvalidParameter, NotReady
 from embedline.fidelity import Fidelity
 from embedline.gate import FloatArray, Verdict
@@ -84,6 +84,7 @@ def evaluate(
     query_count: int, breakdown: str | None, seed: int, min_recall: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure a version against the one that serves, store the evidence, return what a person reads."""
+    require_given(k=k, margin=margin, query_count=query_count, seed=seed, min_recall=min_recall)
     options = GateOptions(k, margin, query_count, breakdown, seed, min_recall)
     prepare_environment()
     new = load_version(session, pipeline_name, version_number)
@@ -137,7 +138,7 @@ def _compare(subjects: Sequence[_Subject], queries: QuerySet, options: GateOptio
         # Never "pass": once another version serves, this row must not open the way back unseen.
         return "inconclusive", gate_report.own_quality_rows(scores[0], options.k, options.seed)
     compared = gate.judge_columns(scores[0], scores[1], options.margin, options.seed)
-    rows = gate_report.quality_rows(compared, options.k, options.margin, queries.source)
+    rows = gate_report.quality_rows(compared, options.k, options.margin, queries.more_come_from)
     found = [subject.search.rankings.keys for subject in subjects]
     rows.append(gate_report.overlap_row(found[0], found[1], options.k))
     if options.breakdown is not None:

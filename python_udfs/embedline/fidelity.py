@@ -116,7 +116,7 @@ def _figures(
         if not _is_used(session, pipeline, index, sample):
             raise NotReady(
                 f'the planner cannot use index "{index.name}"',
-                hint=f"SELECT * FROM embedline.index_progress WHERE pipeline = '{pipeline.name}'; shows the indexes.",
+                hint=f"SELECT * FROM embedline.index_progress('{pipeline.name}'); shows the indexes.",
             )
         _set_ef_search(session, precision.ef_search(index, sample.k))
         recalls, seconds = _ask(session, pipeline, index, sample)
@@ -153,6 +153,9 @@ def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _S
             recall = float(_ask(session, pipeline, index, sample)[0].mean())
             if recall >= min_recall:
                 return f"; search(..., ef_search => {ef_search}) has {recall:.3f}"
+    if index.precision is not None:
+        # The whole vectors rank what it finds: what it does not find among so many they cannot put right.
+        return f"; no ef_search reaches it: add the index again with oversampling above {index.oversampling:g}"
     return "; no ef_search reaches it: build the index with a larger m or ef_construction"
 
 

@@ -66,29 +66,29 @@ def fidelity_rows(fidelity: Fidelity, k: int) -> list[Row]:
     return rows
 
 
-def quality_rows(compared: Sequence[Comparison], k: int, margin: float, source: str) -> list[Row]:
-    """The measures of both versions, the deciding one first."""
+def quality_rows(compared: Sequence[Comparison], k: int, margin: float, more_come_from: str) -> list[Row]:
+    """The measures of both versions, the deciding one first; `more_come_from` as QuerySet has it."""
     order = sorted(range(len(compared)), key=lambda column: column != gate.DECIDING)
-    return [_quality_row(column, compared[column], k, margin, source) for column in order]
+    return [_quality_row(column, compared[column], k, margin, more_come_from) for column in order]
 
 
-def _quality_row(column: int, compared: Comparison, k: int, margin: float, source: str) -> Row:
+def _quality_row(column: int, compared: Comparison, k: int, margin: float, more_come_from: str) -> Row:
     is_deciding = column == gate.DECIDING
     detail = f"old {_interval(compared.old_interval)}, new {_interval(compared.new_interval)}"
     if is_deciding:
         detail = f"decides: a loss of up to {margin:g} passes; {compared.queries} queries; {detail}"
-        detail += more_queries(compared, source)
+        detail += more_queries(compared, more_come_from)
     return Row(
         _SHOWN[gate.MEASURES[column]].format(k=k), compared.old, compared.new, compared.difference, compared.low,
         compared.high, compared.verdict if is_deciding else None, detail,
     )  # fmt: skip
 
 
-def more_queries(compared: Comparison, source: str) -> str:
+def more_queries(compared: Comparison, more_come_from: str) -> str:
     """Say how many queries would decide, where that is not decided."""
     if compared.queries_to_decide is None:
         return ""
-    how = f"query_count => {compared.queries_to_decide}" if source == "known_item" else "more canaries"
+    how = more_come_from.replace("query_count", f"query_count => {compared.queries_to_decide}")
     return f"; about {compared.queries_to_decide} queries would decide ({how})"
 
 

@@ -15,6 +15,8 @@ from embedline.outbox import ClaimedRow, in_hand_query
 
 # Triggers put up to this many keys into one row.
 _KEYS_PER_ROW = 100
+# So much of a tenant is kept: an index entry holds 2,704 bytes, and tenants that begin alike may share a turn.
+_TENANT_CHARACTERS = 500
 
 
 @dataclass
@@ -106,7 +108,7 @@ def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
                 CROSS JOIN LATERAL unnest({", ".join(f"taken.{column}" for column in columns)}) AS k ({keys})
             ), moved AS (
                 INSERT INTO {pipeline.outbox} ({keys}, enqueued_at, tenant)
-                SELECT {pipeline.key_list_of("key")}, key.enqueued_at, t.tenant FROM key
+                SELECT {pipeline.key_list_of("key")}, key.enqueued_at, left(t.tenant, {_TENANT_CHARACTERS}) FROM key
                 LEFT JOIN {pipeline.generated("tenant")}(
                     {", ".join(f"(SELECT array_agg({column} ORDER BY ordinality) FROM key)" for column in columns)}
                 ) AS t ON t.ordinality = key.ordinality

@@ -603,6 +603,7 @@ def drop_pipeline(session: Session, name: str) -> None:
     for oid in (pipeline.view_oid, *(version.version.view_oid for version in versions)):
         view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], oid)
         if view is not None:
+            routing.require_droppable(session, view, oid)
             session.execute(f"DROP VIEW {view}")
     for row in generated_functions(session, name, (*capture.FUNCTIONS, *capture.TRIGGER_FUNCTIONS, "serving")):
         session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from embedline.catalog import Pipeline, load_version
-from embedline.database import Session, entry_point, quote_ident, quote_literal, vector_schema
+from embedline.database import Session, entry_point, quote_ident, quote_literal, require_given, vector_schema
 from embedline.errors import AlreadyExists, InvalidParameter, NotReady
 from embedline.schedule import forget_index_jobs
 from embedline.storage_size import INDEX_DIMENSIONS
@@ -135,6 +135,7 @@ def add_precision_index(
     pipeline = _controlled(session, name, number)
     if kind not in _KINDS:
         raise InvalidParameter(f'kind "{kind}" is not known', hint=f"Use one of {', '.join(_KINDS)}.")
+    require_given(oversampling=oversampling)
     if not 1 <= oversampling <= 100:
         raise InvalidParameter(f"oversampling must be between 1 and 100, not {oversampling:g}")
     width = _width(pipeline, kind, dimensions)

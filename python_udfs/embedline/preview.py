@@ -17,7 +17,7 @@ from embedline import circuit, gate, gate_report, spending, vectors
 from embedline.bridge import Bridge, fit_bridge
 from embedline.canaries import PROBES, QuerySet, draw_places, load_queries
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
-from embedline.database import Session, entry_point, prepare_environment, quote_ident, vector_schema
+from embedline.database import Session, entry_point, prepare_environment, quote_ident, require_given, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.evaluation import GateOptions, record, score_rankings
@@ -47,6 +47,7 @@ def preview_version(
     query_count: int, seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Embed a sample with a model, bridge to it, compare it with the serving one; store it as a preview, return its rows."""
+    require_given(sample=sample, k=k, margin=margin, query_count=query_count, seed=seed)
     options = GateOptions(k, margin, query_count, None, seed, 1.0)
     low, high = _SAMPLE
     if not low <= sample <= high:
@@ -67,7 +68,7 @@ def preview_version(
     rows = [
         Row("verdict", verdict=verdict, detail=note),
         Row("bridge cosine", new=bridge.held_out_cosine, detail=cosine),
-        *gate_report.quality_rows(compared, k, margin, queries.source),
+        *gate_report.quality_rows(compared, k, margin, queries.more_come_from),
     ]
     rows = [replace(row, measure=_LABEL + row.measure) for row in rows]
     evidence = {

@@ -66,7 +66,8 @@ _DEPENDENTS = """
     LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
         AND (r.ev_class <> $1::oid OR r.rulename <> '_RETURN')
     WHERE ((d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::oid)
-            OR (d.refclassid = 'pg_type'::regclass AND d.refobjid = (SELECT reltype FROM pg_class WHERE oid = $1::oid)))
+            OR (d.refclassid = 'pg_type'::regclass AND d.refobjid IN (
+                SELECT unnest(ARRAY[t.oid, t.typarray]) FROM pg_type AS t WHERE t.typrelid = $1::oid)))
         AND d.deptype IN ('n', 'a')
         AND NOT (d.classid = 'pg_rewrite'::regclass AND r.oid IS NULL)
     ORDER BY 1
@@ -189,8 +190,8 @@ def require_swappable(session: Session, pipeline: Pipeline) -> None:
     dependents = [str(row["object"]) for row in session.query(_DEPENDENTS, ["bigint"], pipeline.view_oid)]
     if dependents:
         raise DependentObjects(
-            f"the type of {view['name']}.embedding changes from {view['full_type']} to {pipeline.version.column_type},"
-            " and other objects depend on the view",
+            f"the type of {view['name']}.{pipeline.view_columns['embedding']} changes from {view['full_type']}"
+            f" to {pipeline.version.column_type}, and other objects depend on the view",
             detail=f"{', '.join(dependents)}.",
             hint="Drop them, cut over, and create them again; a version of the same column_type keeps them.",
         )
@@ -315,6 +316,16 @@ def require_no_dependents(session: Session, view_oid: int | None) -> None:
         raise DependentObjects(
             "other objects depend on the view of a version", detail=f"{', '.join(dependents)}.",
             hint="Build them on the routing view, which is replaced in place.",
+        )  # fmt: skip
+
+
+def require_droppable(session: Session, view: str, view_oid: int | None) -> None:
+    """Raise, with their names, where objects depend on a view of a pipeline that is to go."""
+    dependents = [str(row["object"]) for row in session.query(_DEPENDENTS, ["bigint"], view_oid)]
+    if dependents:
+        raise DependentObjects(
+            f"other objects depend on {view}", detail=f"{', '.join(dependents)}.",
+            hint=f"Drop them first; DROP VIEW {view} CASCADE; drops them with the view.",
         )  # fmt: skip
 
 

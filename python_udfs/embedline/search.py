@@ -8,7 +8,7 @@ from typing import Any
 
 from embedline import precision, routing, traffic
 from embedline.catalog import Pipeline, load_pipeline, load_version
-from embedline.database import Session, entry_point
+from embedline.database import Session, entry_point, require_given
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors, NotFound
 from embedline.text import repair_text
@@ -42,6 +42,7 @@ def search(
     session_key: str | None,
 ) -> list[dict[str, Any]]:
     """Return the k nearest chunks (or the k nearest documents by their best chunk) as rows of key, chunk, score."""
+    require_given(k=k)
     if not 1 <= k <= _MAX_K:
         raise InvalidParameter(f"k must be between 1 and {_MAX_K}, not {k}")
     if ef_search is not None and not 1 <= ef_search <= 1000:

@@ -14,7 +14,7 @@ from typing import Any
 
 from embedline import coverage, drift, row_keys, version_queue
 from embedline.catalog import Pipeline, load_pipeline, load_versions
-from embedline.database import Session, entry_point, prepare_environment, quote_ident, vector_schema
+from embedline.database import Session, entry_point, hold_source, prepare_environment, quote_ident, vector_schema
 from embedline.errors import InvalidParameter, NotFound
 from embedline.pipelines import insert_ranges
 
@@ -58,12 +58,18 @@ def verify(session: Session, pipeline_name: str, repair: bool | None, sample: in
 def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: int) -> list[Finding]:
     """Make all checks of a pipeline and write them into embedline.verification; return those that found something.
 
-    First what only reads, the model among it, then what takes row locks: these are held to the transaction's end.
+    First the model, with no table locked; then what only reads, then what takes row locks: these, and the source's lock of
+    a reader, are held to the transaction's end.
     """
     _require_source(session, pipeline)
     prepare_environment()
-    findings = _capture_off(session, pipeline)
     found = drift.examine(session, pipeline, sample) if sample else None
+    hold_source(session, pipeline.source_oid)
+    asked, pipeline = pipeline, load_pipeline(session, pipeline.name)
+    if pipeline.version.version_id != asked.version.version_id:
+        # Cut over meanwhile.
+        found = None
+    findings = _capture_off(session, pipeline)
     findings += _against_source(session, pipeline, repair)
     findings += _vectors(session, pipeline, repair)
     if not version_queue.is_behind(session, pipeline):

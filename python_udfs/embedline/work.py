@@ -53,6 +53,9 @@ class Work(Protocol):
     def note_error(self, session: Session, batch: Batch, message: str) -> None:
         """Show an error where the people on call look."""
 
+    def forget_error(self, session: Session, batch: Batch) -> None:
+        """Show the error no more that was there when the batch was claimed."""
+
     def finish(self, session: Session, batch: Batch, worker_id: int | None) -> None:
         """Give the claim back once all of its rows are settled."""
 
@@ -100,6 +103,10 @@ class SourceWork:
     def note_error(self, session: Session, batch: Batch, message: str) -> None:
         """Show the error in embedline.status."""
         dead_letters.note_error(session, batch.pipeline, message)
+
+    def forget_error(self, session: Session, batch: Batch) -> None:
+        """Take it out of embedline.status."""
+        dead_letters.forget_error(session, batch.pipeline)
 
     def finish(self, session: Session, batch: Batch, worker_id: int | None) -> None:
         """Note the range as read, or take the inbox claim away."""
@@ -249,6 +256,19 @@ class VersionWork:
             ["bigint", "text"],
             batch.pipeline.version.version_id,
             message[:_MAX_ERROR_CHARACTERS],
+        )
+
+    def forget_error(self, session: Session, batch: Batch) -> None:
+        """Take it out of embedline.versions, unless another has come since; waits for nobody."""
+        session.query(
+            """
+            UPDATE embedline.version SET last_error = NULL WHERE version_id IN (
+                SELECT version_id FROM embedline.version WHERE version_id = $1 AND last_error = $2
+                FOR NO KEY UPDATE SKIP LOCKED)
+            """,
+            ["bigint", "text"],
+            batch.pipeline.version.version_id,
+            batch.pipeline.last_error,
         )
 
     def finish(self, session: Session, batch: Batch, worker_id: int | None) -> None:

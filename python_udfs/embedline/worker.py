@@ -38,6 +38,8 @@ _POLL_COST_SHARE = 0.1
 _CANCEL_SECONDS = 0.1
 # A statement that ran into a lock, a deadlock or a full disk is tried again: the answers are paid for and at hand.
 _PASSING_FAULTS = ("40001", "40P01", "53100", "53200", "53300", "55P03")
+# A claim is given back in so many tries; each waits for up to two seconds. At the end of the CALL it is free anyway.
+_ABANDON_TRIES = 10
 # embed_pending waits no longer for a rate limit: its caller waits, too.
 _PATIENCE_SECONDS = 2.0
 # Objects made before Python looks for cycles: a batch is some ten thousand objects without any, and at the default of 700
@@ -355,15 +357,22 @@ def _guarded(
 
 
 def _abandon(plpy: Plpy, cache: SessionCache, resident: ResidentWorker, message: str | None) -> None:
-    try:
-        _step(plpy, cache, "abandon", message=message)
-    except Exception as error:
-        # The pipeline was dropped meanwhile, and its claims with it.
-        if sqlstate_of(error) != UNDEFINED_TABLE:
-            raise
-        plpy.rollback()
-        resident.forget_current()
-    plpy.commit()
+    for tries_left in reversed(range(_ABANDON_TRIES)):
+        try:
+            _step(plpy, cache, "abandon", message=message)
+            plpy.commit()
+            return
+        except Exception as error:
+            sqlstate = sqlstate_of(error)
+            if sqlstate == UNDEFINED_TABLE:
+                # The pipeline was dropped meanwhile, and its claims with it.
+                plpy.rollback()
+                resident.forget_current()
+                plpy.commit()
+                return
+            if sqlstate not in _PASSING_FAULTS or not tries_left:
+                raise
+            plpy.rollback()
 
 
 def _breathe(plpy: Plpy) -> None:

@@ -14,6 +14,7 @@ SET jit = off
 -- Keys travel as text: the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
+SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$

@@ -30,6 +30,8 @@ SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
 SET enable_seqscan = on
 SET enable_sort = on
+SET enable_nestloop = on
+SET enable_indexscan = on
 AS $python$
     from embedline import evaluation
     return evaluation.evaluate(

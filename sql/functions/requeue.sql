@@ -13,6 +13,7 @@ SET search_path = pg_catalog, pg_temp
 -- Keys travel as text: the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
+SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$

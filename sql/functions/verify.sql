@@ -1,5 +1,5 @@
 -- Find, and repair if asked, what is not as the source asks for: what no trigger saw, and vectors of another model.
--- Locks: none on the source beyond reading it; row locks on Embedline's own tables, taken at the end, with SKIP LOCKED.
+-- Locks: ROW SHARE on the source, after the model has answered; row locks on Embedline's own tables, with SKIP LOCKED.
 CREATE OR REPLACE FUNCTION embedline.verify(
     pipeline text,
     repair boolean DEFAULT false,
@@ -14,6 +14,7 @@ SET jit = off
 -- Keys travel as text: the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
+SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$

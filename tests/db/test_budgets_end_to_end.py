@@ -160,9 +160,12 @@ def test_embed_pending_stops_at_the_cap_with_a_warning(pages: psycopg.Connection
     assert 0 < done < _PAGES
     assert any("budget" in message for message in heard)
     assert scalar(pages, "SELECT embed_pending(1000)") == 0
+    assert "budget" in scalar(pages, "SELECT last_error FROM embedline.status")
     pages.execute("SELECT embedline.drop_budget(pipeline => 'page')")
     settle(pages, 60)
     assert _embedded(pages) == _PAGES
+    # A cause that is gone is not shown.
+    assert scalar(pages, "SELECT last_error FROM embedline.status") is None
 
 
 def test_a_rate_limit_spreads_the_requests_of_all_workers(

@@ -188,6 +188,7 @@ DEPENDENTS = {
     "materialized view kept": "CREATE MATERIALIZED VIEW kept AS SELECT id FROM page_embedding WITH NO DATA",
     "function found()": "CREATE FUNCTION found() RETURNS bigint BEGIN ATOMIC SELECT count(*) FROM page_embedding; END",
     "function of(page_embedding)": "CREATE FUNCTION of(page_embedding) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'",
+    "function of(page_embedding[])": "CREATE FUNCTION of(page_embedding[]) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'",
     "column hit of table hits": "CREATE TABLE hits (hit page_embedding)",
     "trigger instead on view page_embedding": "CREATE TRIGGER instead INSTEAD OF DELETE ON page_embedding FOR EACH ROW"
     " EXECUTE FUNCTION suppress_redundant_updates_trigger()",

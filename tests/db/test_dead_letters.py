@@ -176,6 +176,26 @@ def test_keys_of_several_columns_come_back_from_their_json(database: psycopg.Con
     assert assert_exact(database, "odd") == 1
 
 
+def test_keys_and_contents_with_times_are_the_same_in_every_time_zone(database: psycopg.Connection) -> None:
+    database.execute("CREATE TABLE event (at timestamptz PRIMARY KEY, body text)")
+    database.execute("INSERT INTO event VALUES ('2026-01-02 03:04+00')")
+    create_pipeline(database, "event", "event", "coalesce(body || ' ' || at, U&'\\200B')")
+    database.execute("SET timezone = 'America/New_York'")
+    settle(database)
+    database.execute("SET timezone = 'Asia/Tokyo'")
+    assert scalar(database, "SELECT embedline.requeue('event', key) FROM embedline.dead_letter") == 1
+    settle(database)
+    # Tried again, and still one letter.
+    assert scalar(database, "SELECT array_agg(key ->> 'at') FROM embedline.dead_letter") == ["2026-01-02 03:04:00+00"]
+    database.execute("UPDATE event SET body = 'Opened'")
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
+    # What is embedded does not depend on who drains.
+    assert scalar(database, "SELECT chunk FROM event_embedding") == "Opened 2026-01-02 03:04:00+00"
+    database.execute("SET timezone = 'America/New_York'")
+    assert database.execute("SELECT * FROM embedline.verify('event')").fetchall() == []
+
+
 def test_only_who_controls_the_pipeline_requeues(
     letters: psycopg.Connection, connect: Connect, make_role: MakeRole
 ) -> None:
@@ -186,3 +206,32 @@ def test_only_who_controls_the_pipeline_requeues(
     letters.execute(sql.SQL("ALTER TABLE page OWNER TO {}").format(sql.Identifier(role)))
     assert scalar(admin, "SELECT embedline.requeue('page')") == 3
     letters.execute("ALTER TABLE page OWNER TO CURRENT_USER")
+
+
+# As random as to stay uncompressed, and as long as an index entry of its own table may be.
+LONG_KEY = "left(string_agg(encode(sha256(n::text::bytea), 'hex'), ''), 2688)"
+
+
+def test_a_key_as_long_as_its_own_index_holds_gets_its_dead_letter(database: psycopg.Connection) -> None:
+    database.execute("CREATE TABLE lk (id text PRIMARY KEY, body text)")
+    create_pipeline(database, "lk", "lk", "body")
+    database.execute(f"INSERT INTO lk SELECT {LONG_KEY} || '\\', U&'\\200B' FROM generate_series(1, 42) AS n")
+    database.execute("INSERT INTO lk VALUES ('fine', 'words')")
+    settle(database)
+    assert scalar(database, "SELECT array_agg(length(key ->> 'id')) FROM embedline.dead_letter") == [2689]
+    assert data_count(database, "lk_v1") == 1
+    # Found again by its key: replaced where it fails again, gone where it is embedded.
+    assert scalar(database, "SELECT embedline.requeue('lk', key) FROM embedline.dead_letter") == 1
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 1
+    database.execute("UPDATE lk SET body = 'more words'")
+    settle(database)
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
+
+
+def test_a_tenant_longer_than_an_index_holds_stops_nobody(database: psycopg.Connection) -> None:
+    create_pages(database, 3)
+    create_pipeline(database, tenant="title")
+    settle(database)
+    database.execute(f"UPDATE page SET title = (SELECT {LONG_KEY} || 'x' FROM generate_series(1, 99) AS n) || id")
+    assert drain(database) == 3

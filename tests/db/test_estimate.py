@@ -175,6 +175,9 @@ def test_another_model_for_a_pipeline_that_is_there(database: psycopg.Connection
     figures = estimate(database, "page", model="minilm")
     assert "vector(384)" in figures["vectors"][4]
     assert "remaining rows" not in figures
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match='"page" is a pipeline') as refused:
+        estimate(database, "page", content="body")
+    assert "content" in str(refused.value.diag.message_hint)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,8 @@ def test_another_model_for_a_pipeline_that_is_there(database: psycopg.Connection
         ("'document', 'static-256', 'headline'", "cannot be read", "title"),
         ("'document', 'static-256', 'body) FROM document; DROP TABLE document; SELECT (1'", "not a single", "title"),
         ("'document', 'static-256', 'body', 5", "sample_rows must be between", "1000"),
+        ("'document', 'static-256', 'body', NULL", "sample_rows must not be NULL", "default"),
+        ("''", "no pipeline and no table", "name of a pipeline"),
     ],
 )
 def test_what_cannot_be_estimated_says_why(

@@ -231,7 +231,11 @@ def test_the_planner_is_left_as_it_was(pages: psycopg.Connection) -> None:
         ("query text, key text", "('a', NULL)", "1 rows of .* have no query, no key"),
         ("query text, key text", "('a', 'no-such-page.html')", "no key in .* is that of an embedded row"),
         ("query text, key text", "('  ', 'sql-abort.html')", "has no text in it"),
+        ("query text, key text", "(U&'\\200B', 'sql-abort.html')", "has no text in it"),
         ("query text, key text, grade numeric", "('a', 'sql-abort.html', 0)", "no grade in .* is above 0"),
+        ("query text, key text, grade numeric", "('a', 'sql-abort.html', NULL)", "no query, no key or no grade"),
+        ("query text, key text, grade numeric", "('a', 'sql-abort.html', 'Infinity')", "is not finite"),
+        ("query text, key text, grade numeric", "('a', 'sql-abort.html', 'NaN')", "is not finite"),
     ],
 )
 def test_canaries_that_cannot_be_used_are_refused(
@@ -241,9 +245,12 @@ def test_canaries_that_cannot_be_used_are_refused(
         pages.execute(f"CREATE TABLE unusable ({columns})")
         if rows:
             pages.execute(f"INSERT INTO unusable VALUES {rows}")
-        with pytest.raises(psycopg.errors.InvalidParameterValue, match=message) as caught:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=message) as caught, pages.transaction():
             _evaluate(pages, GOOD, canaries="unusable")
-        assert caught.value.diag.message_hint
+        hint = str(caught.value.diag.message_hint)
+        assert hint
+        if hint.startswith("DELETE"):
+            assert pages.execute(hint.encode()).rowcount == 1
 
 
 def test_canaries_of_rows_that_are_gone_are_left_out_and_counted(pages: psycopg.Connection) -> None:
@@ -265,6 +272,9 @@ def test_canaries_of_rows_that_are_gone_are_left_out_and_counted(pages: psycopg.
     [
         {"k": 0},
         {"k": 101},
+        {"k": None},
+        {"seed": None},
+        {"margin": None},
         {"margin": -0.1},
         {"margin": float("nan")},
         {"query_count": 0},
@@ -275,6 +285,21 @@ def test_canaries_of_rows_that_are_gone_are_left_out_and_counted(pages: psycopg.
 def test_values_out_of_bounds_are_refused(pages: psycopg.Connection, options: dict[str, Any]) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match=next(iter(options))):
         _evaluate(pages, GOOD, **options)
+
+
+def test_a_corpus_without_more_queries_asks_for_canaries(database: psycopg.Connection, models: Path) -> None:
+    create_pages(database, 20)
+    database.execute("SELECT embedline.create_model('cut-16', 'sentence-transformers', %s)", (str(models / "cut-16"),))
+    create_pipeline(database, index_method="none")
+    settle(database)
+    database.execute("SELECT embedline.add_embedding_version('page', 'cut-16')")
+    wait_until(lambda: drain(database) == 0 and _is_complete(database), 60, "the version is complete")
+    detail = _evaluate(database, 2, query_count=500)["nDCG@10"]["detail"]
+    assert "the corpus gives no more: take canaries" in detail or "would decide" not in detail
+
+
+def _is_complete(connection: psycopg.Connection) -> bool:
+    return bool(scalar(connection, "SELECT state = 'complete' FROM embedline.versions WHERE version = 2"))
 
 
 def test_an_index_that_finds_too_little_is_refused_with_advice(pages: psycopg.Connection) -> None:
@@ -420,3 +445,7 @@ def test_each_precision_index_is_shown_and_the_one_that_search_uses_decides(data
     assert poor["index recall@10"]["verdict"] == "fail"
     assert "larger m" in poor["index recall@10"]["detail"] or "ef_search" in poor["index recall@10"]["detail"]
     assert poor["verdict"]["verdict"] == "fail"
+    database.execute("SELECT embedline.add_precision_index('page', 1, 'binary', oversampling => 1)")
+    database.execute(scalar(database, "SELECT embedline.index_statement('page', 1, 'binary')"))
+    database.execute("SELECT embedline.use_precision('page', 1, 'binary')")
+    assert "oversampling above 1" in _evaluate(database, 1, min_recall=1)["index recall@10"]["detail"]

@@ -108,6 +108,7 @@ def test_an_empty_table_is_complete_at_once(database: psycopg.Connection) -> Non
         ({"chunk_tokens": 100_000, "model": "minilm"}, "22023", "chunk_tokens"),
         ({"chunk_tokens": 10, "chunk_overlap": 10}, "22023", "chunk_overlap"),
         ({"chunk_overlap": -1}, "22023", "chunk_overlap"),
+        ({"chunking": "none", "chunk_overlap": -1}, "22023", "chunk_overlap"),
         ({"index_options": '{"m": 1}'}, "22023", '"m"'),
         ({"index_options": '{"lists": 10}'}, "22023", '"lists"'),
         ({"index_options": '{"m": true}'}, "22023", '"m"'),
@@ -283,6 +284,16 @@ def test_a_paused_pipeline_captures_and_waits(source: psycopg.Connection) -> Non
     source.execute("SELECT embedline.resume_pipeline('page')")
     assert drain(source) == 4
     assert_exact(source)
+
+
+def test_what_depends_on_a_view_is_named_where_the_pipeline_is_dropped(source: psycopg.Connection) -> None:
+    create_pipeline(source, chunk_overlap=None)
+    source.execute("CREATE VIEW short AS SELECT id FROM page_embedding")
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist) as caught:
+        source.execute("SELECT embedline.drop_pipeline('page')")
+    assert "short" in str(caught.value.diag.message_detail)
+    source.execute(str(caught.value.diag.message_hint).partition("; ")[2].partition(" drops")[0].encode())
+    source.execute("SELECT embedline.drop_pipeline('page')")
 
 
 def test_a_pause_stops_the_backfill_too(source: psycopg.Connection) -> None:

@@ -64,6 +64,7 @@ def test_each_kind_has_its_name_and_is_built_beside_the_column_s_own(pages: psyc
         (("prefix", 256), "a prefix has 1 to 255 of the 256 dimensions"),
         (("prefix", 0), "a prefix has 1 to 255 of the 256 dimensions"),
         (("binary", 64), "a binary index has all 256 dimensions"),
+        (("binary", None, None), "oversampling must not be NULL"),
         (("binary", None, Decimal("0.5")), "oversampling must be between 1 and 100, not 0.5"),
     ],
 )

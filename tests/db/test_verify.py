@@ -382,11 +382,15 @@ class Provider:
         self.shift = 0
         self.texts: list[str] = []
         self.status = 200
+        self.asked, self.answering = threading.Event(), threading.Event()
+        self.answering.set()
         self.url = server.url_for("/v1")
         server.expect_request("/v1/embeddings").respond_with_handler(self._handle)
 
     def _handle(self, request: Request) -> Response:
         texts = request.get_json()["input"]
+        self.asked.set()
+        self.answering.wait(30)
         if self.status != 200:
             return Response("down", status=self.status)
         self.texts += texts
@@ -492,6 +496,26 @@ def test_a_changed_fingerprint_is_told_and_taken_over_where_the_vectors_are_the_
 
 
 # Beside writers
+
+
+def test_a_truncate_neither_waits_for_the_model_nor_fails(
+    remote: psycopg.Connection, provider: Provider, connect: Connect
+) -> None:
+    # Who has read chunks and then wants the source makes a deadlock with it, and the application may lose.
+    application, found = connect(), []
+    provider.asked.clear()
+    provider.answering.clear()
+    checking = threading.Thread(target=lambda: found.append(verify(remote, repair=True, sample=5)), daemon=True)
+    checking.start()
+    try:
+        assert provider.asked.wait(20)
+        application.execute("SET statement_timeout = '20s'")
+        application.execute("TRUNCATE page")
+    finally:
+        provider.answering.set()
+        checking.join(30)
+    assert found == [{}]
+    assert data_count(application, "page_document") == data_count(application, "page_v1") == 0
 
 
 def test_a_row_that_an_application_has_locked_is_not_waited_for(pages: psycopg.Connection, connect: Connect) -> None:

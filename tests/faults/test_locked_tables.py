@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from stub_provider import StubProvider
-from support import scalar, settle, wait_until
+from support import scalar, settle, take_inbox, wait_until
 from working import (
     Worker,
     assert_all_settled,
@@ -59,6 +59,27 @@ def test_a_write_that_gave_up_waiting_for_a_lock_is_done_again_as_a_whole(
     assert assert_all_settled(page, stub.dimensions) == 100
     # The answers were at hand: they are not paid for again.
     assert set(stub.texts_seen().values()) == {1}
+
+
+def test_a_claim_that_cannot_be_given_back_at_once_is_given_back_later(
+    page: psycopg.Connection, stub: StubProvider, other_session: psycopg.Connection
+) -> None:
+    insert_rows(page, 1, 10)
+    take_inbox(page)
+    stub.behave(latency=0.3, remember=True)
+    page.execute("ALTER TABLE embedline_data.page_chunk ADD CONSTRAINT refused CHECK (key_id < 0)")
+    with working(page) as (worker,):
+        wait_for_in_flight(stub, 10)
+        other_session.execute("SELECT FROM embedline_data.page_outbox FOR UPDATE")
+        wait_until(lambda: worker.waits_for_lock(page), 20, "the worker waits for the lock")
+        began = f"SELECT max(xact_start) FROM pg_stat_activity WHERE pid = {worker.pid}"
+        first = scalar(page, began)
+        wait_until(lambda: scalar(page, began) != first, 20, "the worker has given up waiting")
+        other_session.rollback()
+        page.execute("ALTER TABLE embedline_data.page_chunk DROP CONSTRAINT refused")
+        wait_until(lambda: scalar(page, "SELECT pending = 0 FROM embedline.status"), 20, "nothing waits")
+        assert worker.is_running
+    assert assert_all_settled(page, stub.dimensions) == 10
 
 
 def test_a_lock_on_one_source_does_not_hold_up_another_pipeline(

@@ -121,6 +121,7 @@ def test_a_versions_provider_that_fails_is_none_of_the_serving_versions_trouble(
         wait_until(lambda: versions(page, "missing")[2] == 0, 20, "the version has caught up")
     assert _assert_exact(page, stub, other) == 2 * ROWS
     assert _letters(page) == {}
+    assert versions(page, "last_error") == {1: None, 2: None}
 
 
 def test_a_versions_provider_that_is_away_is_left_alone(page: psycopg.Connection, stub: StubProvider) -> None:

@@ -26,7 +26,7 @@ class ChunkingSpec:
         return dict(self.options).get(name, default)
 
 
-def chunking_spec(method: str, tokens: int | None, overlap: int, options: Mapping[str, object]) -> ChunkingSpec:
+def chunking_spec(method: str, tokens: int | None, overlap: int | None, options: Mapping[str, object]) -> ChunkingSpec:
     """Return the spec of these values or raise InvalidParameter."""
     if method not in METHODS:
         raise InvalidParameter(f'chunking "{method}" is not known', hint=f"Use one of {', '.join(METHODS)}.")
@@ -34,10 +34,11 @@ def chunking_spec(method: str, tokens: int | None, overlap: int, options: Mappin
         tokens = None
     elif tokens is None or tokens < 1:
         raise InvalidParameter(f"chunk_tokens must be at least 1, not {tokens}", hint="The default is 256.")
-    if tokens is not None and not 0 <= overlap < tokens:
+    overlap = 0 if overlap is None else overlap
+    if overlap < 0 or (tokens is not None and overlap >= tokens):
         raise InvalidParameter(
             "chunk_overlap must be at least 0 and smaller than chunk_tokens",
-            detail=f"Overlap {overlap}, chunks of {tokens} tokens.",
+            detail=f"Overlap {overlap}, chunks of {tokens} tokens." if tokens is not None else f"Overlap {overlap}.",
             hint="An eighth of chunk_tokens is usual where an overlap is wanted at all.",
         )
     return ChunkingSpec(method, tokens, overlap, tuple(sorted(_checked_options(method, options).items())))

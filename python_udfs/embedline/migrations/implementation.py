@@ -190,7 +190,8 @@ def restore_embedding_version(operations: Operations, operation: ops.RestoreEmbe
     model = operation.model or "MODEL"
     raise CommandError(
         f"{_label(operation)} was dropped, and its vectors do not come back by a downgrade. "
-        f"HINT: {_registration(operations, operation)}embedline upgrade-model {operation.pipeline} --model {model} writes a chain to a new version of that model; "
+        f"HINT: {_registration(operations, operation)}embedline upgrade-model {operation.pipeline} --model {model} writes a"
+        " chain to a new version of that model; "
         "alembic stamp with the revision before this one moves only Alembic's mark."
     )
 

@@ -48,10 +48,6 @@ BEGIN
                 SELECT jsonb_object_agg(v.key, moved -> v.value) FROM jsonb_each_text(p.view_attributes) AS v
                 WHERE moved ? v.value
             ), '{}'),
-            serving_function = (
-                SELECT f.oid FROM pg_proc AS f
-                WHERE f.pronamespace = 'embedline_data'::regnamespace AND f.proname = p.name || '_serving'
-            ),
             source_columns = columns,
             attributes_of = here || p.source::oid
         WHERE p.pipeline_id = restored.pipeline_id;

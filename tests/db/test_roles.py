@@ -422,7 +422,7 @@ def test_an_upgrade_undoes_what_an_owner_could_once_name(
     admin = connect(owner)
     create_pipeline(admin, name="mine", source="own.mine")
     settle(database)
-    command.downgrade(alembic_config(database_dsn), "0006")
+    command.downgrade(alembic_config(database_dsn), "0007")
     admin.execute("ALTER FUNCTION embedline_data.mine_read(integer[], bigint) SECURITY INVOKER")
     command.upgrade(alembic_config(database_dsn), "head")
     assert not scalar(database, "SELECT has_schema_privilege(%s, 'embedline_data', 'USAGE')", (owner,))

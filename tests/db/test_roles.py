@@ -247,18 +247,22 @@ def test_the_content_expression_runs_as_the_sources_owner(
     assert chunks == {owner}
 
 
-@pytest.mark.parametrize("by_refresh", [False, True])
+@pytest.mark.parametrize("change", ["ALTER TABLE", "ALTER TABLE, refreshed", "REASSIGN OWNED, refreshed"])
 def test_a_new_owner_of_the_source_has_the_pipeline(
-    database: psycopg.Connection, connect: Connect, owner: str, make_role: MakeRole, by_refresh: bool
+    database: psycopg.Connection, connect: Connect, owner: str, make_role: MakeRole, change: str
 ) -> None:
     heir = make_role("embedline_admin")
     _grant(database, "ALL ON SCHEMA own", heir)
     create_pipeline(connect(owner), name="mine", source="own.mine", filter="views = 0", tenant="title")
     settle(database)
-    if by_refresh:
+    if "refreshed" in change:
         database.execute("ALTER EVENT TRIGGER embedline_follow_source DISABLE")
-    database.execute(sql.SQL("ALTER TABLE own.mine OWNER TO {}").format(sql.Identifier(heir)))
-    if by_refresh:
+    if "REASSIGN" in change:
+        database.execute(sql.SQL("REASSIGN OWNED BY {} TO {}").format(sql.Identifier(owner), sql.Identifier(heir)))
+        database.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(owner)))
+    else:
+        database.execute(sql.SQL("ALTER TABLE own.mine OWNER TO {}").format(sql.Identifier(heir)))
+    if "refreshed" in change:
         connect(heir).execute("SELECT embedline.refresh_pipeline('mine')")
     database.execute("INSERT INTO own.mine (id, title, body) VALUES (6, 'six', 'new')")
     database.execute("UPDATE own.mine SET body = 'changed' WHERE id = 1")

@@ -33,6 +33,10 @@ TRIGGER_FUNCTIONS = ("capture_insert", "capture_update", "capture_delete", "capt
 CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "embedding")
 
 
+# Of the functions that read the source as its owner. Where policies would hide rows from that they raise: rows that are
+# only hidden must not pass for deleted.
+DEFINER = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off"
+
 TENANT_COMMENT = "Whose change it is, set when it is claimed; NULL without a tenant expression"
 RECIPE_COMMENT = "Stamp of the versions'' fingerprints that the document was cut by; with another one it is cut anew"
 PREFIX_COMMENT = "Text put before the chunk for embedding, NULL if none"
@@ -345,13 +349,12 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         f"other.{quote_ident(key.name)} = source_row.{quote_ident(key.source_name)}" for key in plan.keys
     )
     taken = ", ".join(f"i.{quote_ident(key.name)}" for key in plan.keys)
-    definer = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp"
     return [
         # Contents up to max_bytes in all; past that the row comes back deferred, and is asked for again.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("read")}({arrays}, max_bytes bigint)
         RETURNS TABLE (
             ordinality bigint, accepted boolean, deferred boolean, content text, content_hash bytea, prefix text)
-        LANGUAGE sql STABLE {definer}
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT r.ordinality, r.accepted, r.before >= {max_bytes},
             CASE WHEN r.before < {max_bytes} THEN r.content END,
@@ -373,7 +376,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         # never waits for an application's lock.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("lock")}({arrays})
         RETURNS TABLE (ordinality bigint, accepted boolean, content_hash bytea)
-        LANGUAGE sql VOLATILE {definer}
+        LANGUAGE sql VOLATILE {DEFINER}
         BEGIN ATOMIC
         SELECT wanted.ordinality, {accepted},
             CASE WHEN {accepted} THEN {content_hash_sql(plan, content, prefix)} END
@@ -385,7 +388,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         # The closing sweep of a backfill: an update that moved a row to a block already read was not captured.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("missing")}(row_limit integer)
         RETURNS TABLE ({returned_keys})
-        LANGUAGE sql STABLE {definer}
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT {key_select} FROM {plan.rows} AS source_row
         WHERE {accepted}
@@ -436,7 +439,7 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
         $plpgsql$""",
         f"""CREATE OR REPLACE FUNCTION {plan.generated("tenant")}({arrays})
         RETURNS TABLE (ordinality bigint, tenant text)
-        LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT wanted.ordinality, {plan.call("tenant_or_null", plan.tenant, "source_row")}
         FROM unnest({plan.key_names}) WITH ORDINALITY AS wanted ({plan.key_names}, ordinality)
@@ -451,7 +454,7 @@ def range_function_statement(plan: CapturePlan) -> str:
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("range")}(
             relation regclass, from_tid tid, to_tid tid, row_limit integer)
         RETURNS TABLE (row_tid tid, {returned_keys})
-        LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        LANGUAGE plpgsql STABLE {DEFINER}
         AS $plpgsql$
         BEGIN
             RETURN QUERY EXECUTE format(

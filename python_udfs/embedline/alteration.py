@@ -12,7 +12,7 @@ from embedline.capture import CapturePlan, SourceExpression
 from embedline.catalog import Pipeline, load_pipeline
 from embedline.chunking import ChunkingSpec
 from embedline.database import Session, as_mapping, data_name, entry_point
-from embedline.errors import EmbedlineError, InvalidParameter
+from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
 from embedline.pipelines import (
     EXPRESSIONS,
     bound_lock_wait,
@@ -285,5 +285,11 @@ def regenerate_pipelines(session: Session) -> None:
             use_row_triggers(session, plan)
             # What was written through the parent until now: the next sweep finds it.
             restart_sweep(session, pipeline)
-        routing.refresh_views(session, pipeline, plan, source)
+        try:
+            routing.refresh_views(session, pipeline, plan, source)
+        except DependentObjects as error:
+            # A view as it was before serves as well; an upgrade must not fail because of what users built on it.
+            session.plpy.notice(
+                f'views of pipeline "{pipeline.name}" stay as they are: {error}', detail=error.detail or ""
+            )
         routing.write_serving_function(session, plan, pipeline.version.number)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from embedline.capture import CapturePlan, SourceExpression, content_hash_sql
+from embedline.capture import DEFINER, CapturePlan, SourceExpression, content_hash_sql
 from embedline.database import quote_ident
-
-_DEFINER = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp"
 
 
 def audit_function_statements(plan: CapturePlan) -> list[str]:
@@ -29,7 +27,7 @@ def _missing_statement(plan: CapturePlan) -> str:
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("missing")}(
             row_limit integer, wanted_recipe integer, valid_from timestamptz, altered_at timestamptz)
         RETURNS TABLE ({_key_definitions(plan)})
-        LANGUAGE sql STABLE {_DEFINER}
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT r.* FROM (
             SELECT {keys} FROM {plan.rows} AS source_row
@@ -88,7 +86,7 @@ def _audit_statement(plan: CapturePlan) -> str:
     selected = ", ".join(f"r.{quote_ident(key.name)}" for key in plan.keys)
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("audit")}(wanted_recipe integer, valid_from timestamptz)
         RETURNS TABLE (finding text, {_key_definitions(plan)})
-        LANGUAGE sql STABLE {_DEFINER}
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT f.* FROM (
             SELECT CASE
@@ -113,7 +111,7 @@ def _gone_statement(plan: CapturePlan) -> str:
     selected = ", ".join(f"d.{quote_ident(key.name)}" for key in plan.keys)
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("gone")}()
         RETURNS TABLE ({_key_definitions(plan)}, embedded_at timestamptz)
-        LANGUAGE sql STABLE {_DEFINER}
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT {selected}, d.embedded_at FROM {plan.generated("document")} AS d
         WHERE NOT EXISTS (SELECT FROM {plan.rows} AS source_row WHERE {_same_source_key(plan, "d")})
@@ -128,7 +126,7 @@ def _present_statement(plan: CapturePlan) -> str:
     parameters = ", ".join(f"${i + 1}" for i in range(len(plan.keys)))
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("present")}({arrays})
         RETURNS TABLE ({", ".join(f"present_{i + 1} {key.type}" for i, key in enumerate(plan.keys))})
-        LANGUAGE sql VOLATILE {_DEFINER}
+        LANGUAGE sql VOLATILE {DEFINER}
         BEGIN ATOMIC
         SELECT {selected} FROM unnest({parameters}) AS wanted ({plan.key_names})
         WHERE EXISTS (SELECT FROM {plan.rows} AS source_row WHERE {_same_source_key(plan, "wanted")});

@@ -33,6 +33,10 @@ TRIGGER_FUNCTIONS = ("capture_insert", "capture_update", "capture_delete", "capt
 CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "embedding")
 
 
+# Of the functions that read the source as its owner. Where policies would hide rows from that they raise: rows that are
+# only hidden must not pass for deleted.
+DEFINER = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off"
+
 TENANT_COMMENT = "Whose change it is, set when it is claimed; NULL without a tenant expression"
 RECIPE_COMMENT = "Stamp of the versions'' fingerprints that the document was cut by; with another one it is cut anew"
 PREFIX_COMMENT = "Text put before the chunk for embedding, NULL if none"
@@ -344,13 +348,12 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         f"source_row.{quote_ident(key.source_name)} = wanted.{quote_ident(key.name)}" for key in plan.keys
     )
     order = ", ".join(f"source_row.{quote_ident(key.source_name)}" for key in plan.keys)
-    definer = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp"
     return [
         # Contents up to max_bytes in all; past that the row comes back deferred, and is asked for again.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("read")}({arrays}, max_bytes bigint)
         RETURNS TABLE (
             ordinality bigint, accepted boolean, deferred boolean, content text, content_hash bytea, prefix text)
-        LANGUAGE sql STABLE {definer}
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT r.ordinality, r.accepted, r.before >= {max_bytes},
             CASE WHEN r.before < {max_bytes} THEN r.content END,
@@ -372,7 +375,7 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         # never waits for an application's lock.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("lock")}({arrays})
         RETURNS TABLE (ordinality bigint, accepted boolean, content_hash bytea)
-        LANGUAGE sql VOLATILE {definer}
+        LANGUAGE sql VOLATILE {DEFINER}
         BEGIN ATOMIC
         SELECT wanted.ordinality, {accepted},
             CASE WHEN {accepted} THEN {content_hash_sql(plan, content, prefix)} END
@@ -419,7 +422,7 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
         $plpgsql$""",
         f"""CREATE OR REPLACE FUNCTION {plan.generated("tenant")}({arrays})
         RETURNS TABLE (ordinality bigint, tenant text)
-        LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT wanted.ordinality, {plan.generated("tenant_or_null")}({arguments})
         FROM unnest({plan.key_names}) WITH ORDINALITY AS wanted ({plan.key_names}, ordinality)
@@ -434,7 +437,7 @@ def range_function_statement(plan: CapturePlan) -> str:
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("range")}(
             relation regclass, from_tid tid, to_tid tid, row_limit integer)
         RETURNS TABLE (row_tid tid, {returned_keys})
-        LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        LANGUAGE plpgsql STABLE {DEFINER}
         AS $plpgsql$
         BEGIN
             RETURN QUERY EXECUTE format(

@@ -9,6 +9,7 @@ from embedline.chunking import ChunkingSpec
 from embedline.database import Session, as_list, as_mapping, data_name, quote_ident
 from embedline.embedders import ModelConfig
 from embedline.errors import NotFound
+from embedline.source import HIDDEN
 
 _MODEL_COLUMNS = """
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
@@ -43,12 +44,13 @@ _PIPELINE_SQL = f"{_VERSION_SQL} WHERE v.version_id = p.serving_version_id"
 PIPELINE_BY_NAME = f"{_PIPELINE_SQL} AND p.name = $1"
 _VERSIONS_BY_NAME = f"{_VERSION_SQL} WHERE p.name = $1 ORDER BY v.number"
 # Only workers ask whether requests are counted: readers, who search, may not read budgets.
-_METERED = """
+_METERED = f"""
     (m.provider <> 'sentence-transformers' OR m.price_per_million_tokens IS NOT NULL
         OR EXISTS (SELECT FROM embedline.spending_cap AS s WHERE s.pipeline_id = p.pipeline_id OR s.model_id = m.model_id)
         OR EXISTS (SELECT FROM embedline.rate_limit AS l WHERE l.model_id = m.model_id)) AS metered,
     v.last_error AS version_error,
     (SELECT h.last_error FROM embedline.pipeline_health AS h WHERE h.pipeline_id = p.pipeline_id) AS last_error,
+    EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source AND {HIDDEN}) AS is_hidden,
 """
 # A source that was dropped takes its functions along; its pipeline must not stop the others.
 ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
@@ -134,7 +136,8 @@ class ChunkSet:
 class Pipeline:
     """A row of embedline.pipeline with one of its versions, the serving one unless another was asked for.
 
-    `metered`, where workers loaded it: requests are counted, of remote models and of those with a price or a limit.
+    `metered`, where workers loaded it: requests are counted, of remote models and of those with a price or a limit; and
+    `is_hidden`: row-level security hides rows of the source from its owner, so that nothing can be read.
     `versions` are (version_id, number, chunk set) of all versions. `is_lane` marks what fills a version from the chunks
     that the serving version's work leaves, not from the source.
     """
@@ -162,6 +165,7 @@ class Pipeline:
     is_lane: bool = False
     # Where workers loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the lane.
     last_error: str | None = None
+    is_hidden: bool = False
 
     @property
     def lane_id(self) -> int:
@@ -372,6 +376,7 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         versions=tuple((int(i), int(n), int(s)) for i, n, s in as_list(values["versions"])),
         is_serving=bool(values["is_serving"]),
         last_error=_optional(values.get("last_error")),
+        is_hidden=bool(values.get("is_hidden")),
     )
 
 

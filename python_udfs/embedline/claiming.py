@@ -9,9 +9,11 @@ from embedline import backfill, circuit, inbox, outbox, spending, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline
 from embedline.database import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers
+from embedline.dead_letters import note_error
 from embedline.documents import can_hold_source
 from embedline.pacing import LiveShare, Turns
 from embedline.retry import ROWS_PER_CLAIM_AFTER_CRASHES
+from embedline.source import hidden_source
 from embedline.work import work_of
 
 # Rows of the inbox that a claim moves on at most where tenants have their turns: each must be seen to have one.
@@ -34,6 +36,8 @@ class Claimant:
         self.asking: Pipeline | None = None
         # Pipelines whose budget or rate limit lets nothing through at the moment.
         self.out_of_money: set[int] = set()
+        # Pipelines whose source cannot be read at the moment.
+        self.hidden: set[int] = set()
 
     def claim(
         self,
@@ -74,11 +78,22 @@ class Claimant:
             self.session.query("SELECT pg_advisory_unlock($1, 0)", ["integer"], SUSPECT_LOCK_CLASS)
 
     def _is_blocked(self, pipeline: Pipeline) -> bool:
-        if circuit.is_open(self.session, pipeline.version.model.model_id):
+        if self._is_hidden(pipeline) or circuit.is_open(self.session, pipeline.version.model.model_id):
             return True
         is_out_of_money = pipeline.metered and spending.blocked_until(self.session, pipeline) is not None
         (self.out_of_money.add if is_out_of_money else self.out_of_money.discard)(pipeline.lane_id)
         return is_out_of_money
+
+    def _is_hidden(self, pipeline: Pipeline) -> bool:
+        """Whether rows of the source are hidden from its owner: to claim them would be to take them for deleted."""
+        if not pipeline.is_hidden or pipeline.is_lane:
+            self.hidden.discard(pipeline.lane_id)
+            return False
+        if pipeline.lane_id not in self.hidden:
+            self.hidden.add(pipeline.lane_id)
+            hidden = hidden_source(self.session, pipeline.source_oid)
+            note_error(self.session, pipeline, f"{hidden}. {hidden.hint}" if hidden else "")
+        return True
 
     def _claim_of(
         self, pipeline: Pipeline, limit: int, live: list[int], is_idle: bool, embed_backfill: bool

@@ -30,6 +30,7 @@ from embedline.errors import (
 )
 from embedline.outbox import ClaimedRow
 from embedline.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
+from embedline.source import hidden_source
 from embedline.text import repair_text
 from embedline.work import VERSION_WORK, work_of
 
@@ -245,6 +246,10 @@ class Engine:
         except Exception as error:
             if not _is_row_fault(error):
                 raise
+            # Since the claim: a fault of the whole source, not of these rows.
+            hidden = hidden_source(self.session, batch.pipeline.source_oid)
+            if hidden is not None:
+                raise hidden from error
             # Find the rows whose expression raises, by halves; those are given up, their neighbours go on.
             if len(rows) == 1:
                 message = str(error).removeprefix("spiexceptions.")

@@ -27,9 +27,12 @@ from embedline.pipelines import (
 )
 from embedline.source import Source
 
+# Who owns the functions; where REASSIGN OWNED gave them to the source's owner, this lacks the rights that they need.
 _OWNER = """
-    SELECT pg_get_userbyid(proowner) FROM pg_proc
-    WHERE pronamespace = 'embedline_data'::regnamespace AND proname = $1 || '_read'
+    SELECT pg_get_userbyid(f.proowner) AS name, has_table_privilege(
+        f.proowner, (SELECT oid FROM pg_class WHERE relnamespace = f.pronamespace AND relname = $1 || '_document'), 'SELECT'
+    ) AS reads
+    FROM pg_proc AS f WHERE f.pronamespace = 'embedline_data'::regnamespace AND f.proname = $1 || '_read'
 """
 _OWNED_VIEWS = """
     SELECT c.oid::regclass::text AS name FROM pg_class AS c
@@ -62,9 +65,9 @@ def follow_source(session: Session, name: str) -> None:
 def _follow(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     plan, source = current_plan(session, pipeline)
     rewrite_trigger_functions(session, plan)
-    before = session.scalar(_OWNER, ["text"], pipeline.name)
-    if before is not None and before != source.owner:
-        _give_to_owner(session, pipeline, str(before))
+    for before in session.query(_OWNER, ["text"], pipeline.name):
+        if before["name"] != source.owner or not before["reads"]:
+            _give_to_owner(session, pipeline, str(before["name"]))
     if needs_row_triggers(plan, source):
         use_row_triggers(session, plan_in_use(session, pipeline)[0])
     return plan, source
@@ -77,6 +80,8 @@ def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
     suffixes = [chunk_table_suffix(number) for number in chunk_set_numbers(pipeline)]
     suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
     grant_tables(session, plan, source, suffixes)
+    if before == source.owner:
+        return
     tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, "inbox", "claim", "outbox", "document"))
     session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
     for view in session.query(_OWNED_VIEWS, ["bigint", "text"], pipeline.pipeline_id, quote_ident(before)):

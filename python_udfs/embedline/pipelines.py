@@ -32,7 +32,7 @@ from embedline.fingerprint import recipe_fingerprint
 from embedline.models import caller
 from embedline.owner_rights import create_scratch_schema, run_as_owner
 from embedline.schedule import forget_index_jobs
-from embedline.source import Source
+from embedline.source import Source, hidden_source
 
 # 46 + the longest generated suffix ("_chunk_content_hash_idx" and the like) stays within 63 bytes.
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}\Z")
@@ -222,6 +222,9 @@ def _load_source(session: Session, oid: int, role: str) -> Source:
             f'permission denied for schema "{row["schema"]}"',
             hint=f'GRANT CREATE ON SCHEMA "{row["schema"]}" TO {role}; the routing view is created there.',
         )
+    hidden = hidden_source(session, oid)
+    if hidden is not None:
+        raise InvalidParameter(f"{label} cannot be a source: {hidden.message}", hint=hidden.hint)
     return Source(
         oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"],
         partitioned=row["relkind"] == "p", subscribed=row["subscribed"], is_child=row["is_child"],

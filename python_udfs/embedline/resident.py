@@ -123,7 +123,7 @@ class ResidentWorker:
         return "idle"
 
     def _close_backfill(self, pipeline: Pipeline) -> bool:
-        if pipeline.version.state != "backfilling" or self._is_asleep(pipeline):
+        if pipeline.version.state != "backfilling" or pipeline.is_hidden or self._is_asleep(pipeline):
             return False
         self.claimant.asking = pipeline
         session = self.engine.session
@@ -184,9 +184,12 @@ class ResidentWorker:
             self._pace(batch.pipeline).measured(len(batch.rows), self._embed_seconds, batch.longest_write)
 
     def is_waiting(self) -> bool:
-        """Whether rows are queued that will be embedded without anybody's doing: not those that a budget holds back."""
+        """Whether rows are queued that will be embedded without anybody's doing: not those that a budget holds back.
+
+        Nor those that nobody may read.
+        """
         session = self.engine.session
-        able = [p for p in self._pipelines if p.lane_id not in self.claimant.out_of_money]
+        able = [p for p in self._pipelines if p.lane_id not in self.claimant.out_of_money | self.claimant.hidden]
         ours = [p.name for p in able if not p.is_lane]
         lanes = [p.version.version_id for p in able if p.is_lane]
         self._limit_lock_waits(_LOCK_TIMEOUT)

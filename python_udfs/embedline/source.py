@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedline.database import quote_ident
+from embedline.database import Session, quote_ident
+from embedline.errors import NotReady
+
+# Of a row c of pg_class: whether its policies hold for its owner, as whom it is read.
+HIDDEN = """
+    c.relrowsecurity AND c.relforcerowsecurity AND NOT EXISTS (
+        SELECT FROM pg_roles AS o WHERE o.oid = c.relowner AND (o.rolsuper OR o.rolbypassrls))
+"""
+_HIDDEN_SOURCE = f"""
+    SELECT c.oid::regclass::text AS name, quote_ident(pg_get_userbyid(c.relowner)) AS owner
+    FROM pg_class AS c WHERE c.oid = $1::oid AND {HIDDEN}
+"""
 
 
 @dataclass(frozen=True)
@@ -24,3 +35,15 @@ class Source:
     def qualified(self) -> str:
         """Schema and name, quoted."""
         return f"{quote_ident(self.schema)}.{quote_ident(self.name)}"
+
+
+def hidden_source(session: Session, source_oid: int) -> NotReady | None:
+    """Return what to raise where row-level security hides rows of a source from its owner: they would seem to be gone."""
+    rows = session.query(_HIDDEN_SOURCE, ["bigint"], source_oid)
+    if not rows:
+        return None
+    name, owner = rows[0]["name"], rows[0]["owner"]
+    return NotReady(
+        f"row-level security is forced on {name} and hides rows from its owner {owner}, as whom it is read",
+        hint=f"ALTER TABLE {name} NO FORCE ROW LEVEL SECURITY; or ALTER ROLE {owner} BYPASSRLS;",
+    )

@@ -17,6 +17,7 @@ from embedline.catalog import Pipeline, load_pipeline, load_versions
 from embedline.database import Session, entry_point, hold_source, prepare_environment, quote_ident, vector_schema
 from embedline.errors import InvalidParameter, NotFound
 from embedline.pipelines import insert_ranges
+from embedline.source import hidden_source
 
 # Up to so many rows a repair goes through the queue. More of them would keep live changes waiting: they are left to a
 # new pass of the backfill, which gives way to those.
@@ -101,6 +102,9 @@ def _require_source(session: Session, pipeline: Pipeline) -> None:
             f'the source of pipeline "{pipeline.name}" is gone',
             hint=f"SELECT embedline.drop_pipeline('{pipeline.name}').",
         )
+    hidden = hidden_source(session, pipeline.source_oid)
+    if hidden is not None:
+        raise hidden
 
 
 def _capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:

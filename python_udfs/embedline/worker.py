@@ -29,6 +29,7 @@ from embedline.dead_letters import note_error
 from embedline.engine import Engine, now_and_then
 from embedline.errors import InvalidParameter
 from embedline.resident import ResidentWorker, Step
+from embedline.source import hidden_source
 
 _BATCH_ROWS = 1000
 _POLL_SECONDS = (0.05, 1.0)
@@ -63,6 +64,8 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
     for pipeline in run.pipelines():
         if not pipeline.is_lane:
             indexing.maintain(session, pipeline)
+        if pipeline.is_hidden and (hidden := hidden_source(session, pipeline.source_oid)):
+            session.plpy.warning(f'pipeline "{pipeline.name}" is held back: {hidden}', hint=hidden.hint or "")
         if circuit.is_open(session, pipeline.version.model.model_id):
             session.plpy.warning(f'model "{pipeline.version.model.config.name}" is unavailable; its rows stay queued')
     if run.refusal is not None:
@@ -116,7 +119,8 @@ class _Run:
 
     def close_backfills(self) -> bool:
         """Close the backfills that are read through; True where there turns out to be more to do."""
-        return any([self._close(pipeline) for pipeline in self.pipelines() if pipeline.version.state == "backfilling"])
+        open_ones = [p for p in self.pipelines() if p.version.state == "backfilling" and not p.is_hidden]
+        return any([self._close(pipeline) for pipeline in open_ones])
 
     def _close(self, pipeline: Pipeline) -> bool:
         """Close one backfill; where that fails the other pipelines go on."""

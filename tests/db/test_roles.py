@@ -248,18 +248,22 @@ def test_the_content_expression_runs_as_the_sources_owner(
     assert chunks == {owner}
 
 
-@pytest.mark.parametrize("by_refresh", [False, True])
+@pytest.mark.parametrize("change", ["ALTER TABLE", "ALTER TABLE, refreshed", "REASSIGN OWNED, refreshed"])
 def test_a_new_owner_of_the_source_has_the_pipeline(
-    database: psycopg.Connection, connect: Connect, owner: str, make_role: MakeRole, by_refresh: bool
+    database: psycopg.Connection, connect: Connect, owner: str, make_role: MakeRole, change: str
 ) -> None:
     heir = make_role("embedline_admin")
     _grant(database, "ALL ON SCHEMA own", heir)
     create_pipeline(connect(owner), name="mine", source="own.mine", filter="views = 0", tenant="title")
     settle(database)
-    if by_refresh:
+    if "refreshed" in change:
         database.execute("ALTER EVENT TRIGGER embedline_follow_source DISABLE")
-    database.execute(sql.SQL("ALTER TABLE own.mine OWNER TO {}").format(sql.Identifier(heir)))
-    if by_refresh:
+    if "REASSIGN" in change:
+        database.execute(sql.SQL("REASSIGN OWNED BY {} TO {}").format(sql.Identifier(owner), sql.Identifier(heir)))
+        database.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(owner)))
+    else:
+        database.execute(sql.SQL("ALTER TABLE own.mine OWNER TO {}").format(sql.Identifier(heir)))
+    if "refreshed" in change:
         connect(heir).execute("SELECT embedline.refresh_pipeline('mine')")
     database.execute("INSERT INTO own.mine (id, title, body) VALUES (6, 'six', 'new')")
     database.execute("UPDATE own.mine SET body = 'changed' WHERE id = 1")
@@ -277,6 +281,39 @@ def test_a_new_owner_of_the_source_has_the_pipeline(
         " UNION ALL SELECT array_agg(DISTINCT proowner::regrole::text) FROM pg_proc WHERE proname = 'mine_content'"
     )
     assert [[heir], [heir]] == [[name.strip('"') for name in row[0]] for row in database.execute(owners)]
+
+
+def test_rows_that_forced_row_security_hides_are_neither_given_up_nor_deleted(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    admin = connect(owner)
+    create_pipeline(admin, name="mine", source="own.mine")
+    create_pipeline(database)
+    settle(database)
+    admin.execute("CREATE POLICY mine ON own.mine USING (title = current_setting('app.tenant', true))")
+    admin.execute("ALTER TABLE own.mine ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    with pytest.raises(errors.InvalidParameterValue, match="hides rows from its owner") as refused:
+        create_pipeline(admin, name="again", source="own.mine")
+    assert "NO FORCE ROW LEVEL SECURITY" in (refused.value.diag.message_hint or "")
+    database.execute("UPDATE own.mine SET body = 'changed'; UPDATE page SET body = 'changed' WHERE id = 1")
+    database.execute("SELECT embedline.refresh_pipeline('mine')")
+    warnings: list[str] = []
+    database.add_notice_handler(lambda notice: warnings.append(f"{notice.message_primary} {notice.message_hint}"))
+    assert drain(database) == 1, "the other pipeline goes on"
+    assert "hides rows from its owner" in warnings[0]
+    assert "NO FORCE ROW LEVEL SECURITY" in warnings[0]
+    database.execute("CALL embedline.run_worker(max_seconds => 30, until_idle => true)")
+    assert "NO FORCE" in scalar(database, "SELECT last_error FROM embedline.status WHERE pipeline = 'mine'")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="hides rows from its owner"):
+        database.execute("SELECT * FROM embedline.verify('mine', repair => true)")
+    for function in ("gone()", "audit(1, now())", "missing(10)", "present('{1}')", "read('{1}', 100)", "lock('{1}')"):
+        with pytest.raises(errors.InsufficientPrivilege, match="row-level security"):
+            database.execute(f"SELECT * FROM embedline_data.mine_{function}")
+    assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
+    assert scalar(database, "SELECT count(*) FROM embedline_data.mine_document WHERE state = 'embedded'") == 5
+    admin.execute("ALTER TABLE own.mine NO FORCE ROW LEVEL SECURITY")
+    settle(database)
+    assert_exact(database, "mine")
 
 
 def test_an_expression_cannot_act_with_our_rights(database: psycopg.Connection, connect: Connect, owner: str) -> None:

@@ -155,10 +155,10 @@ def _wanted_spec(pipeline: Pipeline, given: dict[str, Any]) -> ChunkingSpec:
 
 def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str], given: dict[str, Any]) -> None:
     """Write the functions of changed expressions anew, all that read through them, and the trigger that names their columns."""
-    plan, source = _plan_in_use(session, pipeline)
+    plan, source = plan_in_use(session, pipeline)
     # What CREATE TRIGGER needs below. Taken first: so no write and no other alteration comes between the two.
     session.execute(f"LOCK TABLE {source.qualified} IN SHARE ROW EXCLUSIVE MODE")
-    plan, source = _plan_in_use(session, pipeline)
+    plan, source = plan_in_use(session, pipeline)
     values = {parameter: given[parameter] if parameter in changed else None for parameter in EXPRESSIONS}
     found = deparsed(session, source, {**values, "expression_search_path": given["expression_search_path"]})
     plan = replace(
@@ -191,7 +191,7 @@ def _replace_functions(session: Session, plan: CapturePlan, source: Source, chan
     )  # fmt: skip
 
 
-def _plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
+def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     """Return the plan of a pipeline as it is: expressions without text, with the columns' names of now."""
     plan, source = current_plan(session, pipeline)
     types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], source.oid)}
@@ -273,7 +273,7 @@ def regenerate_pipelines(session: Session) -> None:
     """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
     for row in session.query(_OUTDATED, ["integer"], capture.CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
-        plan, source = _plan_in_use(session, pipeline)
+        plan, source = plan_in_use(session, pipeline)
         _replace_functions(session, plan, source, [])
         rewrite_trigger_functions(session, plan)
         routing.refresh_views(session, pipeline, plan, source)

@@ -30,7 +30,7 @@ from embedline.errors import AlreadyExists, EmbedlineError, InvalidParameter, No
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
 from embedline.models import caller
-from embedline.owner_rights import create_scratch_schema, run_as_owner
+from embedline.owner_rights import Undone, create_scratch_schema, run_as_owner
 from embedline.schedule import forget_index_jobs
 from embedline.source import Source
 
@@ -358,7 +358,7 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
     text, columns, volatile = "", [], None
     try:
         # Rolled back: nothing stays of the table, nor of what the user's functions did.
-        with contextlib.suppress(_Undone), session.plpy.subtransaction():
+        with contextlib.suppress(Undone), session.plpy.subtransaction():
             table = f"{create_scratch_schema(session, source.owner)}.source"
             session.execute(f"CREATE TABLE {table} (LIKE {source.qualified})")
             session.execute(f"ALTER TABLE {table} OWNER TO {quote_ident(source.owner)}")
@@ -367,7 +367,7 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
             text = str(session.scalar(_EXPRESSION, ["text"], table)).removeprefix("(").removesuffix(f"{test})")
             columns = session.query(_INPUT_COLUMNS, ["text"], table)
             volatile = session.scalar(_VOLATILE, ["text"], table)
-            raise _Undone
+            raise Undone
     except Exception as error:
         state = sqlstate_of(error)
         if state[:2] not in ("42", "22", "0A"):
@@ -391,10 +391,6 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
             hint=_EXPRESSION_HINT,
         )
     return SourceExpression(text, tuple((str(row["attname"]), str(row["type"])) for row in columns))
-
-
-class _Undone(Exception):
-    """Rolls back what was made only to be looked at."""
 
 
 def create_functions(session: Session, plan: CapturePlan, source: Source) -> None:

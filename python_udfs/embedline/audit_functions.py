@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedline.capture import DEFINER, CapturePlan, SourceExpression, content_hash_sql
-from embedline.database import quote_ident
+from embedline.database import quote_ident, quote_literal
 
 
 def audit_function_statements(plan: CapturePlan) -> list[str]:
@@ -58,14 +58,14 @@ def _digest_statement(plan: CapturePlan) -> str:
     refused = f"IF {_call(plan, 'filter', plan.filter)} IS NOT TRUE THEN RETURN NULL; END IF;" if plan.filter else ""
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("digest")}({parameters})
         RETURNS bytea LANGUAGE plpgsql STABLE
-        AS $plpgsql$
+        AS """ + quote_literal(f"""
         BEGIN
             {refused}
             RETURN coalesce({digest}, '');
         EXCEPTION WHEN OTHERS THEN
             RETURN decode('00', 'hex');
         END
-        $plpgsql$"""
+        """)
 
 
 def _call(plan: CapturePlan, suffix: str, expression: SourceExpression) -> str:

@@ -7,6 +7,8 @@ The triggers' conditions compare the input columns and never evaluate the expres
 call what the writer may not call, and an application's write never fails because of Embedline. Only where an input
 changed does `<pipeline>_changed` evaluate it, as the source's owner, and an error counts as a change.
 
+Bodies are quoted as constants: between dollar signs, a column's name that holds the same tag would end them.
+
 No function takes the source's row type as a parameter: PostgreSQL would then refuse ALTER TABLE ... ADD COLUMN ...
 DEFAULT. So trigger functions name the columns in plain text, and the event trigger embedline_follow_source writes them
 anew when one is renamed.
@@ -325,14 +327,14 @@ def changed_function_statement(plan: CapturePlan) -> str:
     ]
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("changed")}({", ".join(parameters)})
         RETURNS boolean LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-        AS $plpgsql$
+        AS """ + quote_literal(f"""
         BEGIN
             RETURN {" OR ".join(differences)};
         EXCEPTION WHEN OTHERS THEN
             -- The application's write goes through; the worker will meet the same error and keep it as a dead letter.
             RETURN true;
         END
-        $plpgsql$"""
+        """)
 
 
 def read_function_statements(plan: CapturePlan) -> list[str]:
@@ -413,13 +415,14 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
     return [
         f"""CREATE OR REPLACE FUNCTION {plan.generated("tenant_or_null")}({types})
         RETURNS text LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
-        AS $plpgsql$
+        AS """
+        + quote_literal(f"""
         BEGIN
             RETURN {plan.expression("tenant_value")}({places});
         EXCEPTION WHEN OTHERS THEN
             RETURN NULL;
         END
-        $plpgsql$""",
+        """),
         f"""CREATE OR REPLACE FUNCTION {plan.generated("tenant")}({arrays})
         RETURNS TABLE (ordinality bigint, tenant text)
         LANGUAGE sql STABLE {DEFINER}
@@ -438,7 +441,7 @@ def range_function_statement(plan: CapturePlan) -> str:
             relation regclass, from_tid tid, to_tid tid, row_limit integer)
         RETURNS TABLE (row_tid tid, {returned_keys})
         LANGUAGE plpgsql STABLE {DEFINER}
-        AS $plpgsql$
+        AS """ + quote_literal(f"""
         BEGIN
             RETURN QUERY EXECUTE format(
                 'SELECT source_row.ctid, %s FROM ONLY %s AS source_row'
@@ -446,22 +449,37 @@ def range_function_statement(plan: CapturePlan) -> str:
                 {quote_literal(plan.keys_of_row("source_row"))}, relation)
             USING from_tid, to_tid, row_limit;
         END
-        $plpgsql$"""
+        """)
 
 
 def trigger_function_statements(plan: CapturePlan) -> list[str]:
-    """Trigger functions, SECURITY DEFINER: an application role needs no right on our tables."""
+    """Trigger functions, SECURITY DEFINER: an application role needs no right on our tables.
+
+    They run as Embedline's owner, and what casts a column of another type than when they were written may be a function of
+    the source's owner: so they look at the types first.
+    """
     bodies = _statement_bodies(plan) if plan.capture == "statement" else _row_bodies(plan)
     changed = " OR ".join(_differs(key.source_name) for key in plan.keys)
     inputs = ", ".join(f"{row}.{quote_ident(name)}" for row in ("OLD", "NEW") for name, _ in plan.expression_columns)
+    # to_regtype: NULL for a type that has another name now. Then, as with a type that is not known, the row counts as changed.
+    known = " AND ".join(
+        f"pg_typeof(OLD.{quote_ident(name)}) = to_regtype({quote_literal(column_type)})" if column_type else "false"
+        for name, column_type in plan.expression_columns
+    )
     bodies["update"] = f"""
         IF {changed} THEN
             {plan.enqueue_row("OLD")}
-        ELSIF NOT {plan.generated("changed")}({inputs}) THEN
-            RETURN NULL;
+        ELSIF {known or "false"} THEN
+            -- Within: the planner may evaluate a cast of what stands in one expression with its condition.
+            IF NOT {plan.generated("changed")}({inputs}) THEN
+                RETURN NULL;
+            END IF;
         END IF;
         {plan.enqueue_row("NEW")}
         RETURN NULL;"""
+    of_statement = plan.capture == "statement"
+    for event, row, rows in (("insert", "NEW", "new_rows"), ("update", "OLD", None), ("delete", "OLD", "old_rows")):
+        bodies[event] = _type_guard(plan, row, rows if of_statement else None) + bodies[event]
     tables = ", ".join([*(plan.generated(suffix) for suffix in ("inbox", "outbox", "document")), *plan.chunk_tables])
     bodies["truncate"] = f"""
         TRUNCATE {tables} CASCADE;
@@ -478,13 +496,32 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
         for statement in (
             f"""CREATE OR REPLACE FUNCTION {plan.generated("capture_" + event)}()
             RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-            AS $plpgsql$
+        AS """
+            + quote_literal(f"""
             BEGIN{body}
             END
-            $plpgsql$""",
+            """),
             f"REVOKE ALL ON FUNCTION {plan.generated('capture_' + event)}() FROM public",
         )
     ]
+
+
+def _type_guard(plan: CapturePlan, row: str, rows: str | None) -> str:
+    """The test that the key of a row, or of a transition table's rows, has the types that it is cast to, or domains over them."""
+    row = "r" if rows else row
+    other = " OR ".join(
+        f"pg_typeof({row}.{quote_ident(key.source_name)}) <> {wanted}"
+        f" AND NOT embedline._is_type(pg_typeof({row}.{quote_ident(key.source_name)}), {wanted})"
+        for key in plan.keys
+        for wanted in [f"{quote_literal(key.type).strip()}::regtype"]
+    )
+    condition = f"(SELECT {other} FROM {rows} AS {row} LIMIT 1)" if rows else other
+    return f"""
+        IF {condition} THEN
+            RAISE WARNING 'a key column of {{}} has another type than pipeline "{plan.name}" was made for: nothing is captured'
+                USING HINT = 'SELECT embedline.drop_pipeline(''{plan.name}''), then create it again.';
+            RETURN NULL;
+        END IF;""".replace("{}", plan.source.replace("'", "''").replace("%", "%%"))
 
 
 def _statement_bodies(plan: CapturePlan) -> dict[str, str]:

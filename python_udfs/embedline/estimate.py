@@ -1,6 +1,7 @@
 """What embedding a table will take before anything is paid for: rows, tokens, money, bytes and hours.
 
-Runs with the caller's rights: the sample reads the table, and evaluates the content, as the caller. No provider is asked
+Runs with the caller's rights: the sample reads the table, and evaluates the content, as the caller; only a superuser does it
+as the source's owner, for the expressions of a pipeline are that role's code. No provider is asked
 except a model on this machine, whose speed is measured with one small batch where the ledger does not know it.
 """
 
@@ -15,9 +16,18 @@ from decimal import Decimal
 from typing import Any
 
 from embedline import storage_size
-from embedline.catalog import Model, load_model, load_pipeline
+from embedline.alteration import plan_in_use
+from embedline.catalog import Model, Pipeline, load_model, load_pipeline
 from embedline.chunking import Chunk, ChunkingSpec, make_chunker
-from embedline.database import Session, entry_point, prepare_environment, quote_literal, require_given, sqlstate_of
+from embedline.database import (
+    Session,
+    entry_point,
+    prepare_environment,
+    quote_ident,
+    quote_literal,
+    require_given,
+    sqlstate_of,
+)
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import InvalidParameter, NotFound, UnusableText
 from embedline.expression import require_single_expression
@@ -37,9 +47,16 @@ _MEGABYTE = 1024 * 1024
 _INVALID_NAME = "42602"
 
 _PIPELINE = """
-    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS source, p.content_expression, p.filter_expression
+    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS source, pg_get_userbyid(c.relowner) AS owner,
+        (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user) AS superuser
     FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE p.name = $1
+"""
+# What stands between BEGIN ATOMIC and END: a SELECT over the parameters, with every name qualified.
+_FUNCTIONS = """
+    SELECT p.proname AS name, p.proargnames AS parameters,
+        regexp_replace(pg_get_function_sqlbody(p.oid), '^BEGIN ATOMIC|;\\s*END$', '', 'g') AS query
+    FROM pg_proc AS p WHERE p.pronamespace = 'embedline_expression'::regnamespace AND p.proname = ANY ($1)
 """
 _TABLE = """
     SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS source, c.oid::bigint AS source_oid
@@ -181,13 +198,30 @@ def _pipeline_plan(session: Session, name: str, row: dict[str, Any], model_name:
     pipeline = load_pipeline(session, name)
     version = pipeline.version
     model = version.model if model_name is None else load_model(session, model_name)
+    expressions = _expressions(session, pipeline)
     return _Plan(
         subject=Subject(
-            row["source"], pipeline.source_oid, row["content_expression"], row["filter_expression"], pipeline.document_prefix
+            row["source"], pipeline.source_oid, expressions["content"], expressions.get("filter"), expressions.get("prefix"),
+            run_as=row["owner"] if row["superuser"] else None,
         ),
         spec=pipeline.spec, column_type=version.column_type, m=int(str(version.index_options.get("m", 16))),
         has_index=version.index_method == "hnsw", pipeline=name,
     ), model  # fmt: skip
+
+
+def _expressions(session: Session, pipeline: Pipeline) -> dict[str, str]:
+    """Return the pipeline's expressions over a row t of its source, as they are now: columns may have other names."""
+    plan, _ = plan_in_use(session, pipeline)
+    names = {f"{pipeline.name}_{suffix}": suffix for suffix in plan.watched}
+    found = {}
+    for row in session.query(_FUNCTIONS, ["text[]"], list(names)):
+        suffix = names[str(row["name"])]
+        inputs = ", ".join(
+            f"t.{quote_ident(column)} AS {quote_ident(parameter)}"
+            for parameter, (column, _) in zip(row["parameters"] or (), plan.watched[suffix].columns, strict=True)
+        )
+        found[suffix] = f"({row['query']} FROM (SELECT {inputs}) AS embedline_input)"
+    return found
 
 
 def _measure(session: Session, plan: _Plan, model: Model, sample_rows: int) -> _Measured:

@@ -8,6 +8,7 @@ import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from embedline.database import Session, as_mapping, entry_point, is_nested
 from embedline.embedder_pool import let_cancel_through, wait_result
@@ -15,6 +16,8 @@ from embedline.embedders import ModelConfig, ModelInfo, create_embedder
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound, NotPermitted
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
+# Parameters of a query that are secrets; api-version and the like are none.
+_SECRET_PARAMETER = re.compile(r"key|token|secret|passw|signature|credential|\Asig\Z|\Acode\Z|auth", re.IGNORECASE)
 _LIMITS = {
     "max_batch_items": (1, 100_000),
     "max_batch_tokens": (1, 10_000_000),
@@ -126,6 +129,22 @@ def probe(session: Session, config: ModelConfig) -> ModelInfo:
         embedder.close()
 
 
+def _refuse_secrets(base_url: str | None) -> None:
+    """Raise where an address carries a credential: readers see the address."""
+    try:
+        parts = urlsplit(base_url or "")
+        names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    except ValueError:
+        raise InvalidParameter("base_url is no address", hint="For example http://127.0.0.1:11434/v1.") from None
+    if "@" in parts.netloc or any(_SECRET_PARAMETER.search(name) for name in names):
+        raise InvalidParameter(
+            "base_url must not hold a user, a password or a key",
+            detail="The address is not shown here, but everybody who may search sees it in embedline.model.",
+            hint="Start the server with the key in a variable and pass api_key_env => 'ITS_NAME'; a header of another name"
+            ' than Authorization is options => \'{"key_header": "api-key"}\'.',
+        )
+
+
 def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
     for required in ("name", "provider", "model"):
         if not given[required]:
@@ -149,6 +168,7 @@ def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
         raise InvalidParameter(
             "base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1."
         )
+    _refuse_secrets(given["base_url"])
     if given["api_key_env"] is not None and not _KEY_VARIABLE.match(given["api_key_env"]):
         raise InvalidParameter(
             "api_key_env must be the name of an environment variable of the server",

@@ -6,10 +6,15 @@ PostgreSQL folds constants, calls immutable functions and checks domains when it
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 from embedline.database import Session, data_name, quote_ident, quote_literal
 
 _PINNED = "pg_catalog, pg_temp"
+
+
+class Undone(Exception):
+    """Rolls back a subtransaction in which something was only looked at."""
 
 
 def create_scratch_schema(session: Session, owner: str) -> str:
@@ -20,26 +25,29 @@ def create_scratch_schema(session: Session, owner: str) -> str:
     return schema
 
 
-def run_as_owner(session: Session, owner: str, statement: str, search_path: str = _PINNED) -> None:
-    """Run one statement with the rights of the owner and with this search_path.
+def run_as_owner(
+    session: Session, owner: str, statement: str, search_path: str = _PINNED, columns: str | None = None
+) -> list[dict[str, Any]]:
+    """Run one statement with the rights of the owner and with this search_path; return its rows where it has `columns`.
 
     SET ROLE is forbidden within a SECURITY DEFINER function; one that belongs to another role is not. It is made for one
     statement, where the owner cannot name it: code of the owner's that runs in it must not alter it for the next one.
     """
     function = data_name(f"_run_{secrets.token_hex(8)}")
     session.execute(
-        f"""CREATE FUNCTION {function}(text, text) RETURNS void
+        f"""CREATE FUNCTION {function}(text, text) RETURNS {f"TABLE ({columns})" if columns else "void"}
         LANGUAGE plpgsql SECURITY DEFINER SET search_path = {_PINNED}
         AS $plpgsql$
         BEGIN
             PERFORM set_config('search_path', $2, true);
-            EXECUTE $1;
+            {"RETURN QUERY " if columns else ""}EXECUTE $1;
         END
         $plpgsql$"""
     )
     session.execute(f"REVOKE ALL ON FUNCTION {function}(text, text) FROM public")
     session.execute(f"ALTER FUNCTION {function}(text, text) OWNER TO {quote_ident(owner)}")
-    session.execute(f"SELECT {function}({quote_literal(statement)}, {quote_literal(search_path)})")
+    rows = session.execute(f"SELECT * FROM {function}({quote_literal(statement)}, {quote_literal(search_path)})")
     # A SET without LOCAL in the owner's code outlives the function: from here on names are ours again.
     session.execute(f"SET LOCAL search_path = {_PINNED}")
     session.execute(f"DROP FUNCTION {function}(text, text)")
+    return rows

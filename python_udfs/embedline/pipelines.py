@@ -30,7 +30,7 @@ from embedline.errors import AlreadyExists, EmbedlineError, InvalidParameter, No
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
 from embedline.models import caller
-from embedline.owner_rights import create_scratch_schema, run_as_owner
+from embedline.owner_rights import Undone, create_scratch_schema, run_as_owner
 from embedline.schedule import forget_index_jobs
 from embedline.source import Source, hidden_source
 
@@ -56,9 +56,10 @@ _SOURCE = """
 """
 # The primary key, else the narrowest unique index over NOT NULL columns.
 _KEY = """
-    SELECT a.attname, a.attnum,
-           format_type(coalesce(nullif(b.typbasetype, 0), a.atttypid),
-               CASE WHEN b.typbasetype <> 0 THEN b.typtypmod ELSE a.atttypmod END) AS type,
+    SELECT a.attname, a.attnum, format_type(b.oid, b.typmod) AS type, format_type(b.oid, NULL) AS base,
+           pg_get_userbyid(b.typowner) AS owner, current_user AS superuser,
+           b.typnamespace = 'pg_catalog'::regnamespace
+               OR (SELECT r.rolsuper FROM pg_roles AS r WHERE r.oid = b.typowner) AS trusted,
            CASE WHEN a.attcollation <> 0 THEN (SELECT quote_ident(cn.nspname) || '.' || quote_ident(co.collname)
                FROM pg_collation AS co JOIN pg_namespace AS cn ON cn.oid = co.collnamespace
                WHERE co.oid = a.attcollation AND co.collname <> 'default') END AS collation
@@ -75,7 +76,17 @@ _KEY = """
     JOIN pg_index AS i ON i.indexrelid = k.indexrelid
     CROSS JOIN LATERAL unnest((i.indkey::smallint[])[0:i.indnkeyatts - 1]) WITH ORDINALITY AS u (attnum, position)
     JOIN pg_attribute AS a ON a.attrelid = $1::oid AND a.attnum = u.attnum
-    JOIN pg_type AS b ON b.oid = a.atttypid
+    -- Domains are left out, all the way down: their checks are their owners' code.
+    CROSS JOIN LATERAL (
+        WITH RECURSIVE base AS (
+            SELECT t.oid, t.typbasetype, t.typtypmod, a.atttypmod AS typmod, t.typowner, t.typnamespace
+            FROM pg_type AS t WHERE t.oid = a.atttypid
+            UNION ALL
+            SELECT t.oid, t.typbasetype, t.typtypmod, d.typtypmod, t.typowner, t.typnamespace
+            FROM base AS d JOIN pg_type AS t ON t.oid = d.typbasetype
+        )
+        SELECT * FROM base WHERE typbasetype = 0
+    ) AS b
     ORDER BY u.position
 """
 # As the generated tables hold the key: a type may be renamed, or move to another schema.
@@ -101,6 +112,12 @@ _INPUT_COLUMNS = """
     WHERE c.conrelid = $1::regclass AND c.contype = 'c'
         AND a.attrelid = c.conrelid AND a.attnum = k.attnum
     ORDER BY a.attnum
+"""
+# Of the inputs' old values, then of the new ones: as the function was made, whatever the columns are now.
+_INPUT_TYPES = """
+    SELECT format_type(t.type_oid, NULL) AS type
+    FROM pg_proc AS p, unnest(p.proargtypes::oid[]) WITH ORDINALITY AS t (type_oid, position)
+    WHERE p.pronamespace = 'embedline_data'::regnamespace AND p.proname = $1 ORDER BY t.position
 """
 _EXPRESSION_HINT = "Name columns without the table, for example title || E'\\n\\n' || body."
 # Functions and operators' functions of an expression, by the node tree that PostgreSQL stores of it.
@@ -310,6 +327,13 @@ def _make_plan(session: Session, name: str, source: Source, given: dict[str, Any
                 f'key column "{row["attname"]}" of {source.qualified} is an array',
                 hint="Use a key of scalar columns, for example a bigint identity.",
             )
+        if not row["trusted"]:
+            # Triggers and workers cast keys to text and back; casts are functions of their maker, who must own the type.
+            raise InvalidParameter(
+                f'key column "{row["attname"]}" of {source.qualified} has a type of role "{row["owner"]}", who is no superuser',
+                detail="Keys are cast with Embedline's rights, and the owner of a type decides what its casts do.",
+                hint=f"As a superuser: ALTER TYPE {row['base']} OWNER TO {quote_ident(row['superuser'])};",
+            )
     mode = given["capture"]
     if mode == "auto":
         mode = "row" if source.partitioned or source.subscribed or source.is_child else "statement"
@@ -364,7 +388,7 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
     text, columns, volatile = "", [], None
     try:
         # Rolled back: nothing stays of the table, nor of what the user's functions did.
-        with contextlib.suppress(_Undone), session.plpy.subtransaction():
+        with contextlib.suppress(Undone), session.plpy.subtransaction():
             table = f"{create_scratch_schema(session, source.owner)}.source"
             session.execute(f"CREATE TABLE {table} (LIKE {source.qualified})")
             session.execute(f"ALTER TABLE {table} OWNER TO {quote_ident(source.owner)}")
@@ -373,7 +397,7 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
             text = str(session.scalar(_EXPRESSION, ["text"], table)).removeprefix("(").removesuffix(f"{test})")
             columns = session.query(_INPUT_COLUMNS, ["text"], table)
             volatile = session.scalar(_VOLATILE, ["text"], table)
-            raise _Undone
+            raise Undone
     except Exception as error:
         state = sqlstate_of(error)
         if state[:2] not in ("42", "22", "0A"):
@@ -397,10 +421,6 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
             hint=_EXPRESSION_HINT,
         )
     return SourceExpression(text, tuple((str(row["attname"]), str(row["type"])) for row in columns))
-
-
-class _Undone(Exception):
-    """Rolls back what was made only to be looked at."""
 
 
 def create_functions(session: Session, plan: CapturePlan, source: Source) -> None:
@@ -699,7 +719,14 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
         KeyColumn(str(row["attname"]), column, key_type, None)
         for row, column, key_type in zip(key_rows, pipeline.key_columns, key_types, strict=True)
     )
-    inputs = SourceExpression("", tuple((str(row["attname"]), "") for row in input_rows))
+    types = session.query(_INPUT_TYPES, ["text"], f"{pipeline.name}_changed")
+    inputs = SourceExpression(
+        "",
+        tuple(
+            (str(row["attname"]), str(types[i]["type"]) if 2 * len(input_rows) == len(types) else "")
+            for i, row in enumerate(input_rows)
+        ),
+    )
     plan = CapturePlan(pipeline.name, source.qualified, keys, inputs, None, str(first["capture"]))
     return replace(plan, chunk_sets=chunk_set_numbers(pipeline), partitioned=source.partitioned), source
 

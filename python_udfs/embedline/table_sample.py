@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 from embedline.database import Session, sqlstate_of
 from embedline.errors import InvalidParameter
+from embedline.owner_rights import Undone, run_as_owner
 from embedline.sampling import Amount, Sample, block_total
 
 # Tables up to this size (400 MB) are counted; larger ones are estimated from the sampled blocks.
@@ -31,6 +33,7 @@ _SAMPLE = """
         OFFSET 0
     ) AS s
 """
+_SAMPLE_COLUMNS = "relation bigint, block bigint, accepted boolean, content text, characters integer, prefix text"
 _BLOCK_ROWS = """
     SELECT count(*) AS row_count FROM {source} AS t TABLESAMPLE SYSTEM ({percent}) REPEATABLE (1)
     GROUP BY t.tableoid, (t.ctid::text::point)[0]
@@ -42,6 +45,7 @@ class Subject:
     """A table and what is read of each row: SQL expressions over its columns.
 
     `source` is the qualified, quoted name. `search_path` resolves the expressions; None where they are fully qualified.
+    They run as role `run_as`; None: as the caller.
     """
 
     source: str
@@ -50,6 +54,7 @@ class Subject:
     filter: str | None = None
     prefix: str | None = None
     search_path: str | None = None
+    run_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,13 @@ def _evaluate(session: Session, subject: Subject, statement: str) -> list[dict[s
     try:
         if subject.search_path is not None:
             session.query("SELECT set_config('search_path', $1, true)", ["text"], subject.search_path)
-        return session.execute(statement)
+        if subject.run_as is None:
+            return session.execute(statement)
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(Undone), session.plpy.subtransaction():
+            rows = run_as_owner(session, subject.run_as, statement, columns=_SAMPLE_COLUMNS)
+            raise Undone
+        return rows
     except Exception as error:
         state = sqlstate_of(error)
         if state[:2] not in ("42", "22", "0A") or state == "42501":

@@ -10,6 +10,8 @@ RETURNS TABLE (figure text, value numeric, low numeric, high numeric, unit text,
 LANGUAGE plpython3u
 VOLATILE
 SET search_path = pg_catalog, pg_temp
+-- What is read of the generated functions must not depend on the session.
+SET quote_all_identifiers = off
 AS $python$
     from embedline import estimate
     return estimate.estimate(plpy, GD, pipeline_or_table, model, content, sample_rows, expression_search_path)

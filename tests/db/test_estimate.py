@@ -221,3 +221,30 @@ def test_it_reads_with_the_callers_rights_alone(
     assert estimate(administrator, "page")["rows"][0] == 0
     with pytest.raises(errors.InsufficientPrivilege):
         connect(make_role("embedline_reader")).execute("SELECT * FROM embedline.estimate('page')")
+
+
+def test_a_pipelines_columns_may_have_other_names_since(database: psycopg.Connection) -> None:
+    create_pages(database, 20)
+    create_pipeline(database, content="title || body", filter="views < 10", document_prefix="title")
+    before = estimate(database, "page")
+    database.execute('ALTER TABLE page RENAME body TO "Key ""q"" %I"; ALTER TABLE page RENAME title TO body')
+    assert estimate(database, "page")["tokens"] == before["tokens"]
+
+
+def test_a_superuser_runs_a_pipelines_expressions_as_their_owner(
+    database: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    create_pages(database, 20)
+    owner = make_role("embedline_admin")
+    database.execute(
+        sql.SQL("ALTER TABLE page OWNER TO {0}; GRANT CREATE ON SCHEMA public TO {0}").format(sql.Identifier(owner))
+    )
+    admin = connect(owner)
+    admin.execute(
+        "CREATE FUNCTION mine(x text) RETURNS text LANGUAGE plpgsql STABLE AS"
+        f" $$ BEGIN RETURN CASE WHEN current_user = '{owner}' THEN x END; END $$".encode()
+    )
+    create_pipeline(admin, content="mine(body)", filter="mine(title) IS NOT NULL")
+    database.execute(sql.SQL("REVOKE CREATE ON SCHEMA public FROM {}").format(sql.Identifier(owner)))
+    assert estimate(database, "page")["rows"][0] == 20
+    assert estimate(admin, "page")["rows"][0] == 20

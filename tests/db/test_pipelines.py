@@ -94,6 +94,8 @@ def test_an_empty_table_is_complete_at_once(database: psycopg.Connection) -> Non
         ({"content": "row_number() OVER (ORDER BY id)"}, "22023", "window"),
         ({"content": "generate_series(1, id)"}, "22023", "set-returning"),
         ({"content": "title, body"}, "22023", "content"),
+        ({"content": "tableoid::text || body"}, "22023", "tableoid"),
+        ({"filter": "tableoid > 0"}, "22023", "tableoid"),
         ({"content": "body; SELECT 1"}, "22023", "semicolon"),
         ({"content": "random()::text || body"}, "22023", "volatile"),
         ({"filter": "views"}, "22023", "filter"),
@@ -391,11 +393,31 @@ def test_a_backfill_that_cannot_be_closed_does_not_stop_the_others(source: psyco
     create_pages(source, 3, table="broken")
     create_pipeline(source, name="broken", source="broken")
     create_pipeline(source)
-    source.execute("DROP FUNCTION embedline_data.broken_missing(integer)")
+    source.execute("DROP FUNCTION embedline_data.broken_missing")
     assert drain(source) == 23
     assert _status(source, "backfill_complete")
     assert not _status(source, "backfill_complete", "broken")
     assert "broken_missing" in _status(source, "last_error", "broken")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://user:sesame@127.0.0.1:1/v1",
+        "http://127.0.0.1:1/v1?api-key=sesame",
+        "http://127.0.0.1:1/v1?a=1&access_TOKEN=sesame",
+    ],
+)
+def test_a_models_address_holds_no_secret(source: psycopg.Connection, address: str) -> None:
+    statement = "SELECT embedline.create_model('far', 'openai', 'm', 8, base_url => %s)"
+    with pytest.raises(errors.InvalidParameterValue, match="password") as caught:
+        source.execute(statement, (address,))
+    assert "api_key_env" in (caught.value.diag.message_hint or "")
+    assert "sesame" not in str(caught.value)
+    # Nobody listens there; the address as such is taken.
+    with pytest.raises(psycopg.Error) as refused:
+        source.execute(statement, ("http://127.0.0.1:1/v1?api-version=2024-10-21",))
+    assert (refused.value.sqlstate or "").startswith("EL")
 
 
 def test_a_model_in_use_cannot_be_dropped(source: psycopg.Connection) -> None:

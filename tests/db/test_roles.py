@@ -453,6 +453,82 @@ def test_a_source_owner_can_name_no_generated_object(
     assert admin.execute("SELECT * FROM embedline.verify('mine')").fetchall() == []
 
 
+def test_a_column_name_cannot_end_the_body_of_a_function(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    """Without check_function_bodies nothing notices that a body ends too early, and the rest would be statements of ours."""
+    admin = connect(owner)
+    admin.execute('ALTER TABLE own.mine RENAME COLUMN body TO "$plpgsql$;CREATE TABLE own.found();SELECT $plpgsql$"')
+    admin.execute("SET check_function_bodies = off")
+    create_pipeline(
+        admin, name="mine", source="own.mine", content='"$plpgsql$;CREATE TABLE own.found();SELECT $plpgsql$"'
+    )
+    assert scalar(database, "SELECT to_regclass('own.found')") is None
+    admin.execute("RESET check_function_bodies")
+    admin.execute('UPDATE own.mine SET "$plpgsql$;CREATE TABLE own.found();SELECT $plpgsql$" = title WHERE id = 1')
+    assert drain(admin) == 5
+
+
+def test_a_domain_over_a_domain_is_not_checked_with_our_rights(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    admin = connect(owner)
+    admin.execute(_GRAB)
+    admin.execute("CREATE DOMAIN own.one AS integer CHECK (own.grab(VALUE::text)); CREATE DOMAIN own.key AS own.one")
+    admin.execute("CREATE TABLE own.keyed (id own.key PRIMARY KEY, body text)")
+    create_pipeline(admin, name="keyed", source="own.keyed", content="body")
+    admin.execute("INSERT INTO own.keyed VALUES (1, 'one'), (2, 'two')")
+    admin.execute("UPDATE own.keyed SET body = 'changed' WHERE id = 1")
+    assert drain(admin) == 2
+    _assert_nothing_grabbed(database, owner)
+
+
+def test_a_key_is_of_a_type_whose_casts_no_other_role_makes(
+    database: psycopg.Connection, connect: Connect, owner: str
+) -> None:
+    admin = connect(owner)
+    admin.execute("CREATE TYPE own.mood AS ENUM ('glad', 'sad')")
+    admin.execute("CREATE TABLE own.keyed (id own.mood PRIMARY KEY, body text)")
+    with pytest.raises(errors.InvalidParameterValue, match='column "id"') as caught:
+        create_pipeline(admin, name="keyed", source="own.keyed", content="body")
+    hint = (caught.value.diag.message_hint or "").removeprefix("As a superuser: ")
+    database.execute(hint.encode())
+    create_pipeline(admin, name="keyed", source="own.keyed", content="body")
+    admin.execute("INSERT INTO own.keyed VALUES ('glad', 'one'), ('sad', 'two')")
+    assert drain(admin) == 2
+
+
+@pytest.mark.parametrize("capture", ["statement", "row"])
+def test_a_column_of_another_type_in_place_of_the_key_is_not_cast_with_our_rights(
+    database: psycopg.Connection, connect: Connect, owner: str, capture: str
+) -> None:
+    """The event trigger follows ALTER TABLE; ALTER VIEW renames a table's columns as well, and it does not see that."""
+    admin = connect(owner)
+    create_pipeline(admin, name="mine", source="own.mine", capture=capture)
+    admin.execute(_GRAB)
+    for wanted, column in (("integer", "id"), ("text", "body")):
+        admin.execute(
+            f"CREATE TYPE own.of_{column} AS (x text);"
+            f"CREATE FUNCTION own.cast_{column}(v own.of_{column}) RETURNS {wanted} LANGUAGE sql AS"
+            f" $$ SELECT CASE WHEN own.grab('') THEN '1' END::{wanted} $$;"
+            f"CREATE CAST (own.of_{column} AS {wanted}) WITH FUNCTION own.cast_{column} AS IMPLICIT;"
+            f"ALTER TABLE own.mine ADD COLUMN new_{column} own.of_{column};".encode()
+        )
+    admin.execute("ALTER VIEW own.mine RENAME COLUMN body TO old_body")
+    admin.execute("ALTER VIEW own.mine RENAME COLUMN new_body TO body")
+    admin.execute("UPDATE own.mine SET old_body = 'changed' WHERE id = 1")
+    admin.execute("ALTER VIEW own.mine RENAME COLUMN id TO old_id")
+    admin.execute("ALTER VIEW own.mine RENAME COLUMN new_id TO id")
+    admin.execute("INSERT INTO own.mine (old_id, id) VALUES (6, ROW('a'))")
+    admin.execute("UPDATE own.mine SET old_body = 'changed', id = ROW('b') WHERE old_id = 1")
+    admin.execute("DELETE FROM own.mine WHERE old_id = 2")
+    _assert_nothing_grabbed(database, owner)
+    admin.execute("SELECT embedline.refresh_pipeline('mine')")
+    admin.execute("UPDATE own.mine SET old_body = 'changed again' WHERE old_id = 1")
+    settle(admin)
+    assert scalar(database, "SELECT content FROM embedline_data.mine_chunk WHERE key_id = 1").endswith("changed again")
+
+
 def test_an_upgrade_undoes_what_an_owner_could_once_name(
     database: psycopg.Connection, database_dsn: str, connect: Connect, owner: str
 ) -> None:

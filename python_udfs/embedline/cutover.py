@@ -27,11 +27,14 @@ _SNAPSHOT_SECONDS = 2.0
 _CATCH_UP_CHUNKS = 500
 _PATIENCE_SECONDS = 0.0
 
+# Numbers are given again, and a change of what is embedded leaves nothing of what a gate has measured.
 _GATE = """
-    SELECT e.evaluation_id, e.verdict, e.baseline_number FROM embedline.evaluation AS e
+    SELECT e.evaluation_id, e.verdict FROM embedline.evaluation AS e
     JOIN embedline.pipeline AS p ON p.pipeline_id = e.pipeline_id
     JOIN embedline.version AS s ON s.version_id = p.serving_version_id
-    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2 AND e.baseline_number = s.number
+    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2
+        AND (e.baseline_version_id, e.baseline_fingerprint) = (s.version_id, s.fingerprint)
+        AND (p.altered_at IS NULL OR e.evaluated_at > p.altered_at)
     ORDER BY e.evaluation_id DESC LIMIT 1
 """
 # Where the serving version came from. A rollback is no such step: after it, the way back is the next cutover.

@@ -263,10 +263,41 @@ def test_a_gate_against_another_version_opens_nothing(pages: psycopg.Connection)
     settle_versions(pages)
     pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
     assert versions(pages, "gate")[2] == "pass"
-    pages.execute("UPDATE embedline.evaluation SET baseline_number = 7")
+    pages.execute("UPDATE embedline.evaluation SET baseline_fingerprint = 'another recipe'")
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
         pages.execute("SELECT embedline.cutover('page', 2)")
     pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
+    pages.execute("SELECT embedline.cutover('page', 2)")
+
+
+def test_a_gate_against_a_version_whose_number_another_has_now_opens_nothing(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    pages.execute("SELECT embedline.evaluate('page', 1, margin => 0.5)")
+    assert versions(pages, "gate")[1] == "pass"
+    pages.execute("SELECT embedline.rollback('page')")
+    pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+    assert add_version(pages, register_static(pages, 128)) == 2
+    settle_versions(pages)
+    cut_over(pages, 2)
+    assert versions(pages, "gate")[1] is None
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        pages.execute("SELECT embedline.cutover('page', 1)")
+
+
+def test_a_gate_of_before_an_alteration_opens_nothing(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
+    pages.execute("SELECT embedline.alter_pipeline('page', content => 'title')")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="read again"):
+        pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
+    settle_versions(pages)
+    assert versions(pages, "gate")[2] is None
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        pages.execute("SELECT embedline.cutover('page', 2)")
+    pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.9)")
     pages.execute("SELECT embedline.cutover('page', 2)")
 
 

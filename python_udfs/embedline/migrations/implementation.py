@@ -56,14 +56,7 @@ _NEXT_NUMBER = """
     SELECT max(v.number) + 1 FROM embedline.version AS v JOIN embedline.pipeline AS p USING (pipeline_id) WHERE p.name = :pipeline
 """
 _COVERAGE = "SELECT to_jsonb(v) FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
-_GATE = """
-    SELECT e.verdict FROM embedline.evaluation AS e JOIN embedline.version AS v USING (version_id)
-    JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
-    JOIN embedline.version AS s ON s.version_id = p.serving_version_id
-    WHERE p.name = :pipeline AND v.number = :version AND e.kind = 'gate' AND e.fingerprint = v.fingerprint
-        AND e.baseline_number = s.number
-    ORDER BY e.evaluation_id DESC LIMIT 1
-"""
+_GATE = "SELECT v.gate FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
 # Set by ALTER or learnt by the model itself; a declaration that is otherwise the same is the same model.
 _NOT_COMPARED = ("price_per_million_tokens", "expression_search_path", "capture", "version")
 

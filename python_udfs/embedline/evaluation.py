@@ -27,6 +27,8 @@ _MOST_MISSING = 0.01
 _MISSING = """
     SELECT missing - dead_letters AS missing, chunks FROM embedline.versions WHERE pipeline = $1 AND version = $2
 """
+# Not stored: it is no evidence. cutover goes without a gate there.
+_NOTHING = Row("verdict", verdict="inconclusive", detail="the pipeline has no chunks: there is nothing to measure")
 _RECORD = """
     INSERT INTO embedline.evaluation (pipeline_id, version_id, baseline_number, baseline_version_id, baseline_fingerprint,
         kind, verdict, fidelity_verdict, quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence)
@@ -95,6 +97,8 @@ def evaluate(
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline_name}'; shows how far it is.",
         )
     fidelity.require_index(session, new)
+    if not any(_counted(session, version)["chunks"] for version in (old, new)):
+        return [_NOTHING.as_dict()]
     versions = [new] if new.version.version_id == old.version.version_id else [old, new]
     queries = load_queries(session, versions, canaries, query_count, breakdown, seed)
     subjects = _ask(session, versions, queries, k)
@@ -114,13 +118,17 @@ def evaluate(
 
 def _require_complete(session: Session, pipeline: Pipeline) -> None:
     """Raise while the version is being filled, or is so far behind that its rankings would show it."""
-    counted = session.query(_MISSING, ["text", "integer"], pipeline.name, pipeline.version.number)[0]
+    counted = _counted(session, pipeline)
     if pipeline.version.state != "complete" or counted["missing"] > _MOST_MISSING * counted["chunks"]:
         raise NotReady(
             f'version {pipeline.version.number} of pipeline "{pipeline.name}" is not complete yet',
             detail=f"It lacks {counted['missing']} of {counted['chunks']} vectors.",
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline.name}'; shows how far it is.",
         )
+
+
+def _counted(session: Session, pipeline: Pipeline) -> dict[str, Any]:
+    return session.query(_MISSING, ["text", "integer"], pipeline.name, pipeline.version.number)[0]
 
 
 def _ask(session: Session, versions: Sequence[Pipeline], queries: QuerySet, k: int) -> list[_Subject]:
@@ -196,5 +204,6 @@ def record(
     session.query(
         _RECORD, _RECORD_TYPES, pipeline.pipeline_id, pipeline.version.version_id,
         *((baseline.number, baseline.version_id, baseline.fingerprint) if baseline else (None, None, None)),
-        kind, *verdicts, queries.source, len(queries.texts), options.k, options.margin, options.seed, fingerprint, json.dumps(evidence),
+        kind, *verdicts, queries.source, len(queries.texts), options.k, options.margin, options.seed, fingerprint,
+        json.dumps(evidence),
     )  # fmt: skip

@@ -77,7 +77,10 @@ def test_a_statement_embeds_with_the_version_that_it_reads_after_a_restore(
     register_static(database, 64)
     add_version(database, "static-64")
     settle_versions(database)
-    dimensions = "SELECT vector_dims(embedline.embed_query('page', 'bread')::vector), max(vector_dims(embedding)) FROM page_embedding"
+    dimensions = (
+        "SELECT vector_dims(embedline.embed_query('page', 'bread')::vector), max(vector_dims(embedding))"
+        " FROM page_embedding"
+    )
     with restore() as restored, psycopg.connect(restored.info.dsn, password=restored.info.password) as old:
         old.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         old.execute("SELECT 1 FROM embedline.version")

@@ -301,6 +301,27 @@ def test_a_gate_of_before_an_alteration_opens_nothing(pages: psycopg.Connection)
     pages.execute("SELECT embedline.cutover('page', 2)")
 
 
+def test_an_empty_pipeline_changes_its_version_without_a_gate_and_without_a_window(
+    database: psycopg.Connection,
+) -> None:
+    create_pages(database, 0)
+    create_pipeline(database, index_method="none")
+    add_version(database, register_static(database, 64))
+    settle_versions(database)
+    verdict = "SELECT verdict FROM embedline.evaluate('page', 2) WHERE measure = 'verdict'"
+    assert scalar(database, verdict) == "inconclusive"
+    database.execute("INSERT INTO page (id, title, body) VALUES (1, 'About', 'to be embedded')")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        database.execute("SELECT embedline.cutover('page', 2)")
+    database.execute("TRUNCATE page")
+    database.execute("SELECT embedline.cutover('page', 2)")
+    assert scalar(database, "SELECT override_reason FROM embedline.cutover") == "the pipeline is empty"
+    database.execute("SELECT embedline.drop_embedding_version('page', 1)")
+    database.execute("INSERT INTO page (id, title, body) VALUES (1, 'About', 'to be embedded')")
+    settle(database)
+    assert assert_exact(database) == 1
+
+
 def test_verify_queues_what_a_version_lacks(pages: psycopg.Connection) -> None:
     add_version(pages, "static-64")
     settle_versions(pages)

@@ -7,10 +7,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from alembic import command
 from psycopg import errors, sql
 
 from small_models import register_static
-from support import assert_exact, create_pages, create_pipeline, data_count, scalar, searching, settle
+from support import alembic_config, assert_exact, create_pages, create_pipeline, data_count, scalar, searching, settle
 from upgrading import add_version, cut_over, settle_versions, versions
 
 
@@ -133,6 +134,19 @@ def test_a_version_without_the_chunks_of_some_rows_does_not_serve(roomy: psycopg
     settle_versions(roomy)
     cut_over(roomy, 2)
     assert assert_exact(roomy) == 800
+
+
+def test_an_upgrade_sweeps_what_earlier_releases_lost(roomy: psycopg.Connection, database_dsn: str) -> None:
+    add_version(roomy, "static-256", chunking="sentences")
+    settle_versions(roomy)
+    command.downgrade(alembic_config(database_dsn), "0006")
+    roomy.execute("DELETE FROM embedline_data.page_chunk_2 WHERE key_id > 990")
+    roomy.execute("UPDATE embedline_data.page_document SET recipe = 1 WHERE key_id > 990")
+    command.upgrade(alembic_config(database_dsn), "head")
+    with psycopg.connect(database_dsn, autocommit=True) as upgraded:
+        assert versions(upgraded, "state")[1] == "backfilling"
+        settle_versions(upgraded)
+        assert assert_exact(upgraded, version=2) == 800
 
 
 def test_the_same_vectors_in_another_type_are_not_paid_for(pages: psycopg.Connection) -> None:

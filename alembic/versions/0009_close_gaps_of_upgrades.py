@@ -1,7 +1,8 @@
 """Keep what completeness, restores and gates of versions rest on.
 
 What: pipeline.altered_at; pipelines that hold documents of an earlier recipe are swept once more; backfill_range.relation is a
-regclass; pipeline.serving_function goes. Lock: ACCESS EXCLUSIVE on embedline.pipeline and embedline.backfill_range for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
+regclass; pipeline.serving_function goes; a gate's baseline. Lock: ACCESS EXCLUSIVE on embedline.pipeline, embedline.backfill_range
+and embedline.evaluation for an instant, none on any table of the user. How long: one read of each pipeline's documents. Undo:
 `alembic downgrade 0008`.
 
 Revision ID: 0009
@@ -19,7 +20,7 @@ depends_on = None
 
 UPGRADE: tuple[str, ...] = (
     "ALTER TABLE embedline.pipeline ADD COLUMN altered_at timestamptz",
-    "COMMENT ON COLUMN embedline.pipeline.altered_at IS 'When content, filter, prefix or chunking last changed: the next sweep compares documents of before with their rows; NULL: never'",
+    "COMMENT ON COLUMN embedline.pipeline.altered_at IS 'When content, filter, prefix or chunking last changed: the next sweep compares documents of before with their rows, and gates of before count for nothing; NULL: never'",
     # What earlier releases called complete without the rows that moved while they were read again.
     """
     DO $do$
@@ -45,11 +46,24 @@ UPGRADE: tuple[str, ...] = (
     "ALTER TABLE embedline.backfill_range ALTER COLUMN relation TYPE regclass",
     # It is found by its name: functions have other numbers after a restore, and after pg_upgrade.
     "ALTER TABLE embedline.pipeline DROP COLUMN serving_function",
+    "ALTER TABLE embedline.evaluation ADD COLUMN baseline_version_id bigint, ADD COLUMN baseline_fingerprint text",
+    "COMMENT ON COLUMN embedline.evaluation.baseline_version_id IS 'Against which version: a gate counts for a cutover from that one alone; it may be gone, and a later one may have its number'",
+    "COMMENT ON COLUMN embedline.evaluation.baseline_fingerprint IS 'That version''s fingerprint then'",
+    # When it began: an alteration in its midst is of after it.
+    "ALTER TABLE embedline.evaluation ALTER COLUMN evaluated_at SET DEFAULT statement_timestamp()",
+    """
+    UPDATE embedline.evaluation AS e SET baseline_version_id = v.version_id, baseline_fingerprint = v.fingerprint
+    FROM embedline.version AS v
+    WHERE v.pipeline_id = e.pipeline_id AND v.number = e.baseline_number AND v.created_at < e.evaluated_at
+    """,
     # Generated functions are written anew by the replay.
     "UPDATE embedline.pipeline SET code_version = 0",
 )
 
 DOWNGRADE: tuple[str, ...] = (
+    "DROP VIEW IF EXISTS embedline.versions",
+    "ALTER TABLE embedline.evaluation ALTER COLUMN evaluated_at SET DEFAULT clock_timestamp()",
+    "ALTER TABLE embedline.evaluation DROP COLUMN baseline_version_id, DROP COLUMN baseline_fingerprint",
     "ALTER TABLE embedline.pipeline ADD COLUMN serving_function oid",
     "COMMENT ON COLUMN embedline.pipeline.serving_function IS 'Function whose body names the serving version: read past the snapshot, as the view''s definition is'",
     "UPDATE embedline.pipeline SET serving_function = to_regprocedure(format('embedline_data.%I()', name || '_serving'))",

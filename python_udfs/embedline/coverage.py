@@ -95,6 +95,17 @@ def require_coverage(session: Session, pipeline: Pipeline) -> None:
         )
 
 
+def is_empty(session: Session, pipeline: Pipeline) -> bool:
+    """Whether the pipeline has embedded nothing and has nothing to embed: then nothing can be lost, and nothing compared.
+
+    Of a version that is complete this says that its source has no row with a content that the filter accepts.
+    """
+    tables = (*pipeline.chunk_tables, pipeline.outbox, pipeline.generated("inbox"), pipeline.generated("claim"))
+    found = [f"EXISTS (SELECT FROM {table})" for table in tables]
+    found.append(f"EXISTS (SELECT FROM {pipeline.document} WHERE state <> 'empty')")
+    return not session.scalar(f"SELECT {' OR '.join(found)}")
+
+
 def require_index(session: Session, pipeline: Pipeline) -> None:
     """Raise where the version is to have an index and has no valid one."""
     name, number = pipeline.name, pipeline.version.number

@@ -27,11 +27,14 @@ _SNAPSHOT_SECONDS = 2.0
 _CATCH_UP_CHUNKS = 500
 _PATIENCE_SECONDS = 0.0
 
+# Numbers are given again, and a change of what is embedded leaves nothing of what a gate has measured.
 _GATE = """
-    SELECT e.evaluation_id, e.verdict, e.baseline_number FROM embedline.evaluation AS e
+    SELECT e.evaluation_id, e.verdict FROM embedline.evaluation AS e
     JOIN embedline.pipeline AS p ON p.pipeline_id = e.pipeline_id
     JOIN embedline.version AS s ON s.version_id = p.serving_version_id
-    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2 AND e.baseline_number = s.number
+    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2
+        AND (e.baseline_version_id, e.baseline_fingerprint) = (s.version_id, s.fingerprint)
+        AND (p.altered_at IS NULL OR e.evaluated_at > p.altered_at)
     ORDER BY e.evaluation_id DESC LIMIT 1
 """
 # Where the serving version came from. A rollback is no such step: after it, the way back is the next cutover.
@@ -59,6 +62,8 @@ _LEFT = """
         bool_or(not_before <= clock_timestamp() AND crash_count = 0) AS is_due
     FROM embedline.version_queue WHERE version_id = $1 AND chunk_ids IS NOT NULL
 """
+# What is recorded where nobody gave a reason and there is nothing that a gate could measure.
+_EMPTY = "the pipeline is empty"
 # Whether a session waits for a lock on a table.
 _IS_WANTED = """
     SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype = 'relation' AND relation = $1::oid
@@ -77,7 +82,7 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
         return
     coverage.require_complete(target)
     coverage.require_index(session, target)
-    evaluation_id = _require_gate(session, target, override_reason)
+    evaluation_id, override_reason = _require_gate(session, target, override_reason)
     routing.require_swappable(session, target)
     _require_no_older_snapshot(session, target)
     routing.await_view(session, target)
@@ -132,12 +137,15 @@ def _require_no_older_snapshot(session: Session, target: Pipeline) -> None:
         session.execute("SELECT pg_sleep(0.05)")
 
 
-def _require_gate(session: Session, target: Pipeline, override_reason: str | None) -> int | None:
-    """Return the evaluation that opens the cutover; raise where there is none and no reason to go without."""
+def _require_gate(session: Session, target: Pipeline, override_reason: str | None) -> tuple[int | None, str | None]:
+    """Return the evaluation that opens the cutover, and the reason to go without; raise where there is neither."""
     rows = session.query(_GATE, ["bigint", "text"], target.version.version_id, target.version.fingerprint)
     verdict = rows[0]["verdict"] if rows else None
+    evaluation_id = int(rows[0]["evaluation_id"]) if rows else None
     if verdict == "pass" or (override_reason or "").strip():
-        return int(rows[0]["evaluation_id"]) if rows else None
+        return evaluation_id, override_reason
+    if coverage.is_empty(session, target):
+        return evaluation_id, _EMPTY
     name, number = target.name, target.version.number
     raise NotReady(
         f'version {number} of pipeline "{name}" has no passing gate',

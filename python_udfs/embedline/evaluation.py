@@ -11,7 +11,7 @@ import numpy as np
 
 from embedline import fidelity, gate, gate_report
 from embedline.canaries import QuerySet, load_queries
-from embedline.catalog import Pipeline, load_pipeline, load_version
+from embedline.catalog import Pipeline, Version, load_pipeline, load_version
 from embedline.database import Session, entry_point, prepare_environment, require_given
 from embedline.errors import InvalidParameter, NotReady
 from embedline.fidelity import Fidelity
@@ -27,13 +27,15 @@ _MOST_MISSING = 0.01
 _MISSING = """
     SELECT missing - dead_letters AS missing, chunks FROM embedline.versions WHERE pipeline = $1 AND version = $2
 """
+# Not stored: it is no evidence. cutover goes without a gate there.
+_NOTHING = Row("verdict", verdict="inconclusive", detail="the pipeline has no chunks: there is nothing to measure")
 _RECORD = """
-    INSERT INTO embedline.evaluation (pipeline_id, version_id, baseline_number, kind, verdict, fidelity_verdict,
-        quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+    INSERT INTO embedline.evaluation (pipeline_id, version_id, baseline_number, baseline_version_id, baseline_fingerprint,
+        kind, verdict, fidelity_verdict, quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 """
 _RECORD_TYPES = [
-    *("bigint", "bigint", "integer", "text", "text", "text", "text", "text", "integer", "integer"),
+    *("bigint", "bigint", "integer", "bigint", "text", "text", "text", "text", "text", "text", "integer", "integer"),
     *("double precision", "bigint", "text", "jsonb"),
 ]
 
@@ -90,7 +92,14 @@ def evaluate(
     new = load_version(session, pipeline_name, version_number)
     old = load_pipeline(session, pipeline_name)
     _require_complete(session, new)
+    if old.version.state != "complete":
+        raise NotReady(
+            f'version {old.version.number} of pipeline "{pipeline_name}", which serves, is not complete: its rows are read again',
+            hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline_name}'; shows how far it is.",
+        )
     fidelity.require_index(session, new)
+    if not any(_counted(session, version)["chunks"] for version in (old, new)):
+        return [_NOTHING.as_dict()]
     versions = [new] if new.version.version_id == old.version.version_id else [old, new]
     queries = load_queries(session, versions, canaries, query_count, breakdown, seed)
     subjects = _ask(session, versions, queries, k)
@@ -110,13 +119,17 @@ def evaluate(
 
 def _require_complete(session: Session, pipeline: Pipeline) -> None:
     """Raise while the version is being filled, or is so far behind that its rankings would show it."""
-    counted = session.query(_MISSING, ["text", "integer"], pipeline.name, pipeline.version.number)[0]
+    counted = _counted(session, pipeline)
     if pipeline.version.state != "complete" or counted["missing"] > _MOST_MISSING * counted["chunks"]:
         raise NotReady(
             f'version {pipeline.version.number} of pipeline "{pipeline.name}" is not complete yet',
             detail=f"It lacks {counted['missing']} of {counted['chunks']} vectors.",
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline.name}'; shows how far it is.",
         )
+
+
+def _counted(session: Session, pipeline: Pipeline) -> dict[str, Any]:
+    return session.query(_MISSING, ["text", "integer"], pipeline.name, pipeline.version.number)[0]
 
 
 def _ask(session: Session, versions: Sequence[Pipeline], queries: QuerySet, k: int) -> list[_Subject]:
@@ -179,17 +192,19 @@ def _record_gate(
         "rows": [row.as_dict() for row in rows],
     }  # fmt: skip
     record(
-        session, new, subjects[0].pipeline.version.number if len(subjects) == 2 else None, "gate",
+        session, new, subjects[0].pipeline.version if len(subjects) == 2 else None, "gate",
         (verdict, measured.verdict, quality), queries, options, new.version.fingerprint, evidence,
     )  # fmt: skip
 
 
 def record(
-    session: Session, pipeline: Pipeline, baseline: int | None, kind: str, verdicts: tuple[Verdict, Verdict, Verdict],
+    session: Session, pipeline: Pipeline, baseline: Version | None, kind: str, verdicts: tuple[Verdict, Verdict, Verdict],
     queries: QuerySet, options: GateOptions, fingerprint: str, evidence: dict[str, Any],
 ) -> None:  # fmt: skip
     """Store an evaluation; `verdicts` are the whole, the index's and the quality's."""
     session.query(
-        _RECORD, _RECORD_TYPES, pipeline.pipeline_id, pipeline.version.version_id, baseline, kind, *verdicts, queries.source,
-        len(queries.texts), options.k, options.margin, options.seed, fingerprint, json.dumps(evidence),
+        _RECORD, _RECORD_TYPES, pipeline.pipeline_id, pipeline.version.version_id,
+        *((baseline.number, baseline.version_id, baseline.fingerprint) if baseline else (None, None, None)),
+        kind, *verdicts, queries.source, len(queries.texts), options.k, options.margin, options.seed, fingerprint,
+        json.dumps(evidence),
     )  # fmt: skip

@@ -77,7 +77,7 @@ def preview_version(
     }  # fmt: skip
     # There is no version of that model: the row belongs to the serving one, under the model's own fingerprint.
     record(
-        session, pipeline, pipeline.version.number, "preview", (verdict, "inconclusive", verdict), queries, options,
+        session, pipeline, pipeline.version, "preview", (verdict, "inconclusive", verdict), queries, options,
         model.fingerprint, evidence,
     )  # fmt: skip
     return [row.as_dict() for row in rows]

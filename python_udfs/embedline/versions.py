@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from embedline import capture, routing, version_queue
+from embedline import capture, coverage, routing, version_queue
 from embedline.alteration import restart_ranges
 from embedline.capture import CapturePlan
 from embedline.catalog import (
@@ -308,7 +308,7 @@ def _require_disposable(session: Session, pipeline: Pipeline, doomed: Pipeline, 
         ["bigint", "bigint", "text", "double precision"],
         pipeline.version.version_id, doomed.version.version_id, window, load_settings(session).rollback_window_hours,
     )  # fmt: skip
-    if rows and rows[0]["is_kept"]:
+    if rows and rows[0]["is_kept"] and not coverage.is_empty(session, pipeline):
         raise NotReady(
             f'version {number} of pipeline "{name}" is what a rollback goes back to until {rows[0]["kept_until"]}',
             hint=f"SELECT embedline.drop_embedding_version('{name}', {number}, rollback_window => '0') gives that up.",

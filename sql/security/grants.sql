@@ -104,8 +104,8 @@ TO embedline_admin;
 
 -- Gates: an administrator measures and stores what came out; who it was and when is not theirs to say.
 GRANT INSERT (
-    pipeline_id, version_id, baseline_number, kind, verdict, fidelity_verdict, quality_verdict, query_source,
-    query_count, k, margin, seed, fingerprint, evidence
+    pipeline_id, version_id, baseline_number, baseline_version_id, baseline_fingerprint, kind, verdict,
+    fidelity_verdict, quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence
 ) ON embedline.evaluation TO embedline_admin;
 GRANT EXECUTE ON FUNCTION
 embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision),

@@ -50,7 +50,11 @@ LEFT JOIN LATERAL (
     SELECT g.verdict FROM embedline.evaluation AS g
     WHERE
         g.version_id = v.version_id AND g.kind = 'gate' AND g.fingerprint = v.fingerprint
-        AND (g.baseline_number = s.number OR v.version_id = s.version_id)
+        AND (
+            (g.baseline_version_id = s.version_id AND g.baseline_fingerprint = s.fingerprint)
+            OR v.version_id = s.version_id
+        )
+        AND (p.altered_at IS NULL OR g.evaluated_at > p.altered_at)
     ORDER BY g.evaluation_id DESC
     LIMIT 1
 ) AS e ON true;

@@ -7,10 +7,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from alembic import command
 from psycopg import errors, sql
 
 from small_models import register_static
-from support import assert_exact, create_pages, create_pipeline, data_count, scalar, searching, settle
+from support import alembic_config, assert_exact, create_pages, create_pipeline, data_count, scalar, searching, settle
 from upgrading import add_version, cut_over, settle_versions, versions
 
 
@@ -133,6 +134,19 @@ def test_a_version_without_the_chunks_of_some_rows_does_not_serve(roomy: psycopg
     settle_versions(roomy)
     cut_over(roomy, 2)
     assert assert_exact(roomy) == 800
+
+
+def test_an_upgrade_sweeps_what_earlier_releases_lost(roomy: psycopg.Connection, database_dsn: str) -> None:
+    add_version(roomy, "static-256", chunking="sentences")
+    settle_versions(roomy)
+    command.downgrade(alembic_config(database_dsn), "0006")
+    roomy.execute("DELETE FROM embedline_data.page_chunk_2 WHERE key_id > 990")
+    roomy.execute("UPDATE embedline_data.page_document SET recipe = 1 WHERE key_id > 990")
+    command.upgrade(alembic_config(database_dsn), "head")
+    with psycopg.connect(database_dsn, autocommit=True) as upgraded:
+        assert versions(upgraded, "state")[1] == "backfilling"
+        settle_versions(upgraded)
+        assert assert_exact(upgraded, version=2) == 800
 
 
 def test_the_same_vectors_in_another_type_are_not_paid_for(pages: psycopg.Connection) -> None:
@@ -263,11 +277,63 @@ def test_a_gate_against_another_version_opens_nothing(pages: psycopg.Connection)
     settle_versions(pages)
     pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
     assert versions(pages, "gate")[2] == "pass"
-    pages.execute("UPDATE embedline.evaluation SET baseline_number = 7")
+    pages.execute("UPDATE embedline.evaluation SET baseline_fingerprint = 'another recipe'")
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
         pages.execute("SELECT embedline.cutover('page', 2)")
     pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
     pages.execute("SELECT embedline.cutover('page', 2)")
+
+
+def test_a_gate_against_a_version_whose_number_another_has_now_opens_nothing(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    cut_over(pages, 2)
+    pages.execute("SELECT embedline.evaluate('page', 1, margin => 0.5)")
+    assert versions(pages, "gate")[1] == "pass"
+    pages.execute("SELECT embedline.rollback('page')")
+    pages.execute("SELECT embedline.drop_embedding_version('page', 2)")
+    assert add_version(pages, register_static(pages, 128)) == 2
+    settle_versions(pages)
+    cut_over(pages, 2)
+    assert versions(pages, "gate")[1] is None
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        pages.execute("SELECT embedline.cutover('page', 1)")
+
+
+def test_a_gate_of_before_an_alteration_opens_nothing(pages: psycopg.Connection) -> None:
+    add_version(pages, "static-64")
+    settle_versions(pages)
+    pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
+    pages.execute("SELECT embedline.alter_pipeline('page', content => 'title')")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="read again"):
+        pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.5)")
+    settle_versions(pages)
+    assert versions(pages, "gate")[2] is None
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        pages.execute("SELECT embedline.cutover('page', 2)")
+    pages.execute("SELECT embedline.evaluate('page', 2, margin => 0.9)")
+    pages.execute("SELECT embedline.cutover('page', 2)")
+
+
+def test_an_empty_pipeline_changes_its_version_without_a_gate_and_without_a_window(
+    database: psycopg.Connection,
+) -> None:
+    create_pages(database, 0)
+    create_pipeline(database, index_method="none")
+    add_version(database, register_static(database, 64))
+    settle_versions(database)
+    verdict = "SELECT verdict FROM embedline.evaluate('page', 2) WHERE measure = 'verdict'"
+    assert scalar(database, verdict) == "inconclusive"
+    database.execute("INSERT INTO page (id, title, body) VALUES (1, 'About', 'to be embedded')")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
+        database.execute("SELECT embedline.cutover('page', 2)")
+    database.execute("TRUNCATE page")
+    database.execute("SELECT embedline.cutover('page', 2)")
+    assert scalar(database, "SELECT override_reason FROM embedline.cutover") == "the pipeline is empty"
+    database.execute("SELECT embedline.drop_embedding_version('page', 1)")
+    database.execute("INSERT INTO page (id, title, body) VALUES (1, 'About', 'to be embedded')")
+    settle(database)
+    assert assert_exact(database) == 1
 
 
 def test_verify_queues_what_a_version_lacks(pages: psycopg.Connection) -> None:

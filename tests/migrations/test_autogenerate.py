@@ -104,7 +104,10 @@ def test_a_changed_model_becomes_a_chain_of_four_revisions(
     assert "op.cutover_embedding_version('article', version=2)" in cutover
     assert "op.rollback_embedding_version('article', version=2)" in cutover
     assert "op.drop_embedding_version('article', version=1)" in contract
-    assert "op.restore_embedding_version('article', version=1, model='static-256')" in contract
+    assert (
+        "op.restore_embedding_version(\n        'article',\n        version=1,\n        model='static-256'," in contract
+    )
+    assert "registration={'provider': 'sentence-transformers', " in contract
     application.alembic("upgrade", "+1")
     assert scalar(database, "SELECT count(*) FROM embedline.versions WHERE pipeline = 'article'") == 2
     application.alembic("downgrade", "-1")

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from application import PIPELINE, Application
+from small_models import register_static
 from support import scalar, wait_until
 from working import Worker
 
@@ -124,6 +125,30 @@ def test_an_application_upgrades_its_model_with_revisions_of_its_own(
     application.run("embedline", *command[1].split())
     application.alembic("upgrade", "+1")
     assert _versions(database) == {2: "serves", 3: "backfilling"}
+
+
+def test_a_history_with_an_upgrade_in_it_runs_from_zero(
+    tmp_path: Path, database_dsn: str, database: psycopg.Connection
+) -> None:
+    """As a new environment runs it: no worker, no row, and no time for a window."""
+    model = register_static(database, 64)
+    app = Application(tmp_path, database_dsn)
+    app.autogenerate("article")
+    app.alembic("upgrade", "head")
+    app.declare()
+    app.autogenerate("watch articles")
+    app.alembic("upgrade", "head")
+    app.run("embedline", "upgrade-model", "article", "--model", model)
+    app.alembic("downgrade", "base")
+    assert scalar(database, "SELECT to_regclass('article') IS NULL")
+
+    app.alembic("upgrade", "head")
+    assert _versions(database) == {2: "serves"}
+    assert _index_is_valid(database)
+    assert scalar(database, "SELECT override_reason FROM embedline.cutover") == "the pipeline is empty"
+    database.execute("INSERT INTO article VALUES (1, 'The first', 'of a new environment')")
+    _work(app.dsn)
+    assert scalar(database, "SELECT count(*) FROM article_embedding") == 1
 
 
 def test_the_index_waits_for_the_backfill(

@@ -56,13 +56,13 @@ _NEXT_NUMBER = """
     SELECT max(v.number) + 1 FROM embedline.version AS v JOIN embedline.pipeline AS p USING (pipeline_id) WHERE p.name = :pipeline
 """
 _COVERAGE = "SELECT to_jsonb(v) FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
-_GATE = """
-    SELECT e.verdict FROM embedline.evaluation AS e JOIN embedline.version AS v USING (version_id)
-    JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
-    JOIN embedline.version AS s ON s.version_id = p.serving_version_id
-    WHERE p.name = :pipeline AND v.number = :version AND e.kind = 'gate' AND e.fingerprint = v.fingerprint
-        AND e.baseline_number = s.number
-    ORDER BY e.evaluation_id DESC LIMIT 1
+_GATE = "SELECT v.gate FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
+# The source of a pipeline without chunks that the migration's role may read and whose backfill it may close.
+_UNUSED = """
+    SELECT p.source::oid::regclass::text FROM embedline.pipeline AS p
+    WHERE p.name = :pipeline AND has_function_privilege('embedline.embed_pending(integer, text)', 'EXECUTE')
+        AND has_table_privilege(p.source::oid, 'SELECT')
+        AND NOT EXISTS (SELECT FROM embedline.versions AS v WHERE v.pipeline = p.name AND v.chunks > 0)
 """
 # Set by ALTER or learnt by the model itself; a declaration that is otherwise the same is the same model.
 _NOT_COMPARED = ("price_per_million_tokens", "expression_search_path", "capture", "version")
@@ -190,8 +190,8 @@ def restore_embedding_version(operations: Operations, operation: ops.RestoreEmbe
     model = operation.model or "MODEL"
     raise CommandError(
         f"{_label(operation)} was dropped, and its vectors do not come back by a downgrade. "
-        f"HINT: {_registration(operations, operation)}embedline upgrade-model {operation.pipeline} --model {model} writes a"
-        " chain to a new version of that model; "
+        f"HINT: {_registration(operations, operation)}"
+        f"embedline upgrade-model {operation.pipeline} --model {model} writes a chain to a new version of that model; "
         "alembic stamp with the revision before this one moves only Alembic's mark."
     )
 
@@ -234,7 +234,17 @@ def _index_is_there(operation: ops.BuildVectorIndexOp) -> str:
     )
 
 
+def _close_if_empty(operations: Operations, operation: Any) -> None:
+    """Close the backfill of an empty table, as in a database that is built from its history: no worker has to run for it."""
+    if _coverage(operations, operation)["state"] == "complete":
+        return
+    source = _scalar(operations, _UNUSED, pipeline=operation.pipeline)
+    if source is not None and _scalar(operations, f"SELECT NOT EXISTS (SELECT FROM {source})"):
+        _run(operations, call("embed_pending", {"max_rows": 1, "pipeline_name": operation.pipeline}))
+
+
 def _wait_until_complete(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
+    _close_if_empty(operations, operation)
     limit = time.monotonic() + operation.wait_seconds
     reported = None
     while (coverage := _coverage(operations, operation))["state"] != "complete":
@@ -250,7 +260,7 @@ def _wait_until_complete(operations: Operations, operation: ops.BuildVectorIndex
         time.sleep(_POLL_SECONDS)
 
 
-def _coverage(operations: Operations, operation: ops.BuildVectorIndexOp) -> dict[str, Any]:
+def _coverage(operations: Operations, operation: Any) -> dict[str, Any]:
     found = _look(operations, _COVERAGE, pipeline=operation.pipeline, version=operation.version)
     if found is None:
         raise _no_version(operation)
@@ -315,6 +325,7 @@ def cutover_embedding_version(operations: Operations, operation: ops.CutoverEmbe
         if version["serving"]:
             logger.info("%s serves already", _label(operation))
             return
+        _close_if_empty(operations, operation)
         if operation.evaluate and operation.override_reason is None:
             _pass_gate(operations, operation)
         _run(operations, statement)

@@ -123,7 +123,9 @@ def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVer
     arguments["pipeline_name"] = arguments.pop("pipeline")
     statement = call("add_embedding_version", arguments)
     if _is_offline(operations):
-        _run(operations, _checked_number(statement, operation))
+        # Committed before the script comes to the index, which stops it until there is something to index.
+        with _committed_at_once(operations, operation):
+            _run(operations, _checked_number(statement, operation))
         return
     existing = _version(operations, operation)
     if existing is not None:
@@ -199,7 +201,9 @@ def restore_embedding_version(operations: Operations, operation: ops.RestoreEmbe
 def build_vector_index(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
     """Build the index over a connection in autocommit mode once the backfill is complete."""
     if _is_offline(operations):
-        _run(operations, _index_is_there(operation))
+        # Where it stops, what came before it is committed, with Alembic's mark.
+        with _committed_at_once(operations, operation):
+            _run(operations, _index_is_there(operation))
         return
     with _committed_at_once(operations, operation, required=True):
         _wait_until_complete(operations, operation)

@@ -53,6 +53,11 @@ class Application:
         assert old in text, f"{name} has no {old!r}"
         path.write_text(text.replace(old, new), encoding="utf-8")
 
+    def act_as(self, role: str) -> None:
+        """Have Alembic connect as before and then act as another role."""
+        dsn = self.dsn.replace("%", "%%").replace("://", "+psycopg://")
+        self._replace("alembic.ini", dsn, f"{dsn}?options=-crole%%3D{role}")
+
     def declare(self, text: str = PIPELINE) -> None:
         """Write embedline.toml beside alembic.ini."""
         (self.folder / "embedline.toml").write_text(text, encoding="utf-8")

@@ -168,6 +168,8 @@ def test_a_pipeline_is_dropped_only_where_the_file_says_so(
         (PIPELINE.replace("public.article", "alembic_version"), "A pipeline keeps its source"),
         (PIPELINE + '[models.static-256]\nprovider = "openai"\nmodel = "other"\n', "registered with another provider"),
         (PIPELINE.replace("model =", "modell ="), 'has no key "modell"'),
+        (PIPELINE.replace("public.article", "public.a b c"), "source 'public.a b c' is no name of a table"),
+        (PIPELINE.replace("static-256", "static"), 'names model "static", which is neither registered nor declared'),
     ],
 )
 def test_what_no_operation_does_is_refused(application: Application, text: str, message: str) -> None:

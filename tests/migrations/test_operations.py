@@ -9,8 +9,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from application import PIPELINE, Application
+from conftest import MakeRole
 from small_models import register_static
 from support import scalar, wait_until
 from working import Worker
@@ -312,6 +314,46 @@ def test_a_chain_renders_as_a_script_that_runs(
     assert "was dropped" in application.alembic(
         "downgrade", f"{_revision_id(chain[3])}:{_revision_id(chain[2])}", "--sql", fails=True
     )
+
+
+def test_a_script_of_a_whole_chain_goes_on_where_the_index_has_stopped_it(
+    application: Application, chain: list[Path], database: psycopg.Connection
+) -> None:
+    watched = application.revisions()[1]
+    rendered = application.alembic("upgrade", f"{_revision_id(watched)}:{_revision_id(chain[2])}", "--sql")
+    script = "BEGIN;" + rendered.partition("BEGIN;")[2]
+    with psycopg.connect(application.dsn, autocommit=True) as client:
+        with pytest.raises(psycopg.errors.RaiseException, match="has no valid index yet"):
+            client.execute(script.encode())
+        assert _versions(database) == {1: "serves", 2: "backfilling"}
+        assert _at(application) == _revision_id(chain[0])
+        _work(application.dsn)
+        database.execute(scalar(database, "SELECT embedline.index_statement('article', 2)"))
+        client.execute(script[script.index("DO $embedline$\nBEGIN\n    IF embedline.index_statement(") :].encode())
+    assert _versions(database) == {1: "complete", 2: "serves"}
+    assert _at(application) == _revision_id(chain[2])
+
+
+def test_a_role_that_does_not_own_the_index_has_it_built_and_goes_down_past_it(
+    application: Application, chain: list[Path], database: psycopg.Connection, make_role: MakeRole
+) -> None:
+    role = make_role("embedline_admin")
+    for command in ("ALTER TABLE article OWNER TO {}", "ALTER TABLE alembic_version OWNER TO {}"):
+        database.execute(sql.SQL(command).format(sql.Identifier(role)))
+    application.act_as(role)
+    application.alembic("upgrade", "+1")
+    _work(application.dsn)
+    assert "embedline build-index article --version 2 as a superuser" in application.alembic(
+        "upgrade", "+1", fails=True
+    )
+    database.execute(scalar(database, "SELECT embedline.index_statement('article', 2)"))
+    application.alembic("upgrade", "+1")
+    application.alembic("downgrade", "-1")
+    assert _index_is_valid(database)
+    application.alembic("downgrade", "-1")
+    assert _versions(database) == {1: "serves"}
+    assert not _index_is_valid(database)
+    database.execute(sql.SQL("REASSIGN OWNED BY {} TO CURRENT_USER").format(sql.Identifier(role)))
 
 
 def test_in_a_transaction_of_env_py_the_index_says_so_and_the_cutover_holds_its_locks(

@@ -75,14 +75,16 @@ def test_expand_stops_a_script_where_the_version_gets_another_number() -> None:
         "embedline.add_embedding_version(model => 'minilm', backfill_rate => 50, pipeline_name => 'docs') <> 2"
         in rendered
     )
-    assert "RAISE EXCEPTION" in rendered
+    parts = ["COMMIT;", "RAISE EXCEPTION", "BEGIN;"]
+    assert [part for part in sorted(parts, key=rendered.rindex)] == parts
 
 
 def test_the_index_stops_a_script_that_comes_before_it_is_built() -> None:
     rendered = _rendered(lambda op: op.build_vector_index("docs", version=2))  # type: ignore[attr-defined]
     assert "embedline.index_statement('docs', 2) IS NOT NULL" in rendered
     assert "embedline build-index docs --version 2" in rendered
-    assert "COMMIT" not in rendered
+    # What came before is committed where it stops.
+    assert rendered.index("COMMIT;") < rendered.index("RAISE EXCEPTION")
 
 
 def test_a_cutover_commits_at_once_in_a_script() -> None:
@@ -174,6 +176,7 @@ def test_a_declaration_becomes_operations(tmp_path: Path) -> None:
         content = "title || E'\\\\n' || body"
         model = "small"
         index_options = {m = 24}
+        weight = 2
 
         [pipelines.docs.upgrade]
         canaries = "canary"
@@ -198,6 +201,18 @@ def test_a_declaration_becomes_operations(tmp_path: Path) -> None:
         ("[pipelines.docs]\nsource = 'docs'\ncontent = 'body'", "needs model"),
         ("[pipelines.docs]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\ndimension = 3", 'no key "dimension"'),
         ("[pipelines.docs]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\n[drop]\npipelines = ['docs']", "listed in drop"),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 64", "model is 64.*must be a string"),
+        (
+            "[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\ntenant = 2020-01-01",
+            "tenant is .*must be a string",
+        ),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\nchunk_tokens = '64'", "must be a whole number"),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\nchunk_tokens = true", "must be a whole number"),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\nweight = 'two'", "must be a number"),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\nindex_options = 3", "must be a table"),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\ncolumn_type = 'halvec'", "one of vector, halfvec"),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\nchunking = 'words'", "one of recursive"),
+        ("[pipelines.d]\nsource = 'd'\ncontent = 'b'\nmodel = 'm'\n[pipelines.d.upgrade]\nk = 'ten'", "a whole number"),
         ("[drop]\ntables = ['x']", "list of names"),
         ("x = ", "is not TOML"),
     ],

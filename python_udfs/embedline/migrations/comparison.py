@@ -9,6 +9,7 @@ from typing import Any
 
 from alembic.util import CommandError
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from embedline.migrations.catalogue import Catalogue, StoredPipeline, is_installed, read_catalogue
 from embedline.migrations.chain import Upgrade
@@ -57,12 +58,14 @@ def compare(connection: Connection, declaration: Declaration) -> Changes:
     operations: list[PipelineOperation] = list(_new_models(declaration, catalogue))
     upgrades: list[Upgrade] = []
     for name, declared in declaration.pipelines.items():
+        _require_model(declaration, declared, catalogue)
+        source_oid = _source_oid(connection, declaration, declared)
         stored = catalogue.pipelines.get(name)
         if stored is None:
             operations.append(declared.create)
             logger.info("Detected added pipeline %r", name)
             continue
-        _require_same_source(connection, declared, stored)
+        _require_same_source(source_oid, declared, stored)
         operations.extend(_alteration(declared, stored))
         upgrades.extend(_upgrade(declared, stored, catalogue))
     return Changes(tuple(_drops(declaration, catalogue)), tuple(operations), tuple(upgrades))
@@ -134,11 +137,32 @@ def _registration(name: str, stored: Mapping[str, Any]) -> CreateModelOp:
     return CreateModelOp(name=name, **given)
 
 
-def _require_same_source(connection: Connection, declared: DeclaredPipeline, stored: StoredPipeline) -> None:
+def _require_model(declaration: Declaration, declared: DeclaredPipeline, catalogue: Catalogue) -> None:
+    model = declared.create.model
+    if model not in declaration.models and model not in catalogue.models:
+        raise CommandError(
+            f'{declaration.path}: pipeline "{declared.create.name}" names model "{model}", which is neither registered nor '
+            f"declared. HINT: Declare it as [models.{model}]; SELECT name FROM embedline.model lists those registered."
+        )
+
+
+def _source_oid(connection: Connection, declaration: Declaration, declared: DeclaredPipeline) -> int | None:
+    """Return the source's oid, None where there is no such table yet."""
     source = declared.create.source
-    found = connection.exec_driver_sql(
-        f"SELECT to_regclass({literal(source)})::oid::bigint", execution_options={"no_parameters": True}
-    ).scalar()
+    try:
+        found: int | None = connection.exec_driver_sql(
+            f"SELECT to_regclass({literal(source)})::oid::bigint", execution_options={"no_parameters": True}
+        ).scalar()
+    except DBAPIError as error:
+        raise CommandError(
+            f"{declaration.path}: [pipelines.{declared.create.name}] source {source!r} is no name of a table. "
+            'HINT: Write schema.table, and in double quotes what is not lower case: public."My table".'
+        ) from error
+    return found
+
+
+def _require_same_source(found: int | None, declared: DeclaredPipeline, stored: StoredPipeline) -> None:
+    source = declared.create.source
     # None: the table comes with this revision, or was renamed in the models first.
     if found is not None and found != stored.values["source_oid"]:
         raise CommandError(

@@ -17,6 +17,21 @@ from embedline.migrations.operations import CreateModelOp, CreatePipelineOp, Pip
 OPTION = "embedline_pipelines"
 DEFAULT_NAME = "embedline.toml"
 
+# What TOML may give for a field, by the name of the field's type, and the words for it.
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a string"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "Options": ((dict,), "a table"),
+}
+_VALUES = {
+    "column_type": ("vector", "halfvec"),
+    "distance": ("cosine", "inner_product", "l2"),
+    "index_method": ("hnsw", "none"),
+    "capture": ("auto", "statement", "row"),
+    "backfill_order": ("oldest_first", "newest_first"),
+}
+
 Operation = TypeVar("Operation", bound=PipelineOperation)
 
 
@@ -118,9 +133,25 @@ def _check_keys(path: Path, label: str, kind: Any, given: Mapping[str, Any], fil
     if unknown:
         names = ", ".join(item.name for item in known)
         raise CommandError(f'{path}: [{label}] has no key "{unknown[0]}". HINT: It takes {names}.')
+    types = {item.name: str(item.type).removesuffix(" | None") for item in known}
+    for name, value in given.items():
+        _check_value(path, label, name, value, types[name])
     for item in known:
         if item.default is MISSING and item.default_factory is MISSING and item.name not in given:
             raise CommandError(f"{path}: [{label}] needs {item.name}")
+
+
+def _check_value(path: Path, label: str, name: str, value: Any, declared_type: str) -> None:
+    """Raise unless the value is of the field's type, and one of those that the field knows."""
+    # Loads tokenizers: only where a file declares something.
+    from embedline.chunking.spec import METHODS
+
+    accepted, wanted = _TYPES[declared_type]
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise CommandError(f"{path}: [{label}] {name} is {value!r}. HINT: It must be {wanted}.")
+    known = {**_VALUES, "chunking": METHODS}.get(name)
+    if known is not None and value not in known:
+        raise CommandError(f"{path}: [{label}] {name} is {value!r}. HINT: It must be one of {', '.join(known)}.")
 
 
 def _table(path: Path, label: str, value: Any) -> Mapping[str, Any]:

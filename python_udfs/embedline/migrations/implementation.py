@@ -64,6 +64,14 @@ _UNUSED = """
         AND has_table_privilege(p.source::oid, 'SELECT')
         AND NOT EXISTS (SELECT FROM embedline.versions AS v WHERE v.pipeline = p.name AND v.chunks > 0)
 """
+# In the catalogue: whoever may not drop the index, which a superuser built for it, may not even name its schema.
+_INDEX = """
+    SELECT jsonb_build_object('owner', pg_catalog.pg_get_userbyid(c.relowner),
+        'owned', pg_catalog.pg_has_role(c.relowner, 'USAGE'))
+    FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = 'embedline_data' AND c.relname = :name
+"""
+_INSUFFICIENT_PRIVILEGE = "42501"
 # Set by ALTER or learnt by the model itself; a declaration that is otherwise the same is the same model.
 _NOT_COMPARED = ("price_per_million_tokens", "expression_search_path", "capture", "version")
 
@@ -123,7 +131,9 @@ def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVer
     arguments["pipeline_name"] = arguments.pop("pipeline")
     statement = call("add_embedding_version", arguments)
     if _is_offline(operations):
-        _run(operations, _checked_number(statement, operation))
+        # Committed before the script comes to the index, which stops it until there is something to index.
+        with _committed_at_once(operations, operation):
+            _run(operations, _checked_number(statement, operation))
         return
     existing = _version(operations, operation)
     if existing is not None:
@@ -211,7 +221,9 @@ def _registration(operations: Operations, operation: ops.RestoreEmbeddingVersion
 def build_vector_index(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
     """Build the index over a connection in autocommit mode once the backfill is complete."""
     if _is_offline(operations):
-        _run(operations, _index_is_there(operation))
+        # Where it stops, what came before it is committed, with Alembic's mark.
+        with _committed_at_once(operations, operation):
+            _run(operations, _index_is_there(operation))
         return
     with _committed_at_once(operations, operation, required=True):
         _wait_until_complete(operations, operation)
@@ -289,10 +301,19 @@ def _build(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
             index_build.build(client, operation.pipeline, operation.version, tell=logger.warning)
     except EmbedlineError as error:
         raise CommandError(" HINT: ".join(filter(None, (error.message, error.hint)))) from error
+    except CommandError as error:
+        if not isinstance(error.__cause__, DBAPIError) or client.sqlstate(error.__cause__) != _INSUFFICIENT_PRIVILEGE:
+            raise
+        command = f"embedline build-index {operation.pipeline} --version {operation.version}"
+        raise CommandError(f"{error} HINT: {command} as a superuser, then alembic upgrade again.") from error
+
+
+def _bare_index_name(operation: Any) -> str:
+    return f"{operation.pipeline}_v{operation.version}_embedding_idx"
 
 
 def _index_name(operation: Any) -> str:
-    return f"embedline_data.{quote_ident(f'{operation.pipeline}_v{operation.version}_embedding_idx')}"
+    return f"embedline_data.{quote_ident(_bare_index_name(operation))}"
 
 
 @Operations.implementation_for(ops.DropVectorIndexOp)
@@ -306,6 +327,12 @@ def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) 
                     f"{_label(operation)} serves: without its index each search reads all of it. "
                     f"HINT: SELECT embedline.rollback({literal(operation.pipeline)}) first."
                 )
+            index = _look(operations, _INDEX, name=_bare_index_name(operation))
+            if index is None:
+                return
+            if not index["owned"]:
+                logger.info("the index of %s stays: it is %s's, and goes with it", _label(operation), index["owner"])
+                return
         _run(operations, f"DROP INDEX CONCURRENTLY IF EXISTS {_index_name(operation)}")
 
 

@@ -27,6 +27,8 @@ UPGRADE: tuple[str, ...] = (
     """,
     "COMMENT ON COLUMN embedline.pipeline.source_columns IS 'Names of the source''s columns by attribute number, as of when its functions were last written'",
     "COMMENT ON COLUMN embedline.pipeline.attributes_of IS 'Cluster, database and table that the attribute numbers hold for: after a restore they are found again by name'",
+    "COMMENT ON COLUMN embedline.pipeline.capture IS "
+    "'statement: transition-table triggers; row: row triggers (partitioned sources, parts of other tables, logical-replication subscribers)'",
     """
     UPDATE embedline.pipeline AS p SET code_version = 0, source_columns = coalesce((
         SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_catalog.pg_attribute AS a
@@ -38,6 +40,8 @@ DOWNGRADE: tuple[str, ...] = (
     "DROP EVENT TRIGGER IF EXISTS embedline_resolve_attributes",
     "DROP FUNCTION IF EXISTS embedline._on_before_alter()",
     "DROP FUNCTION IF EXISTS embedline._resolve_attributes()",
+    "COMMENT ON COLUMN embedline.pipeline.capture IS "
+    "'statement: transition-table triggers; row: row triggers (partitioned sources and logical-replication subscribers)'",
     "ALTER TABLE embedline.pipeline DROP COLUMN source_columns, DROP COLUMN attributes_of",
     "UPDATE embedline.pipeline SET code_version = 0",
 )

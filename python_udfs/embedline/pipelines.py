@@ -97,10 +97,13 @@ _KEY_TYPES = """
     WHERE p.name = $1 AND a.attrelid = to_regclass(format('embedline_data.%I', p.name || '_document'))
 """
 _NOTE_SOURCE = """
-    UPDATE embedline.pipeline AS p SET key_types = $2, source_columns = (
-        SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
-        WHERE a.attrelid = p.source AND a.attnum > 0 AND NOT a.attisdropped)
-    WHERE p.name = $1
+    UPDATE embedline.pipeline AS p SET key_types = $2, source_columns = s.columns
+    FROM (
+        SELECT q.name, (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
+            WHERE a.attrelid = q.source AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+        FROM embedline.pipeline AS q WHERE q.name = $1
+    ) AS s
+    WHERE p.name = s.name AND (p.key_types <> $2 OR p.source_columns <> s.columns)
 """
 _EXPRESSION = """
     SELECT pg_get_expr(conbin, conrelid) AS text FROM pg_constraint

@@ -370,6 +370,16 @@ def test_an_upgrade_leaves_functions_of_now_alone(page: psycopg.Connection, data
     assert page.execute(query).fetchall() == before
 
 
+def test_an_upgrade_leaves_the_view_of_a_version_to_what_depends_on_it(
+    page: psycopg.Connection, database_dsn: str
+) -> None:
+    page.execute("CREATE VIEW mine AS SELECT id, chunk FROM page_embedding_v1")
+    page.execute("UPDATE embedline.pipeline SET code_version = 0")
+    command.upgrade(alembic_config(database_dsn), "head")
+    assert scalar(page, "SELECT count(*) FROM mine") == scalar(page, "SELECT count(*) FROM page_embedding")
+    assert scalar(page, "SELECT code_version > 0 FROM embedline.pipeline")
+
+
 def test_alterations_beside_writers_and_workers_leave_nothing_outdated(
     page: psycopg.Connection, connect: Connect
 ) -> None:

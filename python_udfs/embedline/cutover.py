@@ -7,6 +7,7 @@ nothing that the outgoing version shows is missing from the incoming one.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from functools import partial
 
@@ -144,7 +145,7 @@ def _require_gate(session: Session, target: Pipeline, override_reason: str | Non
     evaluation_id = int(rows[0]["evaluation_id"]) if rows else None
     if verdict == "pass" or (override_reason or "").strip():
         return evaluation_id, override_reason
-    if coverage.is_empty(session, target):
+    if _is_empty(session, target):
         return evaluation_id, _EMPTY
     name, number = target.name, target.version.number
     raise NotReady(
@@ -155,6 +156,16 @@ def _require_gate(session: Session, target: Pipeline, override_reason: str | Non
         hint=f"SELECT * FROM embedline.evaluate('{name}', {number}); or, to go without,"
         f" SELECT embedline.cutover('{name}', {number}, override_reason => '...');",
     )
+
+
+def _is_empty(session: Session, target: Pipeline) -> bool:
+    """Look at the pipeline's tables behind the source, as a TRUNCATE locks them, and let all go: there is more to wait for."""
+    found = False
+    with contextlib.suppress(routing.LetGo), session.plpy.subtransaction():
+        hold_source(session, target.source_oid)
+        found = coverage.is_empty(session, target)
+        raise routing.LetGo
+    return found
 
 
 def _catch_up(session: Session, target: Pipeline, seconds: float) -> int:

@@ -253,15 +253,15 @@ def await_view(session: Session, pipeline: Pipeline) -> None:
         return
 
     def take() -> None:
-        with contextlib.suppress(_LetGo), session.plpy.subtransaction():
+        with contextlib.suppress(LetGo), session.plpy.subtransaction():
             session.execute(f"ALTER VIEW {view['name']} SET ({_options(view)})")
-            raise _LetGo
+            raise LetGo
 
     retry_locked(session, take, "the routing view")
 
 
-class _LetGo(Exception):
-    """Rolls a lock back that was only tried."""
+class LetGo(Exception):
+    """Rolls back locks that are not to be kept."""
 
 
 def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query: str) -> None:

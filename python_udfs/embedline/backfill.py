@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedline.catalog import Pipeline
-from embedline.database import Session
+from embedline.database import Session, read_and_release
 from embedline.outbox import ClaimedRow, Key
 from embedline.retry import MAX_CRASHES, ROWS_PER_CLAIM_AFTER_CRASHES
 
@@ -187,6 +187,17 @@ def _merge_ranges(session: Session, pipeline: Pipeline) -> None:
     )
 
 
+def missing_keys(session: Session, pipeline: Pipeline, limit: int) -> list[list[str]]:
+    """Return keys of rows that are neither embedded as the pipeline is now nor queued: a list for each key column, or none."""
+    columns = ", ".join(
+        f"array_agg(m.{column}::text) AS key_{i}" for i, column in enumerate(pipeline.quoted_key_columns)
+    )
+    query = f"SELECT {columns} FROM {pipeline.missing_rows()} AS m"
+    values = (limit, pipeline.recipe, pipeline.version.vectors_valid_from, pipeline.altered_at)
+    found = read_and_release(session, lambda: session.query(query, ["integer", "integer", "text", "text"], *values))[0]
+    return [list(keys) for keys in found.values()] if found["key_0"] else []
+
+
 def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     """Sweep once all ranges are read; mark the version complete where no row is missing. True where work was found.
 
@@ -213,21 +224,14 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     waiting = session.scalar(f"SELECT 1 FROM {pipeline.outbox} WHERE of_backfill LIMIT 1")
     if waiting:
         return False
-    queued = session.scalar(
-        f"""
-        WITH queued AS (
-            INSERT INTO {pipeline.outbox} ({pipeline.key_list}, of_backfill)
-            SELECT m.*, true FROM {pipeline.missing_rows()} AS m RETURNING 1
+    missing = missing_keys(session, pipeline, _SWEEP_ROWS)
+    if missing:
+        session.query(
+            f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, of_backfill)"
+            f" SELECT m.*, true FROM unnest({pipeline.key_arrays()}) AS m",
+            pipeline.key_parameter_types,
+            *missing,
         )
-        SELECT count(*) FROM queued
-        """,
-        ["integer", "integer", "text", "text"],
-        _SWEEP_ROWS,
-        pipeline.recipe,
-        pipeline.version.vectors_valid_from,
-        pipeline.altered_at,
-    )
-    if queued:
         return True
     session.query(
         "UPDATE embedline.version SET state = 'complete', completed_at = clock_timestamp() WHERE version_id = $1",

@@ -26,7 +26,7 @@ CODE_VERSION = 4
 
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (
-    *("read", "lock", "missing", "range", "tenant", "audit", "gone", "present"),
+    *("read", "lock", "look", "missing", "range", "tenant", "audit", "gone", "present"),
     *("changed", "digest", "tenant_or_null"),
     *("content", "filter", "prefix", "tenant_value"),
 )
@@ -374,16 +374,22 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         ORDER BY r.ordinality;
         END""",
         # KEY SHARE conflicts with a DELETE or a change of the key, not with any other UPDATE. SKIP LOCKED: a worker
-        # never waits for an application's lock.
+        # never waits for an application's lock. No expression of the owner's: what these do is rolled back.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("lock")}({arrays})
-        RETURNS TABLE (ordinality bigint, accepted boolean, content_hash bytea)
+        RETURNS TABLE (ordinality bigint)
         LANGUAGE sql VOLATILE {DEFINER}
+        BEGIN ATOMIC
+        SELECT wanted.ordinality FROM {wanted} JOIN {plan.rows} AS source_row ON {join}
+        ORDER BY {order}
+        FOR KEY SHARE OF source_row SKIP LOCKED;
+        END""",
+        f"""CREATE OR REPLACE FUNCTION {plan.generated("look")}({arrays})
+        RETURNS TABLE (ordinality bigint, accepted boolean, content_hash bytea)
+        LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT wanted.ordinality, {accepted},
             CASE WHEN {accepted} THEN {content_hash_sql(plan, content, prefix)} END
-        FROM {wanted} JOIN {plan.rows} AS source_row ON {join}
-        ORDER BY {order}
-        FOR KEY SHARE OF source_row SKIP LOCKED;
+        FROM {wanted} JOIN {plan.rows} AS source_row ON {join};
         END""",
         range_function_statement(plan),
     ]
@@ -473,6 +479,10 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
             -- Within: the planner may evaluate a cast of what stands in one expression with its condition.
             IF NOT {plan.generated("changed")}({inputs}) THEN
                 RETURN NULL;
+            END IF;
+            -- A search_path that an expression of the owner's has set would outlive it.
+            IF pg_catalog.current_setting('search_path') OPERATOR(pg_catalog.<>) 'pg_catalog, pg_temp' THEN
+                PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
             END IF;
         END IF;
         {plan.enqueue_row("NEW")}

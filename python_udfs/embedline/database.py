@@ -139,7 +139,12 @@ class _ReadThrough(Exception):
 
 
 def read_and_release(session: Session, read: Callable[[], T]) -> T:
-    """Return what `read` finds; the locks of tables that it took are given back at once, not at the transaction's end."""
+    """Return what `read` finds, and undo all else that it did: it runs in a subtransaction that is rolled back.
+
+    The locks of tables that it took are given back at once. And what a user's expression did besides, in this session, has no
+    effect: a deferred trigger or a held cursor of the source's owner would run at the commit, with the rights of the session,
+    and a search_path set by it would be that of our next statement.
+    """
     found: list[T] = []
     try:
         with session.plpy.subtransaction():

@@ -22,6 +22,7 @@ from embedline.database import (
     Session,
     quote_ident,
     quote_literal,
+    read_and_release,
     sqlstate_of,
     vector_schema,
 )
@@ -96,8 +97,7 @@ class WriteResult:
 def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_bytes: int) -> dict[int, ReadRow]:
     """Read the content of keys as the source's owner; a key that has no row is missing from the result."""
     count = len(pipeline.key_columns)
-    rows = session.query(
-        f"""
+    query = f"""
         SELECT r.ordinality, r.accepted, r.deferred, c.current, c.given_up, r.content_hash, r.prefix,
             CASE WHEN NOT c.current THEN r.content END AS content
         FROM {pipeline.generated("read")}({pipeline.key_arrays()}, ${count + 1}) AS r
@@ -115,13 +115,10 @@ def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_byt
             SELECT coalesce(m.same AND s.state = CASE WHEN r.content_hash IS NULL THEN 'empty' ELSE 'embedded' END, false)
                 AS current, coalesce(m.same AND s.state = 'dead' AND s.content_hash IS NOT NULL, false) AS given_up
         ) AS c
-        """,
-        [*pipeline.key_parameter_types, "bigint", "integer", "text"],
-        *key_columns(keys, count),
-        max_bytes,
-        pipeline.recipe,
-        pipeline.version.vectors_valid_from,
-    )
+        """
+    values = [*key_columns(keys, count), max_bytes, pipeline.recipe, pipeline.version.vectors_valid_from]
+    types = [*pipeline.key_parameter_types, "bigint", "integer", "text"]
+    rows = read_and_release(session, lambda: session.query(query, types, *values))
     return {
         row["ordinality"] - 1: ReadRow(
             row["accepted"],
@@ -418,25 +415,29 @@ def _unchanged(
 ) -> list[int]:
     """Lock the source rows and look at them again; return the indexes of the documents that can be written.
 
-    Only the exceptions come back from the server: most rows are as they were.
+    Only the exceptions come back from the server: most rows are as they were. The lock must last and the owner's expressions
+    must leave nothing behind: so these are two statements.
     """
     keys = [document.key for document in documents]
     count = len(pipeline.key_columns)
-    changed = {
-        row["ordinality"] - 1: row["accepted"]
-        for row in session.query(
-            f"""
-            SELECT w.ordinality, l.accepted
-            FROM unnest(${count + 1}::bytea[]) WITH ORDINALITY AS w (content_hash, ordinality)
-            LEFT JOIN {pipeline.generated("lock")}({pipeline.key_arrays()}) AS l ON l.ordinality = w.ordinality
-            WHERE l.accepted IS NOT TRUE OR l.content_hash IS DISTINCT FROM w.content_hash
-            """,
-            [*pipeline.key_parameter_types, "bytea[]"],
-            *key_columns(keys, count),
-            [document.content_hash for document in documents],
-        )
-    }
-    unlocked = [index for index, accepted in changed.items() if accepted is None]
+    columns, types = key_columns(keys, count), pipeline.key_parameter_types
+    locking = f"""
+        SELECT w.ordinality FROM generate_series(1, ${count + 1}) AS w (ordinality)
+        LEFT JOIN {pipeline.generated("lock")}({pipeline.key_arrays()}) AS l ON l.ordinality = w.ordinality
+        WHERE l.ordinality IS NULL
+        """
+    unlocked = [
+        int(row["ordinality"]) - 1 for row in session.query(locking, [*types, "bigint"], *columns, len(documents))
+    ]
+    looking = f"""
+        SELECT w.ordinality, l.accepted
+        FROM unnest(${count + 1}::bytea[]) WITH ORDINALITY AS w (content_hash, ordinality)
+        LEFT JOIN {pipeline.generated("look")}({pipeline.key_arrays()}) AS l ON l.ordinality = w.ordinality
+        WHERE l.accepted IS NOT TRUE OR l.content_hash IS DISTINCT FROM w.content_hash
+        """
+    hashes = [document.content_hash for document in documents]
+    found = read_and_release(session, lambda: session.query(looking, [*types, "bytea[]"], *columns, hashes))
+    changed = {row["ordinality"] - 1: row["accepted"] for row in found} | dict.fromkeys(unlocked)
     still_there = read_rows(session, pipeline, [keys[i] for i in unlocked], 0) if unlocked else {}
     for position, index in enumerate(unlocked):
         (result.busy if position in still_there else result.absent).append(index)

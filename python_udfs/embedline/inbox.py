@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident
+from embedline.database import Session, quote_ident, read_and_release
 from embedline.outbox import ClaimedRow, in_hand_query
 
 # Triggers put up to this many keys into one row.
@@ -93,34 +93,47 @@ def _claim_statement(pipeline: Pipeline, front: str, *, marked: bool) -> str:
 def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
     """Move rows of the inbox to the outbox with the tenant of each key, so that tenants can have their turns.
 
-    Returns the number of keys moved. Both statements are one: a key is always in exactly one of the two tables.
+    Returns the number of keys moved. The rows of the inbox are locked until they are gone, so nobody else moves them; the
+    tenants are read between, because the owner's expression must leave nothing behind.
     """
-    keys, columns = pipeline.key_list, pipeline.quoted_key_columns
-    return int(
-        session.scalar(
-            f"""
-            WITH front AS MATERIALIZED (
-                SELECT ctid AS place FROM {pipeline.generated("inbox")} LIMIT $1 FOR UPDATE SKIP LOCKED
-            ), taken AS (
-                DELETE FROM {pipeline.generated("inbox")} WHERE ctid = ANY (ARRAY(SELECT place FROM front)) RETURNING *
-            ), key AS MATERIALIZED (
-                SELECT k.*, taken.enqueued_at, row_number() OVER () AS ordinality FROM taken
-                CROSS JOIN LATERAL unnest({", ".join(f"taken.{column}" for column in columns)}) AS k ({keys})
-            ), moved AS (
-                INSERT INTO {pipeline.outbox} ({keys}, enqueued_at, tenant)
-                SELECT {pipeline.key_list_of("key")}, key.enqueued_at, left(t.tenant, {_TENANT_CHARACTERS}) FROM key
-                LEFT JOIN {pipeline.generated("tenant")}(
-                    {", ".join(f"(SELECT array_agg({column} ORDER BY ordinality) FROM key)" for column in columns)}
-                ) AS t ON t.ordinality = key.ordinality
-                ORDER BY key.ordinality
-                RETURNING 1
-            )
-            SELECT count(*) FROM moved
-            """,
-            ["integer"],
-            row_limit,
+    columns, count = pipeline.quoted_key_columns, len(pipeline.key_columns)
+    key = f"k ({pipeline.key_list})"
+    taken = session.query(
+        f"""
+        WITH front AS MATERIALIZED (
+            SELECT ctid AS place FROM {pipeline.generated("inbox")} LIMIT $1 FOR UPDATE SKIP LOCKED
+        ), found AS (
+            SELECT k.*, i.enqueued_at FROM {pipeline.generated("inbox")} AS i
+            CROSS JOIN LATERAL unnest({", ".join(f"i.{column}" for column in columns)}) AS {key}
+            WHERE i.ctid = ANY (ARRAY(SELECT place FROM front))
         )
+        SELECT ARRAY(SELECT place::text FROM front) AS places, array_agg(f.enqueued_at::text) AS times,
+            {", ".join(f"array_agg(f.{column}::text) AS key_{i}" for i, column in enumerate(columns))}
+        FROM found AS f
+        """,
+        ["integer"],
+        row_limit,
+    )[0]
+    if not taken["places"]:
+        return 0
+    arrays = [taken[f"key_{i}"] for i in range(count)]
+    tenants: list[str | None] = [None] * len(taken["times"])
+    query = f"SELECT t.ordinality, t.tenant FROM {pipeline.generated('tenant')}({pipeline.key_arrays()}) AS t"
+    for row in read_and_release(session, lambda: session.query(query, pipeline.key_parameter_types, *arrays)):
+        tenants[row["ordinality"] - 1] = row["tenant"] and row["tenant"][:_TENANT_CHARACTERS]
+    session.query(
+        f"""
+        WITH gone AS (DELETE FROM {pipeline.generated("inbox")} WHERE ctid = ANY (${count + 1}::text[]::tid[]))
+        INSERT INTO {pipeline.outbox} ({pipeline.key_list}, enqueued_at, tenant)
+        SELECT * FROM unnest({pipeline.key_arrays()}, ${count + 2}::text[]::timestamptz[], ${count + 3}::text[])
+        """,
+        [*pipeline.key_parameter_types, *["text[]"] * 3],
+        *arrays,
+        taken["places"],
+        taken["times"],
+        tenants,
     )
+    return len(tenants)
 
 
 def finish_claim(session: Session, pipeline: Pipeline, claim_id: int, worker_id: int | None) -> None:

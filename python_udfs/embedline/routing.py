@@ -72,8 +72,11 @@ _DEPENDENTS = """
         AND NOT (d.classid = 'pg_rewrite'::regclass AND r.oid IS NULL)
     ORDER BY 1
 """
-# By its name, which a dump and pg_upgrade keep; to_regprocedure looks it up in the system cache, too.
-_SERVING_FUNCTION = "SELECT pg_get_functiondef(to_regprocedure($1))"
+# By its name, which a dump and pg_upgrade keep; in the catalogue, because whoever asks may not name what is in the schema.
+_SERVING_FUNCTION = """
+    SELECT pg_get_functiondef(oid) FROM pg_proc
+    WHERE proname = $1 || '_serving' AND pronamespace = 'embedline_data'::regnamespace
+"""
 
 
 def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:
@@ -407,7 +410,7 @@ def serving_number(session: Session, pipeline: Pipeline) -> int:
     Raises NotFound where nothing says so: the catalogue is of the statement's snapshot, and the view may be of a later one.
     """
     function = f"{pipeline.generated('serving')}()"
-    found = re.search(r"SELECT (\d+)", session.scalar(_SERVING_FUNCTION, ["text"], function) or "")
+    found = re.search(r"SELECT (\d+)", session.scalar(_SERVING_FUNCTION, ["text"], pipeline.name) or "")
     if found is None:
         raise NotFound(
             f"the function {function} is gone or changed, which says what version serves",

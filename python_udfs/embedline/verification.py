@@ -13,8 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from embedline import coverage, drift, row_keys, version_queue
+from embedline.backfill import missing_keys
 from embedline.catalog import Pipeline, load_pipeline, load_versions
-from embedline.database import Session, entry_point, hold_source, prepare_environment, quote_ident, vector_schema
+from embedline.database import (
+    Session,
+    entry_point,
+    hold_source,
+    prepare_environment,
+    quote_ident,
+    read_and_release,
+    vector_schema,
+)
 from embedline.errors import InvalidParameter, NotFound
 from embedline.pipelines import insert_ranges
 from embedline.source import hidden_source
@@ -156,8 +165,8 @@ def _against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[
 
     While the version is still being filled the backfill will come to them: they are counted as pending.
     """
-    rows = session.query(
-        f"""
+    columns = [f"k.{column}" for column in pipeline.quoted_key_columns]
+    query = f"""
         WITH found AS MATERIALIZED (
             SELECT CASE WHEN v.state = 'complete' THEN a.finding ELSE 'pending' END AS finding,
                 {pipeline.key_list_of("a")}
@@ -167,22 +176,22 @@ def _against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[
             SELECT f.finding, count(*) AS count FROM found AS f GROUP BY f.finding
         ), wanted AS (
             SELECT coalesce(sum(t.count), 0) AS count FROM tally AS t WHERE t.finding <> 'pending'
-        ), queued AS (
-            {row_keys.enqueue(pipeline, "found", "finding <> 'pending' AND $3 AND (SELECT count FROM wanted) <= $4")}
+        ), doomed AS (
+            SELECT {", ".join(f"array_agg({column}::text) AS key_{i}" for i, column in enumerate(columns))} FROM found AS k
+            WHERE k.finding <> 'pending' AND $3 AND (SELECT w.count FROM wanted AS w) <= $4
         )
-        SELECT t.finding, t.count, (SELECT count(*) FROM queued) > 0 AS queued,
+        SELECT t.finding, t.count, d.*,
             (SELECT {row_keys.as_json(pipeline, "f")} FROM found AS f WHERE f.finding = t.finding LIMIT 1) AS example
-        FROM tally AS t
-        """,
-        ["bigint", "integer", "boolean", "bigint"],
-        pipeline.version.version_id,
-        pipeline.recipe,
-        repair,
-        QUEUED_ROWS,
-    )
+        FROM tally AS t LEFT JOIN doomed AS d ON t.finding = (SELECT min(other.finding) FROM tally AS other)
+        """
+    values = (pipeline.version.version_id, pipeline.recipe, repair, QUEUED_ROWS)
+    types = ("bigint", "integer", "boolean", "bigint")
+    rows = read_and_release(session, lambda: session.query(query, types, *values))
     found = [_finding(row) for row in rows]
     wanted = [finding for finding in found if finding.name != "pending"]
-    if repair and wanted and not rows[0]["queued"]:
+    keys = next(([row[f"key_{i}"] for i in range(len(columns))] for row in rows if row["key_0"]), [])
+    _queue(session, pipeline, keys)
+    if repair and wanted and not keys:
         restart_backfill(session, pipeline)
     return [
         Finding(
@@ -190,6 +199,13 @@ def _against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[
         )
         for finding in found
     ]
+
+
+def _queue(session: Session, pipeline: Pipeline, keys: Sequence[Sequence[str]]) -> None:
+    """Queue keys, given as a list for each key column, as an application's write does it."""
+    if keys:
+        given = f"unnest({pipeline.key_arrays()}) AS given ({pipeline.key_list})"
+        session.query(row_keys.enqueue(pipeline, given), pipeline.key_parameter_types, *map(list, keys))
 
 
 def _vectors(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
@@ -351,19 +367,12 @@ def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
     )
     finding = _finding(rows[0])
     if finding.repaired:
-        session.query(
-            row_keys.enqueue(
-                pipeline,
-                pipeline.missing_rows(2),
-                "EXISTS (SELECT FROM embedline.version WHERE version_id = $1 AND state = 'complete')",
-            ),
-            ["bigint", "integer", "integer", "text", "text"],
+        is_complete = session.scalar(
+            "SELECT state = 'complete' FROM embedline.version WHERE version_id = $1",
+            ["bigint"],
             pipeline.version.version_id,
-            QUEUED_ROWS,
-            pipeline.recipe,
-            pipeline.version.vectors_valid_from,
-            pipeline.altered_at,
         )
+        _queue(session, pipeline, missing_keys(session, pipeline, QUEUED_ROWS) if is_complete else [])
     return [finding] if finding.count else []
 
 

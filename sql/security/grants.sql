@@ -62,7 +62,8 @@ embedline.set_rate_limit(text, integer, bigint),
 embedline.estimate(text, text, text, integer, text),
 embedline._measured_rates(),
 embedline._note_rate(text, double precision),
-embedline._work_done(text)
+embedline._work_done(text),
+embedline._resolve_attributes()
 TO embedline_admin;
 
 -- Sweeps and dead letters. A repair queues rows and removes what nothing asks for: it never decides anything new.

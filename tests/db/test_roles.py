@@ -306,7 +306,15 @@ def test_rows_that_forced_row_security_hides_are_neither_given_up_nor_deleted(
     assert "NO FORCE" in scalar(database, "SELECT last_error FROM embedline.status WHERE pipeline = 'mine'")
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="hides rows from its owner"):
         database.execute("SELECT * FROM embedline.verify('mine', repair => true)")
-    for function in ("gone()", "audit(1, now())", "missing(10)", "present('{1}')", "read('{1}', 100)", "lock('{1}')"):
+    for function in (
+        "gone()",
+        "audit(1, now())",
+        "missing(10, 0, NULL, NULL)",
+        "present('{1}')",
+        "read('{1}', 100)",
+        "lock('{1}')",
+        "look('{1}')",
+    ):
         with pytest.raises(errors.InsufficientPrivilege, match="row-level security"):
             database.execute(f"SELECT * FROM embedline_data.mine_{function}")
     assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
@@ -371,6 +379,45 @@ def test_an_expression_cannot_act_in_the_name_of_the_worker(
     database.execute("SELECT * FROM embedline.verify('mine', repair => true)")
     database.execute("SELECT * FROM embedline.estimate('mine')")
     assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 2
+
+
+def test_what_an_expression_sets_off_is_undone(database: psycopg.Connection, connect: Connect, owner: str) -> None:
+    """A deferred trigger would run at the worker's commit with its rights, a search_path be that of its next statement."""
+    admin = connect(owner)
+    admin.execute(
+        """
+        CREATE TABLE own.bait (id integer);
+        CREATE FUNCTION own.spring() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            EXECUTE format('ALTER ROLE %I CREATEDB', (SELECT relowner::regrole::text FROM pg_class WHERE oid = TG_RELID));
+            RETURN NULL;
+        EXCEPTION WHEN insufficient_privilege THEN RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER spring AFTER INSERT ON own.bait DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION own.spring();
+        CREATE FUNCTION own.lay(x text) RETURNS text LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO own.bait VALUES (1);
+            PERFORM set_config('search_path', 'own, pg_catalog', false);
+            RETURN x;
+        END $$;
+        CREATE FUNCTION own.quiet(x text) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN own.lay(x); END $$;
+        """
+    )
+    create_pipeline(
+        admin, name="mine", source="own.mine", content="own.quiet(body)", tenant="own.quiet(title)",
+        filter="own.quiet(title) IS NOT NULL",
+    )  # fmt: skip
+    settle(database)
+    database.execute("DELETE FROM embedline_data.mine_document WHERE key_id = 1")
+    database.execute("SELECT * FROM embedline.verify('mine', repair => true)")
+    admin.execute("UPDATE own.mine SET body = 'changed' WHERE id = 2")
+    settle(database)
+    database.execute("SELECT * FROM embedline.estimate('mine')")
+    assert not scalar(database, "SELECT rolcreatedb FROM pg_roles WHERE rolname = %s", (owner,))
+    stored = "SELECT array_agg(content ORDER BY key_id) FROM embedline_data.mine_chunk"
+    assert scalar(database, stored) == scalar(admin, "SELECT array_agg(body ORDER BY id) FROM own.mine")
+    assert scalar(database, "SHOW search_path") == '"$user", public'
 
 
 def test_a_function_of_an_index_cannot_act_in_the_name_of_who_analyses(

@@ -94,7 +94,8 @@ _KEY_TYPES = """
     SELECT array_agg(format_type(a.atttypid, a.atttypmod) ORDER BY k.position)
     FROM embedline.pipeline AS p, unnest(p.key_columns) WITH ORDINALITY AS k (name, position)
     JOIN pg_attribute AS a ON a.attname = k.name
-    WHERE p.name = $1 AND a.attrelid = to_regclass(format('embedline_data.%I', p.name || '_document'))
+    JOIN pg_class AS c ON c.oid = a.attrelid AND c.relnamespace = 'embedline_data'::regnamespace
+    WHERE p.name = $1 AND c.relname = p.name || '_document'
 """
 _NOTE_SOURCE = """
     UPDATE embedline.pipeline AS p SET key_types = $2, source_columns = s.columns

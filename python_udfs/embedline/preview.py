@@ -17,7 +17,15 @@ from embedline import circuit, gate, gate_report, spending, vectors
 from embedline.bridge import Bridge, fit_bridge
 from embedline.canaries import PROBES, QuerySet, draw_places, load_queries
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
-from embedline.database import Session, entry_point, prepare_environment, quote_ident, require_given, vector_schema
+from embedline.database import (
+    Session,
+    calling_ours,
+    entry_point,
+    prepare_environment,
+    quote_ident,
+    require_given,
+    vector_schema,
+)
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.evaluation import GateOptions, record, score_rankings
@@ -97,10 +105,11 @@ def _with_model(pipeline: Pipeline, model: Model) -> Pipeline:
 
 def _bridge(session: Session, pipeline: Pipeline, model: Model, sample: int, seed: int) -> Bridge:
     chosen = _draw(session, pipeline, sample, seed)
-    rows = session.query(
-        "SELECT chunk_id, vector FROM embedline._embed_chunks($1, $2, $3)",
-        ["text", "text", "bigint[]"], pipeline.name, model.config.name, chosen.chunk_ids,
-    )  # fmt: skip
+    with calling_ours(session):
+        rows = session.query(
+            "SELECT chunk_id, vector FROM embedline._embed_chunks($1, $2, $3)",
+            ["text", "text", "bigint[]"], pipeline.name, model.config.name, chosen.chunk_ids,
+        )  # fmt: skip
     place = {chunk_id: i for i, chunk_id in enumerate(chosen.chunk_ids)}
     data = b"".join(row["vector"] for row in rows)
     new = vectors.matrix_from_bytes(data, len(rows), int(model.config.dimensions or 0))

@@ -133,7 +133,8 @@ def test_old_and_new_change_places_with_the_sign(old: list[float], random: Any) 
     assert there.difference == pytest.approx(-back.difference)
     assert there.low <= there.high
     # Only the samples differ: the same rows in the same order, but the made-up ones have changed places.
-    assert there.low == pytest.approx(-back.high, abs=0.05)
+    # Of so few queries a bound is one of few values: each samples' noise may take it to the next.
+    assert there.low == pytest.approx(-back.high, abs=0.15)
     assert not (there.verdict == "fail" and back.verdict == "fail")
 
 

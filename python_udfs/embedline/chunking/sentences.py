@@ -101,7 +101,9 @@ def pack(measure: Measure, text: str, units: Sequence[Unit], room: Room, on_piec
             else:
                 # Some vocabularies have more tokens for two sentences together than for each.
                 parts = split_recursively(measure, text[start:end], room.capacity, 0, on_piece)
-                packed += [(start + a, start + b) for a, b in parts]
+                # A part that is nothing but the overlap stands in the span before.
+                reached = packed[-1][1] if packed else start
+                packed += [(start + a, start + b) for a, b in parts if start + b > reached]
         on_piece()
     return packed
 

@@ -21,6 +21,9 @@ _REQUEST_TEXTS = 256
 # As search does it for documents: so many chunks for each document wanted, and four times as many where that is too few.
 _OVERFETCH = 4
 _MORE = 4
+# Documents that score alike to so many digits stand in the order of their keys: as the tables hold them it would differ
+# between two versions of the same vectors, and count as noise between two models.
+_SCORE_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class DocumentSearch:
         self._session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], self._ef_search)
         while self._queries.usable[query]:
             rows = self._session.query(self._statement, ["text", "bigint"], vector, limit)
+            rows.sort(key=lambda row: (-round(row["score"], _SCORE_DIGITS), str(row["key"])))
             keys = list(dict.fromkeys(str(row["key"]) for row in rows))
             if len(keys) >= self._k or len(rows) < limit:
                 return keys[: self._k]

@@ -84,9 +84,11 @@ def working(connection: psycopg.Connection, count: int = 1, seconds: float = 60)
     workers = [Worker(dsn_of(connection), seconds=seconds) for _ in range(count)]
     try:
         yield workers
-    except BaseException:
+    except BaseException as error:
         # In order it might not end.
         for worker in workers:
+            if worker.error is not None:
+                error.add_note(f"a worker had ended with {worker.error}")
             worker.cancel()
         raise
     for worker in workers:

@@ -53,7 +53,7 @@ def _read(connection: psycopg.Connection, key: int = 1) -> tuple[Any, ...]:
 
 
 def _locked_hash(connection: psycopg.Connection, key: int = 1) -> bytes:
-    return bytes(scalar(connection, "SELECT content_hash FROM embedline_data.page_lock(ARRAY[%s])", (key,)))
+    return bytes(scalar(connection, "SELECT content_hash FROM embedline_data.page_look(ARRAY[%s])", (key,)))
 
 
 # --- chunkers

@@ -139,7 +139,7 @@ def test_384_to_1536_to_3072_dimensions_on_a_live_table(
     page.execute(sql.SQL("GRANT SELECT ON page TO {}").format(sql.Identifier(owner)))
     page.execute(sql.SQL("ALTER VIEW page_embedding OWNER TO {}").format(sql.Identifier(owner)))
     before = _properties(page)
-    with working(page, 1), _Application(connect):
+    with working(page, 1, seconds=300), _Application(connect):
         # HNSW indexes vector up to 2,000 dimensions: of 3,072 it becomes halfvec by itself.
         for number, column_type, dimensions in ((2, "vector", 1536), (3, "halfvec", 3072)):
             assert add_version(page, f"d{dimensions}", index_method="hnsw") == number
@@ -169,7 +169,7 @@ def test_vector_and_halfvec_take_each_others_place_on_a_live_table(
     page.execute("ALTER VIEW page_embedding SET (security_barrier = true)")
     before = _properties(page)
     serving = max(versions(page, "serving"))
-    with working(page, 1), _Application(connect):
+    with working(page, 1, seconds=300), _Application(connect):
         number = add_version(page, "d384", column_type=second)
         wait_until(lambda: versions(page, "state")[number] == "complete", 90, "it is filled")
         for _ in range(3):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -148,7 +146,7 @@ def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Co
         wait_until(lambda: data_count(page, "page_v2") > 300, 30, "the fill is under way")
         page.execute("DELETE FROM page WHERE id > %s", (ROWS - 10,))
         if kill == "backend":
-            os.kill(worker.pid, signal.SIGKILL)
+            kill_backend(worker.pid, page)
         else:
             _kill_server(own_cluster, page)
         worker.join(30)

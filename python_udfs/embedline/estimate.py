@@ -186,8 +186,7 @@ def _plan(
 
 def _table(session: Session, subject: str) -> list[dict[str, Any]]:
     try:
-        with session.plpy.subtransaction():
-            return session.query(_TABLE, ["text"], subject)
+        return session.query(_TABLE, ["text"], subject)
     except Exception as error:
         if sqlstate_of(error) != _INVALID_NAME:
             raise

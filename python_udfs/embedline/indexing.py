@@ -151,7 +151,7 @@ def _require_cron(session: Session, pipeline: Pipeline) -> None:
 def maintain(session: Session, pipeline: Pipeline) -> None:
     """See to it that the serving version gets its index once it is complete, and that builds by pg_cron come to an end.
 
-    Workers call it when they have nothing to embed.
+    Workers call it every few seconds.
     """
     if not session.scalar(_HAS_CRON):
         return

@@ -51,7 +51,7 @@ class ResidentWorker:
         self.is_ending = False
         self._paces: dict[int, Pace] = {}
         self._pipelines: list[Pipeline] = []
-        self._maintain_at = 0.0
+        self._maintain_at = time.monotonic()
         self._report_at = 0.0
         # Rows written of each pipeline since its tables were last analysed here.
         self._written = Counter[int]()
@@ -105,6 +105,11 @@ class ResidentWorker:
             *load_active_pipelines(session, self.pipeline_name),
             *load_lanes(session, self.pipeline_name),
         ]
+        if started >= self._maintain_at + _MAINTENANCE_SECONDS:
+            # Overdue, because there has always been something to claim: under steady writes a backfill must end, too.
+            self._close_backfills()
+            self._maintain(started)
+            return "again"
         self.current = self.claimant.claim(
             self._with_room(self._pipelines), lambda pipeline: self._pace(pipeline).rows, is_idle=not self.batches
         )
@@ -112,15 +117,21 @@ class ResidentWorker:
             self._claim_seconds = time.monotonic() - started
             self.batches.append(self.current)
             return "work"
-        if any([self._close_backfill(pipeline) for pipeline in self._pipelines]):
+        if self._close_backfills():
             return "again"
         if started >= self._maintain_at:
-            for pipeline in self._pipelines:
-                self.claimant.asking = pipeline
-                if not pipeline.is_lane:
-                    indexing.maintain(session, pipeline)
-            self._maintain_at = started + _MAINTENANCE_SECONDS
+            self._maintain(started)
         return "idle"
+
+    def _close_backfills(self) -> bool:
+        return any([self._close_backfill(pipeline) for pipeline in self._pipelines])
+
+    def _maintain(self, now: float) -> None:
+        for pipeline in self._pipelines:
+            self.claimant.asking = pipeline
+            if not pipeline.is_lane:
+                indexing.maintain(self.engine.session, pipeline)
+        self._maintain_at = now + _MAINTENANCE_SECONDS
 
     def _close_backfill(self, pipeline: Pipeline) -> bool:
         if pipeline.version.state != "backfilling" or pipeline.is_hidden or self._is_asleep(pipeline):

@@ -364,15 +364,15 @@ def close(session: Session, lane: Pipeline) -> bool:
     )
     if locked is None:
         return False
-    forget_dead_letters(session, lane)
-    if enqueue_missing(session, lane):
-        return True
     if session.scalar(
         f"SELECT 1 FROM embedline.version_queue AS q WHERE q.version_id = $1 AND NOT ({FRESH}) LIMIT 1",
         ["bigint"],
         version_id,
     ):
         return False
+    forget_dead_letters(session, lane)
+    if enqueue_missing(session, lane):
+        return True
     session.query(
         "UPDATE embedline.version SET state = 'complete', completed_at = clock_timestamp() WHERE version_id = $1",
         ["bigint"],

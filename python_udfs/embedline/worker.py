@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from embedline.dead_letters import note_error
 from embedline.engine import Engine, now_and_then
 from embedline.errors import InvalidParameter
 from embedline.resident import ResidentWorker, Step
+from embedline.settings import load_settings
 from embedline.source import hidden_source
 
 _BATCH_ROWS = 1000
@@ -52,15 +54,18 @@ _PLAN_KEY = "embedline.worker_step"
 
 @entry_point
 def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) -> int:
-    """Embed up to `max_rows` source rows inside the caller's transaction: live changes first, then backfill."""
+    """Embed up to `max_rows` source rows inside the caller's transaction: live changes first, but not them alone."""
     if max_rows < 1:
         raise InvalidParameter("max_rows must be at least 1", hint="SELECT embed_pending(1000);")
     prepare_environment()
     run = _Run(session, max_rows, pipeline_name)
-    run.embed(embed_backfill=False)
-    while run.embed(embed_backfill=True) and run.close_backfills():
-        # The sweep that closes a backfill found rows.
-        pass
+    # Where changes come faster than calls, every call leaves something for the backfill.
+    run.embed(math.ceil(max_rows * load_settings(session).live_share), embed_backfill=False)
+    is_through = False
+    while not is_through:
+        is_drained = run.embed(max_rows, embed_backfill=True)
+        # Another pipeline's backlog keeps no backfill open. Where the sweep that closes one finds rows, they are next.
+        is_through = not run.close_backfills() or not is_drained
     for pipeline in run.pipelines():
         if not pipeline.is_lane:
             indexing.maintain(session, pipeline)
@@ -82,8 +87,10 @@ class _Run:
         self._max_rows = max_rows
         self._pipeline_name = pipeline_name
         self._engine = Engine(session, None, _PATIENCE_SECONDS)
-        self._claimant = Claimant(session, None, live_share=1.0)
+        # Live changes have had their share when the backfill's turn comes.
+        self._claimant = Claimant(session, None, live_share=0.0)
         self._examined = 0
+        self._batch_rows = _BATCH_ROWS
         self._written = Counter[int]()
 
     def pipelines(self) -> list[Pipeline]:
@@ -98,15 +105,12 @@ class _Run:
         """Why a budget or a rate limit has kept rows back, where it has."""
         return self._engine.refusal
 
-    @property
-    def _is_full(self) -> bool:
+    def embed(self, limit: int, *, embed_backfill: bool) -> bool:
+        """Embed until nothing can be claimed (True) or `limit` rows of this call are embedded (False)."""
         # Rows that end as dead letters or need no embedding do not count as embedded, so a run of them must not end the
         # work; ten times max_rows bounds the transaction all the same.
-        return self.embedded >= self._max_rows or self._examined >= 10 * self._max_rows
-
-    def embed(self, *, embed_backfill: bool) -> bool:
-        """Embed until nothing can be claimed (True) or max_rows are reached (False)."""
-        while not self._is_full:
+        while self.embedded < limit and self._examined < 10 * self._max_rows:
+            self._batch_rows = min(_BATCH_ROWS, limit - self.embedded)
             batch = self._claimant.claim(self.pipelines(), self._rows, is_idle=True, embed_backfill=embed_backfill)
             if batch is None:
                 return True
@@ -115,7 +119,7 @@ class _Run:
         return False
 
     def _rows(self, pipeline: Pipeline) -> int:
-        return min(_BATCH_ROWS, self._max_rows - self.embedded)
+        return self._batch_rows
 
     def close_backfills(self) -> bool:
         """Close the backfills that are read through; True where there turns out to be more to do."""

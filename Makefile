@@ -35,7 +35,7 @@ demo-upgrade: up ## another model for pages that are searched and edited all the
 
 test: up ## run the tests (ARGS='-k name' goes to pytest)
 	@echo "» Running the tests" >&2
-	@$(WITH_DSN) .venv/bin/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(WITH_DSN) .venv/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: up ## run a benchmark (NAME=drain-stub, all, or "x --save"; without NAME it lists them)
 	@echo "» Running benchmark $(or $(NAME),of every kind)" >&2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +38,7 @@ class Application:
         self.folder = folder
         self.dsn = dsn
         self.alembic("init", "migrations")
-        self._replace(
-            "alembic.ini", "driver://user:pass@localhost/dbname", dsn.replace("%", "%%").replace("://", "+psycopg://")
-        )
+        self._replace("alembic.ini", "driver://user:pass@localhost/dbname", self._url)
         (folder / "models.py").write_text(_MODELS, encoding="utf-8")
         self._replace(
             "migrations/env.py", "target_metadata = None", "import models\n\ntarget_metadata = models.metadata"
@@ -46,6 +46,18 @@ class Application:
         self._replace(
             "migrations/env.py", "target_metadata=target_metadata\n", "target_metadata=target_metadata, include_schemas=True\n"
         )  # fmt: skip
+
+    @property
+    def _url(self) -> str:
+        return self.dsn.replace("%", "%%").replace("://", "+psycopg://")
+
+    def copy(self, folder: Path, dsn: str) -> Application:
+        """Copy the application into another folder, for a clone of its database."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        other = copy.copy(self)
+        other.folder, other.dsn = folder, dsn
+        other._replace("alembic.ini", self._url, other._url)
+        return other
 
     def _replace(self, name: str, old: str, new: str) -> None:
         path = self.folder / name
@@ -55,8 +67,7 @@ class Application:
 
     def act_as(self, role: str) -> None:
         """Have Alembic connect as before and then act as another role."""
-        dsn = self.dsn.replace("%", "%%").replace("://", "+psycopg://")
-        self._replace("alembic.ini", dsn, f"{dsn}?options=-crole%%3D{role}")
+        self._replace("alembic.ini", self._url, f"{self._url}?options=-crole%%3D{role}")
 
     def declare(self, text: str = PIPELINE) -> None:
         """Write embedline.toml beside alembic.ini."""

@@ -164,19 +164,20 @@ def role_passwords(maintenance: psycopg.Connection) -> Iterator[dict[str, str]]:
 @pytest.fixture
 def database_dsn(template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
     """URI of a fresh clone of the template, for a superuser."""
-    with _database(template_server, template_server.template_dbname) as dsn:
+    with cloned_database(template_server, template_server.template_dbname) as dsn:
         yield dsn
 
 
 @pytest.fixture
 def empty_database_dsn(server_dsn: str, template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
     """URI of a database without Embedline in it. The template stays beside it, so that the server's roles stay too."""
-    with _database(template_server, "template0") as dsn:
+    with cloned_database(template_server, "template0") as dsn:
         yield dsn
 
 
 @contextlib.contextmanager
-def _database(server: NoopExecutor, template: str) -> Iterator[str]:
+def cloned_database(server: NoopExecutor, template: str) -> Iterator[str]:
+    """Clone a database for as long as the block lasts; the URI is for a superuser."""
     name = f"embedline_test_{_RUN}_{secrets.token_hex(4)}"
     janitor = DatabaseJanitor(
         user=server.user,
@@ -327,7 +328,7 @@ def _free_port() -> int:
 def module_database(template_server: NoopExecutor) -> Iterator[psycopg.Connection]:
     """Like `database`, but one clone for all tests of a module that only read what its first fixture wrote."""
     with (
-        _database(template_server, template_server.template_dbname) as dsn,
+        cloned_database(template_server, template_server.template_dbname) as dsn,
         psycopg.connect(dsn, autocommit=True) as connection,
     ):
         yield connection

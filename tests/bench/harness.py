@@ -78,9 +78,16 @@ class Bench:
         """Put a line into the table."""
         self.figures.append(figure)
 
-    def compare(self, label: str, ours: Sequence[float], baseline: Sequence[float], limit: float | None = None) -> None:
-        """Add the ratio of two sides' medians; both sides are seconds of the same interleaved rounds."""
-        mine, theirs = statistics.median(ours), statistics.median(baseline)
+    def compare(
+        self,
+        label: str,
+        ours: Sequence[float],
+        baseline: Sequence[float],
+        limit: float | None = None,
+        average: Callable[[Sequence[float]], float] = statistics.median,
+    ) -> None:
+        """Add the ratio of two sides' averages; both sides are seconds of the same interleaved rounds."""
+        mine, theirs = average(ours), average(baseline)
         pairs = sorted(a / b for a, b in zip(ours, baseline, strict=True))
         detail = f"{mine * 1000:.0f} ms against {theirs * 1000:.0f} ms; rounds {pairs[0]:.2f} to {pairs[-1]:.2f}"
         self.add(Figure(label, mine / theirs, "×", limit, detail))

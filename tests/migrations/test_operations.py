@@ -9,10 +9,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
+from psycopg import conninfo, sql
+from pytest_postgresql.executors import NoopExecutor
 
 from application import PIPELINE, Application
-from conftest import MakeRole
+from conftest import MakeRole, cloned_database
 from small_models import register_static
 from support import scalar, wait_until
 from working import Worker
@@ -20,22 +21,37 @@ from working import Worker
 ROWS = 40
 
 
-@pytest.fixture
-def application(tmp_path: Path, database_dsn: str, database: psycopg.Connection) -> Application:
+@pytest.fixture(scope="module")
+def watched(template_server: NoopExecutor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     """An application whose table is watched by a pipeline that its own second revision created; all is embedded."""
-    app = Application(tmp_path, database_dsn)
-    app.autogenerate("article")
-    app.alembic("upgrade", "head")
-    database.execute(
-        "INSERT INTO article SELECT n, 'Title ' || n, 'Body ' || n || (ARRAY[' rivers', ' law', ' bread'])[1 + n %% 3]"
-        " FROM generate_series(1, %s) AS n",
-        (ROWS,),
-    )
-    app.declare()
-    app.autogenerate("watch articles")
-    app.alembic("upgrade", "head")
-    _work(database_dsn)
-    return app
+    with cloned_database(template_server, template_server.template_dbname) as dsn:
+        app = Application(tmp_path_factory.mktemp("watched"), dsn)
+        app.autogenerate("article")
+        app.alembic("upgrade", "head")
+        with psycopg.connect(dsn) as connection:
+            connection.execute(
+                "INSERT INTO article SELECT n, 'Title ' || n,"
+                " 'Body ' || n || (ARRAY[' rivers', ' law', ' bread'])[1 + n %% 3] FROM generate_series(1, %s) AS n",
+                (ROWS,),
+            )
+        app.declare()
+        app.autogenerate("watch articles")
+        app.alembic("upgrade", "head")
+        _work(dsn)
+        yield app
+
+
+@pytest.fixture
+def database_dsn(watched: Application, template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
+    """URI of a clone of the application's database."""
+    with cloned_database(template_server, str(conninfo.conninfo_to_dict(watched.dsn)["dbname"])) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def application(watched: Application, tmp_path: Path, database_dsn: str) -> Application:
+    """The application once more, on the test's own database."""
+    return watched.copy(tmp_path, database_dsn)
 
 
 @pytest.fixture
@@ -129,27 +145,18 @@ def test_an_application_upgrades_its_model_with_revisions_of_its_own(
     assert _versions(database) == {2: "serves", 3: "backfilling"}
 
 
-def test_a_history_with_an_upgrade_in_it_runs_from_zero(
-    tmp_path: Path, database_dsn: str, database: psycopg.Connection
-) -> None:
+def test_a_history_with_an_upgrade_in_it_runs_from_zero(application: Application, database: psycopg.Connection) -> None:
     """As a new environment runs it: no worker, no row, and no time for a window."""
-    model = register_static(database, 64)
-    app = Application(tmp_path, database_dsn)
-    app.autogenerate("article")
-    app.alembic("upgrade", "head")
-    app.declare()
-    app.autogenerate("watch articles")
-    app.alembic("upgrade", "head")
-    app.run("embedline", "upgrade-model", "article", "--model", model)
-    app.alembic("downgrade", "base")
+    application.run("embedline", "upgrade-model", "article", "--model", register_static(database, 64))
+    application.alembic("downgrade", "base")
     assert scalar(database, "SELECT to_regclass('article') IS NULL")
 
-    app.alembic("upgrade", "head")
+    application.alembic("upgrade", "head")
     assert _versions(database) == {2: "serves"}
     assert _index_is_valid(database)
     assert scalar(database, "SELECT override_reason FROM embedline.cutover") == "the pipeline is empty"
     database.execute("INSERT INTO article VALUES (1, 'The first', 'of a new environment')")
-    _work(app.dsn)
+    _work(application.dsn)
     assert scalar(database, "SELECT count(*) FROM article_embedding") == 1
 
 

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -106,6 +107,27 @@ def work_until_idle(connection: psycopg.Connection, count: int = 1, seconds: flo
         worker.join(seconds + 15)
     for worker in workers:
         assert worker.error is None, worker.error
+
+
+@contextlib.contextmanager
+def flood(connection: psycopg.Connection) -> Iterator[None]:
+    """Write to a pipeline of its own of model stub faster than a worker embeds, for as long as the block lasts."""
+    create_stub_pipeline(connection, "flood", rows=2000)
+    ended = threading.Event()
+
+    def write(remainder: int) -> None:
+        with psycopg.connect(dsn_of(connection), autocommit=True) as session:
+            while not ended.is_set():
+                session.execute("UPDATE flood SET body = 'flood ' || random() WHERE id %% 2 = %s", (remainder,))
+
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write, remainder) for remainder in (0, 1)]
+        try:
+            yield
+        finally:
+            ended.set()
+        for writer in writers:
+            writer.result()
 
 
 def create_stub_model(

@@ -51,7 +51,8 @@ class ResidentWorker:
         self.is_ending = False
         self._paces: dict[int, Pace] = {}
         self._pipelines: list[Pipeline] = []
-        self._maintain_at = time.monotonic()
+        # When idle, and at the latest.
+        self._maintain_at, self._overdue_at = 0.0, time.monotonic() + _MAINTENANCE_SECONDS
         self._report_at = 0.0
         # Rows written of each pipeline since its tables were last analysed here.
         self._written = Counter[int]()
@@ -105,8 +106,8 @@ class ResidentWorker:
             *load_active_pipelines(session, self.pipeline_name),
             *load_lanes(session, self.pipeline_name),
         ]
-        if started >= self._maintain_at + _MAINTENANCE_SECONDS:
-            # Overdue, because there has always been something to claim: under steady writes a backfill must end, too.
+        if started >= self._overdue_at:
+            # There has always been something to claim. Under steady writes a backfill must end, too.
             self._close_backfills()
             self._maintain(started)
             return "again"
@@ -131,7 +132,7 @@ class ResidentWorker:
             self.claimant.asking = pipeline
             if not pipeline.is_lane:
                 indexing.maintain(self.engine.session, pipeline)
-        self._maintain_at = now + _MAINTENANCE_SECONDS
+        self._maintain_at = self._overdue_at = now + _MAINTENANCE_SECONDS
 
     def _close_backfill(self, pipeline: Pipeline) -> bool:
         if pipeline.version.state != "backfilling" or pipeline.is_hidden or self._is_asleep(pipeline):

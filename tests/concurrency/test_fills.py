@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ import pytest
 from stub_provider import StubProvider, stub_provider, vector_of
 from support import assert_exact, data_count, queued, scalar, settle, wait_until
 from upgrading import add_version, cut_over, settle_versions, versions
-from working import create_stub_model, create_stub_pipeline, dsn_of, insert_rows, working
+from working import create_stub_model, create_stub_pipeline, flood, insert_rows, working
 
 ROWS, REQUEST = 40, 10
 
@@ -120,27 +118,6 @@ def test_rows_written_behind_and_ahead_of_a_throttled_fill_are_in_it_once(
     assert set(slow_running.texts_seen().values()) == {1}
 
 
-@contextlib.contextmanager
-def _flood(connection: psycopg.Connection) -> Iterator[None]:
-    """Write to another pipeline of the same model faster than a worker embeds, for as long as the block lasts."""
-    create_stub_pipeline(connection, "flood", rows=2000)
-    ended = threading.Event()
-
-    def write(remainder: int) -> None:
-        with psycopg.connect(dsn_of(connection), autocommit=True) as session:
-            while not ended.is_set():
-                session.execute("UPDATE flood SET body = 'flood ' || random() WHERE id %% 2 = %s", (remainder,))
-
-    with ThreadPoolExecutor(2) as pool:
-        writers = [pool.submit(write, remainder) for remainder in (0, 1)]
-        try:
-            yield
-        finally:
-            ended.set()
-        for writer in writers:
-            writer.result()
-
-
 @pytest.mark.parametrize("form", ["run_worker", "embed_pending"])
 def test_backfills_end_beside_a_pipeline_that_always_has_work(page: psycopg.Connection, form: str) -> None:
     add_version(page, "stub", column_type="halfvec")
@@ -149,7 +126,7 @@ def test_backfills_end_beside_a_pipeline_that_always_has_work(page: psycopg.Conn
     def open_backfills() -> set[Any]:
         return set(page.execute("SELECT pipeline, version FROM embedline.versions WHERE state = 'backfilling'"))
 
-    with _flood(page), contextlib.ExitStack() as stack:
+    with flood(page), contextlib.ExitStack() as stack:
         if form == "run_worker":
             stack.enter_context(working(page, seconds=120))
 

@@ -7,7 +7,9 @@ import pytest
 from psycopg import errors
 
 from embedline.local.cluster import Cluster
+from stub_provider import StubProvider
 from support import create_pages, create_pipeline, scalar, wait_until
+from working import create_stub_model, create_stub_pipeline, flood, remove_all, working
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,13 @@ def test_the_jobs_of_what_is_dropped_go_with_it(cron: psycopg.Connection) -> Non
     assert list(_jobs(cron)) == ["embedline index page v2 prefix_32"]
     cron.execute("SELECT embedline.drop_pipeline('page')")
     assert _jobs(cron) == {}
+
+
+def test_an_index_is_scheduled_under_writes_that_never_let_the_worker_rest(
+    cron: psycopg.Connection, stub: StubProvider
+) -> None:
+    create_stub_model(cron, stub)
+    create_stub_pipeline(cron, "other", rows=40, index_method="hnsw")
+    with flood(cron), working(cron, seconds=120):
+        wait_until(lambda: "embedline index other v1" in _jobs(cron), 40, "the index of the other one is scheduled")
+    remove_all(cron)

@@ -33,6 +33,12 @@ _CANARY_COLUMNS: dict[str, tuple[str | None, str]] = {
 }
 
 
+# Of the numeric category, but no numbers.
+_NO_GRADES = ("money", "oid", "reg")
+# The sum of a query's gains must be finite.
+_GREATEST_GRADE = 1_000_000
+
+
 @dataclass(frozen=True)
 class QuerySet:
     """Queries with the grades of the keys that answer each, and, where a column was named, the group of each.
@@ -142,7 +148,18 @@ def _read_canaries(session: Session, table: str) -> list[dict[str, Any]]:
             raise InvalidParameter(
                 f"column {name} of {table} is of type {present[name]['type']}", hint=f"It must be {what}."
             )
-    grade = "grade::pg_catalog.float8" if "grade" in present else "1::pg_catalog.float8"
+    if "grade" in present and str(present["grade"]["type"]).startswith(_NO_GRADES):
+        raise InvalidParameter(
+            f"column grade of {table} is of type {present['grade']['type']}",
+            hint=f"It must be {_CANARY_COLUMNS['grade'][1]}.",
+        )
+    # What float8 cannot hold is no grade either, and less than a millionth is none. NaN is above every number.
+    grade = (
+        f"CASE WHEN abs(grade) > {_GREATEST_GRADE} THEN 'Infinity'::pg_catalog.float8 WHEN abs(grade) < 1e-6 THEN 0"
+        " ELSE grade::pg_catalog.float8 END"
+        if "grade" in present
+        else "1::pg_catalog.float8"
+    )
     rows = session.execute(f"SELECT query::text, key::text, {grade} AS grade FROM {table} ORDER BY 1, 2, 3")
     if not rows:
         raise InvalidParameter(
@@ -156,8 +173,8 @@ def _read_canaries(session: Session, table: str) -> list[dict[str, Any]]:
         )
     if not all(math.isfinite(row["grade"]) for row in rows):
         raise InvalidParameter(
-            f"a grade in {table} is not finite",
-            hint=f"DELETE FROM {table} WHERE grade::float8 IN ('Infinity', '-Infinity', 'NaN');",
+            f"a grade in {table} is not finite, or beyond {_GREATEST_GRADE}",
+            hint=f"DELETE FROM {table} WHERE abs(grade) > {_GREATEST_GRADE};",
         )
     return rows
 

@@ -23,11 +23,13 @@ _ROWS_MOVED_FOR_TENANTS = 20_000
 class Claimant:
     """Claims batches for one session. `worker_id` is None inside embed_pending, whose transaction is the claim."""
 
-    def __init__(self, session: Session, worker_id: int | None, live_share: float) -> None:
+    def __init__(self, session: Session, worker_id: int | None, live_share: float, turns: Turns | None = None) -> None:
         self.session = session
         self.worker_id = worker_id
-        self._turns = Turns()
-        self._live_share = LiveShare(live_share)
+        self._turns = turns or Turns()
+        self._share = live_share
+        # Of each pipeline: with one account for all, those whose turns fell in step with it got nothing or everything.
+        self._live_shares: dict[int, LiveShare] = {}
         self._after_tenant: dict[int, str | None] = {}
         self._had_retries: set[int] = set()
         self._had_suspects: set[int] = set()
@@ -70,6 +72,14 @@ class Claimant:
             asked.append(lane_id)
         self.asking = None
         return None
+
+    def set_live_share(self, share: float) -> None:
+        """Go on with another share of live changes."""
+        if share != self._share:
+            self._share, self._live_shares = share, {}
+
+    def _live_share(self, pipeline: Pipeline) -> LiveShare:
+        return self._live_shares.setdefault(pipeline.lane_id, LiveShare(self._share))
 
     def end_isolation(self) -> None:
         """Let other sessions have their turn with suspects."""
@@ -117,13 +127,13 @@ class Claimant:
             sources.append(lambda: self._claim_changes(pipeline, limit, waiting))
         if waiting["unread"] and embed_backfill:
             sources.append(lambda: self._claim_range(pipeline, limit, 0))
-        if len(sources) == 2 and self._live_share.backfill_first():
+        if len(sources) == 2 and self._live_share(pipeline).backfill_first():
             sources.reverse()
         for source in sources:
             batch = source()
             if batch is not None:
                 if len(sources) == 2:
-                    self._live_share.took(backfill=batch.claimed_range is not None)
+                    self._live_share(pipeline).took(backfill=batch.claimed_range is not None)
                 return batch
         return None
 
@@ -146,13 +156,14 @@ class Claimant:
             crashes, is_suspect = version_queue.most_crashes(session, lane), True
             claim = version_queue.claim_lists(session, lane, limit, self.worker_id, crash_count=crashes)
         elif waiting["queued"] or (waiting["unread"] and embed_backfill):
-            backfill_first = (
-                waiting["queued"] and waiting["unread"] and embed_backfill and self._live_share.backfill_first()
-            )
+            both = waiting["queued"] and waiting["unread"] and embed_backfill
+            backfill_first = both and self._live_share(lane).backfill_first()
             if waiting["queued"] and not backfill_first:
                 claim = version_queue.claim_lists(session, lane, limit, self.worker_id)
             if claim is None and waiting["unread"] and embed_backfill:
                 claim = version_queue.claim_range(session, lane, limit, self.worker_id)
+            if both and claim is not None:
+                self._live_share(lane).took(backfill=claim.of_backfill)
         if claim is None:
             return None
         return Batch(lane, claim.rows, queue_ids=claim.queue_ids, of_backfill=claim.of_backfill, is_suspect=is_suspect)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from embedline import row_keys
 from embedline.catalog import Pipeline, load_pipeline
-from embedline.database import Session, entry_point, sqlstate_of
+from embedline.database import ENDING, Session, entry_point, sqlstate_of
 from embedline.errors import InvalidParameter, NotFound
 from embedline.outbox import ClaimedRow, Key, key_columns
 from embedline.pipelines import require_control
@@ -93,6 +93,20 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
         pipeline.pipeline_id,
         message[:_MAX_ERROR_CHARACTERS],
     )
+
+
+def contain(session: Session, pipeline: Pipeline, action: Callable[[], bool]) -> bool:
+    """Do something for one pipeline; where that fails its status and a WARNING say so, and the others go on (False)."""
+    try:
+        with session.plpy.subtransaction():
+            return action()
+    except Exception as error:
+        # A serialization failure or a deadlock is the transaction's, not the pipeline's.
+        if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
+            raise
+        note_error(session, pipeline, str(error))
+        session.plpy.warning(f"embedline, pipeline {pipeline.name}: {error}")
+        return False
 
 
 def forget_error(session: Session, pipeline: Pipeline) -> None:

@@ -35,6 +35,8 @@ Vector = npt.NDArray[np.float32]
 _ALL_BYTES = 1 << 62
 # Below this a plan that reads whole tables costs nothing.
 _GROWN_ROWS = 2000
+# Looking one key up among 870,000 that wait took 0.6 to 1.0 s of a write.
+_QUEUED_KEYS_LOOKED_AT = 20_000
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 _COPY_NULL = "\\N"
 
@@ -389,9 +391,23 @@ def take_documents(session: Session, pipeline: Pipeline, documents: Sequence[Doc
     return fresh | free
 
 
-def queued_anew(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow]) -> set[int]:
-    """Return the indexes of the rows of which a newer change waits in the queue."""
+def queued_anew(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow]) -> set[int] | None:
+    """Return the indexes of the rows of which a newer change waits in the queue; None where that is too long to look.
+
+    A row that is changed while it is in work comes back here, and the keys that wait have no index.
+    """
     count = len(pipeline.key_columns)
+    length = session.scalar(
+        f"""
+        SELECT (SELECT coalesce(sum(cardinality(i.key)), 0) FROM (
+                SELECT {pipeline.quoted_key_columns[0]} AS key FROM {pipeline.generated("inbox")} LIMIT $1) AS i)
+            + (SELECT count(*) FROM (SELECT FROM {pipeline.outbox} WHERE claimed_by IS NULL LIMIT $1) AS o)
+        """,
+        ["bigint"],
+        _QUEUED_KEYS_LOOKED_AT,
+    )
+    if length >= _QUEUED_KEYS_LOOKED_AT:
+        return None
     keys = ", ".join(f"i.{quote_ident(column)}" for column in pipeline.key_columns)
     found = session.query(
         f"""

@@ -40,6 +40,8 @@ MAX_BATCH_BYTES = 8 * 1024 * 1024
 _WRITE_DOCUMENTS = 2000
 # A busy row is in an application's hands: look again soon, without charge.
 _BUSY_SECONDS = 0.1
+# Of rows that were changed while they were in work, beside a long queue.
+_LONG_QUEUE_SECONDS = 5.0
 _MISCONFIGURED_PAUSE_SECONDS = 10.0
 _MONEY_SECONDS = 1.0
 # Until the answer to a probe is there.
@@ -387,6 +389,10 @@ class Engine:
         # A newer change has its own row in the queue, however often that happens. Only an expression that never gives the
         # same text twice is left.
         newer = documents.queued_anew(self.session, batch.pipeline, [d.row for d in stale]) if stale else set()
+        if newer is None:
+            # Whichever it is, it comes later: by then the queue has been worked off.
+            self._give_back(batch, [d.row for d in stale], _LONG_QUEUE_SECONDS, charged=False, error=None)
+            return
         self._finish([stale[i].row for i in newer], batch)
         stale = [document for i, document in enumerate(stale) if i not in newer]
         spent = [document for document in stale if document.row.attempts >= MAX_ATTEMPTS]

@@ -14,7 +14,7 @@ from embedline.database import Session, quote_ident, read_and_release
 from embedline.outbox import ClaimedRow, in_hand_query
 
 # Triggers put up to this many keys into one row.
-_KEYS_PER_ROW = 100
+KEYS_PER_ROW = 100
 # So much of a tenant is kept: an index entry holds 2,704 bytes, and tenants that begin alike may share a turn.
 _TENANT_CHARACTERS = 500
 
@@ -49,7 +49,7 @@ def claim_inbox(
             ) AS s WHERE s.before < $1))
         FOR UPDATE SKIP LOCKED"""
     # Where embed_pending has the front in hand until its caller commits: whatever is behind it.
-    behind = f"SELECT ctid AS place FROM {inbox} LIMIT greatest($1 / {_KEYS_PER_ROW}, 1) FOR UPDATE SKIP LOCKED"
+    behind = f"SELECT ctid AS place FROM {inbox} LIMIT greatest($1 / {KEYS_PER_ROW}, 1) FOR UPDATE SKIP LOCKED"
     for front in (sized, behind):
         statement = _claim_statement(pipeline, front, marked=worker_id is not None)
         row = session.query(statement, ["integer", "integer[]", "integer"], limit, live, worker_id)[0]

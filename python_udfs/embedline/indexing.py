@@ -6,11 +6,14 @@ client (index_build), or by hand.
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Sequence
 
 from embedline.catalog import Pipeline, load_pipeline, load_version, load_versions
 from embedline.coverage import require_coverage, require_usable_vectors
 from embedline.database import Session, entry_point, vector_schema
+from embedline.dead_letters import contain
 from embedline.errors import InvalidParameter
 from embedline.pipelines import bound_lock_wait, require_control
 from embedline.preflight import BuildSettings, Need, choose, look_at_machine
@@ -172,6 +175,18 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
     for name in jobs:
         # Of a version or an index that was dropped.
         session.query(_UNSCHEDULE, ["text"], name)
+
+
+def maintain_each(session: Session, pipelines: Sequence[Pipeline]) -> None:
+    """Maintain the indexes of pipelines; where that fails for one, the others go on."""
+
+    def maintain_one(pipeline: Pipeline) -> bool:
+        maintain(session, pipeline)
+        return True
+
+    for pipeline in pipelines:
+        if not pipeline.is_lane:
+            contain(session, pipeline, functools.partial(maintain_one, pipeline))
 
 
 def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:

@@ -114,7 +114,7 @@ class LiveShare:
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._credit = 0.0
+        self._credit = 1.0 - share
 
     def backfill_first(self) -> bool:
         """Whether the backfill is asked before the live changes this time."""

@@ -79,6 +79,8 @@ class ResidentWorker:
         """Whether another batch may be claimed."""
         if self.claimant.is_isolating and self.batches:
             return False
+        if time.monotonic() >= self._overdue_at:
+            return True
         return not self._pipelines or bool(self._with_room(self._pipelines))
 
     @property
@@ -96,18 +98,16 @@ class ResidentWorker:
 
     def claim(self) -> str:
         """Claim the next batch; say "work", "again", "idle" or "stop"."""
-        session = self.engine.session
         self.claimant.asking = None
         self._limit_lock_waits(_LOCK_TIMEOUT)
         if self.report() == "stop":
             return "stop"
         started = time.monotonic()
-        self._pipelines = [
-            *load_active_pipelines(session, self.pipeline_name),
-            *load_lanes(session, self.pipeline_name),
-        ]
+        self._load_pipelines()
         if started >= self._overdue_at:
-            # There has always been something to claim. Under steady writes a backfill must end, too.
+            # There has always been something to claim, or no room. Under steady writes a backfill must end, too. What fails
+            # at this is not tried again before the next claim.
+            self._overdue_at = started + _MAINTENANCE_SECONDS
             self._close_backfills()
             self._maintain(started)
             return "again"
@@ -128,11 +128,15 @@ class ResidentWorker:
         return any([self._close_backfill(pipeline) for pipeline in self._pipelines])
 
     def _maintain(self, now: float) -> None:
-        for pipeline in self._pipelines:
-            self.claimant.asking = pipeline
-            if not pipeline.is_lane:
-                indexing.maintain(self.engine.session, pipeline)
         self._maintain_at = self._overdue_at = now + _MAINTENANCE_SECONDS
+        indexing.maintain_each(self.engine.session, self._pipelines)
+
+    def _load_pipelines(self) -> None:
+        session = self.engine.session
+        self._pipelines = [
+            *load_active_pipelines(session, self.pipeline_name),
+            *load_lanes(session, self.pipeline_name),
+        ]
 
     def _close_backfill(self, pipeline: Pipeline) -> bool:
         if pipeline.version.state != "backfilling" or pipeline.is_hidden or self._is_asleep(pipeline):
@@ -362,6 +366,9 @@ class ResidentWorker:
         settings = load_settings(session)
         if settings != self.settings:
             self.settings, self._paces = settings, {}
+            self.claimant.set_live_share(settings.live_share)
+        # Whose model has room is asked of these: a pipeline may have come while all others' models are busy.
+        self._load_pipelines()
         self._held_back_by = pressure.held_back_by(session, settings)
         if self._held_back_by is not None:
             for pace in self._paces.values():

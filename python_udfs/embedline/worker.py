@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 
-from embedline import backfill, circuit, documents, indexing, version_queue
+from embedline import backfill, circuit, documents, inbox, indexing, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_active_pipelines, load_lanes
 from embedline.claiming import Claimant
@@ -23,12 +24,14 @@ from embedline.database import (
     Session,
     SessionCache,
     entry_point,
+    postgres_error,
     prepare_environment,
     sqlstate_of,
 )
-from embedline.dead_letters import note_error
+from embedline.dead_letters import contain
 from embedline.engine import Engine, now_and_then
 from embedline.errors import InvalidParameter
+from embedline.pacing import Turns
 from embedline.resident import ResidentWorker, Step
 from embedline.settings import load_settings
 from embedline.source import hidden_source
@@ -50,6 +53,8 @@ _PATIENCE_SECONDS = 2.0
 _COLLECTION_THRESHOLD = 50_000
 _CACHE_KEY = "embedline.worker"
 _PLAN_KEY = "embedline.worker_step"
+# Whose turn it is for embed_pending, from one call to the next.
+_TURNS_KEY = "embedline.turns"
 
 
 @entry_point
@@ -60,15 +65,14 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
     prepare_environment()
     run = _Run(session, max_rows, pipeline_name)
     # Where changes come faster than calls, every call leaves something for the backfill.
-    run.embed(math.ceil(max_rows * load_settings(session).live_share), embed_backfill=False)
+    run.embed(_live_rows(session, max_rows), embed_backfill=False)
     is_through = False
     while not is_through:
         is_drained = run.embed(max_rows, embed_backfill=True)
         # Another pipeline's backlog keeps no backfill open. Where the sweep that closes one finds rows, they are next.
         is_through = not run.close_backfills() or not is_drained
+    indexing.maintain_each(session, run.pipelines())
     for pipeline in run.pipelines():
-        if not pipeline.is_lane:
-            indexing.maintain(session, pipeline)
         if pipeline.is_hidden and (hidden := hidden_source(session, pipeline.source_oid)):
             session.plpy.warning(f'pipeline "{pipeline.name}" is held back: {hidden}', hint=hidden.hint or "")
         if circuit.is_open(session, pipeline.version.model.model_id):
@@ -76,6 +80,12 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
     if run.refusal is not None:
         session.plpy.warning(f"{run.refusal}; the rows stay queued")
     return run.embedded
+
+
+def _live_rows(session: Session, max_rows: int) -> int:
+    """Return how many live changes go before the backfill. A claim passes its limit to the end of an inbox row."""
+    rows = math.ceil(max_rows * load_settings(session).live_share)
+    return rows - rows % inbox.KEYS_PER_ROW if rows > inbox.KEYS_PER_ROW else rows
 
 
 class _Run:
@@ -88,17 +98,20 @@ class _Run:
         self._pipeline_name = pipeline_name
         self._engine = Engine(session, None, _PATIENCE_SECONDS)
         # Live changes have had their share when the backfill's turn comes.
-        self._claimant = Claimant(session, None, live_share=0.0)
+        turns = session.cache.setdefault(_TURNS_KEY, Turns())
+        self._claimant = Claimant(session, None, live_share=0.0, turns=turns)
         self._examined = 0
         self._batch_rows = _BATCH_ROWS
         self._written = Counter[int]()
 
     def pipelines(self) -> list[Pipeline]:
         """The pipelines that are embedded."""
-        return [
+        found = [
             *load_active_pipelines(self._session, self._pipeline_name),
             *load_lanes(self._session, self._pipeline_name),
         ]
+        # A new session knows of no turns: whoever begins, it must not always be the same.
+        return random.sample(found, len(found))
 
     @property
     def refusal(self) -> str | None:
@@ -129,16 +142,7 @@ class _Run:
     def _close(self, pipeline: Pipeline) -> bool:
         """Close one backfill; where that fails the other pipelines go on."""
         close = version_queue.close if pipeline.is_lane else backfill.close_backfill
-        try:
-            with self._session.plpy.subtransaction():
-                return close(self._session, pipeline)
-        except Exception as error:
-            # A serialization failure or a deadlock is the caller's transaction's, not the pipeline's.
-            if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
-                raise
-            note_error(self._session, pipeline, str(error))
-            self._session.plpy.warning(f"embedline, pipeline {pipeline.name}: {error}")
-            return False
+        return contain(self._session, pipeline, lambda: close(self._session, pipeline))
 
     def _embed_batch(self, batch: Batch) -> int:
         self._engine.run(batch)
@@ -200,13 +204,22 @@ def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> str
 
 
 def run_worker(
-    plpy: Plpy, cache: SessionCache, max_seconds: float, pipeline_name: str | None, slot: int | None, until_idle: bool
+    plpy: Plpy,
+    cache: SessionCache,
+    max_seconds: float | None,
+    pipeline_name: str | None,
+    slot: int | None,
+    until_idle: bool,
 ) -> None:
     """Loop of a resident worker: the body of a procedure, which commits between the steps.
 
     Steps run as the SECURITY DEFINER function embedline._worker_step, because a procedure that commits can be neither
     SECURITY DEFINER nor have a pinned search_path.
     """
+    if max_seconds is None or math.isnan(max_seconds):
+        # The loop would never end.
+        refusal = InvalidParameter("max_seconds must be a number", hint="CALL embedline.run_worker(max_seconds => 60);")
+        raise postgres_error(plpy, refusal)
     if _CACHE_KEY in cache:
         # An earlier CALL of this session ended by an error that could not be handled.
         _end(plpy, cache)

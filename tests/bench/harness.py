@@ -207,7 +207,10 @@ def save(name: str, bench: Bench, facts: str, command: str) -> None:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if bench.notes:
         lines += ["", "```", *bench.notes, "```"]
-    title = "# Results of the benches\n\nWritten by `--save`; ratios are of medians (index: of means), both sides measured in turn in one run.\n"
+    title = (
+        "# Results of the benches\n\n"
+        "Written by `--save`; ratios are of medians (index: of means), both sides measured in turn in one run.\n"
+    )
     old = RESULTS.read_text() if RESULTS.exists() else title
     head, *sections = old.split("\n## ")
     kept = {section.split("\n", 1)[0].strip(): section.rstrip() for section in sections}

@@ -300,7 +300,7 @@ def test_no_transaction_is_open_while_the_provider_works(
             scalar(
                 database,
                 "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float FROM pg_stat_activity"
-                " WHERE query LIKE 'CALL embedline.run_worker%' AND backend_xmin IS NOT NULL",
+                " WHERE query LIKE 'CALL embedline.run_worker%' AND datname = current_database() AND backend_xmin IS NOT NULL",
             )
         )
         return not thread.is_alive()
@@ -315,3 +315,10 @@ def test_no_transaction_is_open_while_the_provider_works(
     thread.join()
     settle(database)
     assert {row[0] for row in database.execute("SELECT key_id FROM embedline_data.page_chunk")} == {1, 3}
+
+
+@pytest.mark.parametrize("seconds", ["NaN", None])
+def test_a_worker_is_told_a_time_that_ends(database: psycopg.Connection, seconds: str | None) -> None:
+    with pytest.raises(errors.InvalidParameterValue, match="max_seconds must be a number") as refused:
+        database.execute("CALL embedline.run_worker(max_seconds => %s::float8)", (seconds,))
+    assert refused.value.diag.message_hint == "CALL embedline.run_worker(max_seconds => 60);"

@@ -238,6 +238,10 @@ def test_the_planner_is_left_as_it_was(pages: psycopg.Connection) -> None:
         ("query text, key text, grade numeric", "('a', 'sql-abort.html', NULL)", "no query, no key or no grade"),
         ("query text, key text, grade numeric", "('a', 'sql-abort.html', 'Infinity')", "is not finite"),
         ("query text, key text, grade numeric", "('a', 'sql-abort.html', 'NaN')", "is not finite"),
+        ("query text, key text, grade numeric", "('a', 'sql-abort.html', 1e400)", "is not finite, or beyond 1000000"),
+        ("query text, key text, grade real", "('a', 'sql-abort.html', -1e30)", "is not finite, or beyond 1000000"),
+        ("query text, key text, grade numeric", "('a', 'sql-abort.html', 1e-400)", "no grade in .* is above 0"),
+        ("query text, key text, grade money", "", "column grade of .* is of type money"),
     ],
 )
 def test_canaries_that_cannot_be_used_are_refused(

@@ -106,12 +106,11 @@ class _Run:
 
     def pipelines(self) -> list[Pipeline]:
         """The pipelines that are embedded."""
-        found = [
+        # Versions beside the serving ones come last: their backfills can be closed only after those.
+        return [
             *load_active_pipelines(self._session, self._pipeline_name),
             *load_lanes(self._session, self._pipeline_name),
         ]
-        # A new session knows of no turns: whoever begins, it must not always be the same.
-        return random.sample(found, len(found))
 
     @property
     def refusal(self) -> str | None:
@@ -124,7 +123,10 @@ class _Run:
         # work; ten times max_rows bounds the transaction all the same.
         while self.embedded < limit and self._examined < 10 * self._max_rows:
             self._batch_rows = min(_BATCH_ROWS, limit - self.embedded)
-            batch = self._claimant.claim(self.pipelines(), self._rows, is_idle=True, embed_backfill=embed_backfill)
+            found = self.pipelines()
+            # A new session knows of no turns: whoever begins, it must not always be the same.
+            random.shuffle(found)
+            batch = self._claimant.claim(found, self._rows, is_idle=True, embed_backfill=embed_backfill)
             if batch is None:
                 return True
             self._examined += max(len(batch.rows), 1)

@@ -112,7 +112,8 @@ def test_a_crash_between_reserving_and_settling_is_counted(ledger: psycopg.Conne
     age(ledger, "3 minutes")
     # Nobody will settle it any more: the roll-up closes it as it was estimated.
     assert scalar(ledger, "SELECT embedline._roll_up_usage()") == 1
-    assert budget(ledger, "spent", "reserved") == [(700, 0)]
+    # Not of the budget: what is made older may be of the day before.
+    assert ledger.execute("SELECT sum(tokens), sum(reserved_tokens) FROM embedline.usage").fetchone() == (700, 0)
 
 
 def test_a_living_workers_open_reservation_is_not_rolled_up(ledger: psycopg.Connection, connect: Connect) -> None:
@@ -124,7 +125,8 @@ def test_a_living_workers_open_reservation_is_not_rolled_up(ledger: psycopg.Conn
     assert scalar(ledger, "SELECT embedline._roll_up_usage()") == 0
     settle(worker, grant.reservation_id, 10)
     assert scalar(ledger, "SELECT embedline._roll_up_usage()") == 1
-    assert budget(ledger, "spent", "reserved") == [(10, 0)]
+    # Not of the budget: what is made older may be of the day before.
+    assert ledger.execute("SELECT sum(tokens), sum(reserved_tokens) FROM embedline.usage").fetchone() == (10, 0)
 
 
 def test_rolling_up_changes_no_sum(ledger: psycopg.Connection) -> None:

@@ -243,7 +243,9 @@ def test_a_build_that_is_cancelled_leaves_nothing_behind(complete: psycopg.Conne
     assert _indexes(observer)["page_v2_embedding_idx"] == "building"
     # Another builder waits for this one and drops nothing.
     assert "building" in str(scalar(observer, "SELECT embedline._index_plan('page', 2, NULL, NULL)"))
-    observer.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_progress_create_index WHERE datname = current_database()")
+    observer.execute(
+        "SELECT pg_cancel_backend(pid) FROM pg_stat_progress_create_index WHERE datname = current_database()"
+    )
     blocker.rollback()
     builder.join(timeout=30)
     assert [type(error) for error in failed] == [errors.QueryCanceled]

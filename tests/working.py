@@ -110,24 +110,32 @@ def work_until_idle(connection: psycopg.Connection, count: int = 1, seconds: flo
 
 
 @contextlib.contextmanager
-def flood(connection: psycopg.Connection) -> Iterator[None]:
-    """Write to a pipeline of its own of model stub faster than a worker embeds, for as long as the block lasts."""
-    create_stub_pipeline(connection, "flood", rows=2000)
+def writing(connection: psycopg.Connection, *statements: str) -> Iterator[None]:
+    """Run each statement again and again, in a session of its own, for as long as the block lasts."""
     ended = threading.Event()
 
-    def write(remainder: int) -> None:
+    def write(statement: str) -> None:
         with psycopg.connect(dsn_of(connection), autocommit=True) as session:
             while not ended.is_set():
-                session.execute("UPDATE flood SET body = 'flood ' || random() WHERE id %% 2 = %s", (remainder,))
+                session.execute(statement.encode())
 
-    with ThreadPoolExecutor(2) as pool:
-        writers = [pool.submit(write, remainder) for remainder in (0, 1)]
+    with ThreadPoolExecutor(len(statements)) as pool:
+        writers = [pool.submit(write, statement) for statement in statements]
         try:
             yield
         finally:
             ended.set()
         for writer in writers:
             writer.result()
+
+
+@contextlib.contextmanager
+def flood(connection: psycopg.Connection) -> Iterator[None]:
+    """Write to a pipeline of its own of model stub faster than a worker embeds, for as long as the block lasts."""
+    create_stub_pipeline(connection, "flood", rows=2000)
+    halves = (f"UPDATE flood SET body = 'flood ' || random() WHERE id % 2 = {remainder}" for remainder in (0, 1))
+    with writing(connection, *halves):
+        yield
 
 
 def create_stub_model(

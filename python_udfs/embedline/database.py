@@ -59,6 +59,7 @@ class Plpy(Protocol):
     """The part of PL/Python's plpy module that Embedline uses."""
 
     Error: type[Exception]
+    SPIError: type[Exception]
 
     def execute(self, query: Any, arguments: Any = ..., limit: int = ...) -> Result: ...
     def prepare(self, query: str, argument_types: Sequence[str] = ...) -> Any: ...

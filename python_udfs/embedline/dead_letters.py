@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from embedline import row_keys
 from embedline.catalog import Pipeline, load_pipeline
 from embedline.database import ENDING, Session, entry_point, sqlstate_of
-from embedline.errors import InvalidParameter, NotFound
+from embedline.errors import EmbedlineError, InvalidParameter, NotFound
 from embedline.outbox import ClaimedRow, Key, key_columns
 from embedline.pipelines import require_control
 from embedline.row_keys import key_json
@@ -95,12 +95,16 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
     )
 
 
-def contain(session: Session, pipeline: Pipeline, action: Callable[[], bool]) -> bool:
-    """Do something for one pipeline; where that fails its status and a WARNING say so, and the others go on (False)."""
+def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
+    """Do something for one pipeline; return whether it says that there is more to do.
+
+    Where the database or we refuse it, the pipeline's status and a WARNING say so, and the others go on. Any other exception
+    is a fault in the code, which nothing hides.
+    """
     try:
         with session.plpy.subtransaction():
-            return action()
-    except Exception as error:
+            return bool(action())
+    except (session.plpy.SPIError, EmbedlineError) as error:
         # A serialization failure or a deadlock is the transaction's, not the pipeline's.
         if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
             raise

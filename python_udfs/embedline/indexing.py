@@ -6,9 +6,7 @@ client (index_build), or by hand.
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Sequence
 
 from embedline.catalog import Pipeline, load_pipeline, load_version, load_versions
 from embedline.coverage import require_coverage, require_usable_vectors
@@ -177,16 +175,10 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
         session.query(_UNSCHEDULE, ["text"], name)
 
 
-def maintain_each(session: Session, pipelines: Sequence[Pipeline]) -> None:
-    """Maintain the indexes of pipelines; where that fails for one, the others go on."""
-
-    def maintain_one(pipeline: Pipeline) -> bool:
-        maintain(session, pipeline)
-        return True
-
-    for pipeline in pipelines:
-        if not pipeline.is_lane:
-            contain(session, pipeline, functools.partial(maintain_one, pipeline))
+def maintain_contained(session: Session, pipeline: Pipeline) -> None:
+    """Maintain a pipeline's indexes, but for a version beside the serving one; where that fails the others go on."""
+    if not pipeline.is_lane:
+        contain(session, pipeline, lambda: maintain(session, pipeline))
 
 
 def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:

@@ -129,7 +129,9 @@ class ResidentWorker:
 
     def _maintain(self, now: float) -> None:
         self._maintain_at = self._overdue_at = now + _MAINTENANCE_SECONDS
-        indexing.maintain_each(self.engine.session, self._pipelines)
+        for pipeline in self._pipelines:
+            self.claimant.asking = pipeline
+            indexing.maintain_contained(self.engine.session, pipeline)
 
     def _load_pipelines(self) -> None:
         session = self.engine.session

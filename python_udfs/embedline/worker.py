@@ -71,8 +71,8 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
         is_drained = run.embed(max_rows, embed_backfill=True)
         # Another pipeline's backlog keeps no backfill open. Where the sweep that closes one finds rows, they are next.
         is_through = not run.close_backfills() or not is_drained
-    indexing.maintain_each(session, run.pipelines())
     for pipeline in run.pipelines():
+        indexing.maintain_contained(session, pipeline)
         if pipeline.is_hidden and (hidden := hidden_source(session, pipeline.source_oid)):
             session.plpy.warning(f'pipeline "{pipeline.name}" is held back: {hidden}', hint=hidden.hint or "")
         if circuit.is_open(session, pipeline.version.model.model_id):
@@ -97,8 +97,8 @@ class _Run:
         self._max_rows = max_rows
         self._pipeline_name = pipeline_name
         self._engine = Engine(session, None, _PATIENCE_SECONDS)
-        # Live changes have had their share when the backfill's turn comes.
         turns = session.cache.setdefault(_TURNS_KEY, Turns())
+        # Live changes have had their share when the backfill's turn comes.
         self._claimant = Claimant(session, None, live_share=0.0, turns=turns)
         self._examined = 0
         self._batch_rows = _BATCH_ROWS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterator
 
 import psycopg
@@ -12,7 +10,16 @@ import pytest
 from stub_provider import StubProvider, stub_provider
 from support import data_count, scalar, settle, wait_until
 from upgrading import versions
-from working import create_stub_model, create_stub_pipeline, dsn_of, flood, insert_rows, seconds_until_found, working
+from working import (
+    create_stub_model,
+    create_stub_pipeline,
+    dsn_of,
+    flood,
+    insert_rows,
+    seconds_until_found,
+    working,
+    writing,
+)
 
 # What the maintenance of indexes asks of pg_cron, which lives in one database of a server only.
 CRON = """
@@ -34,25 +41,6 @@ def page(stub_database: psycopg.Connection, stub: StubProvider) -> Iterator[psyc
     stub_database.execute(
         "SELECT embedline.configure(name, NULL) FROM unnest(ARRAY['live_share', 'min_rows', 'max_rows']) AS name"
     )
-
-
-@contextlib.contextmanager
-def _writing(connection: psycopg.Connection, statement: str) -> Iterator[None]:
-    """Run a statement again and again for as long as the block lasts."""
-    ended = threading.Event()
-
-    def write() -> None:
-        with psycopg.connect(dsn_of(connection), autocommit=True) as session:
-            while not ended.is_set():
-                session.execute(statement.encode())
-
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        writer.join()
 
 
 def _half_read(connection: psycopg.Connection, *tables: str) -> None:
@@ -151,6 +139,6 @@ def test_a_changed_recipe_is_through_beside_a_flood_and_writes_to_its_own_rows(p
     create_stub_pipeline(page, "own", rows=5000)
     settle(page, 60)
     page.execute("SELECT embedline.alter_pipeline('own', content => $$body || ' altered'$$)")
-    rewriting = _writing(page, "UPDATE own SET body = 'live ' || random() WHERE id <= 1000")
+    rewriting = writing(page, "UPDATE own SET body = 'live ' || random() WHERE id <= 1000")
     with flood(page), rewriting, working(page, seconds=120):
         wait_until(lambda: versions(page, "state", "own")[1] == "complete", 90, "the recipe is changed")

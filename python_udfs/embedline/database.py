@@ -249,6 +249,17 @@ def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:
     return exception
 
 
+def in_plain_words(plpy: Plpy, error: Exception) -> BaseException:
+    """Return a server's error that passed through SPI without the name that PL/Python puts before its message."""
+    sqlstate = sqlstate_of(error)
+    if not sqlstate:
+        return error
+    plain = EmbedlineError(str(error).removeprefix("embedline: "))
+    _, plain.detail, plain.hint, *_ = getattr(error, "spidata", None) or (None, None, None)
+    plain.sqlstate = sqlstate
+    return postgres_error(plpy, plain)
+
+
 def _check_version(session: Session) -> None:
     if "embedline.version_checked" in session.cache:
         return

@@ -44,6 +44,8 @@ _BUSY_SECONDS = 0.1
 _LONG_QUEUE_SECONDS = 5.0
 _MISCONFIGURED_PAUSE_SECONDS = 10.0
 _MONEY_SECONDS = 1.0
+# A grant that is waited for is asked for so often: a limit may be lifted meanwhile.
+_GRANT_SECONDS = 5.0
 # Until the answer to a probe is there.
 _PROBE_SECONDS = 0.5
 # A cancel is looked for so often.
@@ -178,7 +180,7 @@ class Engine:
             batch.tokens_used[grant.reservation_id] = 0
         if grant.count < len(waiting):
             wait = grant.wait_seconds or 0.0
-            batch.grant_at = time.monotonic() + wait
+            batch.grant_at = time.monotonic() + min(wait, _GRANT_SECONDS)
             if wait > self._patience:
                 self.give_back_waiting(batch, grant.reason or "the budget is used up")
 

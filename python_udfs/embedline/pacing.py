@@ -82,10 +82,10 @@ class Pace:
 
 
 class Turns:
-    """Whose turn it is among pipelines: each gets work in proportion to its weight, whatever its batches cost.
+    """Whose turn it is among pipelines: each gets rows in proportion to its weight, however large its batches are.
 
-    Stride scheduling (Waldspurger and Weihl, 1995) over seconds of work: a pipeline's clock advances by seconds divided
-    by weight, and the one whose clock is behind goes first. One that had nothing to do does not save up turns, and one that
+    Stride scheduling (Waldspurger and Weihl, 1995) over rows claimed: a pipeline's clock advances by rows divided by
+    weight, and the one whose clock is behind goes first. One that had nothing to do does not save up turns, and one that
     could not be asked for a while, because its provider was busy, keeps its account.
     """
 
@@ -102,9 +102,9 @@ class Turns:
         self._asked = set(pipeline_ids)
         return sorted(pipeline_ids, key=lambda i: self._clocks[i])
 
-    def worked(self, pipeline_id: int, seconds: float, weight: float, had_nothing: list[int]) -> None:
+    def worked(self, pipeline_id: int, rows: int, weight: float, had_nothing: list[int]) -> None:
         """Advance the clock of a pipeline that worked; those asked before it that had nothing catch up with it."""
-        self._clocks[pipeline_id] = self._clocks.get(pipeline_id, 0.0) + seconds / weight
+        self._clocks[pipeline_id] = self._clocks.get(pipeline_id, 0.0) + rows / weight
         for idle in had_nothing:
             self._clocks[idle] = max(self._clocks.get(idle, 0.0), self._clocks[pipeline_id])
 

@@ -24,6 +24,7 @@ from embedline.database import (
     Session,
     SessionCache,
     entry_point,
+    in_plain_words,
     postgres_error,
     prepare_environment,
     sqlstate_of,
@@ -239,6 +240,8 @@ def run_worker(
         _step(plpy, cache, "begin", slot, pipeline_name)
         plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
+    except Exception as error:
+        raise in_plain_words(plpy, error) from None
     finally:
         gc.set_threshold(*thresholds)
         # After pg_terminate_backend this cannot run any more: then the freed lock itself gives the claims back.

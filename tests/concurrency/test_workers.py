@@ -322,3 +322,10 @@ def test_a_worker_is_told_a_time_that_ends(database: psycopg.Connection, seconds
     with pytest.raises(errors.InvalidParameterValue, match="max_seconds must be a number") as refused:
         database.execute("CALL embedline.run_worker(max_seconds => %s::float8)", (seconds,))
     assert refused.value.diag.message_hint == "CALL embedline.run_worker(max_seconds => 60);"
+
+
+def test_a_worker_that_is_refused_says_why_in_our_words(database: psycopg.Connection) -> None:
+    with pytest.raises(errors.UndefinedObject) as refused:
+        database.execute("CALL embedline.run_worker(pipeline_name => 'nowhere')")
+    assert refused.value.diag.message_primary == 'embedline: there is no pipeline "nowhere"'
+    assert refused.value.diag.message_hint

@@ -107,6 +107,22 @@ def test_nothing_is_sent_before_retry_after_is_over(
     assert set(stub.texts_seen().values()) == {1}
 
 
+def test_a_limit_that_is_lifted_lets_a_waiting_batch_go(stub_database: psycopg.Connection, stub: StubProvider) -> None:
+    create_stub_model(stub_database, stub, max_batch_items=20)
+    create_stub_pipeline(stub_database, rows=100)
+    # One request leaves; the next is due in almost a minute, which a batch waits for.
+    stub_database.execute("SELECT embedline.set_rate_limit('stub', requests_per_minute => 1)")
+    with working(stub_database):
+        # Where its answer is written the rest asks for its grant, and is told to wait.
+        written = "SELECT bool_or(settled_at IS NOT NULL) FROM embedline.reservation"
+        wait_until(lambda: scalar(stub_database, written), 20, "one is written")
+        stub_database.execute("SELECT embedline.set_rate_limit('stub')")
+        wait_until(
+            lambda: scalar(stub_database, "SELECT count(*) = 100 FROM embedline_data.page_chunk"), 20, "all are sent"
+        )
+    assert assert_all_settled(stub_database, stub.dimensions) == 100
+
+
 # One pipeline's trouble
 
 

@@ -37,6 +37,7 @@ def setup(settings: Settings) -> None:
     system.ensure_packages(major)
     pgvector.ensure_pgvector(major)
     virtualenv.ensure_virtualenv(settings, major)
+    virtualenv.compile_sources(settings)
     _ensure_models(settings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -385,10 +385,19 @@ def _place_documents(session: Session, pipeline: Pipeline, documents: Sequence[D
     return fresh, {row["ordinality"] - 1 for row in locked} - fresh
 
 
-def take_documents(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> set[int]:
-    """Lock the documents' rows, inserting those that there are none of; return the indexes of those that could be had."""
+def take_documents(
+    session: Session, pipeline: Pipeline, documents: Sequence[Document], were_read: Collection[int]
+) -> set[int]:
+    """Lock the documents' rows, inserting those that there are none of; return the indexes of those that could be had.
+
+    Of those in `were_read` the source rows are locked, too, as in write_documents: a row may be deleted while it is in work,
+    and what is written of it after that nobody would take away.
+    """
     fresh, free = _place_documents(session, pipeline, documents)
-    return fresh | free
+    looked_for = sorted((fresh | free) & set(were_read))
+    without_row = {looked_for[i] for i in _unlocked(session, pipeline, [documents[i].key for i in looked_for])}
+    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & without_row)])
+    return (fresh | free) - without_row
 
 
 def queued_anew(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow]) -> set[int] | None:
@@ -437,14 +446,7 @@ def _unchanged(
     keys = [document.key for document in documents]
     count = len(pipeline.key_columns)
     columns, types = key_columns(keys, count), pipeline.key_parameter_types
-    locking = f"""
-        SELECT w.ordinality FROM generate_series(1, ${count + 1}) AS w (ordinality)
-        LEFT JOIN {pipeline.generated("lock")}({pipeline.key_arrays()}) AS l ON l.ordinality = w.ordinality
-        WHERE l.ordinality IS NULL
-        """
-    unlocked = [
-        int(row["ordinality"]) - 1 for row in session.query(locking, [*types, "bigint"], *columns, len(documents))
-    ]
+    unlocked = _unlocked(session, pipeline, keys)
     looking = f"""
         SELECT w.ordinality, l.accepted
         FROM unnest(${count + 1}::bytea[]) WITH ORDINALITY AS w (content_hash, ordinality)
@@ -467,6 +469,24 @@ def _unchanged(
         elif accepted:
             result.stale.append(index)
     return ready
+
+
+def _unlocked(session: Session, pipeline: Pipeline, keys: Sequence[tuple[str, ...]]) -> list[int]:
+    """Lock source rows KEY SHARE; return the indexes of those that are gone, or in an application's hands."""
+    if not keys:
+        return []
+    count = len(pipeline.key_columns)
+    rows = session.query(
+        f"""
+        SELECT w.ordinality FROM generate_series(1, ${count + 1}) AS w (ordinality)
+        LEFT JOIN {pipeline.generated("lock")}({pipeline.key_arrays()}) AS l ON l.ordinality = w.ordinality
+        WHERE l.ordinality IS NULL
+        """,
+        [*pipeline.key_parameter_types, "bigint"],
+        *key_columns(keys, count),
+        len(keys),
+    )
+    return [int(row["ordinality"]) - 1 for row in rows]
 
 
 def _take_back(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> None:

@@ -94,7 +94,9 @@ class SourceWork:
     def bury(self, session: Session, batch: Batch, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
         """Write dead letters of rows whose documents can be had."""
         wanted = [Document(letter.row, letter.content_hash) for letter in letters]
-        had = documents.take_documents(session, batch.pipeline, wanted)
+        # A row that cannot be read, or ends its worker, is given up without another look at it.
+        were_read = [i for i, letter in enumerate(letters) if letter.stage not in ("claim", "read")]
+        had = documents.take_documents(session, batch.pipeline, wanted, were_read)
         given_up = [letter for i, letter in enumerate(letters) if i in had]
         if given_up:
             dead_letters.bury(session, batch.pipeline, given_up)

@@ -215,3 +215,19 @@ def test_a_pipeline_paused_in_flight_has_its_rows_written_or_given_back_uncounte
     stub.behave(remember=True)
     work_until_idle(page)
     assert assert_all_settled(page, stub.dimensions) == 50
+
+
+def test_a_row_that_is_deleted_while_its_provider_rejects_it_leaves_no_dead_letter(
+    page: psycopg.Connection, stub: StubProvider
+) -> None:
+    insert_rows(page, 1, 20)
+    work_until_idle(page)
+    page.execute("UPDATE page SET body = body || ' POISON' WHERE id <= 2")
+    stub.behave(latency=0.5, poison="POISON")
+    with working(page):
+        wait_for_in_flight(stub)
+        # It is committed before the answer: the trigger takes away what there is of the row by now.
+        page.execute("DELETE FROM page WHERE id = 1")
+        wait_until(lambda: scalar(page, "SELECT pending = 0 FROM embedline.status"), 20, "nothing waits")
+    assert dead_letters(page).keys() == {2}
+    assert assert_all_settled(page, stub.dimensions) == 18

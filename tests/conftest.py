@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import secrets
 import socket
@@ -43,6 +44,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             connection.execute("SELECT embedline.unschedule_workers()")
             alive = "SELECT embedline._workers_alive()"
             support.wait_until(lambda: not support.scalar(connection, alive), 60, "the scheduled worker has stopped")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need torch where it is not installed; EMBEDLINE_TORCH=1 lets them fail there."""
+    if os.environ.get("EMBEDLINE_TORCH") == "1" or importlib.util.find_spec("sentence_transformers") is not None:
+        return
+    skip = pytest.mark.skip(reason="needs torch: make test TORCH=1 installs it")
+    for item in items:
+        if item.get_closest_marker("torch") is not None:
+            item.add_marker(skip)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import select
@@ -26,7 +25,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from embedline.embedders import EmbeddingBlock, ModelConfig, create_embedder
 from embedline.embedders.local import LocalEmbedder
@@ -46,6 +44,7 @@ from embedline.model_host.protocol import FrameDecoder, encode_frame
 from embedline.model_host.scheduler import Request, Scheduler, SliceLimits
 from embedline.model_host.server import encode_parts
 from embedline.model_host.weights import weights_identity
+from support import MODELS
 
 LIMIT = 60.0
 SECRET = "sk-secret-of-the-server"
@@ -61,14 +60,9 @@ def wait_until(condition: Callable[[], bool], what: str, limit: float = 20.0) ->
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The directory of a static model in sentence-transformers' form: 256 dimensions, 15,000 texts a second."""
-    found = importlib.util.find_spec("wordllama")
-    assert found is not None
-    assert found.origin is not None
-    wheel = Path(found.origin).parent
     directory = tmp_path_factory.mktemp("static")
-    (weights,) = load_file(wheel / "weights" / "l2_supercat_256.safetensors").values()
-    save_file({"embedding.weight": weights.astype(np.float32)}, directory / "model.safetensors")
-    shutil.copy(wheel / "tokenizers" / "l2_supercat_tokenizer_config.json", directory / "tokenizer.json")
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(MODELS / "static-256" / name, directory / name)
     module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.StaticEmbedding"}
     (directory / "modules.json").write_text(json.dumps([module]))
     return str(directory)

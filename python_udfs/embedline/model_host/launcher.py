@@ -30,6 +30,7 @@ from typing import Any
 import embedline
 from embedline.embedders import ModelConfig
 from embedline.errors import InvalidParameter, ModelHostUnavailable, ProviderMisconfigured
+from embedline.model_host.choice import choose_backend
 from embedline.model_host.protocol import PROTOCOL_VERSION
 
 # From spawning to listening, before anything heavy is imported; measured 0.1 s, a loaded machine may need more.
@@ -66,7 +67,7 @@ def _choice(names: tuple[str, ...], hint: str) -> _Option:
 
 
 _OPTIONS = {
-    "backend": _choice(tuple(PRECISIONS), 'onnx is faster on processors: options => \'{"backend": "onnx"}\'.'),
+    "backend": _choice(("auto", *PRECISIONS), 'onnx is faster on processors: options => \'{"backend": "onnx"}\'.'),
     "precision": _choice(
         _ALL_PRECISIONS, 'For example options => \'{"backend": "onnx", "precision": "int8"}\' on a processor.'
     ),
@@ -90,7 +91,10 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class HostSettings:
-    """What a host must know to load its model and to look after itself."""
+    """What a host must know to load its model and to look after itself.
+
+    `backend` is torch, onnx or static; auto for a model of the hub, whose files the host has yet to see.
+    """
 
     model: str
     revision: str | None = None
@@ -120,16 +124,32 @@ def settings_of(config: ModelConfig) -> HostSettings:
             raise InvalidParameter(
                 f'option "{name}" of model "{config.name}" must be {_OPTIONS[name].wanted}', hint=_OPTIONS[name].hint
             )
-    backend, precision = given.get("backend", "torch"), given.get("precision", "float32")
-    if precision not in PRECISIONS[backend]:
-        offered = [other for other, names in PRECISIONS.items() if precision in names]
-        raise InvalidParameter(
-            f'option "precision" of model "{config.name}": backend {backend} has no {precision}',
-            hint=f'Add "backend": "{offered[0]}", or choose {" or ".join(PRECISIONS[backend])}.',
-        )
     # "auto" is the default in words: one host for both.
     fields = {name: given[name] for name in given if name != "max_tokens" and given[name] != "auto"}
+    fields.setdefault("backend", _backend_of(config.model, fields))
+    backend, precision = fields["backend"], fields.get("precision", "float32")
+    offered = PRECISIONS.get(backend, ("float32",))
+    if precision not in offered:
+        others = [other for other, names in PRECISIONS.items() if precision in names]
+        raise InvalidParameter(
+            f'option "precision" of model "{config.name}": backend {backend} has no {precision}',
+            hint=f'Add "backend": "{others[0]}", or choose {" or ".join(offered)}.',
+        )
     return HostSettings(model=config.model, revision=config.revision, **fields)
+
+
+def _backend_of(model: str, fields: dict[str, Any]) -> str:
+    """Return what runs a model whose options name no backend."""
+    on_cpu = not str(fields.get("device", "")).startswith("cuda")
+    if os.path.isdir(model):
+        chosen = choose_backend(model)
+        # numpy has neither other precisions nor accelerators; a model prepared for onnxruntime has only its own form.
+        return (
+            "torch"
+            if chosen == "static" and not (on_cpu and fields.get("precision", "float32") == "float32")
+            else chosen
+        )
+    return "auto" if on_cpu and fields.get("precision", "float32") == "float32" else "torch"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Prepares a model for onnxruntime, once: torch to ONNX, then int8 where asked for.
+"""Prepares a model for onnxruntime, once: its weights or torch to ONNX, then int8 where asked for.
 
 The graph holds the whole of the sentence-transformers model, pooling and normalisation included, so the host needs
-neither library to run it. Preparing takes seconds and gigabytes, so the host leaves it to a process of its own:
+neither library to run it. A plain BERT is written from its weights (bert_graph.py), every other model is exported by
+torch. Preparing takes seconds, with torch gigabytes, so the host leaves it to a process of its own:
 `python -m embedline.model_host.onnx_export JSON`, which answers with one JSON object.
 
 Measured with all-MiniLM-L6-v2 (AVX-512 VNNI, CPU time a text of 900 characters; mean and least cosine to torch float32):
@@ -36,6 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 from embedline import errors
 from embedline.errors import ModelHostUnavailable, ProviderError, ProviderMisconfigured
+from embedline.model_host import bert_graph, hub
+from embedline.model_host.bert_graph import Bert
 from embedline.model_host.faults import describe, load_error
 from embedline.model_host.launcher import HostSettings
 from embedline.model_host.onnx_backend import OnnxBackend
@@ -103,12 +106,12 @@ def _prepare_apart(settings: HostSettings) -> str:
 
 def prepare_here(settings: HostSettings) -> str:
     """Prepare in this process, into the cache. Two hosts that need the same model wait for each other."""
-    torch_model = load_torch(_source(settings), attn_implementation="eager")
+    source = _open_source(settings)
     root = cache_root()
     path = cached_path(root, weights_identity(settings), settings.precision)
     with _locked(f"{path}.lock"):
         if read_manifest(path) is None:
-            _write_whole(torch_model, settings, path)
+            _write_whole(source, settings, path)
     return path
 
 
@@ -118,14 +121,19 @@ def export(model: str, target: str, precision: str, revision: str | None = None)
         raise ProviderMisconfigured(f'"{target}" exists already', hint="Name a directory that is to be made.")
     settings = HostSettings(model=model, revision=revision, backend="onnx", precision=precision)
     try:
-        return _write_whole(load_torch(_source(settings), attn_implementation="eager"), settings, target)
+        hub.require_hub(settings)
+        return _write_whole(_open_source(settings), settings, target)
     except Exception as error:
         raise load_error(settings, error) from error
 
 
-def _source(settings: HostSettings) -> HostSettings:
-    """The settings of the model that is exported: float32, on the processor."""
-    return dataclasses.replace(settings, backend="torch", precision="float32", device="cpu")
+def _open_source(settings: HostSettings) -> Bert | TorchBackend:
+    """Return what is exported: a BERT by its files, any other model in torch, in float32 and on the processor."""
+    bert = bert_graph.read(hub.snapshot(settings))
+    if bert is not None:
+        return bert
+    in_torch = dataclasses.replace(settings, backend="torch", precision="float32", device="cpu")
+    return load_torch(in_torch, attn_implementation="eager")
 
 
 @contextlib.contextmanager
@@ -138,7 +146,7 @@ def _locked(path: str) -> Iterator[None]:
         os.close(file)
 
 
-def _write_whole(source: TorchBackend, settings: HostSettings, target: str) -> Manifest:
+def _write_whole(source: Bert | TorchBackend, settings: HostSettings, target: str) -> Manifest:
     """Write the prepared model beside its place and then move it there, so nobody ever reads half of one."""
     target = os.path.abspath(target)
     # Not mkdtemp: the umask decides who may read a model that was prepared for others; the cache is closed through its root.
@@ -153,19 +161,24 @@ def _write_whole(source: TorchBackend, settings: HostSettings, target: str) -> M
     return manifest
 
 
-def _write(source: TorchBackend, settings: HostSettings, directory: str) -> Manifest:
-    tokenizer = _padding_tokenizer(source, settings)
-    graph = os.path.join(directory, GRAPH)
-    if settings.precision == "int8":
-        with tempfile.TemporaryDirectory(prefix="float32-", dir=directory) as folder:
-            exported = os.path.join(folder, GRAPH)
-            _export_graph(source, exported)
-            _quantise(exported, graph)
-    else:
-        _export_graph(source, graph)
+def _write(source: Bert | TorchBackend, settings: HostSettings, directory: str) -> Manifest:
+    tokenizer = source.tokenizer() if isinstance(source, Bert) else _padding_tokenizer(source, settings)
     tokenizer.save(os.path.join(directory, TOKENIZER))
-    wanted = source.forward(_SAMPLES)
-    manifest = Manifest(weights_identity(settings), settings.precision, int(wanted.shape[1]), source.max_tokens)
+    with tempfile.TemporaryDirectory(prefix="float32-", dir=directory) as folder:
+        # Without torch the float32 graph is the measure of the int8 one.
+        exported = folder if settings.precision == "int8" else directory
+        plain = os.path.join(exported, GRAPH)
+        if isinstance(source, Bert):
+            source.write(plain)
+            shutil.copy(os.path.join(directory, TOKENIZER), folder)
+            manifest = Manifest(weights_identity(settings), settings.precision, source.dimensions, source.max_tokens)
+            wanted = OnnxBackend(exported, manifest, "cpu").forward(_SAMPLES)
+        else:
+            _export_graph(source, plain)
+            wanted = source.forward(_SAMPLES)
+            manifest = Manifest(weights_identity(settings), settings.precision, int(wanted.shape[1]), source.max_tokens)
+        if settings.precision == "int8":
+            _quantise(plain, os.path.join(directory, GRAPH))
     _check(wanted, OnnxBackend(directory, manifest, "cpu").forward(_SAMPLES), settings)
     write_manifest(directory, manifest)
     return manifest
@@ -196,7 +209,7 @@ def _export_graph(source: TorchBackend, path: str) -> None:
     features = source.model.preprocess(["two texts", "of different length, so that padding is seen"])
     inputs = {name: value for name, value in features.items() if isinstance(value, torch.Tensor) and value.ndim == 2}
 
-    class Whole(torch.nn.Module):
+    class Whole(torch.nn.Module):  # type: ignore[misc] # its types are not read, see pyproject.toml
         """Token ids in, sentence embeddings out."""
 
         def __init__(self) -> None:
@@ -246,7 +259,7 @@ def _check(wanted: NDArray[np.float32], got: NDArray[np.float32], settings: Host
     norms = np.linalg.norm(wanted, axis=1) * np.linalg.norm(got, axis=1)
     cosine = float(np.mean(np.einsum("ij,ij->i", wanted, got) / np.maximum(norms, np.finfo(np.float32).tiny)))
     if not cosine >= _MIN_COSINE[settings.precision]:
-        detail = f"The mean cosine between its vectors and those of torch is {cosine:.4f}."
+        detail = f"The mean cosine between its vectors and those of the model in float32 is {cosine:.4f}."
         hint = (
             'Set the option "precision" to "float32".' if settings.precision == "int8" else 'Set "backend" to "torch".'
         )

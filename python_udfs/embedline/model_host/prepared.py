@@ -18,9 +18,10 @@ import tempfile
 from dataclasses import dataclass
 
 from embedline.errors import ProviderMisconfigured
+from embedline.model_host.choice import MANIFEST
 from embedline.model_host.launcher import make_private
 
-MANIFEST, GRAPH, TOKENIZER = "embedline.json", "model.onnx", "tokenizer.json"
+GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
 # Part of a prepared model's name: a new number has every model prepared anew, with another fingerprint.
 RECIPE = 1
 

@@ -27,10 +27,9 @@ class TorchBackend:
     """A sentence-transformers model that is ready for use."""
 
     def __init__(self, model: SentenceTransformer) -> None:
-        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-
         self.model = model
-        self.is_static = isinstance(model[0], StaticEmbedding)
+        # By name: its module has another path before sentence-transformers 6.
+        self.is_static = type(model[0]).__name__ == "StaticEmbedding"
         if self.is_static:
             self.slice_characters = _STATIC_CHARACTERS
         else:

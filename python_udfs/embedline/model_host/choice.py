@@ -1,0 +1,64 @@
+"""Chooses what runs a model whose options name no backend: by its files alone, so that every server chooses the same.
+
+Light imports only: backends load this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from typing import Any
+
+# The file that makes a directory a prepared ONNX model; see prepared.py.
+MANIFEST = "embedline.json"
+# What the numpy reader of safetensors knows; torch alone reads the others.
+_TABLE_TYPES = ("F16", "F32", "F64")
+# The header of a static model is a few hundred bytes; this is where safetensors itself stops reading.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def choose_backend(directory: str) -> str:
+    """Return "static", "onnx" or "torch" for the directory of a model.
+
+    static: a table of token vectors, perhaps followed by a normalisation; numpy runs it. onnx: a prepared graph.
+    torch: everything else, and what is not there.
+    """
+    if os.path.exists(os.path.join(directory, MANIFEST)):
+        return "onnx"
+    return "static" if static_modules(directory) is not None else "torch"
+
+
+def static_modules(directory: str) -> tuple[str, bool] | None:
+    """Return the folder of a static model's table and whether its vectors are normalised; None for another model."""
+    modules = _read_json(os.path.join(directory, "modules.json"))
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        return None
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if kinds not in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]):
+        return None
+    folder = os.path.join(directory, str(modules[0].get("path", "")))
+    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        return None
+    tensors = tensor_types(os.path.join(folder, "model.safetensors"))
+    table = tensors.get("embedding.weight", tensors.get("embeddings"))
+    return (folder, len(kinds) == 2) if table in _TABLE_TYPES else None
+
+
+def tensor_types(path: str) -> dict[str, str]:
+    """Return the names of a safetensors file with their types; none where it is no such file."""
+    try:
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size)) if size <= _MAX_HEADER_BYTES else {}
+        return {str(name): str(tensor["dtype"]) for name, tensor in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,145 @@
+"""Models of a hub: whether it answers at all, asked before libraries try for minutes, and the files that we read ourselves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from embedline.errors import ModelHostUnavailable, ProviderError, ProviderMisconfigured
+from embedline.model_host.faults import describe
+
+if TYPE_CHECKING:
+    from embedline.model_host.launcher import HostSettings
+
+# Seconds that a hub has for its first answer. Left to themselves the libraries ask for each file and repeat: 78 s where
+# a name is not resolved.
+ANSWER_SECONDS = 8.0
+# What a proxy says of a hub that it cannot reach.
+_GATEWAY_ERRORS = (502, 503, 504)
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+# Other forms of the same weights, in folders of their own.
+_OTHER_FORMS = ["onnx/*", "openvino/*"]
+
+
+def require_hub(settings: HostSettings) -> None:
+    """Return if the hub answers, or if the model is on this machine; then the libraries are told to stay offline.
+
+    Raises ModelHostUnavailable within ANSWER_SECONDS if the hub is silent, ProviderMisconfigured if it may not be asked.
+    """
+    if os.path.isdir(settings.model):
+        return
+    failure = _silence(settings)
+    if failure is None:
+        return
+    if not _is_cached(settings):
+        raise failure
+    _stay_offline()
+
+
+def chosen_directory(settings: HostSettings) -> str | None:
+    """Return the directory of a hub's model that needs no torch, a static one; None for another model."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = hf_hub_download(settings.model, "modules.json", revision=settings.revision)
+    except EntryNotFoundError:
+        return None
+    with open(path, encoding="utf-8") as file:
+        modules = json.load(file)
+    if not modules or not str(modules[0].get("type", "")).endswith(".StaticEmbedding"):
+        return None
+    return snapshot(settings)
+
+
+def snapshot(settings: HostSettings) -> str:
+    """Return the directory of a model's files on this machine; fetch what is missing."""
+    if os.path.isdir(settings.model):
+        return settings.model
+    from huggingface_hub import snapshot_download
+
+    return str(
+        snapshot_download(
+            settings.model, revision=settings.revision, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMS
+        )
+    )
+
+
+def _silence(settings: HostSettings) -> ProviderError | None:
+    """Return why the hub cannot be asked, None if it answers. A refusal is an answer: loading the model explains it."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    answer: Future[None] = Future()
+
+    def ask() -> None:
+        # In a thread of its own: nothing limits the time that resolving a name takes.
+        try:
+            _ask(settings)
+        except BaseException as error:
+            answer.set_exception(error)
+        else:
+            answer.set_result(None)
+
+    threading.Thread(target=ask, name="embedline-hub", daemon=True).start()
+    try:
+        answer.result(ANSWER_SECONDS)
+    except OfflineModeIsEnabled:
+        return ProviderMisconfigured(
+            f'model "{settings.model}" is not on this machine, and HF_HUB_OFFLINE forbids to fetch it',
+            hint=_hint(settings),
+        )
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) in _GATEWAY_ERRORS:
+            return _unreachable(settings, describe(error))
+    except TimeoutError as error:
+        detail = describe(error) if answer.done() else f"It gave no answer within {ANSWER_SECONDS:g} s."
+        return _unreachable(settings, detail)
+    except Exception as error:
+        return _unreachable(settings, describe(error))
+    return None
+
+
+def _ask(settings: HostSettings) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().model_info(settings.model, revision=settings.revision, timeout=ANSWER_SECONDS)
+
+
+def _unreachable(settings: HostSettings, detail: str) -> ModelHostUnavailable:
+    from huggingface_hub import constants
+
+    return ModelHostUnavailable(
+        f'cannot fetch model "{settings.model}": the hub {constants.ENDPOINT} cannot be reached',
+        detail=detail,
+        hint=_hint(settings),
+    )
+
+
+def _hint(settings: HostSettings) -> str:
+    name = settings.model.rpartition("/")[2]
+    return (
+        f"Copy the model to the server and give its directory: embedline.create_model(..., '/srv/models/{name}');"
+        " or start the server with https_proxy or HF_ENDPOINT set."
+    )
+
+
+def _is_cached(settings: HostSettings) -> bool:
+    from huggingface_hub import snapshot_download
+
+    with contextlib.suppress(Exception):
+        snapshot_download(settings.model, revision=settings.revision, local_files_only=True)
+        return True
+    return False
+
+
+def _stay_offline() -> None:
+    """Tell the libraries, this process's and those of its children: else they wait for the hub again, file by file."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    setting: Any = constants
+    setting.HF_HUB_OFFLINE = True

@@ -1,20 +1,21 @@
 # Everything is idempotent: a second run skips what is there. `make` alone prints this help.
-# Settings: EMBEDLINE_PORT (54329), EMBEDLINE_PGDATA (.postgres), MODEL, NAME, ARGS.
+# Settings: EMBEDLINE_PORT (54329), EMBEDLINE_PGDATA (.postgres), MODEL, NAME, ARGS, TORCH.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-export EMBEDLINE_PORT EMBEDLINE_PGDATA
+export EMBEDLINE_PORT EMBEDLINE_PGDATA TORCH
 
 MODEL ?= static-256
 NAME  ?=
 ARGS  ?=
+TORCH ?=
 
 # The system's own Python and nothing else: no user site, no other interpreter from PATH.
 BOOTSTRAP := PYTHONPATH=python_udfs PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.local.bootstrap
 WITH_DSN  := EMBEDLINE_DSN="$$($(BOOTSTRAP) dsn)"
 
-.PHONY: help setup up demo demo-upgrade test bench lint dsn psql down clean _lint-setup
+.PHONY: help setup up demo demo-upgrade test bench lint dsn psql down clean _lint-setup _test-setup
 
 help: ## print this help
 	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -33,11 +34,15 @@ demo-upgrade: up ## another model for pages that are searched and edited all the
 	@echo "» Running the demo of a model upgrade" >&2
 	@$(WITH_DSN) .venv/bin/python -m embedline.demo --upgrade
 
-test: up ## run the tests (ARGS='-k name' goes to pytest)
-	@echo "» Running the tests" >&2
-	@$(WITH_DSN) .venv/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+# Where a build of torch without CUDA is offered, it is installed; elsewhere the tests that need it are skipped.
+_test-setup: up
+	@$(BOOTSTRAP) test-setup
 
-bench: up ## run a benchmark (NAME=drain-stub, all, or "x --save"; without NAME it lists them)
+test: _test-setup ## run the tests (ARGS='-k name' goes to pytest; TORCH=1 insists on those that need torch, 0 skips them)
+	@echo "» Running the tests" >&2
+	@EMBEDLINE_TORCH=$(TORCH) $(WITH_DSN) .venv/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+bench: _test-setup ## run a benchmark (NAME=drain-stub, all, or "x --save"; without NAME it lists them)
 	@echo "» Running benchmark $(or $(NAME),of every kind)" >&2
 	@$(WITH_DSN) .venv/bin/python tests/bench/run.py $(NAME)
 

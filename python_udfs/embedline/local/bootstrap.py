@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from embedline.local import pgvector, system, virtualenv
-from embedline.local.cluster import DATABASE, SUPERUSER, Cluster, check_reachable
+from embedline.local.cluster import DATABASE, SUPERUSER, Cluster, check_place, check_reachable
 from embedline.local.console import SetupError, run_step, say
 from embedline.local.settings import Settings, load_settings
 
@@ -33,6 +33,8 @@ def local_cluster(settings: Settings | None = None) -> Cluster:
 
 def setup(settings: Settings) -> None:
     """Install everything that the cluster needs; skip what is there."""
+    # First of all: a checkout that the server cannot read needs none of it.
+    check_place(settings.root, settings.source, settings.data_dir)
     major = system.choose_major(settings.data_dir)
     system.ensure_packages(major)
     pgvector.ensure_pgvector(major)
@@ -46,6 +48,13 @@ def lint_setup(settings: Settings) -> None:
     major = system.choose_major(settings.data_dir)
     system.ensure_packages(major)
     virtualenv.ensure_virtualenv(settings, major)
+    virtualenv.ensure_tools(settings)
+
+
+def test_setup(settings: Settings) -> None:
+    """Install what the tests need beside `up`; TORCH=1 insists on torch, TORCH=0 leaves it out."""
+    virtualenv.ensure_tools(settings)
+    virtualenv.ensure_torch(settings, os.environ.get("TORCH", ""))
 
 
 def up(settings: Settings) -> None:
@@ -57,6 +66,10 @@ def up(settings: Settings) -> None:
     if not cluster.initialised:
         say(f"Creating the local cluster in {cluster.data_dir}")
         cluster.init()
+    if cluster.running_port() is not None and cluster.is_moved():
+        say("The checkout was moved: the local cluster is restarted, its sessions look for the old path")
+        # It knows its files by the old path, so its shutdown checkpoint would fail; recovery at the next start needs none.
+        cluster.stop("immediate")
     if cluster.running_port() == cluster.port:
         say(f"The local cluster runs on port {cluster.port}")
     else:
@@ -107,6 +120,7 @@ def psql(settings: Settings) -> None:
 _STEPS = {
     "setup": setup,
     "lint-setup": lint_setup,
+    "test-setup": test_setup,
     "up": up,
     "down": down,
     "clean": clean,
@@ -135,13 +149,18 @@ def _refuse_foreign_directory(data_dir: Path) -> None:
 
 
 def _ensure_models(settings: Settings) -> None:
-    script = settings.source / "embedline" / "local" / "models.py"
     stamp = settings.models / "stamp"
-    digest = hashlib.sha256(script.read_bytes())
-    digest.update((settings.venv / "embedline.stamp").read_bytes())
+    sources = ("local/models.py", "model_host/bert_graph.py", "model_host/prepared.py")
+    digest = hashlib.sha256()
+    for name in sources:
+        digest.update((settings.source / "embedline" / name).read_bytes())
     fingerprint = digest.hexdigest() + "\n"
-    built = all((settings.models / name / "modules.json").is_file() for name in ("static-256", "minilm"))
-    if built and stamp.is_file() and stamp.read_text() == fingerprint:
+    made = ("static-256/modules.json", "minilm/embedline.json", "all-MiniLM-L6-v2/modules.json")
+    if (
+        stamp.is_file()
+        and stamp.read_text() == fingerprint
+        and all((settings.models / name).is_file() for name in made)
+    ):
         say("The models are built")
         return
     build = [str(settings.python), "-m", "embedline.local.models", str(settings.models)]

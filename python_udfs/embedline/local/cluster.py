@@ -24,9 +24,13 @@ from embedline.local.console import SetupError
 
 DATABASE = "embedline"
 SUPERUSER = "postgres"
+# The OS user that Debian's package creates.
+_SERVER_USER = "postgres"
 _HOST = "127.0.0.1"
 _SOCKET_PATH_LIMIT = 107  # bytes of sockaddr_un.sun_path, less its final zero
 _START_SECONDS = 60
+# The line of embedline.conf that tells with which PYTHONPATH the server was started.
+_PATH_COMMENT = "# PYTHONPATH: "
 _LOG_LINES = 25
 
 _SETTINGS = {
@@ -158,6 +162,7 @@ class Cluster:
                 )
             return
         self._check_port_is_free()
+        self._forget_foreign_postmaster()
         self._make_socket_dir()
         self._write("embedline.conf", self._configuration())
         start_log = self.data_dir / "start.log"
@@ -167,6 +172,17 @@ class Cluster:
         except SetupError as error:
             lines = [line for log in (start_log, self.log_file) if log.exists() for line in _tail(log)]
             raise SetupError("\n".join([str(error), *lines])) from error
+
+    def is_moved(self) -> bool:
+        """Return True if the server was started from another path than where its files lie now."""
+        try:
+            lines = (self.data_dir / "embedline.conf").read_text().splitlines()
+        except OSError:
+            return False
+        if any(line.startswith(_PATH_COMMENT) for line in lines):
+            return f"{_PATH_COMMENT}{self.python_path}" not in lines
+        # Written before the comment was: the socket lies in the data directory.
+        return f"unix_socket_directories = '{self.socket_dir}'" not in lines
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server and wait until it is gone; do nothing when it does not run. Modes: smart, fast, immediate."""
@@ -229,6 +245,14 @@ class Cluster:
         except OSError:
             return False
 
+    def _forget_foreign_postmaster(self) -> None:
+        """Remove lock files that name a server of another path: a copy of a running cluster brings them along.
+
+        A moved server could not remove that of its socket. Only for a data directory in which no server runs.
+        """
+        for lock in (self.data_dir / "postmaster.pid", *self.data_dir.glob(".s.PGSQL.*")):
+            lock.unlink(missing_ok=True)
+
     def _program(self, name: str) -> str:
         return str(self.bin_dir / name)
 
@@ -266,7 +290,9 @@ class Cluster:
             values |= {**_CRON_SETTINGS, "cron.database_name": self.cron_database, "cron.host": str(self.socket_dir)}
         values |= self.settings
         lines = [f"{name} = '{value.replace(chr(39), chr(39) * 2)}'" for name, value in values.items()]
-        return "\n".join(["# written at every start by embedline.local.cluster", *lines, ""])
+        return "\n".join(
+            ["# written at every start by embedline.local.cluster", f"{_PATH_COMMENT}{self.python_path}", *lines, ""]
+        )
 
     def _write(self, name: str, text: str) -> None:
         path = self.data_dir / name
@@ -326,16 +352,24 @@ def server_user() -> pwd.struct_passwd:
     if os.geteuid() != 0:
         return pwd.getpwuid(os.geteuid())
     try:
-        return pwd.getpwnam("postgres")
+        return pwd.getpwnam(_SERVER_USER)
     except KeyError:
         raise SetupError("there is no OS user postgres; the server's package creates it\nRun: make setup") from None
 
 
-def as_server_user(command: Sequence[str]) -> list[str]:
+def _coming_server_user() -> pwd.struct_passwd:
+    """Return the OS user that will run the server: before its package is installed `nobody` stands for `postgres`."""
+    try:
+        return server_user()
+    except SetupError:
+        return pwd.getpwnam("nobody")
+
+
+def as_server_user(command: Sequence[str], user: pwd.struct_passwd | None = None) -> list[str]:
     """Return the command so that it runs as the server's OS user."""
     if os.geteuid() != 0:
         return list(command)
-    user = server_user()
+    user = user or server_user()
     return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", "--", *command]
 
 
@@ -364,17 +398,29 @@ for top in sys.argv[2:]:
 """
 
 
+def check_place(root: Path, source: Path, data_dir: Path) -> None:
+    """Refuse a checkout that the server's OS user could not read, before anything is installed."""
+    existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    check_reachable([root], "the checkout")
+    check_reachable([source], "the checkout", deep=True)
+    # A cluster that is there is its server's own.
+    if existing != data_dir:
+        check_reachable([existing], "the folder of the cluster's data directory")
+
+
 def check_reachable(paths: Sequence[Path], what: str, *, deep: bool = False) -> None:
     """Refuse paths that the server's OS user cannot read; name the very component that is closed to it."""
+    user = _coming_server_user()
     probe = ["/usr/bin/python3", "-I", "-c", _PROBE, "deep" if deep else "shallow", *(str(path) for path in paths)]
     done = subprocess.run(
-        as_server_user(probe), cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        as_server_user(probe, user), cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode == 0:
         return
     closed = (done.stderr.strip().splitlines() or ["?"])[-1]
     raise SetupError(
-        f'the OS user "{server_user().pw_name}", which runs the server, cannot read {what}: {closed} is closed to it\n'
+        f'the OS user "{_SERVER_USER if os.geteuid() == 0 else user.pw_name}", which runs the server, cannot read {what}:'
+        f" {closed} is closed to it\n"
         f"Either open it:  chmod o+rX {closed}\n"
         f"or clone Embedline where everybody may read, for example under /srv or /opt"
         f" (EMBEDLINE_PGDATA=… moves only the cluster's data)."

@@ -128,7 +128,6 @@ def distribution_source(folder: Path, codename: str) -> AptSource | None:
 
 def _build(major: int) -> None:
     """Build pgvector from the source suite with an apt state of its own: the machine's sources stay as they are."""
-    as_root(["make", "install"])  # without root it would fail at the very end
     release = system.os_release()
     source = distribution_source(_APT_SOURCES, release.get("VERSION_CODENAME", ""))
     if release.get("ID") != "debian" or source is None:
@@ -136,6 +135,7 @@ def _build(major: int) -> None:
             f"apt offers no postgresql-{major}-pgvector, and its source package can be had only on Debian\n"
             f"Install pgvector 0.8.0 or newer for PostgreSQL {major}, then run make again."
         )
+    system.ensure_build_packages(major)  # asks for root, too: without it the build would fail at its very end
     with tempfile.TemporaryDirectory(prefix="embedline-pgvector-") as name:
         folder = Path(name)
         apt_get = _private_apt_get(folder, source)

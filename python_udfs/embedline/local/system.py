@@ -1,4 +1,4 @@
-"""System packages: the PostgreSQL server, PL/Python, pg_cron, headers, the manual, and what builds pgvector."""
+"""System packages: the PostgreSQL server, PL/Python, pg_cron, the manual; compilers only where pgvector is built."""
 
 from __future__ import annotations
 
@@ -100,21 +100,23 @@ def required_packages(major: int) -> list[str]:
         f"postgresql-{major}",
         f"postgresql-plpython3-{major}",
         f"postgresql-{major}-cron",
-        f"postgresql-server-dev-{major}",
         f"postgresql-doc-{major}",
-        "build-essential",
-        "dpkg-dev",
-        "python3-dev",
         "python3-venv",
     ]
+
+
+def ensure_build_packages(major: int) -> None:
+    """Install what pgvector is built with."""
+    absent = missing([f"postgresql-server-dev-{major}", "build-essential", "dpkg-dev"])
+    if absent:
+        update_lists()
+        install(f"Installing what builds pgvector: {' '.join(absent)}", absent)
 
 
 def ensure_packages(major: int) -> None:
     """Install the missing system packages; leave the machine's own clusters alone."""
     if not Path("/usr/bin/apt-get").exists():
-        raise SetupError(
-            "the set-up needs Debian's apt-get; on another system see README.md, “Against any other server”"
-        )
+        raise SetupError("the set-up needs Debian's apt-get; on another system see README.md, “In a database of yours”")
     absent = missing(required_packages(major))
     if absent:
         update_lists()

@@ -1,21 +1,29 @@
-"""The virtual environment: of the very Python that the server's PL/Python links, so that the server can use it."""
+"""The virtual environment: of the very Python that the server's PL/Python links, so that the server can use it.
+
+Filled in layers, each only when a step needs it: what the demo runs with, the developers' tools, and torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import quote
 
 from embedline.local import system
 from embedline.local.console import SetupError, capture, run_step, say
 from embedline.local.settings import Settings
 
-# A plain `torch` can pull gigabytes of CUDA libraries; of this version the CPU build is taken where one is offered.
-# Where it cannot be had, the lower bound of the `local` extra decides.
-_TORCH = "torch==2.13.0"
-_EXTRAS = "local,dev"
+# The tested version first. A plain `torch` can pull gigabytes of CUDA libraries, so the plan is read before it is followed.
+_TORCH = ("torch==2.13.0", "torch>=2.6")
+_CUDA_PACKAGE = re.compile(r"nvidia-|cuda-|triton")
+_TORCH_EXTRA, _TOOLS_EXTRA, _DEMO_EXTRA = "local", "dev", "demo"
+# Longest interpreter line that the kernel reads (BINPRM_BUF_SIZE); pip writes another form for longer paths.
+_SHEBANG_BYTES = 127
 
 
 def linked_python(major: int) -> str:
@@ -28,34 +36,87 @@ def linked_python(major: int) -> str:
 
 
 def ensure_virtualenv(settings: Settings, major: int) -> None:
-    """Create the environment and install the package into it, unless that was done for this very pyproject.toml."""
+    """Create the environment and install the package into it, with what its demo needs."""
     version = linked_python(major)
-    stamp = settings.venv / "embedline.stamp"
-    fingerprint = _fingerprint(settings, version)
-    if stamp.is_file() and stamp.read_text() == fingerprint and settings.python.exists():
-        say(f"The virtual environment is up to date (Python {version})")
-        return
+    _mend_moved(settings)
     _create(settings, version)
-    pip = [str(settings.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
-    try:
-        run_step(f"Installing {_TORCH}", [*pip, _TORCH])
-    except SetupError:
-        say(f"{_TORCH} is not to be had for this machine; taking the newest that is")
-    run_step(
-        f"Installing Embedline with its extras {_EXTRAS}",
-        [*pip, "--upgrade-strategy", "only-if-needed", "--editable", f"{settings.root}[{_EXTRAS}]"],
-    )
-    stamp.write_text(fingerprint)
+    _ensure_layer(settings, _DEMO_EXTRA, f"The virtual environment is up to date (Python {version})")
+
+
+def ensure_tools(settings: Settings) -> None:
+    """Install what tests and linters need."""
+    _ensure_layer(settings, _TOOLS_EXTRA, "The developers' tools are up to date")
+
+
+def ensure_torch(settings: Settings, wish: str) -> None:
+    """Install torch and sentence-transformers: always (wish "1"), never ("0"), or if a build without CUDA is offered ("")."""
+    if wish not in ("", "0", "1"):
+        raise SetupError(f"TORCH={wish} is no choice\nUse TORCH=1 to install torch, TORCH=0 to leave it out.")
+    if wish == "0" or _is_installed(settings, _TORCH_EXTRA):
+        return
+    refused = settings.venv / "embedline-no-torch.stamp"
+    if not wish and refused.is_file() and refused.read_text() == _fingerprint(settings):
+        _say_without_torch()
+        return
+    requirement = next((name for name in _TORCH if _is_without_cuda(settings, name)), None)
+    if requirement is None and not wish:
+        refused.write_text(_fingerprint(settings))
+        _say_without_torch()
+        return
+    run_step(f"Installing {requirement or _TORCH[-1]}", [*_pip(settings), requirement or _TORCH[-1]])
+    _ensure_layer(settings, _TORCH_EXTRA, "")
 
 
 def compile_sources(settings: Settings) -> None:
     """Compile the package's sources, as pip does for an installed package; what is up to date is skipped.
 
-    The server's OS user may write nothing here: without this each of its sessions compiles them anew, for 0.1 s.
+    The server's OS user may write nothing here: without this each of its sessions compiles them again, for 0.1 s.
     """
     command = [str(settings.python), "-m", "compileall", "-q", str(settings.source)]
     if subprocess.run(command, check=False).returncode != 0:
         say("The sources cannot be compiled ahead; sessions of the server begin more slowly")
+
+
+def _say_without_torch() -> None:
+    say(
+        "No build of torch without CUDA is offered here: tests that need torch are skipped (make test TORCH=1 installs it)"
+    )
+
+
+def _is_without_cuda(settings: Settings, requirement: str) -> bool:
+    """Return True if pip would install torch without CUDA's libraries; nothing is installed."""
+    say(f"Asking pip what {requirement} would install")
+    plan = [*_pip(settings), "--quiet", "--dry-run", "--report", "-", requirement]
+    done = subprocess.run(plan, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        return False
+    names = [str(item["metadata"]["name"]).lower() for item in json.loads(done.stdout)["install"]]
+    return not any(_CUDA_PACKAGE.match(name) for name in names)
+
+
+def _pip(settings: Settings) -> list[str]:
+    return [str(settings.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+
+
+def _ensure_layer(settings: Settings, extra: str, present: str) -> None:
+    """Install the package with an extra, unless that was done for this very pyproject.toml."""
+    if _is_installed(settings, extra):
+        say(present)
+        return
+    run_step(
+        f"Installing Embedline with its extra {extra}",
+        [*_pip(settings), "--upgrade-strategy", "only-if-needed", "--editable", f"{settings.root}[{extra}]"],
+    )
+    _stamp(settings, extra).write_text(_fingerprint(settings))
+
+
+def _stamp(settings: Settings, extra: str) -> Path:
+    return settings.venv / f"embedline-{extra}.stamp"
+
+
+def _is_installed(settings: Settings, extra: str) -> bool:
+    stamp = _stamp(settings, extra)
+    return stamp.is_file() and stamp.read_text() == _fingerprint(settings)
 
 
 def _create(settings: Settings, version: str) -> None:
@@ -72,7 +133,47 @@ def _create(settings: Settings, version: str) -> None:
     run_step(f"Creating .venv with Python {version}", [str(interpreter), "-m", "venv", str(settings.venv)])
 
 
-def _fingerprint(settings: Settings, version: str) -> str:
+def _mend_moved(settings: Settings) -> None:
+    """Put this checkout's path into an environment that was moved or copied here; its scripts name the other path."""
+    old = _recorded_path(settings.venv / "pyvenv.cfg")
+    if old is None or old == settings.venv:
+        return
+    say(f"The checkout was moved or copied from {old.parent}: mending .venv")
+    shebang = f"#!{settings.python}"
+    if " " in shebang or len(os.fsencode(shebang)) > _SHEBANG_BYTES:
+        # Its scripts need another form, which pip writes.
+        shutil.rmtree(settings.venv)
+        return
+    site_packages = settings.site_packages
+    linked = [*site_packages.glob("*.pth"), *site_packages.glob("embedline-*.dist-info/direct_url.json")]
+    # The configuration last: it tells that all is done.
+    for path in [*sorted((settings.venv / "bin").iterdir()), *linked, settings.venv / "pyvenv.cfg"]:
+        if path.is_file() and not path.is_symlink():
+            _replace_path(path, old.parent, settings.root)
+
+
+def _recorded_path(configuration: Path) -> Path | None:
+    """Return where an environment was made, None where there is none."""
+    try:
+        match = re.search(r"^command = .* -m venv (?:--\S+ )*(.+)$", configuration.read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return None
+    return Path(match.group(1)) if match else None
+
+
+def _replace_path(path: Path, old: Path, new: Path) -> None:
+    content = path.read_bytes()
+    if b"\0" in content:  # a program
+        return
+    # What pip notes as a URL is written as one.
+    before, after = (quote(str(old)), quote(str(new))) if path.suffix == ".json" else (str(old), str(new))
+    # A whole path: /srv/embedline is no part of /srv/embedline-2.
+    pattern = re.compile(re.escape(os.fsencode(before)) + rb"(?![\w.-])")
+    changed = pattern.sub(lambda _: os.fsencode(after), content)
+    if changed != content:
+        path.write_bytes(changed)
+
+
+def _fingerprint(settings: Settings) -> str:
     digest = hashlib.sha256((settings.root / "pyproject.toml").read_bytes())
-    digest.update(f"\0{version}\0{settings.root}\0{_TORCH}\0{_EXTRAS}".encode())
     return digest.hexdigest() + "\n"

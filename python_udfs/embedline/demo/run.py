@@ -50,7 +50,8 @@ class DemoFailed(Exception):
 class Demo:
     """What differs between the models: which pages, and what is asked.
 
-    Each question stands with the pages that answer it; tests hold the search to them. `required_recall` is None where no figure was promised.
+    Each question stands with the pages that answer it; tests hold the search to them.
+    `required_recall` is None where no figure was promised.
     """
 
     model: str

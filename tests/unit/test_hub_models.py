@@ -124,15 +124,26 @@ def test_a_hub_that_may_not_be_asked_is_named_with_the_way_out(ask: Ask, monkeyp
 
 
 @pytest.mark.parametrize("hub", [silent_hub, refusing_hub])
+@pytest.mark.parametrize(
+    ("model", "options", "dimensions"),
+    [("static-256", {}, 256), ("all-MiniLM-L6-v2", {"backend": "onnx", "precision": "int8"}, 384)],
+)
 def test_a_model_that_was_fetched_before_needs_no_hub(
-    ask: Ask, hub_home: Path, hub: Callable[[], contextlib.AbstractContextManager[str]]
+    ask: Ask,
+    hub_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hub: Callable[[], contextlib.AbstractContextManager[str]],
+    model: str,
+    options: dict[str, object],
+    dimensions: int,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(hub_home / "cache"))
     cached = hub_home / "hub" / f"models--{NAME.replace('/', '--')}"
-    shutil.copytree(MODELS / "static-256", cached / "snapshots" / COMMIT)
+    shutil.copytree(MODELS / model, cached / "snapshots" / COMMIT)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
     with hub() as endpoint:
-        assert ask(endpoint).probe().result(LIMIT).dimensions == 256
+        assert ask(endpoint, **options).probe().result(LIMIT).dimensions == dimensions
 
 
 def test_a_model_that_the_hub_does_not_have_is_told_apart_from_a_silent_hub(ask: Ask) -> None:

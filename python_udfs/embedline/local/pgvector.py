@@ -135,7 +135,8 @@ def _build(major: int) -> None:
             f"apt offers no postgresql-{major}-pgvector, and its source package can be had only on Debian\n"
             f"Install pgvector 0.8.0 or newer for PostgreSQL {major}, then run make again."
         )
-    system.ensure_build_packages(major)  # asks for root, too: without it the build would fail at its very end
+    as_root(["make", "install"])  # without root it would fail at the very end
+    system.ensure_build_packages()
     with tempfile.TemporaryDirectory(prefix="embedline-pgvector-") as name:
         folder = Path(name)
         apt_get = _private_apt_get(folder, source)
@@ -149,11 +150,30 @@ def _build(major: int) -> None:
         run_step(f"Unpacking pgvector {version}", ["dpkg-source", "-x", str(description), str(tree)], cwd=folder)
         # OPTFLAGS="": -march=native would tie the library to this very processor.
         make = ["make", "-C", str(tree), "OPTFLAGS=", f"PG_CONFIG={system.bin_dir(major) / 'pg_config'}"]
+        make += _server_headers(major, folder)
         environment = {
             key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
         }
         run_step(f"Building pgvector {version}", [*make, f"-j{os.cpu_count() or 1}"], env=environment)
         run_step(f"Installing pgvector {version}", as_root([*make, "install"]), env=environment)
+
+
+def _server_headers(major: int, folder: Path) -> list[str]:
+    """Return what make needs to find the server's headers; they are unpacked where their package is not installed.
+
+    That package depends on LLVM and its development files, 700 MB on Debian 12, for bitcode that nothing here needs.
+    """
+    installed = system.pg_config(major, "includedir-server")
+    if (installed / "postgres.h").exists():
+        return ["with_llvm=no"]
+    package = f"postgresql-server-dev-{major}"
+    system.update_lists()
+    download = ["apt-get", "-q", "-o", "APT::Sandbox::User=", "download", package]
+    run_step(f"Downloading {package}", download, cwd=folder)
+    (archive,) = folder.glob(f"{package}_*.deb")
+    unpacked = folder / "headers"
+    run_step(f"Unpacking {package}", ["dpkg-deb", "-x", str(archive), str(unpacked)])
+    return ["with_llvm=no", f"includedir_server={unpacked / installed.relative_to('/')}"]
 
 
 def _private_apt_get(folder: Path, source: AptSource) -> list[str]:

@@ -105,9 +105,9 @@ def required_packages(major: int) -> list[str]:
     ]
 
 
-def ensure_build_packages(major: int) -> None:
-    """Install what pgvector is built with."""
-    absent = missing([f"postgresql-server-dev-{major}", "build-essential", "dpkg-dev"])
+def ensure_build_packages() -> None:
+    """Install what pgvector, written in C, is built with."""
+    absent = missing(["gcc", "libc6-dev", "make", "dpkg-dev"])
     if absent:
         update_lists()
         install(f"Installing what builds pgvector: {' '.join(absent)}", absent)

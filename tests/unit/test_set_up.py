@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,18 +99,24 @@ def test_no_compiler_is_installed_where_pgvector_is_a_package() -> None:
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as another user")
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter; pytest's own are closed to the server's."""
+    with tempfile.TemporaryDirectory(prefix="embedline-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @as_root
 @pytest.mark.parametrize("server_user", ["postgres", "embedline-not-installed-yet"])
 def test_a_checkout_that_the_server_cannot_read_is_refused_first(
-    server_user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server_user: str, open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "_SERVER_USER", server_user)
-    home = tmp_path / "home"
+    home = open_folder / "home"
     source = home / "embedline" / "python_udfs"
     source.mkdir(parents=True)
     (source / "module.py").write_text("")
-    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        folder.chmod(0o755)
     root, data_dir = source.parent, source.parent / ".postgres"
     check_place(root, source, data_dir)
 
@@ -120,7 +128,7 @@ def test_a_checkout_that_the_server_cannot_read_is_refused_first(
     with pytest.raises(SetupError, match=r"module\.py is closed to it"):
         check_place(root, source, data_dir)
     (source / "module.py").chmod(0o644)
-    closed = tmp_path / "closed"
+    closed = open_folder / "closed"
     closed.mkdir(mode=0o700)
     with pytest.raises(SetupError, match=f"{closed} is closed to it"):
         check_place(root, source, closed / "deep" / "data")

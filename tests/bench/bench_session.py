@@ -78,7 +78,7 @@ def _prepare(bench: Bench, session: Session, source: Source) -> None:
     columns, values, key = KEYS[source.kind]
     session.execute(f"CREATE TABLE {source.name} ({columns}, body text NOT NULL, PRIMARY KEY ({key}))")
     session.execute(
-        f"INSERT INTO {source.name} ({key}, body) SELECT {values}, body FROM bench_text WHERE n < %s", (source.rows,)
+        f"INSERT INTO {source.name} ({key}, body) SELECT {values}, body FROM bench_text WHERE n < {source.rows}"
     )
     session.execute("SELECT embedline.create_pipeline(%s, %s::regclass, 'body', %s)", (source.name, source.name, MODEL))
     task = bench.progress.add_task(f"Embedding {source.rows:,} rows, {source.kind}", total=source.rows)

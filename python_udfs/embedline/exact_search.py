@@ -14,7 +14,8 @@ import numpy.typing as npt
 from embedline import vectors
 from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident, vector_schema
-from embedline.ranking import QueryVectors, key_expression, version_view
+from embedline.nearest import version_view
+from embedline.ranking import QueryVectors, key_expression
 from embedline.vectors import FloatMatrix
 
 # Vectors read at a time: 384 dimensions take 12 MB, the distances of 200 queries 13 MB.

@@ -31,8 +31,9 @@ from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.evaluation import GateOptions, record, score_rankings
 from embedline.exact_search import ExactRanking, read_pages
 from embedline.gate_report import Row
+from embedline.nearest import version_view
 from embedline.pipelines import require_control
-from embedline.ranking import embed_queries, version_view
+from embedline.ranking import embed_queries
 from embedline.vectors import FloatMatrix
 
 _SAMPLE = (100, 100_000)

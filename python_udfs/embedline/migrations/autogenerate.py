@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("alembic.embedline")
 
-OWN_SCHEMAS = ("embedline", "embedline_data", "embedline_expression")
+OWN_SCHEMAS = ("embedline", "embedline_data", "embedline_expression", "embedline_search")
 
 # The views over generated tables, in the schemas of the sources; models may map them. From the system's catalogue alone, since
 # whoever writes migrations may have no right on Embedline's.

@@ -22,7 +22,7 @@ from embedline.catalog import chunk_table_suffix
 from embedline.database import EXPRESSION_SCHEMA, data_name, quote_ident, quote_literal
 
 # The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
-CODE_VERSION = 5
+CODE_VERSION = 6
 
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (

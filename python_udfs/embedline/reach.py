@@ -35,7 +35,7 @@ from embedline.vectors import FloatMatrix
 # Vectors that stand for all of a version, and which of their similarities tells how far a vector is from them.
 _SAMPLE, _RANK = 1000, 10
 # The farthest rows are ranked exactly with every search: this share of them, and 4 MB of vectors at most (2 ms).
-_FAR_SHARE, _FAR_BYTES = 0.05, 4_000_000
+_FAR_SHARE, _FAR_BYTES = 0.03, 4_000_000
 # Vectors scored at a time, and the seconds that one call of `advance` may take.
 _PAGE, _SECONDS = 2000, 0.5
 # Queries of each kind that a measurement asks, and neighbours that each looks for.

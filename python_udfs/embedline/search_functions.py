@@ -1,9 +1,10 @@
-"""Generating what ranks a version's chunks: three functions of each version, and the table of rows ranked exactly.
+"""Generating what ranks a version's chunks: four functions of each version, and the table of rows ranked exactly.
 
-    embedline_search.<pipeline>_v<n>_nearest(query, row_limit)                     by the index, as far as it reaches
-    embedline_search.<pipeline>_v<n>_beside(query, row_limit, after, newest)      exactly, what the index may not reach
-    embedline_search.<pipeline>_v<n>_ranked(query, row_limit)                      exactly, all
-    embedline_data.<pipeline>_v<n>_exact                                           copies of vectors that are far from all others
+    embedline_search.<pipeline>_v<n>_nearest(query, row_limit)                   by the index, as far as it reaches
+    embedline_search.<pipeline>_v<n>_beside(query, row_limit, after, newest)    exactly, what the index may not reach
+    embedline_search.<pipeline>_v<n>_search(query, row_limit, after, newest)    both of these, the best of them
+    embedline_search.<pipeline>_v<n>_ranked(query, row_limit)                    exactly, all
+    embedline_data.<pipeline>_v<n>_exact                                         copies of vectors that are far from all others
 
 They rank a version's table alone and join only the best rows with their source, so no estimate of a join can lead the
 planner away from the index. With a key of two columns it expected 5 rows of 4,999, and ranked all of them exactly.
@@ -24,7 +25,7 @@ from embedline.source import Source
 _INLINE_BYTES = 8000
 # Rows of the table of exact ones that may be gone from the version since the last check, among the nearest.
 _GONE = 200
-SUFFIXES = ("nearest", "beside", "ranked")
+SUFFIXES = ("nearest", "search", "beside", "ranked")
 _RETURNS = "TABLE (chunk_id bigint, key text, chunk text, distance double precision, considered bigint)"
 
 
@@ -56,7 +57,7 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline, schema: str) -> l
     """Return the statements that create the functions, or replace them."""
     vectors, column = pipeline.vectors, quote_ident(pipeline.version.column)
     distance = f"OPERATOR({schema}.{pipeline.version.operator}) query"
-    nearest = (
+    by_index = (
         f"SELECT v.chunk_id, v.{column} {distance} AS distance FROM {vectors} AS v"
         f" ORDER BY v.{column} {distance} LIMIT row_limit"
     )
@@ -65,7 +66,7 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline, schema: str) -> l
         f"SELECT v.chunk_id, v.{column} {distance} AS distance FROM {vectors} AS v"
         f" ORDER BY (v.{column} {distance}) OPERATOR(pg_catalog.+) 0::double precision LIMIT row_limit"
     )
-    beside = (
+    exactly = (
         f"SELECT b.chunk_id, b.distance FROM (SELECT u.chunk_id, u.embedding {distance} AS distance FROM ("
         f"SELECT e.chunk_id, e.embedding FROM {pipeline.exact} AS e"
         f" UNION ALL (SELECT v.chunk_id, v.{column} FROM {vectors} AS v"
@@ -74,18 +75,25 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline, schema: str) -> l
         f" WHERE EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id OPERATOR(pg_catalog.=) b.chunk_id)"
         " ORDER BY b.distance LIMIT row_limit"
     )
-    parameters = f"query {schema}.{pipeline.version.column_type}, row_limit bigint"
+    counted = "SELECT i.chunk_id, i.distance, count(*) OVER () AS considered FROM ({}) AS i"
+    both = (
+        "SELECT m.chunk_id, min(m.distance) AS distance, max(max(m.considered)) OVER () AS considered FROM ("
+        f"({counted.format(by_index)}) UNION ALL SELECT b.chunk_id, b.distance, NULL FROM ({exactly}) AS b"
+        ") AS m GROUP BY m.chunk_id ORDER BY 2 LIMIT row_limit"
+    )
+    query, new = f"query {schema}.{pipeline.version.column_type}, row_limit bigint", "after bigint, newest bigint"
     return [
-        _function(plan, pipeline, "nearest", parameters, nearest),
-        _function(plan, pipeline, "beside", f"{parameters}, after bigint, newest bigint", beside),
-        _function(plan, pipeline, "ranked", parameters, all_rows),
+        _function(plan, pipeline, "nearest", query, counted.format(by_index)),
+        _function(plan, pipeline, "search", f"{query}, {new}", both),
+        _function(plan, pipeline, "beside", f"{query}, {new}", counted.format(exactly)),
+        _function(plan, pipeline, "ranked", query, counted.format(all_rows)),
     ]
 
 
-def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: str, inner: str) -> str:
-    """Return a function around a ranking of (chunk_id, distance): its rows with key and chunk, as the source shows them.
+def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: str, ranking: str) -> str:
+    """Return a function around a ranking of (chunk_id, distance, considered): its rows as the source shows them.
 
-    `considered` is the number of rows that the ranking had, so that a caller knows whether there may be more.
+    `considered` is the number of rows that the index had, or what ranks in its place: less than asked for means no more.
     """
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
     keys = ", ".join(f"s.{quote_ident(key.source_name)}::text" for key in plan.keys)
@@ -93,8 +101,7 @@ def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: st
     return f"""CREATE OR REPLACE FUNCTION {pipeline.search_function(suffix)}({parameters})
         RETURNS {_RETURNS} LANGUAGE sql STABLE PARALLEL SAFE
         BEGIN ATOMIC
-            SELECT n.chunk_id, {shown}, c.content, n.distance, n.considered
-            FROM (SELECT i.chunk_id, i.distance, count(*) OVER () AS considered FROM ({inner}) AS i) AS n
+            SELECT n.chunk_id, {shown}, c.content, n.distance, n.considered FROM ({ranking}) AS n
             JOIN {pipeline.chunk} AS c ON c.chunk_id OPERATOR(pg_catalog.=) n.chunk_id
             JOIN {plan.rows} AS s ON {join};
         END"""

@@ -104,9 +104,7 @@ def test_the_plan_uses_the_index(
     _prepare(module_database, name, view, filled)
     # From the sixth execution on the planner may take a generic plan.
     for _ in range(7):
-        plan = json.dumps(
-            scalar(module_database, f"EXPLAIN (FORMAT json) EXECUTE ranking ('{vectors[0].tolist()}')")
-        )
+        plan = json.dumps(scalar(module_database, f"EXPLAIN (FORMAT json) EXECUTE ranking ('{vectors[0].tolist()}')"))
         assert f"page_v1_{name or 'embedding'}_idx" in plan
         assert "Seq Scan" not in plan
         assert "Hash Join" not in plan

@@ -16,11 +16,55 @@ from support import create_pipeline, drain, scalar
 from working import dsn_of
 
 ROWS = 3_000
-WORDS = (
-    "index table row vacuum lock transaction query planner buffer page cache log replica slot checkpoint commit"
-    " rollback trigger function schema role grant column type array json key constraint view sequence partition"
-    " tablespace backup restore archive stream worker process memory disk sort hash join scan filter aggregate window"
-).split()
+WORDS = [
+    "index",
+    "table",
+    "row",
+    "vacuum",
+    "lock",
+    "transaction",
+    "query",
+    "planner",
+    "buffer",
+    "page",
+    "cache",
+    "log",
+    "replica",
+    "slot",
+    "checkpoint",
+    "commit",
+    "rollback",
+    "trigger",
+    "function",
+    "schema",
+    "role",
+    "grant",
+    "column",
+    "type",
+    "array",
+    "json",
+    "key",
+    "constraint",
+    "view",
+    "sequence",
+    "partition",
+    "tablespace",
+    "backup",
+    "restore",
+    "archive",
+    "stream",
+    "worker",
+    "process",
+    "memory",
+    "disk",
+    "sort",
+    "hash",
+    "join",
+    "scan",
+    "filter",
+    "aggregate",
+    "window",
+]
 # Sentences on other subjects, each with a question about it in other words.
 OFF_TOPIC = {
     900_001: ("Simmer the onions in butter before you add the tomatoes.", "cooking vegetables in butter"),
@@ -162,17 +206,22 @@ def test_measuring_chooses_an_ef_search_and_shows_it(poor_index: psycopg.Connect
     assert 40 <= measured[0] <= 1000
     assert set(measured[2]) == {"stored", "off_centre"}
     assert sum(kind["queries"] for kind in measured[2].values()) >= 200
-    shown = poor_index.execute("SELECT ef_search, index_recall FROM embedline.versions WHERE pipeline = 'page'").fetchone()
+    shown = poor_index.execute(
+        "SELECT ef_search, index_recall FROM embedline.versions WHERE pipeline = 'page'"
+    ).fetchone()
     assert shown == (measured[0], measured[1])
 
 
 @pytest.mark.parametrize(
-    ("where", "limit", "offset"), [("true", 100, 0), ("true", 20, 150), ("lang = 'de'", 20, 0), ("lang = 'de'", 100, 50)]
+    ("where", "limit", "offset"),
+    [("true", 100, 0), ("true", 20, 150), ("lang = 'de'", 20, 0), ("lang = 'de'", 100, 50)],
 )
 def test_the_routing_view_gives_as_many_rows_as_asked_for(
     poor_index: psycopg.Connection, where: str, limit: int, offset: int
 ) -> None:
-    view = f"SELECT id FROM page_embedding WHERE {where} ORDER BY embedding <=> (SELECT embedline.embed_query('page', %s))"
+    view = (
+        f"SELECT id FROM page_embedding WHERE {where} ORDER BY embedding <=> (SELECT embedline.embed_query('page', %s))"
+    )
     rows = poor_index.execute(f"{view} LIMIT {limit} OFFSET {offset}", ("lock of a row",)).fetchall()
     assert len(rows) == limit
     # Not beyond the statement.
@@ -188,7 +237,9 @@ def test_settings_of_the_session_stay(poor_index: psycopg.Connection) -> None:
 
 
 def test_rows_that_score_alike_come_in_the_order_of_their_keys(poor_index: psycopg.Connection) -> None:
-    poor_index.execute("INSERT INTO page SELECT n, 'seven grey geese', 'en' FROM generate_series(800008, 800001, -1) AS n")
+    poor_index.execute(
+        "INSERT INTO page SELECT n, 'seven grey geese', 'en' FROM generate_series(800008, 800001, -1) AS n"
+    )
     try:
         drain(poor_index)
         search = "SELECT key::integer FROM embedline.search('page', 'seven grey geese', 5)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from rich.table import Table
 import embedline
 from embedline import index_build
 from embedline.errors import EmbedlineError, ProviderError
+from embedline.migration_display import Direction, MigrationDisplay, quiet_alembic
 
 app = typer.Typer(
     help="Vector embeddings in PostgreSQL, kept true to their source rows.",
@@ -36,6 +38,7 @@ Dsn = Annotated[
         show_default=False,
     ),
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print Alembic's own messages, too.")]
 Connection = psycopg.Connection[tuple[Any, ...]]
 Verdict = Literal["ok", "note", "warning", "error"]
 
@@ -52,17 +55,21 @@ _COLOURS: dict[Verdict, str] = {"ok": "green", "note": "cyan", "warning": "yello
 
 
 @app.command()
-def upgrade(dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision.")] = "head") -> None:
+def upgrade(
+    dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision.")] = "head", verbose: Verbose = False
+) -> None:
     """Install Embedline into a database, or bring it to the package's version."""
-    _migrate(dsn, "upgrade", revision)
+    _migrate(dsn, "upgrade", revision, verbose)
 
 
 @app.command()
 def downgrade(
-    dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision; base removes everything.")]
+    dsn: Dsn,
+    revision: Annotated[str, typer.Argument(help="Alembic revision; base removes everything.")],
+    verbose: Verbose = False,
 ) -> None:
     """Go back to an earlier revision; `base` removes every trace except your own tables."""
-    _migrate(dsn, "downgrade", revision)
+    _migrate(dsn, "downgrade", revision, verbose)
 
 
 @app.command()
@@ -143,13 +150,15 @@ def upgrade_model(
     rollback_window: Annotated[str | None, typer.Option(help="An interval; 48 hours unless given.")] = None,
     head: Annotated[str, typer.Option(help="Revision that the chain follows.")] = "head",
     contract: Annotated[bool, typer.Option(help="Write the last revision now, too.")] = True,
+    verbose: Verbose = False,
 ) -> None:
     """Write the revisions of a model upgrade (expand, index, cutover, contract) into an Alembic environment."""
     recipe = _given(model=model, column_type=column_type, distance=distance, chunking=chunking)
     recipe |= _given(chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
     settings = _given(canaries=canaries, backfill_order=backfill_order, backfill_rate=backfill_rate)
     settings |= _given(wait_seconds=wait_seconds, rollback_window=rollback_window)
-    _write_upgrade(config, pipeline, recipe, settings, head, contract)
+    with quiet_alembic(verbose):
+        _write_upgrade(config, pipeline, recipe, settings, head, contract)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -442,19 +451,30 @@ def _memory(connection: Connection, shm: Finding | None) -> Finding:
     return Finding("memory", found, "ok")
 
 
-def _migrate(dsn: str, direction: Literal["upgrade", "downgrade"], revision: str) -> None:
+def _migrate(dsn: str, direction: Direction, revision: str, verbose: bool) -> None:
     from alembic import command
     from alembic.util import CommandError
 
-    with _connect(dsn):
-        pass  # a wrong address is told in one line, not in SQLAlchemy's many
+    with _connect(dsn) as connection:  # a wrong address is told in one line, not in SQLAlchemy's many
+        display = MigrationDisplay(direction, connection.info.dbname)
+    config = _alembic_config(dsn)
+    config.attributes["on_version_apply"] = display.applied
+    if direction == "downgrade":
+        # What the installation would lack is no news to somebody who takes it away.
+        logging.getLogger("embedline").addFilter(lambda record: "pg_cron is not in" not in record.getMessage())
     try:
-        getattr(command, direction)(_alembic_config(dsn), revision)
-        typer.echo(f"Embedline {embedline.__version__}: {direction} to {revision} is done")
+        with quiet_alembic(verbose):
+            getattr(command, direction)(config, revision)
+        typer.echo(display.summary(revision))
+    except SystemExit:
+        display.failed()
+        raise
     except CommandError as error:
+        display.failed()
         _fail(str(error))
     except Exception as error:
         original = getattr(error, "orig", None)
+        display.failed()
         if not isinstance(original, psycopg.Error):
             raise
         _fail(_message(original))

@@ -1,4 +1,4 @@
--- One row for each evaluate or preview_version that runs now: its step, and how far that is. Reads locks, waits for none.
+-- One row for each evaluate or preview_version that runs now: its step, and how far that is. Reads locks alone.
 -- SECURITY DEFINER, for when a statement of another role began is hidden from all but superusers.
 CREATE OR REPLACE FUNCTION embedline.evaluation_progress(pipeline_name text DEFAULT NULL)
 RETURNS TABLE (

@@ -13,12 +13,13 @@ from embedline.live_display import Line
 
 _PIPELINES = """
     SELECT s.pipeline, s.pending, s.backfill_percent::float8, s.backfill_complete, s.last_error, s.dead_letters,
-        c.reltuples::float8, c.oid::regclass::text
+        s.backfill_total - s.backfill_done, c.reltuples::float8, c.relpages,
+        pg_relation_size(c.oid) / current_setting('block_size')::integer, c.oid::regclass::text
     FROM embedline.status AS s JOIN embedline.pipeline AS p ON p.name = s.pipeline JOIN pg_class AS c ON c.oid = p.source
     WHERE s.state = 'active' AND (s.pipeline = {name} OR {name} IS NULL) ORDER BY s.pipeline
 """
 _VERSIONS = """
-    SELECT v.pipeline, v.version, v.chunks, v.missing - v.dead_letters, v.dead_letters - v.accepted, v.last_error, v.state
+    SELECT v.pipeline, v.version, v.missing - v.dead_letters, v.dead_letters - v.accepted, v.last_error, v.state
     FROM embedline.versions AS v JOIN embedline.status AS s USING (pipeline)
     WHERE NOT v.serving AND s.state = 'active' AND (v.pipeline = {name} OR {name} IS NULL) ORDER BY 1, 2
 """
@@ -33,12 +34,11 @@ _EMBEDDED = re.compile(r"embedline worker: (([\d,]+) rows? embedded.*)")
 
 @dataclass(frozen=True)
 class Task:
-    """What is left of a pipeline, or of a version that is filled; `left` and `total` None: not known."""
+    """What is left of a pipeline, or of a version that is filled; `left` None: not known."""
 
     name: str
     unit: str
     left: int | None
-    total: int | None
     is_estimate: bool
     percent: float | None
     last_error: str | None
@@ -80,32 +80,27 @@ class WorkerDisplay:
 
     def _pipelines(self, execute: Execute) -> list[Task]:
         found = []
-        for name, pending, percent, is_complete, error, dead, tuples, source in execute(
+        for name, pending, percent, is_complete, error, dead, *size, source in execute(
             _PIPELINES.format(name=self._name)
         ):
-            share = 1.0 if is_complete else percent / 100
-            rows = tuples if tuples >= 0 or is_complete else self._rows(execute, source)
-            total = None if rows is None else max(int(rows), 0)
-            if is_complete:
-                left: int | None = int(pending)
-            else:
-                # The last rows are counted when the backfill is closed.
-                left = None if total is None else max(int(pending + (1 - share) * total), 1)
+            unread: float | None = 0.0 if is_complete else self._unread(execute, source, 1 - percent / 100, *size)
+            # The last rows are counted when the backfill is closed.
+            left = None if unread is None else max(int(pending + unread), 0 if is_complete else 1)
             remedy = f"SELECT embedline.requeue({quote_literal(name)});"
-            found.append(
-                Task(
-                    name,
-                    "rows",
-                    left,
-                    total,
-                    not is_complete,
-                    None if is_complete else percent,
-                    error,
-                    int(dead),
-                    remedy,
-                )
-            )
+            found.append(Task(name, "rows", left, not is_complete, float(percent), error, int(dead), remedy))
         return found
+
+    def _unread(
+        self, execute: Execute, source: str, share: float, blocks: int, tuples: float, pages: int, pages_now: int
+    ) -> float | None:
+        """Return about how many rows are in the blocks that the backfill has not read; None if nothing tells."""
+        if tuples >= 0 and pages > 0:
+            return float(blocks) * tuples / pages
+        rows = tuples if tuples >= 0 else self._rows(execute, source)
+        if rows is None:
+            return None
+        # A partitioned table has no pages of its own.
+        return rows * (min(blocks / pages_now, 1.0) if pages_now else share)
 
     def _rows(self, execute: Execute, source: str) -> float | None:
         if source not in self._planned:
@@ -119,12 +114,10 @@ class WorkerDisplay:
 
     def _versions(self, execute: Execute) -> list[Task]:
         found = []
-        for name, number, chunks, missing, dead, error, state in execute(_VERSIONS.format(name=self._name)):
+        for name, number, missing, dead, error, state in execute(_VERSIONS.format(name=self._name)):
             left = max(int(missing), 0 if state == "complete" else 1)
             remedy = f"SELECT embedline.requeue_version({quote_literal(name)}, {number});"
-            found.append(
-                Task(f"{name} v{number}", "chunks", left, int(chunks), False, None, error, max(int(dead), 0), remedy)
-            )
+            found.append(Task(f"{name} v{number}", "chunks", left, False, None, error, max(int(dead), 0), remedy))
         return found
 
     def _line(self, task: Task) -> Line:

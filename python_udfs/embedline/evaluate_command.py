@@ -29,7 +29,7 @@ _EVALUATE = """
 """
 _COLUMNS = ("measure", "old", "new", "difference", "low", "high", "verdict", "detail")
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "alarm": "yellow"}
-# Wide enough for every detail in a pipe, where nobody wraps lines.
+# Columns in a pipe: wide enough that no detail is wrapped.
 _PIPE_COLUMNS = 1000
 
 

@@ -241,7 +241,7 @@ def run_worker(
         plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
         if until_idle:
-            # Somebody waits for it; a scheduled worker has nobody to tell. `embedline worker` reads this, too.
+            # For the client that waits for it; a scheduled worker has none. `embedline worker` reads this, too.
             plpy.notice(f"embedline worker: {cache[_CACHE_KEY].embedded}")
     except Exception as error:
         raise in_plain_words(plpy, error) from None

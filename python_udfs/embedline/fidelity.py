@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedline import gate, precision
+from embedline import gate, precision, progress
 from embedline.catalog import Pipeline
 from embedline.database import Session
 from embedline.errors import NotReady
@@ -119,12 +119,12 @@ def _figures(
                 f'the planner cannot use index "{index.name}"',
                 hint=f"SELECT * FROM embedline.index_progress('{pipeline.name}'); shows the indexes.",
             )
-        recalls, seconds = _ask(Ranker(session, pipeline, index=index), pipeline, sample)
+        recalls, seconds = _ask(Ranker(session, pipeline, index=index), sample)
     low, high = gate.mean_interval(recalls, seed)
     return IndexFigures(candidate.name, index.name, float(recalls.mean()), low, high, tuple(seconds), candidate.bytes)
 
 
-def _ask(ranker: Ranker, pipeline: Pipeline, sample: _Sample) -> tuple[npt.NDArray[np.float64], list[float]]:
+def _ask(ranker: Ranker, sample: _Sample) -> tuple[npt.NDArray[np.float64], list[float]]:
     """Return recall@k and seconds of each query, as search answers it.
 
     Recall goes by distances: equal vectors may stand in for each other. As ann-benchmarks counts it: Aumüller, Bernhardsson
@@ -133,6 +133,7 @@ def _ask(ranker: Ranker, pipeline: Pipeline, sample: _Sample) -> tuple[npt.NDArr
     recalls, seconds = np.zeros(len(sample.vectors)), []
     ranker.nearest(sample.vectors[0], sample.k)  # warm
     for position, vector in enumerate(sample.vectors):
+        progress.report(ranker.session, "measuring the index", position, len(sample.vectors))
         began = time.perf_counter()
         rows = ranker.nearest(vector, sample.k)
         seconds.append(time.perf_counter() - began)
@@ -151,7 +152,7 @@ def recall_by_distance(found: Sequence[float], exact: npt.NDArray[np.float64]) -
 def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample, min_recall: float) -> str:
     with _index_forced(session):
         for ef_search in _EF_SEARCHES:
-            recall = float(_ask(Ranker(session, pipeline, ef_search, index), pipeline, sample)[0].mean())
+            recall = float(_ask(Ranker(session, pipeline, ef_search, index), sample)[0].mean())
             if recall >= min_recall:
                 return f"; search(..., ef_search => {ef_search}) has {recall:.3f}"
     if index.precision is not None:

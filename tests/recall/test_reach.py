@@ -16,7 +16,12 @@ from support import create_pipeline, drain, scalar
 from working import dsn_of
 
 ROWS = 3_000
-WORDS = ["index", "table", "row", "vacuum", "lock", "transaction", "query", "planner", "buffer", "page", "cache", "log", "replica", "slot", "checkpoint", "commit", "rollback", "trigger", "function", "schema", "role", "grant", "column", "type", "array", "json", "key", "constraint", "view", "sequence", "partition", "tablespace", "backup", "restore", "archive", "stream", "worker", "process", "memory", "disk", "sort", "hash", "join", "scan", "filter", "aggregate", "window"]
+SUBJECT = """
+    index table row vacuum lock transaction query planner buffer page cache log replica slot checkpoint commit
+    rollback trigger function schema role grant column type array json key constraint view sequence partition
+    tablespace backup restore archive stream worker process memory disk sort hash join scan filter aggregate
+    window
+"""
 # Sentences on other subjects, each with a question about it in other words.
 OFF_TOPIC = {
     900_001: ("Simmer the onions in butter before you add the tomatoes.", "cooking vegetables in butter"),
@@ -35,8 +40,8 @@ def poor_index(module_database: psycopg.Connection) -> Iterator[psycopg.Connecti
     """A pipeline over short texts with a poor index; the planner is kept from ranking so few rows exactly."""
     connection = module_database
     connection.execute("CREATE TABLE page (id integer PRIMARY KEY, body text, lang text)")
-    chosen = random.Random(5)
-    texts = [" ".join(chosen.sample(WORDS, 7)) for _ in range(ROWS)]
+    chosen, words = random.Random(5), SUBJECT.split()
+    texts = [" ".join(chosen.sample(words, 7)) for _ in range(ROWS)]
     with connection.cursor().copy("COPY page (id, body, lang) FROM STDIN") as copy:
         for number, text in enumerate(texts):
             copy.write_row((number, text, "en" if number % 4 else "de"))

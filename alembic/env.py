@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
+import psycopg
 from alembic import context
-from sqlalchemy import create_engine, pool
+from psycopg.errors import Diagnostic
+from sqlalchemy import Connection, create_engine, pool
 
 from embedline import installation
 from embedline.errors import EmbedlineError
@@ -23,6 +25,24 @@ def _database_url() -> str:
     return f"postgresql+psycopg{separator}{rest}" if scheme in ("postgresql", "postgres") else dsn
 
 
+def _tell_warnings(connection: Connection) -> None:
+    """Log what the server warns of while it runs the revisions, and what a downgrade leaves behind.
+
+    Other notices, such as "already exists, skipping", are no news.
+    """
+
+    def hear(notice: Diagnostic) -> None:
+        message = notice.message_primary or ""
+        # The event trigger that follows sources meets tables of an earlier revision.
+        is_between = message.startswith("embedline could not look for changes of its sources")
+        if (notice.severity_nonlocalized == "WARNING" and not is_between) or " stays: " in message:
+            installation.logger.warning("%s: %s", notice.severity_nonlocalized, message)
+
+    driver = connection.connection.driver_connection
+    if isinstance(driver, psycopg.Connection):
+        driver.add_notice_handler(hear)
+
+
 def run_offline() -> None:
     context.configure(dialect_name="postgresql", literal_binds=True, **_VERSION_TABLE)
     with context.begin_transaction():
@@ -36,7 +56,9 @@ def run_online() -> None:
         with engine.connect() as connection:
             with connection.begin():
                 installation.check_server(connection)
-            context.configure(connection=connection, **_VERSION_TABLE)
+            _tell_warnings(connection)
+            applied = context.config.attributes.get("on_version_apply")
+            context.configure(connection=connection, on_version_apply=applied, **_VERSION_TABLE)
             # Alembic's own transaction, so that an operation can leave it (autocommit_block).
             with context.begin_transaction():
                 installation.run_script(connection, "SET LOCAL lock_timeout = '10s'")

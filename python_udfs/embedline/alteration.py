@@ -9,7 +9,7 @@ from typing import Any
 
 from embedline import capture, routing
 from embedline.capture import CapturePlan, SourceExpression
-from embedline.catalog import Pipeline, load_pipeline
+from embedline.catalog import Pipeline, load_pipeline, load_versions
 from embedline.chunking import ChunkingSpec
 from embedline.database import Session, as_mapping, data_name, entry_point
 from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
@@ -31,6 +31,7 @@ from embedline.pipelines import (
     use_row_triggers,
     version_fingerprint,
 )
+from embedline.search_functions import create_search_functions
 from embedline.source import Source
 
 _OPTIONAL = ("filter", "document_prefix", "tenant")
@@ -300,6 +301,8 @@ def regenerate_pipelines(session: Session) -> None:
                 f'views of pipeline "{pipeline.name}" stay as they are: {error}', detail=error.detail or ""
             )
         routing.write_serving_function(session, plan, pipeline.version.number)
+        for version in load_versions(session, pipeline.name):
+            create_search_functions(session, version, plan, source)
     for row in session.query(_FOREIGN_KEY_TYPES):
         session.plpy.warning(
             f'the key of pipeline "{row["name"]}" has type {row["type"]} of role "{row["owner"]}", who is no superuser',

@@ -14,7 +14,8 @@ from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident, sqlstate_of
 from embedline.errors import InvalidParameter, NotReady, UnusableText
 from embedline.known_items import known_item_queries
-from embedline.ranking import key_expression, version_view
+from embedline.nearest import version_view
+from embedline.ranking import key_expression
 from embedline.text import repair_text
 
 # Places in the range of chunk_id that are looked at for each known item: two places may have the same next chunk.

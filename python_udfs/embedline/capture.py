@@ -22,7 +22,7 @@ from embedline.catalog import chunk_table_suffix
 from embedline.database import EXPRESSION_SCHEMA, data_name, quote_ident, quote_literal
 
 # The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
-CODE_VERSION = 4
+CODE_VERSION = 6
 
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (
@@ -634,8 +634,17 @@ class ShownVersion:
     type_name: str | None
 
 
-def view_query(plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: ShownVersion) -> str:
-    """The query of a view; `columns` are (column, its name in the view, whether it is one of CHUNK_COLUMNS)."""
+def view_query(
+    plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: ShownVersion, *, has_policies: bool = False
+) -> str:
+    """The query of a view; `columns` are (column, its name in the view, whether it is one of CHUNK_COLUMNS).
+
+    For a join over a key of several columns the planner multiplies what each column keeps: it expected 5 rows of 4,999, and
+    ranked all exactly rather than by the index. Of a LEFT JOIN it expects all rows of the left side. The condition leaves out
+    rows without a source row, in a form from which the planner does not make the plain join again; a filter on a column of
+    the source still does, and is used first. Row-level security would not be used first, so a source with it (`has_policies`)
+    keeps the plain join.
+    """
     vector = f"v.{quote_ident(f'embedding_v{shown.number}')}"
     chunk_sources = {
         "chunk_id": "c.chunk_id",
@@ -650,8 +659,14 @@ def view_query(plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: S
         for column, name, of_chunk in columns
     ]
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
-    chunk = plan.generated(chunk_table_suffix(shown.chunk_set))
+    chunk, vectors = plan.generated(chunk_table_suffix(shown.chunk_set)), plan.generated(f"v{shown.number}")
+    if len(plan.keys) > 1 and not has_policies:
+        return (
+            f"SELECT {', '.join(selected)} FROM {vectors} AS v JOIN {chunk} AS c ON v.chunk_id = c.chunk_id"
+            f" LEFT JOIN {plan.rows} AS s ON {join}"
+            f" WHERE CASE WHEN s.{quote_ident(plan.keys[0].source_name)} IS NULL THEN false ELSE true END"
+        )
     return (
         f"SELECT {', '.join(selected)} FROM {plan.rows} AS s JOIN {chunk} AS c ON {join}"
-        f" JOIN {plan.generated(f'v{shown.number}')} AS v ON v.chunk_id = c.chunk_id"
+        f" JOIN {vectors} AS v ON v.chunk_id = c.chunk_id"
     )

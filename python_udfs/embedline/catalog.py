@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from embedline.chunking import ChunkingSpec
-from embedline.database import Session, as_list, as_mapping, data_name, quote_ident
+from embedline.database import SEARCH_SCHEMA, Session, as_list, as_mapping, data_name, quote_ident
 from embedline.embedders import ModelConfig
 from embedline.errors import NotFound
 from embedline.source import HIDDEN
@@ -30,6 +30,10 @@ _VERSION_SQL = f"""
            v.view::oid::bigint AS version_view_oid, v.search_precision, v.backfill_order, v.backfill_rate,
            v.version_id, v.number, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
            v.state AS version_state, {_MODEL_COLUMNS},
+           EXISTS (SELECT FROM pg_class AS t JOIN pg_index AS i ON i.indrelid = t.oid
+                   WHERE t.relname = p.name || '_v' || v.number AND t.relnamespace = 'embedline_data'::regnamespace
+                       AND NOT i.indisprimary AND i.indisvalid) AS has_index,
+           r.version_id IS NOT NULL AS is_checked, r.checked_to, r.ef_search, r.wide_ef_search, r.far_distance,
            (SELECT jsonb_agg(jsonb_build_array(o.version_id, o.number, o.chunk_set) ORDER BY o.number)
             FROM embedline.version AS o WHERE o.pipeline_id = p.pipeline_id) AS versions,
            (SELECT jsonb_agg(to_jsonb(t) - 'tokenizer' ORDER BY t.number) FROM embedline.chunk_set AS t
@@ -38,6 +42,7 @@ _VERSION_SQL = f"""
     JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
     JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
     JOIN embedline.model AS m ON m.model_id = v.model_id
+    LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
 """
 _PIPELINE_SQL = f"{_VERSION_SQL} WHERE v.version_id = p.serving_version_id"
 
@@ -83,6 +88,16 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What a row of embedline.index_reach says of a version's search; see the comments of its columns."""
+
+    checked_to: int
+    ef_search: int | None
+    wide_ef_search: int | None
+    far_distance: float | None
+
+
+@dataclass(frozen=True)
 class Version:
     """A row of embedline.version with its model."""
 
@@ -101,6 +116,9 @@ class Version:
     search_precision: str | None = None
     backfill_order: str = "oldest_first"
     backfill_rate: int | None = None
+    # Whether a valid index of the vectors exists, and what it was found to reach; None before the first check.
+    has_index: bool = False
+    reach: Reach | None = None
 
     @property
     def column(self) -> str:
@@ -228,6 +246,15 @@ class Pipeline:
         return self.generated(f"v{self.version.number}")
 
     @cached_property
+    def exact(self) -> str:
+        """The table of the version's vectors that every search ranks exactly."""
+        return self.generated(f"v{self.version.number}_exact")
+
+    def search_function(self, suffix: str) -> str:
+        """Return the qualified, quoted name of a function that ranks the version's chunks; see search_functions."""
+        return f"{SEARCH_SCHEMA}.{quote_ident(f'{self.name}_v{self.version.number}_{suffix}')}"
+
+    @cached_property
     def key_list(self) -> str:
         """The key columns of the generated tables, comma separated."""
         return ", ".join(quote_ident(column) for column in self.key_columns)
@@ -353,6 +380,8 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         search_precision=_optional(values["search_precision"]),
         backfill_order=str(values["backfill_order"]),
         backfill_rate=_number(values["backfill_rate"]),
+        has_index=bool(values["has_index"]),
+        reach=_reach_from_row(values),
     )
     return Pipeline(
         pipeline_id=int(str(values["pipeline_id"])),
@@ -377,6 +406,18 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         is_serving=bool(values["is_serving"]),
         last_error=_optional(values.get("last_error")),
         is_hidden=bool(values.get("is_hidden")),
+    )
+
+
+def _reach_from_row(row: dict[str, object]) -> Reach | None:
+    if not row["is_checked"]:
+        return None
+    far = row["far_distance"]
+    return Reach(
+        checked_to=int(str(row["checked_to"])),
+        ef_search=_number(row["ef_search"]),
+        wide_ef_search=_number(row["wide_ef_search"]),
+        far_distance=None if far is None else float(str(far)),
     )
 
 

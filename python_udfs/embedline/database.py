@@ -33,6 +33,8 @@ _DEPTH = "embedline.depth"
 
 # Schema of the functions of users' expressions. The sources' owners may name these, and nothing in embedline_data.
 EXPRESSION_SCHEMA = "embedline_expression"
+# Schema of the generated functions that rank a version's chunks. Readers may name these, and nothing in embedline_data.
+SEARCH_SCHEMA = "embedline_search"
 
 # First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
 WORKER_LOCK_CLASS = 1164797804

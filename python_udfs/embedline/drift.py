@@ -13,7 +13,7 @@ from uuid import UUID
 
 import numpy as np
 
-from embedline import circuit, row_keys, spending, vectors
+from embedline import circuit, reach, row_keys, spending, vectors
 from embedline.catalog import Pipeline
 from embedline.database import Session, as_mapping, hold_source, quote_ident, read_and_release, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
@@ -201,14 +201,17 @@ def replace_vectors(session: Session, pipeline: Pipeline, foreign: Sequence[Stor
             FOR UPDATE OF v SKIP LOCKED
         ), replaced AS (
             UPDATE {pipeline.vectors} AS v SET {column} = l.vector FROM locked AS l
-            WHERE v.chunk_id = l.chunk_id RETURNING l.digest
+            WHERE v.chunk_id = l.chunk_id RETURNING l.chunk_id, l.digest
         )
-        SELECT count(DISTINCT digest) AS replaced FROM replaced
+        SELECT count(DISTINCT digest) AS replaced, array_agg(chunk_id) AS chunk_ids FROM replaced
         """,
         ["text[]", "text[]"],
         [str(UUID(bytes=stored.digest)) for stored in foreign],
         ["[" + ",".join(f"{value:.9g}" for value in stored.vector) + "]" for stored in foreign],
     )
+    # Copies of the vectors before are ranked no more, and the new ones exactly until they are looked at.
+    changed = rows[0]["chunk_ids"] or []
+    reach.keep_exact(session, pipeline, changed, [None] * len(changed))
     return int(rows[0]["replaced"])
 
 

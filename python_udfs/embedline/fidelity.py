@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedline import gate, precision
+from embedline import gate, precision, progress
 from embedline.catalog import Pipeline
 from embedline.database import Session
 from embedline.errors import NotReady
 from embedline.exact_search import nearest_distances
 from embedline.gate import Verdict
-from embedline.ranking import QueryVectors, version_view
+from embedline.nearest import Ranker
+from embedline.ranking import QueryVectors
 from embedline.vector_index import VectorIndex
 
 # Queries measured at most: the mean's standard error is then below 0.01 (a query's recall has a deviation of about 0.1).
@@ -118,39 +119,40 @@ def _figures(
                 f'the planner cannot use index "{index.name}"',
                 hint=f"SELECT * FROM embedline.index_progress('{pipeline.name}'); shows the indexes.",
             )
-        _set_ef_search(session, precision.ef_search(index, sample.k))
-        recalls, seconds = _ask(session, pipeline, index, sample)
+        recalls, seconds = _ask(Ranker(session, pipeline, index=index), sample)
     low, high = gate.mean_interval(recalls, seed)
     return IndexFigures(candidate.name, index.name, float(recalls.mean()), low, high, tuple(seconds), candidate.bytes)
 
 
-def _ask(
-    session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample
-) -> tuple[npt.NDArray[np.float64], list[float]]:
-    """Return recall@k and seconds of each query. Recall goes by distances: equal vectors may stand in for each other.
+def _ask(ranker: Ranker, sample: _Sample) -> tuple[npt.NDArray[np.float64], list[float]]:
+    """Return recall@k and seconds of each query, as search answers it.
 
-    As ann-benchmarks counts it: Aumüller, Bernhardsson and Faithfull, Information Systems 87 (2020), section 3.6.
+    Recall goes by distances: equal vectors may stand in for each other. As ann-benchmarks counts it: Aumüller, Bernhardsson
+    and Faithfull, Information Systems 87 (2020), section 3.6.
     """
-    statement = precision.search_statement(session, pipeline, index, version_view(session, pipeline))
-    wanted = sample.exact.shape[1]
-    farthest = sample.exact[:, -1] + _SAME_DISTANCE * (1 + np.abs(sample.exact[:, -1]))
-    offset = 1.0 if pipeline.version.distance == "cosine" else 0.0
     recalls, seconds = np.zeros(len(sample.vectors)), []
-    session.query(statement, ["text", "bigint"], sample.vectors[0], sample.k)  # warm
+    ranker.nearest(sample.vectors[0], sample.k)  # warm
     for position, vector in enumerate(sample.vectors):
+        progress.report(ranker.session, "measuring the index", position, len(sample.vectors))
         began = time.perf_counter()
-        rows = session.query(statement, ["text", "bigint"], vector, sample.k)
+        rows = ranker.nearest(vector, sample.k)
         seconds.append(time.perf_counter() - began)
-        found = sum(offset - float(row["score"]) <= farthest[position] for row in rows)
-        recalls[position] = min(found, wanted) / wanted
+        recalls[position] = recall_by_distance([row["distance"] for row in rows], sample.exact[position])
     return recalls, seconds
+
+
+def recall_by_distance(found: Sequence[float], exact: npt.NDArray[np.float64]) -> float:
+    """Return the share of the nearest that were found; `exact` are their distances, in order."""
+    if len(exact) == 0:
+        return 1.0
+    farthest = exact[-1] + _SAME_DISTANCE * (1 + abs(exact[-1]))
+    return min(sum(bool(distance <= farthest) for distance in found), len(exact)) / len(exact)
 
 
 def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample, min_recall: float) -> str:
     with _index_forced(session):
         for ef_search in _EF_SEARCHES:
-            _set_ef_search(session, ef_search)
-            recall = float(_ask(session, pipeline, index, sample)[0].mean())
+            recall = float(_ask(Ranker(session, pipeline, ef_search, index), sample)[0].mean())
             if recall >= min_recall:
                 return f"; search(..., ef_search => {ef_search}) has {recall:.3f}"
     if index.precision is not None:
@@ -159,14 +161,9 @@ def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _S
     return "; no ef_search reaches it: build the index with a larger m or ef_construction"
 
 
-def _set_ef_search(session: Session, value: int) -> None:
-    session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], str(value))
-
-
 def _is_used(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample) -> bool:
-    statement = precision.search_statement(session, pipeline, index, version_view(session, pipeline))
-    plan = session.query(f"EXPLAIN (FORMAT json) {statement}", ["text", "bigint"], sample.vectors[0], sample.k)
-    return json.dumps(index.name) in str(next(iter(plan[0].values())))
+    plan = Ranker(session, pipeline, index=index).plan(sample.vectors[0], sample.k)
+    return json.dumps(index.name) in plan
 
 
 @contextmanager

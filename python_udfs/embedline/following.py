@@ -11,7 +11,7 @@ import re
 from embedline import capture, routing
 from embedline.alteration import plan_in_use, replace_functions, restart_sweep
 from embedline.capture import CapturePlan
-from embedline.catalog import Pipeline, chunk_table_suffix
+from embedline.catalog import Pipeline, chunk_table_suffix, load_versions
 from embedline.database import Session, entry_point, quote_ident
 from embedline.pipelines import (
     BEFORE_UPDATE,
@@ -25,6 +25,7 @@ from embedline.pipelines import (
     rewrite_trigger_functions,
     use_row_triggers,
 )
+from embedline.search_functions import create_search_functions
 from embedline.source import Source
 
 # Who owns the functions; where REASSIGN OWNED gave them to the source's owner, this lacks the rights that they need.
@@ -51,6 +52,7 @@ def refresh_pipeline(session: Session, name: str) -> None:
     plan, source = _follow(session, pipeline)
     routing.refresh_views(session, pipeline, plan, source)
     routing.write_serving_function(session, plan, pipeline.version.number)
+    _write_search_functions(session, pipeline, plan, source)
     _refresh_update_trigger(session, plan, source)
     # Rows that an attached partition brought along, or that triggers could not see: the next sweep finds them.
     restart_sweep(session, pipeline)
@@ -80,12 +82,18 @@ def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
     suffixes = [chunk_table_suffix(number) for number in chunk_set_numbers(pipeline)]
     suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
     grant_tables(session, plan, source, suffixes)
+    _write_search_functions(session, pipeline, plan, source)
     if before == source.owner:
         return
     tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, "inbox", "claim", "outbox", "document"))
     session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
     for view in session.query(_OWNED_VIEWS, ["bigint", "text"], pipeline.pipeline_id, quote_ident(before)):
         session.execute(f"ALTER VIEW {view['name']} OWNER TO {quote_ident(source.owner)}")
+
+
+def _write_search_functions(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
+    for version in load_versions(session, pipeline.name):
+        create_search_functions(session, version, plan, source)
 
 
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:

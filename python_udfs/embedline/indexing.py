@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from embedline import reach
 from embedline.catalog import Pipeline, load_pipeline, load_version, load_versions
 from embedline.coverage import require_coverage, require_usable_vectors
 from embedline.database import Session, entry_point, vector_schema
@@ -179,6 +180,7 @@ def maintain_contained(session: Session, pipeline: Pipeline) -> None:
     """Maintain a pipeline's indexes, but for a version beside the serving one; where that fails the others go on."""
     if not pipeline.is_lane:
         contain(session, pipeline, lambda: maintain(session, pipeline))
+        contain(session, pipeline, lambda: reach.maintain(session, pipeline))
 
 
 def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:

@@ -32,6 +32,7 @@ from embedline.fingerprint import recipe_fingerprint
 from embedline.models import caller
 from embedline.owner_rights import Undone, create_scratch_schema, run_as_owner
 from embedline.schedule import forget_index_jobs
+from embedline.search_functions import create_search_functions, drop_search_functions
 from embedline.source import Source, hidden_source
 
 # 46 + the longest generated suffix ("_chunk_content_hash_idx" and the like) stays within 63 bytes.
@@ -178,6 +179,7 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     routing.create_version_view(session, load_pipeline(session, name), plan, source)
     routing.write_serving_function(session, plan, 1)
     grant_tables(session, plan, source, [chunk_table_suffix(1), "v1"])
+    create_search_functions(session, load_pipeline(session, name), plan, source)
     return view
 
 
@@ -635,6 +637,7 @@ def drop_pipeline(session: Session, name: str) -> None:
     for row in generated_functions(session, name, (*capture.FUNCTIONS, *capture.TRIGGER_FUNCTIONS, "serving")):
         session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")
     for version in versions:
+        drop_search_functions(session, version)
         session.execute(f"DROP TABLE IF EXISTS {version.vectors}")
     tables = [
         *(pipeline.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document")),

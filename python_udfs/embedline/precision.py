@@ -24,7 +24,6 @@ _BYTES = """
     SELECT pg_relation_size(c.oid) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.relname = $1 AND n.nspname = 'embedline_data'
 """
-_SCORES = {"cosine": "1 - n.distance", "inner_product": "-n.distance", "l2": "-n.distance"}
 
 
 @dataclass(frozen=True)
@@ -69,49 +68,32 @@ def ef_search(index: VectorIndex, k: int) -> int:
     return min(max(_MIN_EF_SEARCH, 2 * count if index.precision is None else count), MAX_EF_SEARCH)
 
 
-def search_statement(session: Session, pipeline: Pipeline, index: VectorIndex, view: str) -> str:
-    """Return the query of the k best chunks in a view: $1 is the query's vector as text, $2 is k.
+def ranked_rows(
+    session: Session, pipeline: Pipeline, index: VectorIndex, relation: str, embedding: str, shown: dict[str, str],
+    limit: int, *, is_exact: bool = False,
+) -> str:  # fmt: skip
+    """Return the query of the nearest `limit` rows of a relation: `shown` (name: expression) and distance, $1 the vector.
 
-    Only the view is named: its reader needs no right to name our tables, and the index scan has nothing around it but
-    nested loops. `view` is that of `pipeline.version`, or the routing view where the version serves.
+    A shadow index finds the candidates and the whole vectors rank them. `is_exact` keeps the planner from any index.
     """
-    names = pipeline.view_columns
-    shown = {column: quote_ident(names[column]) for column in pipeline.key_columns}
-    shown["embedline_chunk"] = quote_ident(names["chunk"])
-    ranked = _ranked(session, pipeline, index, view, quote_ident(names["embedding"]), shown)
-    keys = ", ".join(f"n.{quote_ident(column)}::text" for column in pipeline.key_columns)
-    key = keys if len(pipeline.key_columns) == 1 else f"jsonb_build_array({keys})::text"
-    score = _SCORES[pipeline.version.distance]
-    return f"SELECT {key} AS key, n.embedline_chunk AS chunk, {score} AS score FROM ({ranked}) AS n ORDER BY n.distance"
-
-
-def nearest_statement(session: Session, pipeline: Pipeline, index: VectorIndex) -> str:
-    """Return the query of the k best chunk_ids with their distances, in the version's table alone, best first."""
-    column = quote_ident(pipeline.version.column)
-    ranked = _ranked(session, pipeline, index, pipeline.vectors, column, {"chunk_id": "chunk_id"})
-    return f"SELECT n.chunk_id, n.distance FROM ({ranked}) AS n ORDER BY n.distance"
-
-
-def _ranked(
-    session: Session, pipeline: Pipeline, index: VectorIndex, relation: str, embedding: str, shown: dict[str, str]
-) -> str:
-    """Return the k best of a relation, with `shown` (column: name there) and distance."""
     schema = vector_schema(session)
     query = f"$1::{schema}.{pipeline.version.vector_type}"
     operator = own_index(pipeline, schema).operator
     columns = ", ".join(f"{expression} AS {quote_ident(column)}" for column, expression in shown.items())
     distance = f"{embedding} {operator} {query}"
-    if index.precision is None:
-        return f"SELECT {columns}, {distance} AS distance FROM {relation} ORDER BY {distance} LIMIT $2"
+    if is_exact or index.precision is None:
+        # The sum is no expression of an index.
+        order = f"({distance}) + 0::double precision" if is_exact else distance
+        return f"SELECT {columns}, {distance} AS distance FROM {relation} ORDER BY {order} LIMIT {limit}"
     approximate = f"{index.operand.format(embedding)} {index.operator} {index.operand.format(query)}"
-    # As candidate_count has it.
-    count = f"least(greatest($2, ceil($2 * {index.oversampling:g})), greatest($2, {MAX_EF_SEARCH}))::bigint"
-    found = f"SELECT {columns}, {embedding} AS embedline_vector FROM {relation} ORDER BY {approximate} LIMIT {count}"
+    found = (
+        f"SELECT {columns}, {embedding} AS embedline_vector FROM {relation} ORDER BY {approximate}"
+        f" LIMIT {candidate_count(index, limit)}"
+    )
     kept = ", ".join(f"c.{quote_ident(column)}" for column in shown)
-    # The whole vectors rank what the index has found.
     return (
         f"SELECT {kept}, c.embedline_vector {operator} {query} AS distance FROM ({found}) AS c"
-        f" ORDER BY c.embedline_vector {operator} {query} LIMIT $2"
+        f" ORDER BY c.embedline_vector {operator} {query} LIMIT {limit}"
     )
 
 

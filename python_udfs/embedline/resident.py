@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Literal
 
-from embedline import backfill, claiming, documents, indexing, pressure, schedule, version_queue
+from embedline import backfill, claiming, documents, indexing, pressure, reach, schedule, version_queue
 from embedline.batch import Batch, Unit
 from embedline.catalog import Pipeline, load_active_pipelines, load_all_pipelines, load_lanes
 from embedline.claiming import Claimant
 from embedline.database import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, Session, quote_literal, sqlstate_of
+from embedline.dead_letters import contain
 from embedline.embedders import EmbeddingBlock
 from embedline.engine import Engine
 from embedline.pacing import Pace
@@ -33,6 +34,9 @@ _WRITE_LOCK_TIMEOUT = "2s"
 _LOCK_TIMEOUT = "200ms"
 # What could not be done is tried again after so long, twice as long each time.
 _PUT_OFF_SECONDS = (0.2, 10.0)
+# Seconds that an idle worker measures an index before it looks for changes again.
+_MEASURE_SECONDS = 0.05
+_END = object()
 # A batch may hold its claim this long while a rate limit lets it through little by little.
 _PATIENCE_SECONDS = 60.0
 
@@ -53,6 +57,9 @@ class ResidentWorker:
         self._pipelines: list[Pipeline] = []
         # When idle, and at the latest.
         self._maintain_at, self._overdue_at = 0.0, time.monotonic() + _MAINTENANCE_SECONDS
+        # The measurement of an index that is under way, and the versions that this worker has measured.
+        self._measuring: tuple[reach.Measurement, Iterator[None]] | None = None
+        self._seen_versions: set[int] = set()
         self._report_at = 0.0
         # Rows written of each pipeline since its tables were last analysed here.
         self._written = Counter[int]()
@@ -61,6 +68,7 @@ class ResidentWorker:
         self._pauses: dict[int, tuple[float, float]] = {}
         self._before: list[tuple[Batch, list[Unit], dict[int, int | None]]] = []
         self._held_back_by: str | None = None
+        self._embedded = Counter[bool]()
         self._claim_seconds = 0.0
         self._embed_seconds = 0.0
         self._write_seconds = 0.0
@@ -122,7 +130,7 @@ class ResidentWorker:
             return "again"
         if started >= self._maintain_at:
             self._maintain(started)
-        return "idle"
+        return "again" if self._measure() else "idle"
 
     def _close_backfills(self) -> bool:
         return any([self._close_backfill(pipeline) for pipeline in self._pipelines])
@@ -132,6 +140,30 @@ class ResidentWorker:
         for pipeline in self._pipelines:
             self.claimant.asking = pipeline
             indexing.maintain_contained(self.engine.session, pipeline)
+
+    def _measure(self) -> bool:
+        """Take some steps of measuring an index that was not measured yet; return True if there are more.
+
+        A change that comes meanwhile waits for one piece of the work, not for all of it.
+        """
+        if self._measuring is None:
+            pipeline = next(filter(self._is_unmeasured, self._pipelines), None)
+            if pipeline is None:
+                return False
+            self._seen_versions.add(pipeline.version.version_id)
+            measurement = reach.Measurement(self.engine.session, pipeline)
+            self._measuring = (measurement, measurement.steps())
+        measurement, steps = self._measuring
+        measurement.session = self.engine.session
+        self.claimant.asking = measurement.pipeline
+        if not contain(self.engine.session, measurement.pipeline, lambda: _advanced(steps)):
+            self._measuring = None
+        return self._measuring is not None
+
+    def _is_unmeasured(self, pipeline: Pipeline) -> bool:
+        version = pipeline.version
+        is_new = version.reach is None or version.reach.ef_search is None
+        return version.has_index and is_new and version.version_id not in self._seen_versions
 
     def _load_pipelines(self) -> None:
         session = self.engine.session
@@ -196,6 +228,7 @@ class ResidentWorker:
         self.batches.remove(batch)
         self.current = None
         self._written[batch.pipeline.lane_id] += batch.embedded_count
+        self._embedded[batch.pipeline.is_lane] += batch.embedded_count
         self._write_seconds = batch.longest_write
         if batch.answered_at:
             self._embed_seconds = batch.answered_at - batch.claimed_at
@@ -274,6 +307,7 @@ class ResidentWorker:
         self.put_off(batch.pipeline)
         if batch in self.batches:
             self.batches.remove(batch)
+            self._embedded[batch.pipeline.is_lane] += batch.embedded_count
         for future in batch.futures:
             future.cancel()
         self.current = None
@@ -350,6 +384,13 @@ class ResidentWorker:
         return self._paces.setdefault(pipeline.lane_id, Pace(self.settings))
 
     @property
+    def embedded(self) -> str:
+        """What this worker has embedded, in words."""
+        rows, chunks = self._embedded[False], self._embedded[True]
+        words = f"{rows:,} row{'' if rows == 1 else 's'} embedded"
+        return words if not chunks else f"{words}, {chunks:,} chunk{'' if chunks == 1 else 's'} of versions filled"
+
+    @property
     def is_report_due(self) -> bool:
         """Whether the server has not been looked at for a second."""
         return time.monotonic() >= self._report_at
@@ -400,3 +441,12 @@ def _depth(pipeline: Pipeline) -> int:
     """Requests that the model works on at a time."""
     config = pipeline.version.model.config
     return _LOCAL_DEPTH if config.provider == "sentence-transformers" else config.concurrency
+
+
+def _advanced(steps: Iterator[None]) -> bool:
+    """Take steps for as long as one poll may; return True if there are more."""
+    until = time.monotonic() + _MEASURE_SECONDS
+    while time.monotonic() < until:
+        if next(steps, _END) is _END:
+            return False
+    return True

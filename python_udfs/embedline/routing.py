@@ -79,6 +79,16 @@ _SERVING_FUNCTION = """
 """
 
 
+_HAS_POLICIES = "SELECT relrowsecurity FROM pg_class WHERE oid = $1::oid"
+
+
+def _query(
+    session: Session, source: Source, plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: ShownVersion
+) -> str:
+    has_policies = bool(session.scalar(_HAS_POLICIES, ["bigint"], source.oid))
+    return capture.view_query(plan, columns, shown, has_policies=has_policies)
+
+
 def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:
     """Return the qualified, quoted name of the routing view, or of one version's view."""
     suffix = "_embedding" if number is None else f"_embedding_v{number}"
@@ -96,7 +106,7 @@ def create_routing_view(
     view_columns = {column: _free_name(column, names) for column in capture.CHUNK_COLUMNS}
     columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
     view_columns |= {key.name: key.source_name for key in plan.keys}
-    _create(session, view, capture.view_query(plan, columns, shown), source.owner)
+    _create(session, view, _query(session, source, plan, columns, shown), source.owner)
     comment = f"Embedline pipeline {plan.name}: each row of {source.qualified} with its chunks and their embeddings"
     session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
     session.query(
@@ -118,7 +128,7 @@ def create_version_view(session: Session, pipeline: Pipeline, plan: CapturePlan,
     shown_as = {key.source_name: pipeline.view_columns[key.name] for key in plan.keys}
     columns = [(name, shown_as.get(name, name), False) for name in names] + [(c, n, True) for c, n in of_chunk.items()]
     shown = ShownVersion(version.number, pipeline.chunk_set.number, None)
-    _create(session, view, capture.view_query(plan, columns, shown), source.owner)
+    _create(session, view, _query(session, source, plan, columns, shown), source.owner)
     comment = f"Embedline pipeline {plan.name}, version {version.number} alone: for search before and after its cutover"
     session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
     session.execute(f"GRANT SELECT ON {view} TO embedline_reader")
@@ -177,7 +187,7 @@ def show_version(session: Session, pipeline: Pipeline, plan: CapturePlan, source
     if view is None:
         create_routing_view(session, pipeline.pipeline_id, plan, source, shown)
         return
-    query = capture.view_query(plan, _layout(session, pipeline, source, view), shown)
+    query = _query(session, source, plan, _layout(session, pipeline, source, view), shown)
     if (view["type"], view["typmod"]) == (_type_name(session, shown), -1):
         session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
     else:
@@ -351,15 +361,16 @@ def _refresh_routing_view(session: Session, pipeline: Pipeline, plan: CapturePla
             )
             shown = replace(shown, type_name=None)
         else:
-            _make_fresh(session, pipeline, plan, view, attributes, shown)
+            _make_fresh(session, pipeline, plan, source, view, attributes, shown)
             return
     taken = {name for _, name, _ in layout}
     known = {attributes[column]: name for column, name, of_chunk in layout if not of_chunk}
     added = {column: _free_name(column, list(taken)) for column, number in attributes.items() if number not in known}
-    if added and len(taken) + len(added) <= _MAX_VIEW_COLUMNS:
+    if len(taken) + len(added) <= _MAX_VIEW_COLUMNS:
         layout += [(column, name, False) for column, name in added.items()]
-        query = capture.view_query(plan, layout, shown)
-        session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
+    # Also without new columns: the form of the join may be another one now.
+    query = _query(session, source, plan, layout, shown)
+    session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
     _note_attributes(session, pipeline, {name: attributes[column] for column, name, of_chunk in layout if not of_chunk})
 
 
@@ -367,6 +378,7 @@ def _make_fresh(
     session: Session,
     pipeline: Pipeline,
     plan: CapturePlan,
+    source: Source,
     view: dict[str, Any],
     attributes: dict[str, int],
     shown: ShownVersion,
@@ -375,7 +387,7 @@ def _make_fresh(
     of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
     names = {column: _free_name(column, list(of_chunk)) for column in attributes}
     fresh = [(column, name, False) for column, name in names.items()] + [(c, n, True) for n, c in of_chunk.items()]
-    _make_anew(session, pipeline, view, capture.view_query(plan, fresh, shown))
+    _make_anew(session, pipeline, view, _query(session, source, plan, fresh, shown))
     view_columns = pipeline.view_columns | {key.name: names[key.source_name] for key in plan.keys}
     session.query(
         "UPDATE embedline.pipeline SET view_columns = $2 WHERE pipeline_id = $1",

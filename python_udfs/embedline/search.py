@@ -1,4 +1,4 @@
-"""Search: a text becomes a vector of the version that serves, and the routing view ranks with it."""
+"""Search: a text becomes a vector of the version that serves, and that version is ranked by it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import math
 from array import array
 from typing import Any
 
-from embedline import precision, routing, traffic
+from embedline import nearest, routing, traffic
 from embedline.catalog import Pipeline, load_pipeline, load_version
 from embedline.database import Session, entry_point, require_given
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
-from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors, NotFound
+from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors
 from embedline.text import repair_text
-from embedline.vector_index import VectorIndex
 
 _MAX_K = 10_000
-# Chunks asked for at first, for each document wanted, where one document may have many of the nearest.
-_OVERFETCH = 4
+# Each only where it has pgvector's default. A scan that a filter thins out ends after max_scan_tuples rows, or once it has
+# used scan_mem_multiplier times work_mem.
+_PREPARE_SCAN = """
+    SELECT set_config(s.name, s.value, true)
+    FROM (VALUES ('hnsw.iterative_scan', 'off', 'strict_order'), ('hnsw.ef_search', '40', $1),
+        ('hnsw.max_scan_tuples', '20000', '200000'), ('hnsw.scan_mem_multiplier', '1', '16')) AS s (name, usual, value)
+    WHERE current_setting(s.name, true) = s.usual OR current_setting(s.name, true) IS NULL
+"""
 
 
 @entry_point
@@ -27,7 +32,19 @@ def embed_query(session: Session, pipeline_name: str, query: str) -> str:
     if shown != pipeline.version.number:
         # The view was cut over after this transaction's snapshot was taken; the statement reads the view as it is now.
         pipeline = load_version(session, pipeline_name, shown)
+    _prepare_scan(session, pipeline)
     return _embed(session, pipeline, query)
+
+
+def _prepare_scan(session: Session, pipeline: Pipeline) -> None:
+    """Have the transaction's index scans give as many rows as a statement asks for, and the right ones.
+
+    pgvector reads these settings when a scan gives its first row, after the query's vector is known. Without an iterative
+    scan LIMIT 100 over the routing view gave 40 rows, and a filter fewer still. Values that the session has set itself stay.
+    """
+    reach = pipeline.version.reach
+    measured = None if reach is None else reach.ef_search
+    session.query(_PREPARE_SCAN, ["text"], str(measured or nearest.DEFAULT_EF_SEARCH))
 
 
 @entry_point
@@ -57,28 +74,14 @@ def search(
 def _rank(
     session: Session, pipeline: Pipeline, query: str, k: int, per_document: bool, ef_search: int | None
 ) -> list[dict[str, Any]]:
-    """Search with one version: its model embeds the query, its own view is read, whatever the routing view shows."""
+    """Search with one version: its model embeds the query and it alone is ranked, whatever the routing view shows."""
     vector = _embed(session, pipeline, query)
-    index = precision.chosen_index(session, pipeline)
-    # The function's own SET clause puts the caller's value back at its end.
-    limit = k * _OVERFETCH if per_document else k
-    wanted_ef = precision.ef_search(index, limit) if ef_search is None else ef_search
-    session.query("SELECT set_config('hnsw.ef_search', $1, true)", ["text"], str(wanted_ef))
-    statement = _search_statement(session, pipeline, index)
-    if not per_document:
-        return _ranked(session.query(statement, ["text", "bigint"], vector, k))
-    while True:
-        rows = session.query(statement, ["text", "bigint"], vector, limit)
-        best: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            best.setdefault(row["key"], row)
-        if len(best) >= k or len(rows) < limit:
-            return _ranked(list(best.values())[:k])
-        limit *= 4
-
-
-def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"key": row["key"], "chunk": row["chunk"], "score": row["score"]} for row in rows]
+    ranker = nearest.Ranker(session, pipeline, ef_search)
+    offset = 1.0 if pipeline.version.distance == "cosine" else 0.0
+    return [
+        {"key": row["key"], "chunk": row["chunk"], "score": offset - row["distance"]}
+        for row in ranker.nearest(vector, k, per_document=per_document)
+    ]
 
 
 def _embed(session: Session, pipeline: Pipeline, query: str | None) -> str:
@@ -97,15 +100,3 @@ def _embed(session: Session, pipeline: Pipeline, query: str | None) -> str:
         raise InvalidVectors("the query's vector has no direction", hint="Ask with other words.")
     scale = 1.0 if version.distance == "l2" else 1.0 / norm
     return "[" + ",".join(f"{value * scale:.9g}" for value in values) + "]"
-
-
-def _search_statement(session: Session, pipeline: Pipeline, index: VectorIndex) -> str:
-    view = session.scalar(
-        "SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.version.view_oid
-    )
-    if view is None:
-        raise NotFound(
-            f'the view of version {pipeline.version.number} of pipeline "{pipeline.name}" is gone',
-            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
-        )
-    return precision.search_statement(session, pipeline, index, view)

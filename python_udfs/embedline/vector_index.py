@@ -12,6 +12,9 @@ from embedline.errors import NotFound
 State = Literal["missing", "invalid", "building", "valid"]
 
 _HAMMING = "bit_hamming_ops"
+# Of an index whose version names none. With pgvector's own default of 64, of 100,000 package summaries recall@10 stayed at
+# 0.978 with any ef_search; with 200 it reaches 0.99 at 400. A build takes 2.5 times as long (263 s against 105 s).
+EF_CONSTRUCTION = 200
 # By name in the catalogue: to_regclass would ask for USAGE on the schema, which a reader who searches has not.
 # A build reports which index it builds once that is in the catalogue; for an instant before, only the table.
 _STATE = """
@@ -131,9 +134,10 @@ def index_state(session: Session, index: VectorIndex) -> State:
 
 def create_index_statement(pipeline: Pipeline, index: VectorIndex) -> str:
     """Return the CREATE INDEX CONCURRENTLY of one index."""
-    options = ", ".join(f"{name} = {int(str(value))}" for name, value in sorted(pipeline.version.index_options.items()))
+    chosen = {"ef_construction": EF_CONSTRUCTION, **pipeline.version.index_options}
+    options = ", ".join(f"{name} = {int(str(value))}" for name, value in sorted(chosen.items()))
     return (
         f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {quote_ident(index.name)} ON {pipeline.vectors}"
         f" USING hnsw ({index.operand.format(quote_ident(pipeline.version.column))} {index.operator_class})"
-        + (f" WITH ({options})" if options else "")
+        f" WITH ({options})"
     )

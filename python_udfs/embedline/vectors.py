@@ -84,6 +84,11 @@ def normalise(matrix: FloatMatrix) -> FloatMatrix:
     return unit
 
 
+def literal(vector: FloatMatrix) -> str:
+    """Return one vector, shape (dimensions,), in pgvector's text form."""
+    return "[" + ",".join([f"{value:.9g}" for value in vector.tolist()]) + "]"
+
+
 def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_type: str) -> bytearray:
     """Return rows (chunk_id bigint, embedding vector|halfvec) in PostgreSQL's COPY BINARY format.
 

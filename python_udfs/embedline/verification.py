@@ -8,11 +8,12 @@ are queued; only what no row asks for any more is deleted here. No statement wai
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from embedline import coverage, drift, row_keys, version_queue
+from embedline import coverage, drift, reach, row_keys, version_queue
 from embedline.backfill import missing_keys
 from embedline.catalog import Pipeline, load_pipeline, load_versions
 from embedline.database import (
@@ -89,6 +90,7 @@ def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: 
     findings += _dead_letters(session, pipeline, repair)
     if found is not None and found.is_finding:
         findings.append(_foreign(session, pipeline, found, repair))
+    findings += _unreachable(session, pipeline, repair)
     merged = _merge(findings)
     _note(session, pipeline, repair, merged)
     return merged
@@ -404,6 +406,29 @@ def _dead_letters(session: Session, pipeline: Pipeline, repair: bool) -> list[Fi
     )
     finding = _finding(rows[0])
     return [finding] if finding.count else []
+
+
+def _unreachable(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Rows that exact ranking puts among the first of a sample of queries, and search does not find.
+
+    The index is measured anew in passing, of each version that has one. A repair has search rank these rows exactly.
+    """
+    findings = []
+    for version in load_versions(session, pipeline.name):
+        if not version.version.has_index or version.version.state != "complete":
+            continue
+        measured = reach.Measurement(session, version)
+        measured.run()
+        missed = sorted(measured.unreached)
+        if not missed:
+            continue
+        if repair:
+            reach.keep_exact(session, version, missed, [-math.inf] * len(missed))
+        example: dict[str, Any] = {"version": version.version.number, "chunk_id": missed[0]}
+        if measured.is_poor:
+            example["hint"] = reach.rebuild_hint(version)
+        findings.append(Finding("unreachable", len(missed), len(missed) if repair else 0, example))
+    return findings
 
 
 def _foreign(session: Session, pipeline: Pipeline, found: drift.Drift, repair: bool) -> Finding:

@@ -39,6 +39,7 @@ from embedline.pipelines import (
     version_fingerprint,
 )
 from embedline.schedule import forget_index_jobs
+from embedline.search_functions import create_search_functions, drop_search_functions
 from embedline.settings import load_settings
 from embedline.source import Source
 
@@ -101,6 +102,7 @@ def add_embedding_version(session: Session, name: str, given: dict[str, Any]) ->
     added = load_version(session, name, number)
     routing.create_version_view(session, added, plan, source)
     grant_tables(session, plan, source, [chunk_table_suffix(set_number), f"v{number}"])
+    create_search_functions(session, added, plan, source)
     _begin(session, pipeline, added, is_new_set)
     return number
 
@@ -301,7 +303,8 @@ def _require_disposable(session: Session, pipeline: Pipeline, doomed: Pipeline, 
     if number == pipeline.version.number:
         raise NotReady(
             f'version {number} of pipeline "{name}" serves',
-            hint=f"SELECT embedline.drop_pipeline('{name}') drops all of it.",
+            hint="Cut over to another version first; SELECT version, gate FROM embedline.versions"
+            f" WHERE pipeline = '{name}'; lists them.",
         )
     rows = session.query(
         _TOOK_OVER,
@@ -327,6 +330,7 @@ def _drop_tables(session: Session, doomed: Pipeline, plan: CapturePlan, source: 
     if is_last:
         kept = tuple(number for number in plan.chunk_sets if number != doomed.chunk_set.number)
         rewrite_trigger_functions(session, replace(plan, chunk_sets=kept))
+    drop_search_functions(session, doomed)
     session.execute(f"DROP TABLE IF EXISTS {doomed.vectors}")
     if is_last:
         session.execute(f"DROP TABLE IF EXISTS {doomed.chunk}")

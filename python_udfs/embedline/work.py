@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from embedline import backfill, dead_letters, documents, inbox, outbox, row_keys, version_queue
+from embedline import backfill, dead_letters, documents, inbox, outbox, reach, row_keys, version_queue
 from embedline.chunking import Chunk
 from embedline.database import Session
 from embedline.dead_letters import DeadLetter
@@ -192,9 +192,9 @@ class VersionWork:
                 result.busy.append(index)
         if result.written:
             vectors = [known[sound[i].chunks[0].digest] for i in result.written]
-            documents.copy_vectors(
-                session, lane, np.asarray([ids[i] for i in result.written], dtype=np.int64), documents.stacked(vectors)
-            )
+            written = [ids[i] for i in result.written]
+            documents.copy_vectors(session, lane, np.asarray(written, dtype=np.int64), documents.stacked(vectors))
+            reach.keep_late(session, lane, written)
         return result
 
     @staticmethod

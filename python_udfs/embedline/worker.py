@@ -240,6 +240,9 @@ def run_worker(
         _step(plpy, cache, "begin", slot, pipeline_name)
         plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
+        if until_idle:
+            # For the client that waits for it; a scheduled worker has none. `embedline worker` reads this, too.
+            plpy.notice(f"embedline worker: {cache[_CACHE_KEY].embedded}")
     except Exception as error:
         raise in_plain_words(plpy, error) from None
     finally:

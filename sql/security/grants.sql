@@ -1,5 +1,5 @@
 -- All rights in one place. Nobody has any by default: functions are executable by PUBLIC unless that is taken away.
-REVOKE ALL ON SCHEMA embedline, embedline_data, embedline_expression FROM public;
+REVOKE ALL ON SCHEMA embedline, embedline_data, embedline_expression, embedline_search FROM public;
 REVOKE ALL ON ALL TABLES IN SCHEMA embedline FROM public;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA embedline FROM public;
 REVOKE ALL ON FUNCTION public.embed_pending(integer, text) FROM public;
@@ -9,6 +9,7 @@ GRANT embedline_worker TO embedline_admin;
 GRANT embedline_reader TO embedline_admin;
 
 GRANT USAGE ON SCHEMA embedline TO embedline_worker, embedline_reader;
+GRANT USAGE ON SCHEMA embedline_search TO embedline_reader;
 
 -- Readers: search, status, and the catalogue that search needs. None of it holds a secret.
 GRANT SELECT ON
@@ -18,9 +19,10 @@ GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embed
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
 GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
-GRANT SELECT ON embedline.precision_index TO embedline_reader, embedline_worker;
+GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
-embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text)
+embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),
+embedline.evaluation_progress(text)
 TO embedline_reader, embedline_worker;
 
 -- Workers: embed, and nothing else.

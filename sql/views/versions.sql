@@ -21,10 +21,13 @@ SELECT
     END AS index_state,
     w.rollback_until,
     v.last_error,
-    e.verdict AS gate
+    e.verdict AS gate,
+    r.ef_search,
+    r.recall AS index_recall
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.pipeline_id = v.pipeline_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
+LEFT JOIN embedline.index_reach AS r ON v.version_id = r.version_id
 LEFT JOIN pg_catalog.pg_class AS ic
     ON
         ic.relname = p.name || '_v' || v.number || '_embedding_idx'
@@ -63,4 +66,6 @@ COMMENT ON VIEW embedline.versions IS 'One row per version of a pipeline: what i
 COMMENT ON COLUMN embedline.versions.missing IS 'Chunks without a vector of this version: queued, dead letters, or of the backfill';
 COMMENT ON COLUMN embedline.versions.queued IS 'Chunks that wait or are in work; ranges of the backfill that nobody has taken yet are not counted';
 COMMENT ON COLUMN embedline.versions.rollback_until IS 'The serving version took over from this one: until then drop_embedding_version refuses';
+COMMENT ON COLUMN embedline.versions.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL: not measured yet, 100 is used';
+COMMENT ON COLUMN embedline.versions.index_recall IS 'Lowest recall@10 of the kinds of queries that it was measured with; embedline.index_reach tells more';
 COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe against the version that serves; cutover needs pass';

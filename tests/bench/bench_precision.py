@@ -31,7 +31,9 @@ STATEMENT = """
         pipeline = catalog.load_pipeline(session, "bench")
         index = vector_index.find_index(session, pipeline, precision_name)
         view = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], pipeline.version.view_oid)
-        statement = precision.search_statement(session, pipeline, index, view)
+        shown = {"key": "e.id::text", "chunk": "e.chunk"}
+        ranked = precision.ranked_rows(session, pipeline, index, f"{view} AS e", "e.embedding", shown, 10)
+        statement = f"SELECT key, chunk, 1 - distance AS score FROM ({ranked}) AS n ORDER BY distance"
         return [(statement, precision.ef_search(index, 10))]
     $python$
 """
@@ -93,12 +95,12 @@ def _rank(
     row = connection.execute("SELECT statement, ef FROM bench_ranking(%s)", (name,)).fetchone()
     assert row is not None
     connection.execute(f"SET hnsw.ef_search = {row[1]}; SET hnsw.iterative_scan = strict_order")
-    connection.execute(f"PREPARE ranking (text, bigint) AS {row[0]}")
+    connection.execute(f"PREPARE ranking (vector) AS {row[0]}")
     found, seconds = [], []
     task = bench.progress.add_task(f"Ranking with {name or 'the column itself'}", total=len(vectors))
     for vector in vectors:
         start = time.perf_counter()
-        rows = connection.execute(f"EXECUTE ranking ('{vector}', {K})").fetchall()
+        rows = connection.execute(f"EXECUTE ranking ('{vector}')").fetchall()
         seconds.append(time.perf_counter() - start)
         found.append([key for key, _, _ in rows])
         bench.progress.update(task, advance=1)

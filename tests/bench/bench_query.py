@@ -28,7 +28,7 @@ STAGES = """
     AS $python$
         from time import perf_counter
         clock = [perf_counter()]
-        from embedline import catalog, precision, search
+        from embedline import catalog, nearest, search
         from embedline.database import Session, _check_version
         clock.append(perf_counter())
         session = Session(plpy, GD)
@@ -37,14 +37,14 @@ STAGES = """
         clock.append(perf_counter())
         vector = search._embed(session, pipeline, query)
         clock.append(perf_counter())
-        statement = search._search_statement(session, pipeline, precision.chosen_index(session, pipeline))
+        ranker = nearest.Ranker(session, pipeline)
         clock.append(perf_counter())
-        session.query(statement, ["text", "bigint"], vector, 10)
+        ranker.nearest(vector, 10)
         clock.append(perf_counter())
         return [(b - a) * 1000 for a, b in zip(clock, clock[1:])]
     $python$
 """
-STAGE_NAMES = ("imports", "catalogue", "embed", "statement text", "ranking")
+STAGE_NAMES = ("imports", "catalogue", "embed", "preparation", "ranking")
 PLAN = """
     CREATE FUNCTION bench_plan(pipeline_name text, query text) RETURNS SETOF text
     LANGUAGE plpython3u
@@ -52,13 +52,15 @@ PLAN = """
     SET hnsw.iterative_scan = 'strict_order'
     SET hnsw.ef_search = 40
     AS $python$
-        from embedline import catalog, precision, search
+        from embedline import catalog, nearest, search
         from embedline.database import Session, quote_literal
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, pipeline_name)
         vector = search._embed(session, pipeline, query)
-        statement = search._search_statement(session, pipeline, precision.chosen_index(session, pipeline))
-        statement = statement.replace("$1", quote_literal(vector)).replace("$2", "10")
+        statement = nearest.Ranker(session, pipeline).statement(20)
+        literal = quote_literal(vector) + "::" + pipeline.version.column_type
+        after = pipeline.version.reach.checked_to if pipeline.version.reach else 0
+        statement = statement.replace("$1", literal).replace("$2", str(after))
         return [row["QUERY PLAN"] for row in plpy.execute("EXPLAIN (ANALYZE, TIMING off) " + statement)]
     $python$
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -130,13 +131,22 @@ def recreate_database(dsn: str) -> str:
     return url
 
 
-def register_models(dsn: str, models: Path) -> None:
-    """Register the two local models; this starts their hosts."""
+def register_models(dsn: str, models: Path, embedder: str | None = None) -> None:
+    """Register the two models; local ones start their hosts here.
+
+    `embedder` is the base URL of an OpenAI-compatible endpoint that serves both under the same names.
+    """
+    local = "SELECT embedline.create_model(%s, 'sentence-transformers', %s)"
+    remote = "SELECT embedline.create_model(%s, 'openai', %s, base_url => %s, options => %s::jsonb)"
     with psycopg.connect(dsn, autocommit=True) as connection:
         for name in MODELS:
-            connection.execute(
-                "SELECT embedline.create_model(%s, 'sentence-transformers', %s)", (name, str(models / name))
-            )
+            if embedder is None:
+                connection.execute(local, (name, str(models / name)))
+            else:
+                # With the model's own tokenizer the chunks are those of the local model.
+                tokenizer = models / name / "tokenizer.json"
+                options = {"tokenizer": str(tokenizer)} if tokenizer.exists() else {}
+                connection.execute(remote, (name, name, embedder, json.dumps(options)))
 
 
 def drop_database(dsn: str) -> None:

@@ -46,6 +46,8 @@ BENCHES = {
     "precision": "recall, time and bytes of the precision indexes on the manual's sentences",
     "layout": "filling a table of its own against a second column of indexed rows",
     "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
+    "reach": "whether search finds what exact ranking finds, among 10,000 and 300,000 texts",
+    "session": "the later searches of a session against the first ones, for each kind of key",
 }
 
 
@@ -55,6 +57,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES)}, or all")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of each comparison (7)")
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="folder of the two local models")
+    parser.add_argument(
+        "--embedder", metavar="URL", help="an OpenAI-compatible address that has the two models instead"
+    )
     parser.add_argument("--save", action="store_true", help="put the figures into tests/bench/RESULTS.md")
     parser.add_argument("--keep", action="store_true", help="leave the bench database when done")
     options = parser.parse_args()
@@ -81,7 +86,7 @@ def _run(name: str, dsn: str, options: argparse.Namespace, console: Console) -> 
             task = progress.add_task("Making the bench database", total=2)
             url = recreate_database(dsn)
             progress.update(task, advance=1, description="Registering the models")
-            register_models(url, options.models.resolve())
+            register_models(url, options.models.resolve(), options.embedder)
             progress.remove_task(task)
             bench = Bench(url, options.models, progress, options.rounds)
             import_module(f"bench_{name.replace('-', '_')}").run(bench)

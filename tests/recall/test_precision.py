@@ -33,9 +33,10 @@ RANKING = """
         index = vector_index.find_index(session, pipeline, precision_name)
         oid = pipeline.view_oid if of_routing_view else pipeline.version.view_oid
         view = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], oid)
-        statement = precision.search_statement(session, pipeline, index, view)
-        if alone:
-            statement = precision.nearest_statement(session, pipeline, index)
+        relation, embedding = (pipeline.vectors, pipeline.version.column) if alone else (view, "embedding")
+        shown = {"key": "e.chunk_id::text", "chunk": "NULL::text"}
+        ranked = precision.ranked_rows(session, pipeline, index, f"{relation} AS e", f"e.{embedding}", shown, 10)
+        statement = f"SELECT key, chunk, 1 - distance AS score FROM ({ranked}) AS n ORDER BY distance"
         size = {c.name: c.bytes for c in precision.candidates(session, pipeline)}[precision_name]
         return [(statement, precision.ef_search(index, 10), size)]
     $python$
@@ -82,14 +83,14 @@ def filled(module_database: psycopg.Connection, vectors: np.ndarray, request: py
     connection.execute("DROP FUNCTION test_ranking; SELECT embedline.drop_pipeline('page')")
 
 
-def _prepare(connection: psycopg.Connection, name: str | None, view: str) -> int:
+def _prepare(connection: psycopg.Connection, name: str | None, view: str, column_type: str) -> int:
     """Prepare statement `ranking`, set what search sets, return the index's size."""
     call = "SELECT statement, ef, bytes FROM test_ranking(1, %s, %s, %s)"
     row = connection.execute(call, (name, view == "routing view", view == "table")).fetchone()
     assert row is not None
     connection.execute(f"SET hnsw.ef_search = {row[1]}; SET hnsw.iterative_scan = strict_order")
     connection.execute("DEALLOCATE PREPARE ALL")
-    connection.execute(f"PREPARE ranking (text, bigint) AS {row[0]}")
+    connection.execute(f"PREPARE ranking ({column_type}) AS {row[0]}")
     return int(row[2])
 
 
@@ -100,12 +101,10 @@ def test_the_plan_uses_the_index(
 ) -> None:
     if name == filled:
         pytest.skip("the column is of that type itself")
-    _prepare(module_database, name, view)
+    _prepare(module_database, name, view, filled)
     # From the sixth execution on the planner may take a generic plan.
     for _ in range(7):
-        plan = json.dumps(
-            scalar(module_database, f"EXPLAIN (FORMAT json) EXECUTE ranking ('{vectors[0].tolist()}', {K})")
-        )
+        plan = json.dumps(scalar(module_database, f"EXPLAIN (FORMAT json) EXECUTE ranking ('{vectors[0].tolist()}')"))
         assert f"page_v1_{name or 'embedding'}_idx" in plan
         assert "Seq Scan" not in plan
         assert "Hash Join" not in plan
@@ -117,13 +116,13 @@ def test_a_precision_index_is_smaller_and_finds_nearly_as_much(
 ) -> None:
     if name == filled:
         pytest.skip("the column is of that type itself")
-    own = _prepare(module_database, None, "version's view")
-    assert _prepare(module_database, name, "version's view") < (0.75 if name != "binary" else 0.5) * own
+    own = _prepare(module_database, None, "version's view", filled)
+    assert _prepare(module_database, name, "version's view", filled) < (0.75 if name != "binary" else 0.5) * own
     random = np.random.default_rng(11)
     chosen = vectors[random.integers(0, ROWS, QUERIES)] + 0.02 * random.normal(size=(QUERIES, DIMENSIONS))
     recalls = []
     for query in normalise(chosen.astype(np.float32)):
-        rows = module_database.execute(f"EXECUTE ranking ('{query.tolist()}', {K})").fetchall()
+        rows = module_database.execute(f"EXECUTE ranking ('{query.tolist()}')").fetchall()
         scores = [score for _, _, score in rows]
         assert scores == sorted(scores, reverse=True)
         similarity = vectors @ query

@@ -22,12 +22,12 @@ SELECT
     w.rollback_until,
     v.last_error,
     e.verdict AS gate,
-    r.ef_search,
-    r.recall AS index_recall
+    ir.ef_search,
+    ir.recall AS index_recall
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.pipeline_id = v.pipeline_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
-LEFT JOIN embedline.index_reach AS r ON v.version_id = r.version_id
+LEFT JOIN embedline.index_reach AS ir ON v.version_id = ir.version_id
 LEFT JOIN pg_catalog.pg_class AS ic
     ON
         ic.relname = p.name || '_v' || v.number || '_embedding_idx'

@@ -120,6 +120,11 @@ plpy.execute(plpy.prepare("SELECT set_config('embedline.probe', $1, true)", ['te
 $python$
 """
 
+_SCHEDULED_WORKERS = """
+    SELECT count(*) FROM cron.job
+    WHERE database = current_database() AND active AND jobname ~ '^embedline worker [0-9]+$'
+"""
+
 Check = Callable[[Server], Iterable[Finding]]
 
 
@@ -297,11 +302,13 @@ def workers(server: Server) -> Iterator[Finding]:
     alive = int(server.scalar("SELECT embedline._workers_alive()"))
     if alive:
         yield Finding("workers", "ok", f"{alive} alive")
-    elif server.installed("pg_cron"):
-        advice = "Once they are scheduled, pg_cron starts them at the next minute."
-        yield Finding("workers", "note", "none alive", advice, ("SELECT embedline.schedule_workers(1);",))
-    else:
+    elif server.installed("pg_cron") is None:
         yield Finding("workers", "note", "none alive", "", ("embedline worker",))
+    elif scheduled := int(server.scalar(_SCHEDULED_WORKERS)):
+        advice = "pg_cron starts them at the turn of the minute. Where it does not, the server's log has the reason."
+        yield Finding("workers", "warning", f"{scheduled} scheduled, none alive", advice)
+    else:
+        yield Finding("workers", "note", "none alive", "", ("SELECT embedline.schedule_workers(1);",))
 
 
 def shared_memory(server: Server) -> Iterator[Finding]:

@@ -39,12 +39,15 @@ def connection(stock: Cluster) -> Iterator[psycopg.Connection]:
         yield connection
 
 
-def _doctor(dsn: str) -> tuple[int, list[dict[str, Any]]]:
+def _findings(dsn: str, code: int = 1) -> list[dict[str, Any]]:
+    """Return what doctor finds; `code` is how it is to exit."""
     done = subprocess.run(
         [sys.executable, "-m", "embedline.cli", "doctor", "--json", "--dsn", dsn],
         env=dict(os.environ), capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
-    return done.returncode, [found for found in json.loads(done.stdout) if found["check"] == "pg_cron jobs"]
+    assert done.returncode == code, done.stdout
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
 
 
 def test_more_workers_than_pg_cron_runs_jobs_are_refused(connection: psycopg.Connection) -> None:
@@ -63,9 +66,11 @@ def test_a_job_that_cannot_connect_is_told_and_mended(stock: Cluster, connection
     wait_until(lambda: scalar(connection, failed) > 0, 90, "pg_cron could not connect")
     trouble, remedy = _trouble(connection) or ("", "")
     assert "connection failed" in trouble
-    code, found = _doctor(stock.dsn("embedline"))
-    assert code == 1
-    assert {finding["verdict"] for finding in found} == {"error"}
+    found = _findings(stock.dsn("embedline"))
+    assert [finding["verdict"] for finding in found if finding["check"] == "pg_cron jobs"] == ["error", "error"]
+    assert ("workers", "warning", "1 scheduled, none alive") in {
+        (finding["check"], finding["verdict"], finding["found"]) for finding in found
+    }
     setting = re.match(r"ALTER SYSTEM SET cron\.host = '[^']+';", remedy)
     assert setting is not None, remedy
     said.clear()
@@ -86,6 +91,7 @@ def test_a_job_that_cannot_connect_is_told_and_mended(stock: Cluster, connection
         assert after.execute(hosts).fetchall() == [(True,)]
         wait_until(lambda: scalar(after, "SELECT embedline._workers_alive()") == 1, 90, "the worker runs")
         wait_until(lambda: _trouble(after) is None, 10)
+        assert "pg_cron jobs" not in {finding["check"] for finding in _findings(stock.dsn("embedline"), code=0)}
         after.execute("SELECT embedline.unschedule_workers()")
 
 

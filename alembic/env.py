@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import psycopg
 from alembic import context
+from psycopg.errors import Diagnostic
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from embedline import client_connection, installation, removal
@@ -20,6 +23,24 @@ def _goes_to_base() -> bool:
         return False
     steps = list(plan(migration.get_current_heads(), migration))
     return bool(steps) and not steps[-1].to_revisions
+
+
+def _tell_warnings(connection: Connection) -> None:
+    """Log what the server warns of while it runs the revisions, and what a downgrade leaves behind.
+
+    Other notices, such as "already exists, skipping", are no news.
+    """
+
+    def hear(notice: Diagnostic) -> None:
+        message = notice.message_primary or ""
+        # The event trigger that follows sources meets tables of an earlier revision.
+        is_between = message.startswith("embedline could not look for changes of its sources")
+        if (notice.severity_nonlocalized == "WARNING" and not is_between) or " stays: " in message:
+            installation.logger.warning("%s: %s", notice.severity_nonlocalized, message)
+
+    driver = connection.connection.driver_connection
+    if isinstance(driver, psycopg.Connection):
+        driver.add_notice_handler(hear)
 
 
 def run_offline() -> None:
@@ -42,13 +63,15 @@ def run_online() -> None:
     try:
         # Without a pool of SQLAlchemy's: the connection closes with the block.
         with client_connection.engine(context.config.get_main_option("sqlalchemy.url")).connect() as connection:
-            context.configure(connection=connection, **_VERSION_TABLE)
+            applied = context.config.attributes.get("on_version_apply")
+            context.configure(connection=connection, on_version_apply=applied, **_VERSION_TABLE)
             with connection.begin():
                 is_removal = _goes_to_base()
                 if is_removal:
                     installation.check_role(connection)
                 else:
                     installation.check_server(connection)
+            _tell_warnings(connection)
             # Alembic's own transaction, so that an operation can leave it (autocommit_block).
             with context.begin_transaction():
                 installation.run_script(connection, "SET LOCAL lock_timeout = '10s'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -14,10 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import embedline
-from embedline import index_build, terminal
+from embedline import evaluate_command, index_build, terminal
 from embedline.client_connection import Connection, connect, lines, server_message
 from embedline.doctor import as_json, examine
 from embedline.errors import EmbedlineError, ProviderError
+from embedline.evaluate_command import VerdictCommand
+from embedline.live_display import shown
+from embedline.migration_display import Direction, MigrationDisplay, quiet_alembic
+from embedline.worker_display import WorkerDisplay, troubles
 
 app = typer.Typer(
     help="Vector embeddings in PostgreSQL, kept true to their source rows.",
@@ -38,6 +43,7 @@ Dsn = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print Alembic's own messages, too.")]
 # The largest number that the functions of the database take.
 _INT4 = 2**31 - 1
 # PostgreSQL's own limit of max_parallel_maintenance_workers.
@@ -60,22 +66,28 @@ def options(
 
 
 @app.command()
-def upgrade(dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision.")] = "head") -> None:
+def upgrade(
+    dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision.")] = "head", verbose: Verbose = False
+) -> None:
     """Install Embedline into a database, or bring it to the package's version."""
-    _migrate(dsn, "upgrade", revision)
+    _migrate(dsn, "upgrade", revision, verbose)
 
 
 # Without it click takes the revision -1 for an option.
 @app.command(context_settings={"ignore_unknown_options": True})
 def downgrade(
-    dsn: Dsn, revision: Annotated[str, typer.Argument(help="Alembic revision; base removes everything.")]
+    dsn: Dsn,
+    revision: Annotated[str, typer.Argument(help="Alembic revision; base removes everything.")],
+    verbose: Verbose = False,
 ) -> None:
     """Go back to an earlier revision; `base` removes every trace except your own tables."""
-    _migrate(dsn, "downgrade", revision)
+    _migrate(dsn, "downgrade", revision, verbose)
 
 
 _STATUS = """
-    SELECT pipeline, source, model, state, pending, backfill_done || '/' || backfill_total AS backfill,
+    SELECT pipeline, source, model, state, pending,
+        CASE WHEN backfill_complete THEN 'complete'
+            ELSE trim_scale(backfill_percent) || ' % of ' || backfill_total || ' blocks' END AS backfill,
         date_trunc('second', oldest_pending_age) AS oldest, dead_letters AS dead, index_state AS index,
         workers_alive AS workers, last_error
     FROM embedline.status ORDER BY pipeline
@@ -145,6 +157,35 @@ def build_index_command(
         console.print(f"The index of pipeline {pipeline} is valid, or it has none: nothing to build.")
 
 
+@app.command("evaluate", cls=VerdictCommand)
+def evaluate(
+    dsn: Dsn,
+    pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
+    version: Annotated[int, typer.Option(min=1, max=_INT4, help="Number of the version to measure.")],
+    canaries: Annotated[
+        str | None, typer.Option(help="Table of labelled queries; without it queries are made from the corpus.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, max=_INT4, help="Documents that count of each ranking.")] = 10,
+    margin: Annotated[float, typer.Option(help="Loss of nDCG that passes.")] = 0.01,
+    query_count: Annotated[int, typer.Option(min=1, max=_INT4, help="Queries to make from the corpus at most.")] = 500,
+    breakdown: Annotated[str | None, typer.Option(help="Column of the source; each group has a row.")] = None,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the random draws.")] = 0,
+    min_recall: Annotated[float, typer.Option(help="Recall that the index must have.")] = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows and verdict as JSON.")] = False,
+) -> None:
+    """Measure a version against the one that serves; exit code 0: pass, 1: fail, 2: inconclusive, 3: not measured."""
+    request = evaluate_command.Request(
+        pipeline, version, canaries, k, margin, query_count, breakdown, seed, min_recall
+    )  # fmt: skip
+    try:
+        with _connect(dsn) as connection:
+            rows = evaluate_command.measure(connection, request, Console(stderr=True, highlight=False))
+    except typer.Exit as end:
+        raise typer.Exit(evaluate_command.EXIT_NOT_MEASURED if end.exit_code == 1 else end.exit_code) from None
+    (evaluate_command.print_json if as_json else evaluate_command.print_table)(rows, request)
+    raise typer.Exit(evaluate_command.EXIT_CODES[evaluate_command.verdict_of(rows)])
+
+
 @app.command("upgrade-model")
 def upgrade_model(
     pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
@@ -162,13 +203,15 @@ def upgrade_model(
     rollback_window: Annotated[str | None, typer.Option(help="An interval; 48 hours unless given.")] = None,
     head: Annotated[str, typer.Option(help="Revision that the chain follows.")] = "head",
     contract: Annotated[bool, typer.Option(help="Write the last revision now, too.")] = True,
+    verbose: Verbose = False,
 ) -> None:
     """Write the revisions of a model upgrade (expand, index, cutover, contract) into an Alembic environment."""
     recipe = _given(model=model, column_type=column_type, distance=distance, chunking=chunking)
     recipe |= _given(chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
     settings = _given(canaries=canaries, backfill_order=backfill_order, backfill_rate=backfill_rate)
     settings |= _given(wait_seconds=wait_seconds, rollback_window=rollback_window)
-    _write_upgrade(config, pipeline, recipe, settings, head, contract)
+    with quiet_alembic(verbose):
+        _write_upgrade(config, pipeline, recipe, settings, head, contract)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -206,13 +249,33 @@ def worker(
     max_seconds: Annotated[float, typer.Option(help="End after so many seconds.")] = 1200.0,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when nothing waits any more.")] = False,
 ) -> None:
-    """Run a worker in a session of the database: CALL embedline.run_worker(). Stop it with Ctrl-C."""
+    """Run a worker in a session of the database: CALL embedline.run_worker(). Stop it with Ctrl-C.
+
+    With --until-idle it shows how far it is, and ends with exit code 1 if something could not be embedded.
+    """
+    display, console = WorkerDisplay(pipeline), Console(stderr=True, highlight=False)
     with _connect(dsn) as connection:
-        connection.add_notice_handler(lambda notice: typer.echo(notice.message_primary or "", err=True))
-        call = (
-            "CALL embedline.run_worker(max_seconds => %s::float8, pipeline_name => %s::text, until_idle => %s::boolean)"
-        )
-        connection.execute(call, (max_seconds, pipeline, until_idle))
+        client = index_build.PsycopgClient(connection)
+        with shown(client, display.look, console, lines=until_idle) as tell:
+
+            def hear(notice: psycopg.errors.Diagnostic) -> None:
+                if not display.hear(notice.message_primary or ""):
+                    tell(notice.message_primary or "")
+
+            connection.add_notice_handler(hear)
+            call = (
+                "CALL embedline.run_worker(max_seconds => %s::float8, pipeline_name => %s::text,"
+                " until_idle => %s::boolean)"
+            )
+            connection.execute(call, (max_seconds, pipeline, until_idle))
+        if until_idle:
+            tasks = display.tasks(client.execute)
+            typer.echo(display.summary(tasks))
+            found = troubles(client.execute, tasks)
+            for trouble in found:
+                typer.echo(f"error: {trouble}", err=True)
+            if found:
+                raise typer.Exit(1)
 
 
 @app.command()
@@ -271,19 +334,30 @@ def doctor(dsn: Dsn, json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _migrate(dsn: str, direction: Literal["upgrade", "downgrade"], revision: str) -> None:
+def _migrate(dsn: str, direction: Direction, revision: str, verbose: bool) -> None:
     from alembic import command
     from alembic.util import CommandError
 
-    with _connect(dsn):
-        pass  # a wrong address is told in one line, not in SQLAlchemy's many
+    with _connect(dsn) as connection:  # a wrong address is told in one line, not in SQLAlchemy's many
+        display = MigrationDisplay(direction, connection.info.dbname)
+    config = _alembic_config(dsn)
+    config.attributes["on_version_apply"] = display.applied
+    if direction == "downgrade":
+        # What the installation would lack is no news to somebody who takes it away.
+        logging.getLogger("embedline").addFilter(lambda record: "pg_cron is not in" not in record.getMessage())
     try:
-        getattr(command, direction)(_alembic_config(dsn), revision)
-        typer.echo(f"Embedline {embedline.__version__}: {direction} to {revision} is done")
+        with quiet_alembic(verbose):
+            getattr(command, direction)(config, revision)
+        typer.echo(display.summary(revision))
+    except SystemExit:
+        display.failed()
+        raise
     except CommandError as error:
+        display.failed()
         _fail(str(error))
     except Exception as error:
         original = getattr(error, "orig", None)
+        display.failed()
         if not isinstance(original, psycopg.Error):
             raise
         _fail(str(server_message(original)))
@@ -311,7 +385,9 @@ def _connect(dsn: str) -> Iterator[Connection]:
     except EmbedlineError as error:
         _fail(lines(error.message, error.detail, error.hint))
     except psycopg.Error as error:
-        if isinstance(error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedTable):
+        is_missing = isinstance(error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedTable)
+        # Not a table of the user's, such as canaries that are not there.
+        if is_missing and "embedline" in (error.diag.message_primary or ""):
             _fail("Embedline is not installed in this database\nHINT: embedline upgrade")
         _fail(str(server_message(error)))
     except KeyboardInterrupt:

@@ -53,7 +53,7 @@ def require_complete(pipeline: Pipeline) -> None:
     if pipeline.version.state != "complete":
         raise NotReady(
             f'version {pipeline.version.number} of pipeline "{pipeline.name}" is still being filled',
-            hint=f"{_progress(pipeline)} shows how far it is.",
+            hint=f"{_progress(pipeline)} shows how far it is. Workers fill it; without one: SELECT embed_pending(1000);",
         )
 
 

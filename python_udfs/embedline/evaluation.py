@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from embedline import fidelity, gate, gate_report
+from embedline import fidelity, gate, gate_report, progress
 from embedline.canaries import QuerySet, load_queries
 from embedline.catalog import Pipeline, Version, load_pipeline, load_version
 from embedline.coverage import missing_chunks
@@ -91,6 +91,12 @@ def evaluate(
     options = GateOptions(k, margin, query_count, breakdown, seed, min_recall)
     prepare_environment()
     new = load_version(session, pipeline_name, version_number)
+    with progress.reported(session, "evaluate", new):
+        return _evaluate(session, new, canaries, options)
+
+
+def _evaluate(session: Session, new: Pipeline, canaries: str | None, options: GateOptions) -> list[dict[str, Any]]:
+    pipeline_name, k, seed = new.name, options.k, options.seed
     old = load_pipeline(session, pipeline_name)
     _require_complete(session, new)
     if old.version.state != "complete":
@@ -102,9 +108,10 @@ def evaluate(
     if not any(_counted(session, version)["chunks"] for version in (old, new)):
         return [_NOTHING.as_dict()]
     versions = [new] if new.version.version_id == old.version.version_id else [old, new]
-    queries = load_queries(session, versions, canaries, query_count, breakdown, seed)
+    progress.report(session, "reading the queries", 0, None)
+    queries = load_queries(session, versions, canaries, options.query_count, options.breakdown, seed)
     subjects = _ask(session, versions, queries, k)
-    measured = fidelity.measure(session, new, subjects[-1].vectors, k, min_recall, seed)
+    measured = fidelity.measure(session, new, subjects[-1].vectors, k, options.min_recall, seed)
     quality, rows = _compare(subjects, queries, options)
     verdict = gate_report.overall(measured.verdict, quality)
     note = (
@@ -170,7 +177,8 @@ def _latency(session: Session, subjects: Sequence[_Subject], queries: QuerySet) 
     """Embedding and search apart; the versions take turns."""
     texts = queries.texts[:_TIMED_QUERIES]
     embedding: list[list[float]] = [[] for _ in subjects]
-    for text in texts:
+    for done, text in enumerate(texts):
+        progress.report(session, "timing the embedding", done, len(texts))
         for subject, seconds in zip(subjects, embedding, strict=True):
             seconds.append(embedding_seconds(session, subject.pipeline, text))
     searching = [subject.search.rankings.seconds for subject in subjects]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedline import vectors
+from embedline import progress, vectors
 from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident, vector_schema
 from embedline.ranking import QueryVectors, key_expression, version_view
@@ -42,8 +42,11 @@ def read_pages(session: Session, pipeline: Pipeline) -> Iterator[Page]:
             {vector_schema(session)}.{column_type}_send({embedding}) AS vector
         FROM {version_view(session, pipeline)} AS e WHERE {chunk_id} > $1 ORDER BY {chunk_id} LIMIT $2
     """
-    last = -1
+    last, read = -1, 0
+    progress.report(session, "reading all vectors", read, None)
     while rows := session.query(statement, ["bigint", "bigint"], last, _PAGE):
+        read += len(rows)
+        progress.report(session, "reading all vectors", read, None)
         ids = np.array([row["chunk_id"] for row in rows], dtype=np.int64)
         matrix = vectors.vectors_from_send([row["vector"] for row in rows], column_type)
         yield Page(ids, [str(row["key"]) for row in rows], matrix)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedline import gate, precision
+from embedline import gate, precision, progress
 from embedline.catalog import Pipeline
 from embedline.database import Session
 from embedline.errors import NotReady
@@ -138,6 +138,7 @@ def _ask(
     recalls, seconds = np.zeros(len(sample.vectors)), []
     session.query(statement, ["text", "bigint"], sample.vectors[0], sample.k)  # warm
     for position, vector in enumerate(sample.vectors):
+        progress.report(session, "measuring the index", position, len(sample.vectors))
         began = time.perf_counter()
         rows = session.query(statement, ["text", "bigint"], vector, sample.k)
         seconds.append(time.perf_counter() - began)

@@ -16,6 +16,8 @@ from embedline.gate import Comparison, FloatArray, Verdict
 _FEW_IN_COMMON = 0.2
 # Groups shown at most, the largest first.
 MAX_GROUPS = 50
+# Of the figures that are returned and stored: a tenth of a thousandth of a measure, or of a millisecond.
+_DECIMALS = 4
 _SHOWN = {"recall": "recall@{k}", "ndcg": "nDCG@{k}", "mrr": "MRR@{k}"}
 
 
@@ -34,7 +36,11 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as PL/Python and JSON take it."""
-        return asdict(self)
+        # A person reads them; what decides is decided already, by the figures as they are.
+        return {
+            name: round(float(value), _DECIMALS) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def overall(fidelity: Verdict, quality: Verdict) -> Verdict:

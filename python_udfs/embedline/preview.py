@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from embedline import circuit, gate, gate_report, spending, vectors
+from embedline import circuit, gate, gate_report, progress, spending, vectors
 from embedline.bridge import Bridge, fit_bridge
 from embedline.canaries import PROBES, QuerySet, draw_places, load_queries
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
@@ -64,9 +64,11 @@ def preview_version(
         )
     prepare_environment()
     pipeline, model = load_pipeline(session, pipeline_name), load_model(session, model_name)
-    queries = load_queries(session, [pipeline], canaries, query_count, None, seed)
-    bridge = _bridge(session, pipeline, model, sample, seed)
-    scores = _scores(session, pipeline, model, bridge, queries, k)
+    with progress.reported(session, "preview_version", pipeline):
+        progress.report(session, "reading the queries", 0, None)
+        queries = load_queries(session, [pipeline], canaries, query_count, None, seed)
+        bridge = _bridge(session, pipeline, model, sample, seed)
+        scores = _scores(session, pipeline, model, bridge, queries, k)
     compared = gate.judge_columns(scores[0], scores[1], margin, seed)
     verdict = compared[gate.DECIDING].verdict
     note = f"{queries.note}; opens no cutover: the new model is judged by mapped vectors, which understate it"
@@ -195,7 +197,10 @@ def _embed_within_budget(session: Session, pipeline: Pipeline, texts: Sequence[s
         )
     embedder, breathe = embedder_for(session, pipeline.version.model), let_cancel_through(session)
     futures = [embedder.submit(batch, "document") for batch in batches]
-    blocks = [wait_result(future, breathe) for future in futures]
+    blocks = []
+    for number, future in enumerate(futures):
+        progress.report(session, "embedding a sample", number * size, len(texts))
+        blocks.append(wait_result(future, breathe))
     if grant.reservation_id is not None:
         counted = [block.tokens for block in blocks]
         used = sum(t for t in counted if t is not None) if None not in counted else None

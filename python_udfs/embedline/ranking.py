@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from embedline import precision, vectors
+from embedline import precision, progress, vectors
 from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
@@ -53,7 +53,8 @@ def embed_queries(session: Session, pipeline: Pipeline, texts: Sequence[str]) ->
     size = min(version.model.config.max_batch_items, _REQUEST_TEXTS)
     futures = [embedder.submit(texts[start : start + size], "query") for start in range(0, len(texts), size)]
     parts = []
-    for future in futures:
+    for number, future in enumerate(futures):
+        progress.report(session, "embedding the queries", number * size, len(texts))
         block = wait_result(future, breathe)
         parts.append(vectors.matrix_from_bytes(block.data, block.count, block.dimensions))
     matrix = np.concatenate(parts)
@@ -115,6 +116,10 @@ class DocumentSearch:
             limit *= _MORE
         return []
 
+    def report(self, done: int, total: int) -> None:
+        """Say how far the ranking of all queries is."""
+        progress.report(self._session, "ranking the queries", done, total)
+
     def measure(self, query: int) -> None:
         """Find, and keep the ranking and the time it took."""
         began = time.perf_counter()
@@ -129,4 +134,5 @@ def rank_all(searches: Sequence[DocumentSearch], queries: int) -> None:
             search.find(query)
     for query in range(queries):
         for search in searches:
+            search.report(query, queries)
             search.measure(query)

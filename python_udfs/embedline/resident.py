@@ -61,6 +61,7 @@ class ResidentWorker:
         self._pauses: dict[int, tuple[float, float]] = {}
         self._before: list[tuple[Batch, list[Unit], dict[int, int | None]]] = []
         self._held_back_by: str | None = None
+        self._embedded = Counter[bool]()
         self._claim_seconds = 0.0
         self._embed_seconds = 0.0
         self._write_seconds = 0.0
@@ -196,6 +197,7 @@ class ResidentWorker:
         self.batches.remove(batch)
         self.current = None
         self._written[batch.pipeline.lane_id] += batch.embedded_count
+        self._embedded[batch.pipeline.is_lane] += batch.embedded_count
         self._write_seconds = batch.longest_write
         if batch.answered_at:
             self._embed_seconds = batch.answered_at - batch.claimed_at
@@ -274,6 +276,7 @@ class ResidentWorker:
         self.put_off(batch.pipeline)
         if batch in self.batches:
             self.batches.remove(batch)
+            self._embedded[batch.pipeline.is_lane] += batch.embedded_count
         for future in batch.futures:
             future.cancel()
         self.current = None
@@ -348,6 +351,13 @@ class ResidentWorker:
 
     def _pace(self, pipeline: Pipeline) -> Pace:
         return self._paces.setdefault(pipeline.lane_id, Pace(self.settings))
+
+    @property
+    def embedded(self) -> str:
+        """What this worker has embedded, in words."""
+        rows, chunks = self._embedded[False], self._embedded[True]
+        words = f"{rows:,} row{'' if rows == 1 else 's'} embedded"
+        return words if not chunks else f"{words}, {chunks:,} chunk{'' if chunks == 1 else 's'} of versions filled"
 
     @property
     def is_report_due(self) -> bool:

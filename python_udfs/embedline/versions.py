@@ -301,7 +301,8 @@ def _require_disposable(session: Session, pipeline: Pipeline, doomed: Pipeline, 
     if number == pipeline.version.number:
         raise NotReady(
             f'version {number} of pipeline "{name}" serves',
-            hint=f"SELECT embedline.drop_pipeline('{name}') drops all of it.",
+            hint="Cut over to another version first; SELECT version, gate FROM embedline.versions"
+            f" WHERE pipeline = '{name}'; lists them.",
         )
     rows = session.query(
         _TOOK_OVER,

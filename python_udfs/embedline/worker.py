@@ -238,6 +238,9 @@ def run_worker(
         _step(plpy, cache, "begin", slot, pipeline_name)
         plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
+        if until_idle:
+            # Somebody waits for it; a scheduled worker has nobody to tell. `embedline worker` reads this, too.
+            plpy.notice(f"embedline worker: {cache[_CACHE_KEY].embedded}")
     except Exception as error:
         if not sqlstate_of(error):
             raise

@@ -20,7 +20,8 @@ GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
 GRANT SELECT ON embedline.precision_index TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
-embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text)
+embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),
+embedline.evaluation_progress(text)
 TO embedline_reader, embedline_worker;
 
 -- Workers: embed, and nothing else.

@@ -32,7 +32,13 @@ SELECT
     k.batch_rows,
     k.held_back_by,
     n.verified_at,
-    n.unrepaired
+    n.unrepaired,
+    -- Rounded down: 100 only once the last row is counted.
+    CASE
+        WHEN v.state = 'complete' THEN 100
+        WHEN b.total > 0 THEN least(trunc(100.0 * greatest(b.total - b.open, 0) / b.total, 1), 99.9)
+        ELSE 0
+    END AS backfill_percent
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
@@ -71,6 +77,7 @@ COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far t
 COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in work';
 COMMENT ON COLUMN embedline.status.backfill_done IS 'Blocks of the source that are read through';
 COMMENT ON COLUMN embedline.status.backfill_total IS 'Blocks of the source when the pipeline was created';
+COMMENT ON COLUMN embedline.status.backfill_percent IS 'Share of the source that is read through, in percent; 100 once every row was counted';
 COMMENT ON COLUMN embedline.status.workers_alive IS 'Resident workers of this database, whichever pipeline they are at';
 COMMENT ON COLUMN embedline.status.batch_rows IS 'Rows that a worker takes on at a time now; embedline.worker tells more of each worker';
 COMMENT ON COLUMN embedline.status.held_back_by IS 'Why workers take less on: a replica that lags, an old snapshot; NULL: nothing. See embedline.configure';

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import psycopg
@@ -178,6 +179,27 @@ def test_what_no_operation_does_is_refused(application: Application, text: str, 
     application.alembic("upgrade", "head")
     application.declare(text)
     assert message in application.alembic("check", fails=True)
+
+
+def test_alembic_utils_is_proposed_no_drop_of_our_functions_views_triggers_and_grants(
+    application: Application, database: psycopg.Connection
+) -> None:
+    create_pipeline(database, "article", "article", "title", index_method="none")
+    database.execute("CREATE FUNCTION mine() RETURNS integer LANGUAGE sql RETURN 1")
+    database.execute("CREATE VIEW titles AS SELECT title FROM article")
+    database.execute("GRANT SELECT ON titles TO embedline_reader")
+    models = application.folder / "models.py"
+    registration = (
+        "from alembic_utils.replaceable_entity import register_entities\n\n"
+        'register_entities([], schemas=["public", "embedline", "embedline_data"])\n'
+    )
+    models.write_text(models.read_text(encoding="utf-8") + registration, encoding="utf-8")
+    found = application.alembic("check", fails=True).partition("FAILED: ")[2]
+    assert sorted(re.findall(r"'(PG\w+: [^']+)'", found)) == [
+        "PGFunction: public.mine()",
+        "PGGrantTable: public.titles.embedline_reader.SELECT",
+        "PGView: public.titles",
+    ]
 
 
 def test_a_declaration_without_embedline_in_the_database_says_how_to_install_it(

@@ -5,7 +5,7 @@ and what is declared in the TOML file is compared with the database.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alembic import command, util
@@ -13,6 +13,7 @@ from alembic.operations.ops import MigrateOperation, MigrationScript, UpgradeOps
 from sqlalchemy import Connection
 
 from embedline.migrations import comparison
+from embedline.migrations.canary_tables import TableName, find_canary_tables
 from embedline.migrations.chain import PHASES, Upgrade, reversed_operations
 from embedline.migrations.declaration import find_declaration
 
@@ -35,6 +36,15 @@ _VIEWS = """
     JOIN pg_catalog.pg_namespace AS n ON n.oid = t.relnamespace AND n.nspname = 'embedline_data'
     JOIN pg_catalog.pg_class AS v ON v.oid = r.ev_class JOIN pg_catalog.pg_namespace AS s ON s.oid = v.relnamespace
 """
+# Triggers on the sources, which call functions of ours.
+_TRIGGERS = """
+    SELECT s.nspname, g.tgname FROM pg_catalog.pg_trigger AS g JOIN pg_catalog.pg_proc AS f ON f.oid = g.tgfoid
+    JOIN pg_catalog.pg_namespace AS n ON n.oid = f.pronamespace AND n.nspname = 'embedline_data'
+    JOIN pg_catalog.pg_class AS t ON t.oid = g.tgrelid JOIN pg_catalog.pg_namespace AS s ON s.oid = t.relnamespace
+"""
+# The only function outside our schemas, and the extensions that an installation creates.
+_FUNCTIONS = {("public", "embed_pending")}
+_EXTENSIONS = {"plpython3u", "vector", "pg_cron"}
 _CRON = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_cron')"
 
 
@@ -49,20 +59,66 @@ def hide_schemas(context: AutogenContext, schemas: set[str | None]) -> None:
         schemas.discard("cron")
 
 
+def hide_canary_tables(context: AutogenContext) -> None:
+    """Keep canary tables that the metadata does not declare from being compared, and so from being dropped."""
+    if context.dialect.name != "postgresql":
+        return
+    hidden = _undeclared_canary_tables(context)
+    default = context.dialect.default_schema_name
+
+    def is_compared(name: str | None, kind: str, parents: Mapping[str, str | None]) -> bool:
+        if kind != "table" or (table := (parents.get("schema_name") or default, name)) not in hidden:
+            return True
+        logger.info("table %s.%s is left alone: gates use it, and the metadata does not declare it", *table)
+        return False
+
+    # Where the list is not there the table is compared, and hide_operations takes out what comes of it.
+    filters = getattr(context, "_name_filters", None)
+    if isinstance(filters, list):
+        filters.append(is_compared)
+
+
+def _undeclared_canary_tables(context: AutogenContext) -> frozenset[TableName]:
+    config = context.migration_context.config
+    default = context.dialect.default_schema_name
+    declared = {(table.schema or default, table.name) for table in context.sorted_tables}
+    return find_canary_tables(_connection(context), find_declaration(config), config) - declared
+
+
 def hide_operations(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
-    """Take out what was proposed for tables and views of Embedline: models that map them are no tables to create."""
+    """Take out what was proposed for tables, views, triggers and functions of Embedline.
+
+    Models that map its tables and views are no tables to create.
+    """
     if context.dialect.name != "postgresql":
         return
     connection = _connection(context)
     default = context.dialect.default_schema_name
-    views = {(schema, name) for schema, name in connection.exec_driver_sql(_VIEWS)}
+    own = {(schema, name) for schema, name in connection.exec_driver_sql(_VIEWS)} | _undeclared_canary_tables(context)
+    triggers = {(schema, name) for schema, name in connection.exec_driver_sql(_TRIGGERS)}
     declaration = find_declaration(context.migration_context.config)
     to_come = {f"{name}_embedding" for name in declaration.pipelines} if declaration else set()
 
     def is_own(operation: MigrateOperation) -> bool:
         schema = getattr(operation, "schema", None) or default
         name = getattr(operation, "table_name", None)
-        return schema in OWN_SCHEMAS or (schema, name) in views or name in to_come
+        return schema in OWN_SCHEMAS or (schema, name) in own or name in to_come or is_own_entity(operation)
+
+    def is_own_entity(operation: MigrateOperation) -> bool:
+        # An operation of alembic_utils: functions, views, triggers and grants as entities with a schema and a signature.
+        entity = getattr(operation, "target", None)
+        schema, signature = getattr(entity, "schema", None), getattr(entity, "signature", None)
+        if not isinstance(schema, str) or not isinstance(signature, str):
+            return False
+        # A grant is one on a table, a function's signature has parameters.
+        schema = schema.replace('"', "")
+        name = str(getattr(entity, "table", None) or signature.partition("(")[0]).replace('"', "")
+        is_extension = type(entity).__name__ == "PGExtension" and type(operation).__name__ == "DropOp"
+        return (
+            schema in OWN_SCHEMAS
+            or (schema, name) in own | triggers | _FUNCTIONS
+            or (is_extension and name in _EXTENSIONS)
+        )
 
     upgrade_ops.ops[:] = [operation for operation in upgrade_ops.ops if not is_own(operation)]
 

@@ -368,13 +368,37 @@ def _pass_gate(operations: Operations, operation: ops.CutoverEmbeddingVersionOp)
     """Evaluate where the newest gate does not pass; what it finds is stored, and embedline.cutover decides by that."""
     if _scalar(operations, _GATE, pipeline=operation.pipeline, version=operation.version) == "pass":
         return
-    with _reported():
+    with _reported(), _notices_logged(operations):
         rows = operations.get_bind().exec_driver_sql(_evaluation(operation), execution_options={"no_parameters": True})
         for row in rows.mappings():
-            logger.info(
-                "gate of %s: %s old %s, new %s, %s %s", _label(operation), row["measure"], row["old"], row["new"],
-                row["verdict"], row["detail"] or "",
-            )  # fmt: skip
+            logger.info("gate of %s: %s", _label(operation), _gate_line(row))
+
+
+def _gate_line(row: sqlalchemy.RowMapping) -> str:
+    """Return a row of a gate in words: what was measured, the verdict, the figures that it has, and the detail."""
+    figures = [f"{name} {row[name]:.3f}" for name in ("old", "new", "difference") if row[name] is not None]
+    if row["low"] is not None:
+        figures.append(f"95 % interval {row['low']:.3f} to {row['high']:.3f}")
+    parts = [row["verdict"], ", ".join(figures), row["detail"]]
+    return f"{row['measure']}: {'; '.join(part for part in parts if part)}"
+
+
+@contextlib.contextmanager
+def _notices_logged(operations: Operations) -> Iterator[None]:
+    """Log what the server says while the block runs, such as how far a gate is; drivers other than psycopg 3 keep it."""
+    driver: Any = operations.get_bind().connection.driver_connection
+    if not hasattr(driver, "add_notice_handler"):
+        yield
+        return
+
+    def hear(notice: Any) -> None:
+        logger.info("%s", notice.message_primary)
+
+    driver.add_notice_handler(hear)
+    try:
+        yield
+    finally:
+        driver.remove_notice_handler(hear)
 
 
 @Operations.implementation_for(ops.RollbackEmbeddingVersionOp)

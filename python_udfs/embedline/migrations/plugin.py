@@ -37,6 +37,7 @@ def _hide(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: set[str | N
     from embedline.migrations import autogenerate
 
     autogenerate.hide_schemas(context, schemas)
+    autogenerate.hide_canary_tables(context)
 
 
 def _compare(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: set[str | None]) -> None:

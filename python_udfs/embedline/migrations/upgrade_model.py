@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +26,12 @@ def configuration(path: Path) -> Config:
     """Return the configuration of an Alembic environment: alembic.ini, or a pyproject.toml with [tool.alembic]."""
     if not path.is_file():
         raise CommandError(f"there is no {path}. HINT: embedline upgrade-model --config PATH names the alembic.ini.")
+    # The caller prints which files are written; Alembic need not do so, too.
+    options = Namespace(quiet=True, x=None)
     if path.suffix == ".toml":
-        return Config(toml_file=str(path))
+        return Config(toml_file=str(path), cmd_opts=options)
     beside = path.parent / "pyproject.toml"
-    return Config(str(path), toml_file=str(beside) if beside.is_file() else None)
+    return Config(str(path), toml_file=str(beside) if beside.is_file() else None, cmd_opts=options)
 
 
 def plan_upgrade(config: Config, name: str, recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Upgrade:

@@ -1,0 +1,22 @@
+-- One row for each evaluate or preview_version that runs now: its step, and how far that is. Reads locks alone.
+-- SECURITY DEFINER, for when a statement of another role began is hidden from all but superusers.
+CREATE OR REPLACE FUNCTION embedline.evaluation_progress(pipeline_name text DEFAULT NULL)
+RETURNS TABLE (
+    pid integer,
+    task text,
+    pipeline text,
+    version integer,
+    step text,
+    percent double precision,
+    seconds double precision
+)
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import progress
+    return progress.evaluation_progress(plpy, GD, pipeline_name)
+$python$;
+
+COMMENT ON FUNCTION embedline.evaluation_progress(text) IS 'Each evaluate and preview_version that runs now, with its step and how far that is.';

@@ -88,6 +88,7 @@ _REMOVE = f"""
     DO $do$
     DECLARE
         doomed text;
+        messages text := current_setting('client_min_messages');
     BEGIN
         -- Workers begin each step with it, holding nothing: they end there when it is gone, and no deadlock comes of them.
         LOCK TABLE embedline.worker;
@@ -118,6 +119,8 @@ _REMOVE = f"""
             EXECUTE format('DROP SCHEMA %I CASCADE', doomed);
             EXECUTE format('CREATE SCHEMA %I', doomed);
         END LOOP;
+        -- The revisions have something to say: which extensions and roles stay.
+        PERFORM set_config('client_min_messages', messages, true);
     END
     $do$
 """

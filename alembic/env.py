@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
-
 import psycopg
 from alembic import context
 from psycopg.errors import Diagnostic
-from sqlalchemy import Connection, create_engine, pool
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
-from embedline import installation
+from embedline import client_connection, installation, removal
 from embedline.errors import EmbedlineError
 
 _VERSION_TABLE = {"version_table": "alembic_version", "version_table_schema": "embedline"}
 
 
-def _database_url() -> str:
-    dsn = context.config.get_main_option("sqlalchemy.url") or os.environ.get("EMBEDLINE_DSN")
-    if not dsn:
-        raise SystemExit(
-            "Set EMBEDLINE_DSN, for example EMBEDLINE_DSN=postgresql://postgres@localhost/mydb alembic upgrade head"
-        )
-    scheme, separator, rest = dsn.partition("://")
-    return f"postgresql+psycopg{separator}{rest}" if scheme in ("postgresql", "postgres") else dsn
+def _goes_to_base() -> bool:
+    """Return True for a downgrade after which no revision is left, however the command names its end."""
+    migration = context.get_context()
+    plan = migration.opts.get("fn")
+    # `stamp base` has base for its end, too, and changes nothing; other commands are not asked what they would do.
+    if plan is None or getattr(plan, "__name__", "") != "downgrade":
+        return False
+    steps = list(plan(migration.get_current_heads(), migration))
+    return bool(steps) and not steps[-1].to_revisions
 
 
 def _tell_warnings(connection: Connection) -> None:
@@ -45,40 +45,57 @@ def _tell_warnings(connection: Connection) -> None:
 
 def run_offline() -> None:
     context.configure(dialect_name="postgresql", literal_binds=True, **_VERSION_TABLE)
+    output = context.get_context().impl.static_output
+    is_removal = _goes_to_base()
     with context.begin_transaction():
-        context.execute("CREATE SCHEMA IF NOT EXISTS embedline")
+        if is_removal:
+            for statement in removal.before_base():
+                output(statement + ";")
+        else:
+            context.execute("CREATE SCHEMA IF NOT EXISTS embedline")
         context.run_migrations()
+        if is_removal:
+            for statement in removal.after_base():
+                output(statement + ";")
 
 
 def run_online() -> None:
-    engine = create_engine(_database_url(), poolclass=pool.NullPool)
     try:
-        with engine.connect() as connection:
-            with connection.begin():
-                installation.check_server(connection)
-            _tell_warnings(connection)
+        # Without a pool of SQLAlchemy's: the connection closes with the block.
+        with client_connection.engine(context.config.get_main_option("sqlalchemy.url")).connect() as connection:
             applied = context.config.attributes.get("on_version_apply")
             context.configure(connection=connection, on_version_apply=applied, **_VERSION_TABLE)
+            with connection.begin():
+                is_removal = _goes_to_base()
+                if is_removal:
+                    installation.check_role(connection)
+                else:
+                    installation.check_server(connection)
+            _tell_warnings(connection)
             # Alembic's own transaction, so that an operation can leave it (autocommit_block).
             with context.begin_transaction():
                 installation.run_script(connection, "SET LOCAL lock_timeout = '10s'")
-                installation.run_script(connection, "CREATE SCHEMA IF NOT EXISTS embedline")
+                if is_removal:
+                    removal.require_no_dependents(connection)
+                    for statement in removal.before_base():
+                        installation.run_script(connection, statement)
+                else:
+                    installation.run_script(connection, "CREATE SCHEMA IF NOT EXISTS embedline")
                 context.run_migrations()
                 heads = set(context.get_context().get_current_heads())
                 if heads == set(context.script.get_heads()):
                     installation.replay(connection)
                 elif not heads:
-                    # Alembic needed its version table until now; with it goes the last trace.
-                    installation.run_script(connection, "DROP SCHEMA embedline CASCADE")
+                    for statement in removal.after_base():
+                        installation.run_script(connection, statement)
     except EmbedlineError as error:
-        lines = [
-            error.message,
-            f"DETAIL: {error.detail}" if error.detail else "",
-            f"HINT: {error.hint}" if error.hint else "",
-        ]
-        raise SystemExit("ERROR: " + "\n".join(line for line in lines if line)) from None
-    finally:
-        engine.dispose()
+        raise SystemExit("ERROR: " + client_connection.lines(error.message, error.detail, error.hint)) from None
+    except DBAPIError as error:
+        # What a person can do something about is in the server's message; the statement and our frames are not that.
+        told = client_connection.server_message(error.orig)
+        if told is None:
+            raise
+        raise SystemExit(f"ERROR: {told}") from None
 
 
 if context.is_offline_mode():

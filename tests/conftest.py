@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -264,7 +263,7 @@ def new_cluster() -> Iterator[StartCluster]:
             Path(folder).chmod(0o755)
             cluster = Cluster(
                 data_dir=Path(folder) / "data",
-                port=_free_port(),
+                port=support.free_port(),
                 bin_dir=local_cluster(settings).bin_dir,
                 python_path=settings.server_python_path,
                 cron_database=cron_database,
@@ -327,12 +326,6 @@ def own_cluster(start_cluster: StartCluster) -> Cluster:
 def cron_cluster(start_cluster: StartCluster) -> Cluster:
     """A server of the test module's own with pg_cron in database embedline; no worker is scheduled yet."""
     return start_cluster(cron_database="embedline")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ def install(dsn: str, models: Sequence[str] = ("static-256", "minilm")) -> None:
             connection.execute(
                 "SELECT embedline.create_model(%s, 'sentence-transformers', %s)", (name, str(MODELS / name))
             )
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str = "the condition holds") -> None:

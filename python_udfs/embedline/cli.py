@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, LiteralString, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import psycopg
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import embedline
-from embedline import evaluate_command, index_build
+from embedline import evaluate_command, index_build, terminal
+from embedline.client_connection import Connection, connect, lines, server_message
+from embedline.doctor import as_json, examine
 from embedline.errors import EmbedlineError, ProviderError
 from embedline.evaluate_command import VerdictCommand
 from embedline.live_display import shown
@@ -37,24 +35,34 @@ Dsn = Annotated[
     str,
     typer.Option(
         envvar="EMBEDLINE_DSN",
-        help="Connection URI, for example postgresql://postgres@localhost/mydb.",
+        # Empty: libpq's own environment (PGSERVICE, PGHOST, PGDATABASE, ...) names the database; else `connect` says what to set.
+        default_factory=str,
+        help="postgresql:///mydb, or any other connection string of libpq, such as 'service=mydb' or 'host=db1 dbname=mydb'."
+        " Without it PGSERVICE, PGHOST, PGDATABASE and the like count.",
         show_default=False,
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print Alembic's own messages, too.")]
-Connection = psycopg.Connection[tuple[Any, ...]]
-Verdict = Literal["ok", "note", "warning", "error"]
+# The largest number that the functions of the database take.
+_INT4 = 2**31 - 1
+# PostgreSQL's own limit of max_parallel_maintenance_workers.
+_PARALLEL_WORKERS = 1024
 
-# pgvector before 0.8.2 overflows a buffer in parallel HNSW builds with a maintenance_work_mem of 3 to 4 MB (CVE-2026-3172);
-# embedline.preflight says why, and that builds of ours never get so little.
-_SAFE_PARALLEL_BUILD = (0, 8, 2)
-_SAFE_BUILD_KILOBYTES = 4096
-_PGVECTOR_BUGS = (
-    ((0, 8, 2), "parallel HNSW builds overflow a buffer with maintenance_work_mem of 3 to 4 MB (CVE-2026-3172)"),
-    ((0, 8, 3), "VACUUM may corrupt an HNSW index"),
-    ((0, 8, 4), "an HNSW graph damaged by deletes is not repaired"),
-)
-_COLOURS: dict[Verdict, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"embedline {embedline.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Vector embeddings in PostgreSQL, kept true to their source rows."""
 
 
 @app.command()
@@ -65,7 +73,8 @@ def upgrade(
     _migrate(dsn, "upgrade", revision, verbose)
 
 
-@app.command()
+# Without it click takes the revision -1 for an option.
+@app.command(context_settings={"ignore_unknown_options": True})
 def downgrade(
     dsn: Dsn,
     revision: Annotated[str, typer.Argument(help="Alembic revision; base removes everything.")],
@@ -75,37 +84,47 @@ def downgrade(
     _migrate(dsn, "downgrade", revision, verbose)
 
 
+_STATUS = """
+    SELECT pipeline, source, model, state, pending,
+        CASE WHEN backfill_complete THEN 'complete'
+            ELSE trim_scale(backfill_percent) || ' % of ' || backfill_total || ' blocks' END AS backfill,
+        date_trunc('second', oldest_pending_age) AS oldest, dead_letters AS dead, index_state AS index,
+        workers_alive AS workers, last_error
+    FROM embedline.status ORDER BY pipeline
+"""
+
+
 @app.command()
-def status(dsn: Dsn) -> None:
+def status(dsn: Dsn, json: AsJson = False) -> None:
     """Show each pipeline: what waits, how far the backfill is, the last error."""
     with _connect(dsn) as connection:
-        cursor = connection.execute(
-            "SELECT pipeline, source, model, state, pending, CASE WHEN backfill_complete THEN 'complete'"
-            " ELSE trim_scale(backfill_percent) || ' % of ' || backfill_total || ' blocks' END AS backfill,"
-            " date_trunc('second', oldest_pending_age) AS oldest,"
-            " dead_letters, index_state AS index, workers_alive AS workers, last_error"
-            " FROM embedline.status ORDER BY pipeline"
-        )
-        table = Table(*(column.name.replace("_", " ") for column in cursor.description or ()))
-        for row in cursor:
-            table.add_row(*("" if value is None else str(value) for value in row[:-1]), row[-1] or "")
-    console = Console(highlight=False)
-    if table.row_count:
-        console.print(table)
+        if json:
+            rows = connection.execute("SELECT to_jsonb(s) FROM embedline.status AS s ORDER BY s.pipeline").fetchall()
+            typer.echo(terminal.as_json([row[0] for row in rows]))
+            return
+        cursor = connection.execute(_STATUS)
+        columns, found = [column.name for column in cursor.description or ()], cursor.fetchall()
+    if found:
+        typer.echo(terminal.table(columns, found, terminal.width()))
     else:
-        console.print("There is no pipeline yet: SELECT embedline.create_pipeline(name, source, content, model);")
+        typer.echo("There is no pipeline yet: SELECT embedline.create_pipeline(name, source, content, model);")
 
 
 @app.command("build-index")
 def build_index_command(
     dsn: Dsn,
     pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
-    version: Annotated[int | None, typer.Option(help="Number of the version; the serving one without it.")] = None,
+    version: Annotated[
+        int | None, typer.Option(min=1, max=_INT4, help="Number of the version; the serving one without it.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Name of a precision index instead of the column's own.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Parallel workers; max_parallel_maintenance_workers without it, 0: none.")
+        int | None,
+        typer.Option(
+            min=0, max=_PARALLEL_WORKERS, help="Parallel workers; max_parallel_maintenance_workers without it, 0: none."
+        ),
     ] = None,
 ) -> None:
     """Build an HNSW index of a pipeline CONCURRENTLY and show how far it is; refuses while vectors are missing."""
@@ -132,7 +151,7 @@ def build_index_command(
                 tell=lambda notice: console.print(f"NOTICE: {notice}", markup=False),
             )
         except EmbedlineError as error:
-            _fail(_lines(error.message, error.detail, error.hint))
+            _fail(lines(error.message, error.detail, error.hint))
         progress.update(task, description="done", completed=100)
     if statement is None:
         console.print(f"The index of pipeline {pipeline} is valid, or it has none: nothing to build.")
@@ -142,15 +161,15 @@ def build_index_command(
 def evaluate(
     dsn: Dsn,
     pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
-    version: Annotated[int, typer.Option(help="Number of the version to measure.")],
+    version: Annotated[int, typer.Option(min=1, max=_INT4, help="Number of the version to measure.")],
     canaries: Annotated[
         str | None, typer.Option(help="Table of labelled queries; without it queries are made from the corpus.")
     ] = None,
-    k: Annotated[int, typer.Option(help="Documents that count of each ranking.")] = 10,
+    k: Annotated[int, typer.Option(min=1, max=_INT4, help="Documents that count of each ranking.")] = 10,
     margin: Annotated[float, typer.Option(help="Loss of nDCG that passes.")] = 0.01,
-    query_count: Annotated[int, typer.Option(help="Queries to make from the corpus at most.")] = 500,
+    query_count: Annotated[int, typer.Option(min=1, max=_INT4, help="Queries to make from the corpus at most.")] = 500,
     breakdown: Annotated[str | None, typer.Option(help="Column of the source; each group has a row.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the random draws.")] = 0,
     min_recall: Annotated[float, typer.Option(help="Recall that the index must have.")] = 0.9,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and verdict as JSON.")] = False,
 ) -> None:
@@ -175,11 +194,11 @@ def upgrade_model(
     column_type: Annotated[Literal["vector", "halfvec"] | None, typer.Option(help="As it is, unless given.")] = None,
     distance: Annotated[Literal["cosine", "inner_product", "l2"] | None, typer.Option(help="The same.")] = None,
     chunking: Annotated[str | None, typer.Option(help="The same.")] = None,
-    chunk_tokens: Annotated[int | None, typer.Option(help="The same.")] = None,
-    chunk_overlap: Annotated[int | None, typer.Option(help="The same.")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(min=1, max=_INT4, help="The same.")] = None,
+    chunk_overlap: Annotated[int | None, typer.Option(min=0, max=_INT4, help="The same.")] = None,
     canaries: Annotated[str | None, typer.Option(help="Table of labelled queries for the gate.")] = None,
     backfill_order: Annotated[Literal["oldest_first", "newest_first"] | None, typer.Option()] = None,
-    backfill_rate: Annotated[int | None, typer.Option(help="Chunks a second at most.")] = None,
+    backfill_rate: Annotated[int | None, typer.Option(min=1, max=_INT4, help="Chunks a second at most.")] = None,
     wait_seconds: Annotated[float | None, typer.Option(help="How long the index waits for the backfill.")] = None,
     rollback_window: Annotated[str | None, typer.Option(help="An interval; 48 hours unless given.")] = None,
     head: Annotated[str, typer.Option(help="Revision that the chain follows.")] = "head",
@@ -264,21 +283,22 @@ def verify(
     dsn: Dsn,
     pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")],
     repair: Annotated[bool, typer.Option("--repair", help="Put right what can be.")] = False,
-    sample: Annotated[int, typer.Option(help="Chunks that the model is asked for again; 0: none.")] = 20,
+    sample: Annotated[
+        int, typer.Option(min=0, max=_INT4, help="Chunks that the model is asked for again; 0: none.")
+    ] = 20,
 ) -> None:
     """Compare a pipeline with its source; exit 1 where something is amiss and not repaired."""
-    table = Table("finding", "count", "repaired", "example")
+    found: list[tuple[object, ...]] = []
     amiss = False
     with _connect(dsn) as connection:
-        query = "SELECT finding, count, repaired, example::text FROM embedline.verify(%s, %s, %s)"
+        query = "SELECT finding, count, repaired, example::text FROM embedline.verify(%s, %s, %s::integer)"
         for finding, count, repaired, example in connection.execute(query, (pipeline, repair, sample)):
-            table.add_row(finding, "not checked" if count is None else str(count), str(repaired), example)
+            found.append((finding, "not checked" if count is None else count, repaired, example))
             amiss |= finding != "pending" and (count is None or repaired < count)
-    console = Console(highlight=False)
-    if table.row_count:
-        console.print(table)
+    if found:
+        typer.echo(terminal.table(("finding", "count", "repaired", "example"), found, terminal.width()))
     else:
-        console.print(f"Pipeline {pipeline} is what its source asks for.")
+        typer.echo(f"Pipeline {pipeline} is what its source asks for.")
     if amiss:
         raise typer.Exit(1)
 
@@ -296,7 +316,7 @@ def export_onnx(
     try:
         manifest = onnx_export.export(model, str(target), precision, revision)
     except ProviderError as error:
-        _fail(_lines(error.message, error.detail, error.hint))
+        _fail(lines(error.message, error.detail, error.hint))
     options = f'{{"backend": "onnx", "precision": "{precision}"}}'
     typer.echo(f"{target}: {manifest.dimensions} dimensions, {precision}. Register it as a superuser:")
     typer.echo(
@@ -305,204 +325,13 @@ def export_onnx(
 
 
 @app.command()
-def doctor(dsn: Dsn) -> None:
+def doctor(dsn: Dsn, json: AsJson = False) -> None:
     """Check the server for what Embedline needs and for known troubles; exit 1 where something is broken."""
     with _connect(dsn) as connection:
-        findings = list(_examine(connection))
-    table = Table("check", "found", "verdict", "advice")
-    for finding in findings:
-        colour = _COLOURS[finding.verdict]
-        table.add_row(finding.check, finding.found, f"[{colour}]{finding.verdict}[/{colour}]", finding.advice)
-    Console(highlight=False).print(table)
-    if any(finding.verdict == "error" for finding in findings):
+        found = examine(connection)
+    typer.echo(as_json(found) if json else terminal.findings(found, terminal.width()))
+    if any(finding.verdict == "error" for finding in found):
         raise typer.Exit(1)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of `embedline doctor`."""
-
-    check: str
-    found: str
-    verdict: Verdict
-    advice: str = ""
-
-
-def _examine(connection: Connection) -> Iterator[Finding]:
-    yield _postgresql(connection)
-    yield _plpython(connection)
-    yield from _pgvector(connection)
-    yield _schema(connection)
-    server_side = _server_side(connection)
-    yield server_side.get(
-        "package", Finding("Python package", "not checked", "note", "Connect as a superuser to check it.")
-    )
-    yield _pg_cron(connection)
-    yield _workers(connection)
-    yield _memory(connection, server_side.get("shm"))
-
-
-def _postgresql(connection: Connection) -> Finding:
-    number = connection.info.server_version
-    found = f"{number // 10000}.{number % 10000}"
-    if number < 150000:
-        return Finding("PostgreSQL", found, "error", "Embedline needs PostgreSQL 15 to 18.")
-    if number >= 190000:
-        return Finding("PostgreSQL", found, "warning", "Embedline is tested with PostgreSQL 15 to 18.")
-    return Finding("PostgreSQL", found, "ok")
-
-
-def _plpython(connection: Connection) -> Finding:
-    if _scalar(connection, "SELECT 1 FROM pg_available_extensions WHERE name = 'plpython3u'") is None:
-        major = connection.info.server_version // 10000
-        return Finding("plpython3u", "missing", "error", f"On Debian: apt-get install postgresql-plpython3-{major}.")
-    installed = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'plpython3u'")
-    if installed is None:
-        return Finding("plpython3u", "available", "note", "embedline upgrade installs it into this database.")
-    return Finding("plpython3u", str(installed), "ok")
-
-
-def _pgvector(connection: Connection) -> Iterator[Finding]:
-    installed = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'vector'")
-    offered = _scalar(connection, "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
-    version = installed or offered
-    if version is None:
-        major = connection.info.server_version // 10000
-        yield Finding(
-            "pgvector",
-            "missing",
-            "error",
-            f"Debian 13, PGDG: apt-get install postgresql-{major}-pgvector; else build it.",
-        )
-        return
-    if _version(str(version)) < (0, 8, 0):
-        yield Finding(
-            "pgvector", str(version), "error", "Embedline needs 0.8.0 or newer: iterative scans came with it."
-        )
-        return
-    bugs = [
-        f"before {'.'.join(map(str, fixed))}: {bug}" for fixed, bug in _PGVECTOR_BUGS if _version(str(version)) < fixed
-    ]
-    if not bugs:
-        yield Finding("pgvector", str(version), "ok")
-    for bug in bugs:
-        yield Finding("pgvector", str(version), "warning", f"Known bug, {bug}. Upgrade pgvector.")
-    if installed and offered and _version(str(installed)) < _version(str(offered)):
-        yield Finding(
-            "pgvector", f"{installed} here, {offered} on the server", "note", "ALTER EXTENSION vector UPDATE;"
-        )
-    kilobytes = int(str(_scalar(connection, "SELECT setting FROM pg_settings WHERE name = 'maintenance_work_mem'")))
-    if _version(str(version)) < _SAFE_PARALLEL_BUILD and kilobytes < _SAFE_BUILD_KILOBYTES:
-        yield Finding(
-            "parallel builds",
-            f"maintenance_work_mem {kilobytes} kB",
-            "warning",
-            "ALTER SYSTEM SET maintenance_work_mem = '64MB'; with less than 4 MB a parallel build overflows until 0.8.2.",
-        )
-
-
-def _schema(connection: Connection) -> Finding:
-    if _scalar(connection, "SELECT to_regclass('embedline.setting') IS NOT NULL") is not True:
-        return Finding("schema embedline", "missing", "note", "Run: embedline upgrade")
-    version = str(_scalar(connection, "SELECT value FROM embedline.setting WHERE name = 'version'"))
-    if version != embedline.__version__:
-        return Finding(
-            "schema embedline", version, "error", f"This package is {embedline.__version__}. Run: embedline upgrade"
-        )
-    return Finding("schema embedline", version, "ok")
-
-
-_PROBE = """
-DO LANGUAGE plpython3u $python$
-import os, sys
-try:
-    import embedline
-    plpy.notice(f'embedline package {embedline.__version__} in {os.path.dirname(embedline.__file__)}')
-except ImportError as error:
-    path = os.pathsep.join(folder for folder in sys.path if folder)
-    plpy.notice(f'embedline missing {error}; Python {sys.version.split()[0]} looks in {path}')
-try:
-    disk = os.statvfs('/dev/shm')
-    plpy.notice(f'embedline shm {disk.f_frsize * disk.f_bavail}')
-except OSError:
-    pass
-$python$
-"""
-
-
-def _server_side(connection: Connection) -> dict[str, Finding]:
-    """Look at the server's interpreter and memory file system from inside a backend; empty where that is not allowed."""
-    notices: list[str] = []
-
-    def keep(notice: psycopg.errors.Diagnostic) -> None:
-        notices.append(notice.message_primary or "")
-
-    connection.add_notice_handler(keep)
-    try:
-        connection.execute("SET client_min_messages = notice")
-        connection.execute(_PROBE)
-    except psycopg.Error:
-        return {}
-    finally:
-        connection.remove_notice_handler(keep)
-    findings = {}
-    for notice in notices:
-        word, _, rest = notice.removeprefix("embedline ").partition(" ")
-        if word == "package":
-            same = rest.split(" ")[0] == embedline.__version__
-            advice = "" if same else f"The client's package is {embedline.__version__}."
-            findings["package"] = Finding("Python package", rest, "ok" if same else "error", advice)
-        elif word == "missing":
-            advice = "Install it for that interpreter, or start the server with PYTHONPATH naming its site-packages."
-            findings["package"] = Finding("Python package", rest, "error", advice)
-        elif word == "shm":
-            findings["shm"] = Finding("shared memory", rest, "ok")
-    return findings
-
-
-def _pg_cron(connection: Connection) -> Finding:
-    version = _scalar(connection, "SELECT extversion FROM pg_extension WHERE extname = 'pg_cron'")
-    if version is None:
-        home = _scalar(connection, "SELECT current_setting('cron.database_name', true)")
-        advice = "Without it let any scheduler CALL embedline.run_worker(), and run: embedline build-index PIPELINE"
-        if home:
-            advice = f'It lives in database "{home}": there use cron.schedule_in_database (docs/operations.md).'
-        return Finding("pg_cron", "not in this database", "note", advice)
-    mode = _scalar(connection, "SELECT current_setting('cron.use_background_workers', true)")
-    found = f"{version}, {'background workers' if mode == 'on' else 'libpq mode'}"
-    if mode == "on" and _version(str(version)) < (1, 5):
-        return Finding(
-            "pg_cron", found, "error", "A resident job blocks its launcher: cron.use_background_workers = off, or 1.5."
-        )
-    return Finding("pg_cron", found, "ok")
-
-
-def _workers(connection: Connection) -> Finding:
-    if _scalar(connection, "SELECT to_regclass('embedline.worker') IS NOT NULL") is not True:
-        return Finding("workers", "none", "note")
-    alive = _scalar(connection, "SELECT embedline._workers_alive()")
-    if not alive:
-        return Finding(
-            "workers", "none alive", "note", "SELECT embedline.schedule_workers(1); or run: embedline worker"
-        )
-    return Finding("workers", f"{alive} alive", "ok")
-
-
-def _memory(connection: Connection, shm: Finding | None) -> Finding:
-    kilobytes = int(str(_scalar(connection, "SELECT setting FROM pg_settings WHERE name = 'maintenance_work_mem'")))
-    megabytes = kilobytes // 1024
-    found = f"maintenance_work_mem {megabytes} MB"
-    if shm is not None:
-        free = int(shm.found) // 1024**2
-        found += f", /dev/shm {free:,} MB free"
-        if free < megabytes:
-            advice = "A parallel HNSW build needs it: docker --shm-size, or max_parallel_maintenance_workers = 0."
-            return Finding("memory", found, "warning", advice)
-    if megabytes < 256:
-        return Finding(
-            "memory", found, "note", "An HNSW graph larger than maintenance_work_mem builds many times slower."
-        )
-    return Finding("memory", found, "ok")
 
 
 def _migrate(dsn: str, direction: Direction, revision: str, verbose: bool) -> None:
@@ -531,7 +360,7 @@ def _migrate(dsn: str, direction: Direction, revision: str, verbose: bool) -> No
         display.failed()
         if not isinstance(original, psycopg.Error):
             raise
-        _fail(_message(original))
+        _fail(str(server_message(original)))
 
 
 def _alembic_config(dsn: str) -> Any:
@@ -551,28 +380,18 @@ def _alembic_config(dsn: str) -> Any:
 def _connect(dsn: str) -> Iterator[Connection]:
     """Connect in autocommit mode; a database error ends the command with its message, detail and hint."""
     try:
-        with psycopg.connect(dsn, autocommit=True, application_name="embedline") as connection:
+        with connect(dsn) as connection:
             yield connection
+    except EmbedlineError as error:
+        _fail(lines(error.message, error.detail, error.hint))
     except psycopg.Error as error:
         is_missing = isinstance(error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedTable)
         # Not a table of the user's, such as canaries that are not there.
         if is_missing and "embedline" in (error.diag.message_primary or ""):
             _fail("Embedline is not installed in this database\nHINT: embedline upgrade")
-        _fail(_message(error))
+        _fail(str(server_message(error)))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-
-
-def _message(error: psycopg.Error) -> str:
-    primary = error.diag.message_primary or str(error).strip()
-    return _lines(primary, error.diag.message_detail, error.diag.message_hint)
-
-
-def _lines(message: str, detail: str | None, hint: str | None) -> str:
-    lines = [message]
-    lines += [f"DETAIL: {detail}"] if detail else []
-    lines += [f"HINT: {hint}"] if hint else []
-    return "\n".join(lines)
 
 
 def _fail(message: str) -> NoReturn:
@@ -580,18 +399,8 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _scalar(connection: Connection, query: LiteralString, *parameters: object) -> object:
-    row = connection.execute(query, parameters or None).fetchone()
-    return None if row is None else row[0]
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("-")[0]))
-
-
 def main() -> None:
     """Entry point for `python -m embedline.cli`."""
-    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
     app()
 
 

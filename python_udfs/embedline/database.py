@@ -28,6 +28,9 @@ LOCK_NOT_AVAILABLE = "55P03"
 UNDEFINED_TABLE = "42P01"
 # The end of the session, or of the statement: whoever tries again after errors lets these through.
 ENDING = ("57014", "57P01", "57P02", "57P03")
+# Classes of errors that the caller's own circumstances raise in a statement of ours: read-only transaction, serialization
+# failure or deadlock, missing privilege, lock timeout, cancellation. Python frames tell nothing about them.
+_CALLERS_OWN = ("25", "40", "42501", "55P03", "57")
 # In GD: how many of our functions are running inside each other.
 _DEPTH = "embedline.depth"
 
@@ -200,18 +203,32 @@ def data_name(name: str) -> str:
 def entry_point(
     function: Callable[Concatenate[Session, P], T],
 ) -> Callable[Concatenate[Plpy, SessionCache, P], T]:
-    """Turn a function of a Session into what an SQL wrapper calls, with Embedline's errors reported as PostgreSQL's."""
+    """Turn a function of a Session into what an SQL wrapper calls, with Embedline's errors reported as PostgreSQL's.
+
+    PL/Python prints the frames of a Python exception under the error, as its CONTEXT. An error that is meant for the caller
+    leaves without ours: the wrapper's own line is left, which PL/Python adds after us. A defect keeps all of its frames.
+    """
 
     def wrapper(plpy: Plpy, cache: SessionCache, /, *args: P.args, **kwargs: P.kwargs) -> T:
         cache[_DEPTH] = cache.get(_DEPTH, 0) + 1
+        told: BaseException | None = None
         try:
             session = Session(plpy, cache)
             _check_version(session)
             return function(session, *args, **kwargs)
         except EmbedlineError as error:
-            raise postgres_error(plpy, error) from None
+            told = postgres_error(plpy, error)
+            raise told from None
+        except Exception as error:
+            if not sqlstate_of(error).startswith(_CALLERS_OWN):
+                raise
+            told = in_plain_words(plpy, error)
+            raise told from None
         finally:
             cache[_DEPTH] -= 1
+            if told is not None:
+                # Python adds no frame of this function again when it goes on raising after `finally`.
+                told.__traceback__ = None
 
     wrapper.__doc__ = function.__doc__
     return wrapper

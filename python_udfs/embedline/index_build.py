@@ -38,6 +38,7 @@ _TRIES = 3
 _INSUFFICIENT_RESOURCES = "53"
 # With a concurrent build that somebody started by hand.
 _DEADLOCK = "40P01"
+_BACKEND = "SELECT pg_backend_pid()"
 _PROGRESS = """
     SELECT phase, coalesce(100.0 * nullif(blocks_done, 0) / nullif(blocks_total, 0),
         100.0 * nullif(tuples_done, 0) / nullif(tuples_total, 0), 0)::float8
@@ -49,6 +50,12 @@ class IndexNotBuilt(EmbedlineError):
     """The index was not built."""
 
     sqlstate = "EL032"
+
+
+class SessionNotKept(EmbedlineError):
+    """The connection passes through a pool that gives each transaction another session."""
+
+    sqlstate = "EL033"
 
 
 class Client(Protocol):
@@ -151,7 +158,8 @@ def build(
     None: there was nothing to build. A build of the same index in another session is waited for. `report` is called while
     it is built, `tell` with what the server has to say about it, such as that the build will be serial.
 
-    Raises IndexNotBuilt, and the driver's errors: SQLSTATE 55000 where the version is not verified to be complete.
+    Raises IndexNotBuilt, SessionNotKept, and the driver's errors: SQLSTATE 55000 where the version is not verified to be
+    complete.
     """
     workers, tried, limit = parallel_workers, 0, time.monotonic() + _BUILD_SECONDS
     statement: str | None = None
@@ -161,6 +169,8 @@ def build(
             return statement
         if time.monotonic() > limit or tried == _TRIES:
             raise IndexNotBuilt(f"{plan.index} did not become valid", hint=f"embedline build-index {pipeline}")
+        if tried == 0:
+            _require_own_session(client, pipeline, version)
         with _alone(client, plan) as is_alone:
             if not is_alone:
                 time.sleep(_POLL_SECONDS)
@@ -176,6 +186,27 @@ def build(
 
 def _ignore(notice: str) -> None:
     """Drop a notice that nobody wants to hear."""
+
+
+def _require_own_session(client: Client, pipeline: str, version: int | None) -> None:
+    """Raise SessionNotKept behind a pool in transaction mode: our settings and our lock would be left with other clients.
+
+    Such a pool gives a second connection the session that the first one used last, or gives the first one another then. A
+    look that fails, with no connection free for one, must not fail the build.
+    """
+    shared = False
+    with contextlib.suppress(Exception), client.another() as execute:
+        mine = client.execute(_BACKEND)[0][0]
+        execute("BEGIN")
+        # Asked only if the second has another session: with a single session in the pool the first would wait for it.
+        shared = execute(_BACKEND)[0][0] == mine or client.execute(_BACKEND)[0][0] != mine
+        execute("ROLLBACK")
+    if shared:
+        arguments = quote_literal(pipeline) + ("" if version is None else f", {version}")
+        raise SessionNotKept(
+            hint="Connect to the server itself instead of the pool, or have pg_cron build it:"
+            f" SELECT embedline.build_vector_index({arguments});"
+        )
 
 
 @contextlib.contextmanager
@@ -266,7 +297,7 @@ def _watched(client: Client, report: Report | None) -> Iterator[None]:
     if report is None:
         yield
         return
-    query = _PROGRESS.format(pid=int(client.execute("SELECT pg_backend_pid()")[0][0]))
+    query = _PROGRESS.format(pid=int(client.execute(_BACKEND)[0][0]))
     finished = threading.Event()
 
     def follow() -> None:

@@ -18,6 +18,10 @@ logger = logging.getLogger("embedline")
 
 MINIMUM_POSTGRESQL = 150000
 MINIMUM_PGVECTOR = (0, 8, 0)
+# In a cluster of another encoding template1 and its locale have that, too: so template0, and a locale that takes UTF8.
+ENCODING_REMEDY = "CREATE DATABASE mydb ENCODING 'UTF8' LOCALE 'C.UTF-8' TEMPLATE template0;"
+# What the server's Python imports of ours sooner or later.
+REQUIRED_MODULES = "import embedline, ftfy, markdown_it, numpy, semantic_text_splitter, tokenizers"
 # Replayed in this order: a view calls functions, and grants name both.
 OBJECT_FOLDERS = ("functions", "procedures", "triggers", "views", "security")
 
@@ -82,18 +86,13 @@ def check_server(connection: Connection) -> None:
             f"PostgreSQL {_scalar(connection, 'SHOW server_version')} is too old",
             hint="Embedline needs PostgreSQL 15 to 18.",
         )
-    if _scalar(connection, "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is not True:
-        raise UnsuitableServer(
-            f'role "{_scalar(connection, "SELECT current_user")}" is not a superuser',
-            detail="plpython3u is an untrusted language: only a superuser may create functions in it.",
-            hint="Connect as a superuser of a self-hosted server. Managed services do not offer plpython3u.",
-        )
+    check_role(connection)
     encoding = _scalar(connection, "SHOW server_encoding")
     if encoding != "UTF8":
         raise UnsuitableServer(
             f"the database has encoding {encoding}",
             detail="Texts are repaired, cut and hashed as Unicode; in another encoding not each can be stored.",
-            hint="CREATE DATABASE mydb ENCODING 'UTF8' TEMPLATE template0;",
+            hint=ENCODING_REMEDY,
         )
     _check_extensions(connection, number // 10000)
     _check_package(connection)
@@ -101,6 +100,16 @@ def check_server(connection: Connection) -> None:
         logger.warning(
             "NOTICE: pg_cron is not in this database: embedline.schedule_workers and the automatic index build need it. "
             "Without it, let any scheduler CALL embedline.run_worker(), and run what embedline.index_statement returns."
+        )
+
+
+def check_role(connection: Connection) -> None:
+    """Raise UnsuitableServer unless the role is a superuser."""
+    if _scalar(connection, "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is not True:
+        raise UnsuitableServer(
+            f'role "{_scalar(connection, "SELECT current_user")}" is not a superuser',
+            detail="plpython3u is an untrusted language: only a superuser may create functions in it.",
+            hint="Connect as a superuser of a self-hosted server. Managed services do not offer plpython3u.",
         )
 
 
@@ -131,8 +140,7 @@ def _check_extensions(connection: Connection, major: int) -> None:
 def _check_package(connection: Connection) -> None:
     """Import the package in the server's interpreter, in a transaction that leaves nothing behind."""
     probe = (
-        "DO LANGUAGE plpython3u $python$\nimport sys\ntry:\n    import embedline, ftfy, markdown_it, numpy\n"
-        "    import semantic_text_splitter, tokenizers\nexcept ImportError as error:\n"
+        f"DO LANGUAGE plpython3u $python$\nimport sys\ntry:\n    {REQUIRED_MODULES}\nexcept ImportError as error:\n"
         "    plpy.error(f'{error}', detail=f'interpreter {sys.version.split()[0]} of {sys.prefix}; path {sys.path}')\n"
         "GD['embedline.installed'] = embedline.__version__\n"
         f"if embedline.__version__ != '{embedline.__version__}':\n"

@@ -229,12 +229,10 @@ def run_worker(
     if slot is not None and not _lock_slot(plpy, slot):
         return
     # A worker sees what others have committed since, and locks it: under a stricter default it would fail at that.
-    plpy.execute(
-        "SELECT pg_catalog.set_config('jit', 'off', false),"
-        " pg_catalog.set_config('default_transaction_isolation', 'read committed', false)"
-    )
+    before = _set(plpy, {"jit": "off", "default_transaction_isolation": "read committed"})
     plpy.commit()
     thresholds = gc.get_threshold()
+    told: BaseException | None = None
     try:
         gc.set_threshold(_COLLECTION_THRESHOLD)
         _step(plpy, cache, "begin", slot, pipeline_name)
@@ -244,7 +242,10 @@ def run_worker(
             # For the client that waits for it; a scheduled worker has none. `embedline worker` reads this, too.
             plpy.notice(f"embedline worker: {cache[_CACHE_KEY].embedded}")
     except Exception as error:
-        raise in_plain_words(plpy, error) from None
+        if not sqlstate_of(error):
+            raise
+        told = in_plain_words(plpy, error)
+        raise told from None
     finally:
         gc.set_threshold(*thresholds)
         # After pg_terminate_backend this cannot run any more: then the freed lock itself gives the claims back.
@@ -254,7 +255,24 @@ def run_worker(
             _end(plpy, cache)
         if slot is not None:
             plpy.execute(f"SELECT pg_catalog.pg_advisory_unlock({SLOT_LOCK_CLASS}, {int(slot)})")
+        with contextlib.suppress(Exception):
+            # Behind a pool the next client has this session.
+            _set(plpy, before)
         plpy.commit()
+        if told is not None:
+            # As database.entry_point does: no frames under an error that is meant for the caller.
+            told.__traceback__ = None
+
+
+def _set(plpy: Plpy, settings: dict[str, str]) -> dict[str, str]:
+    """Set the session's settings, and return what they were."""
+    before = {}
+    for name, value in settings.items():
+        plan = plpy.prepare(
+            "SELECT pg_catalog.current_setting($1) AS before, pg_catalog.set_config($1, $2, false)", ["text", "text"]
+        )
+        before[name] = str(plpy.execute(plan, [name, value])[0]["before"])
+    return before
 
 
 def _lock_slot(plpy: Plpy, slot: int) -> bool:

@@ -51,6 +51,7 @@ embedline._index_plan(text, integer, text, integer),
 embedline.add_precision_index(text, integer, text, integer, real),
 embedline.drop_precision_index(text, integer, text),
 embedline.use_precision(text, integer, text),
+embedline._job_troubles(),
 embedline.schedule_workers(integer),
 embedline.unschedule_workers()
 TO embedline_admin;

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import textwrap
+
 import psycopg
 import pytest
 from psycopg import errors
 
 from embedline.local.cluster import Cluster
-from support import assert_exact, create_pages, create_pipeline, scalar, wait_until
+from support import ROOT, assert_exact, create_pages, create_pipeline, scalar, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,20 @@ def test_fewer_workers_then_none(cron: psycopg.Connection) -> None:
     cron.execute("SELECT embedline.unschedule_workers()")
     assert scalar(cron, "SELECT count(*) FROM cron.job WHERE jobname LIKE 'embedline worker%'") == 0
     wait_until(lambda: scalar(cron, "SELECT embedline._workers_alive()") == 0, 30, "the worker has stopped")
+
+
+def test_the_installations_sql_blocks_run_in_their_order(cron: psycopg.Connection) -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page[page.index("## Install on a server") : page.index("\n## Connections")]
+    blocks = re.findall(r"^ *```(sh|sql)\n(.*?)^ *```", section, re.MULTILINE | re.DOTALL)
+    for kind, block in blocks:
+        if kind == "sh":
+            subprocess.run(["bash", "-n"], input=textwrap.dedent(block), text=True, check=True)
+        else:
+            cron.execute(block.encode())
+    assert "export PG=" in blocks[0][1], "the values to adapt come first"
+    assert scalar(cron, "SELECT count(*) FROM cron.job WHERE jobname LIKE 'embedline worker%'") == 2
+    cron.execute("SELECT embedline.unschedule_workers()")
 
 
 def test_without_pg_cron_the_error_names_the_way(database: psycopg.Connection) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import traceback
 from collections.abc import Iterator
 
 import pytest
 
 from embedline import errors
-from embedline.database import postgres_error
+from embedline.database import Session, entry_point, postgres_error
 from embedline.errors import EmbedlineError, InvalidParameter, TransientProviderError
 
 
@@ -56,3 +57,37 @@ def test_an_error_without_detail_and_hint_sets_none() -> None:
 def test_a_transient_error_carries_the_providers_wish() -> None:
     error = TransientProviderError("later", retry_after=3.5, throttled=True)
     assert (error.retry_after, error.throttled) == (3.5, True)
+
+
+class _ServerError(_Plpy.Error):
+    """What SPI raises, with the SQLSTATE of a statement that failed."""
+
+    def __init__(self, sqlstate: str) -> None:
+        super().__init__("the server's message")
+        self.sqlstate = sqlstate
+        self.spidata = (None, "why", "do this", None, None)
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidParameter("wrong"), _ServerError("55P03"), _ServerError("57014"), _ServerError("42501")]
+)
+def test_an_error_that_is_meant_for_the_caller_leaves_without_our_frames(error: Exception) -> None:
+    def fail(session: Session) -> None:
+        raise error
+
+    with pytest.raises(_Plpy.Error) as caught:
+        entry_point(fail)(_Plpy, {"embedline.version_checked": True})  # type: ignore[arg-type]
+    assert [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)] == [
+        test_an_error_that_is_meant_for_the_caller_leaves_without_our_frames.__name__
+    ]
+    assert caught.value.sqlstate == error.sqlstate
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), _ServerError("42883")])
+def test_a_defect_keeps_its_frames(error: Exception) -> None:
+    def fail(session: Session) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        entry_point(fail)(_Plpy, {"embedline.version_checked": True})  # type: ignore[arg-type]
+    assert "fail" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]

@@ -22,7 +22,7 @@ _VIEWS = """
 """
 _SCHEMAS = """
     SELECT n.oid FROM pg_catalog.pg_namespace AS n
-    WHERE n.nspname IN ('embedline', 'embedline_data', 'embedline_expression')
+    WHERE n.nspname IN ('embedline', 'embedline_data', 'embedline_expression', 'embedline_search')
 """
 # Objects of others that PostgreSQL knows to need one of ours. Of a rule, a default, a constraint or a policy it is the table
 # or view that counts. Triggers that call our functions are ours.
@@ -114,7 +114,8 @@ _REMOVE = f"""
         TRUNCATE embedline.pipeline CASCADE;
         -- Nothing of others needs what is in these: see require_no_dependents. The revisions want the schemas to be there.
         FOR doomed IN
-            SELECT n.nspname FROM pg_catalog.pg_namespace AS n WHERE n.nspname IN ('embedline_data', 'embedline_expression')
+            SELECT n.nspname FROM pg_catalog.pg_namespace AS n
+            WHERE n.nspname IN ('embedline_data', 'embedline_expression', 'embedline_search')
         LOOP
             EXECUTE format('DROP SCHEMA %I CASCADE', doomed);
             EXECUTE format('CREATE SCHEMA %I', doomed);

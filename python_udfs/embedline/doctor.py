@@ -325,6 +325,48 @@ def shared_memory(server: Server) -> Iterator[Finding]:
 
 
 # One after the other; of the same weight, findings are shown in this order.
+_REACH = """
+    SELECT p.name, v.number, r.ef_search, r.recall, coalesce(r.recall_target, 0.99) AS target,
+        (SELECT f.finding ->> 'count' FROM embedline.verification AS o
+         CROSS JOIN LATERAL jsonb_array_elements(o.findings) AS f (finding)
+         WHERE o.pipeline_id = p.pipeline_id AND NOT o.repair AND f.finding ->> 'name' = 'unreachable'
+            AND o.verified_at = (SELECT max(n.verified_at) FROM embedline.verification AS n
+                                 WHERE n.pipeline_id = p.pipeline_id)) AS unreachable
+    FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+    LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
+    WHERE EXISTS (SELECT FROM embedline.versions AS s
+                  WHERE s.pipeline = p.name AND s.version = v.number AND s.index_state = 'valid')
+    ORDER BY p.name
+"""
+
+
+def index_reach(server: Server) -> Iterator[Finding]:
+    """The index of each serving version was measured, and finds what exact ranking finds."""
+    if not server.is_installed or server.scalar("SELECT to_regclass('embedline.index_reach')") is None:
+        return
+    for name, number, ef_search, recall, target, unreachable in server.connection.execute(_REACH).fetchall():
+        check, command = f"index of {name}", f"SELECT * FROM embedline.verify({_literal(name)}, repair => true);"
+        if unreachable is not None:
+            advice = "Search does not reach rows that exact ranking finds. A repair has them ranked exactly."
+            yield Finding(check, "warning", f"{unreachable} rows unreachable in a sample", advice, (command,))
+        elif ef_search is None:
+            advice = "Its recall is not measured yet. An idle worker does that, and each verify."
+            yield Finding(check, "note", "not measured", advice, (command,))
+        elif recall < target - 0.01:
+            advice = (
+                f"Searches find less than the {target:g} that is asked for. Build the index again with a better graph."
+            )
+            index = f'embedline_data."{name}_v{number}_embedding_idx"'
+            rebuild = (f"ALTER INDEX {index} SET (ef_construction = 400);", f"REINDEX INDEX CONCURRENTLY {index};")
+            yield Finding(check, "warning", f"recall@10 {recall:.3f} with ef_search {ef_search}", advice, rebuild)
+        else:
+            yield Finding(check, "ok", f"recall@10 {recall:.3f} with ef_search {ef_search}")
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
 CHECKS: tuple[Check, ...] = (
     postgresql,
     encoding,
@@ -337,6 +379,7 @@ CHECKS: tuple[Check, ...] = (
     jobs,
     workers,
     shared_memory,
+    index_reach,
 )
 
 

@@ -38,10 +38,13 @@ SELECT
         WHEN v.state = 'complete' THEN 100
         WHEN b.total > 0 THEN least(trunc(100.0 * greatest(b.total - b.open, 0) / b.total, 1), 99.9)
         ELSE 0
-    END AS backfill_percent
+    END AS backfill_percent,
+    ir.ef_search,
+    ir.recall AS index_recall
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
+LEFT JOIN embedline.index_reach AS ir ON v.version_id = ir.version_id
 LEFT JOIN embedline.pipeline_health AS h ON p.pipeline_id = h.pipeline_id
 LEFT JOIN embedline.circuit AS x ON m.model_id = x.model_id
 LEFT JOIN pg_catalog.pg_class AS ic
@@ -83,5 +86,7 @@ COMMENT ON COLUMN embedline.status.batch_rows IS 'Rows that a worker takes on at
 COMMENT ON COLUMN embedline.status.held_back_by IS 'Why workers take less on: a replica that lags, an old snapshot; NULL: nothing. See embedline.configure';
 COMMENT ON COLUMN embedline.status.verified_at IS 'When embedline.verify last looked';
 COMMENT ON COLUMN embedline.status.unrepaired IS 'What it found and did not put right';
+COMMENT ON COLUMN embedline.status.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL: not measured yet, 100 is used';
+COMMENT ON COLUMN embedline.status.index_recall IS 'Lowest recall@10 of the kinds of queries that the index was measured with';
 COMMENT ON COLUMN embedline.status.index_state IS
 'none, after backfill, waiting (SELECT embedline.index_statement(pipeline) builds it by hand), building, valid';

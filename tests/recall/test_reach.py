@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from embedline.doctor import examine, index_reach
 from embedline.index_build import PsycopgClient, build
 from support import create_pipeline, drain, scalar
 from working import dsn_of
@@ -152,6 +153,19 @@ def test_verify_finds_rows_that_search_does_not_reach(off_topic: psycopg.Connect
     assert repaired[0] == repaired[1] > 0
     unreached = "SELECT count(*) FROM embedline_data.page_v1_exact WHERE similarity = '-Infinity'"
     assert scalar(off_topic, unreached) == repaired[0]
+
+
+def test_doctor_names_rows_that_search_does_not_reach(off_topic: psycopg.Connection) -> None:
+    _check_all(off_topic)
+    off_topic.execute("DELETE FROM embedline_data.page_v1_exact")
+    off_topic.execute("SELECT count(*) FROM embedline.verify('page', false, 0)")
+    with psycopg.connect(dsn_of(off_topic), autocommit=True) as connection:
+        (found,) = examine(connection, (index_reach,))
+        assert found.verdict == "warning"
+        assert found.commands == ("SELECT * FROM embedline.verify('page', repair => true);",)
+        connection.execute(found.commands[0])
+        (found,) = examine(connection, (index_reach,))
+        assert "unreachable" not in found.found
 
 
 def test_measuring_chooses_an_ef_search_and_shows_it(poor_index: psycopg.Connection) -> None:

@@ -14,11 +14,14 @@ _BLOCK = re.compile(r"^( *)```(sh|sql)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _MAJOR = re.compile(r"^export PG=\d+", re.MULTILINE)
 # Debian 12 has no package of pgvector, says the page: there the set-up of the checkout has built it from source.
 _PGVECTOR_PACKAGE = re.compile(r"^.*apt-get install.*-pgvector.*\n", re.MULTILINE)
-# A cluster as an administrator finds it: no locale is set, as in a shell of cron or of a container.
+# A cluster as an administrator finds it: no locale is set, as in a shell of cron or of a container. What a failed run left
+# in the folder goes first.
 _CLUSTER = """
 major=$(apt-cache depends postgresql | sed -n 's/.*Depends: postgresql-\\([0-9]*\\)$/\\1/p')
 apt-get install --yes "postgresql-$major"
-pg_lsclusters -h | grep -q "^$major *main " || pg_createcluster "$major" main
+if pg_lsclusters -h | grep -q "^$major *main "; then pg_dropcluster --stop "$major" main; fi
+rm -rf /opt/embedline /srv/models
+pg_createcluster "$major" main
 """
 # What the page promises: a row that is committed is found, without any call of ours. The models are the checkout's.
 _USE = r"""

@@ -82,9 +82,11 @@ def mirror() -> pgvector.AptSource:
 
 def copy(base: Folder, path: Path) -> Folder:
     """Return a copy of the untouched release in this folder, unless there is one."""
-    if not (path / "finished").exists():
-        shutil.rmtree(path, ignore_errors=True)
-        run_step(f"Copying {base.path} to {path}", ["cp", "-a", str(base.path), str(path)])
+    if not path.exists():
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        run_step(f"Copying {base.path} to {path}", ["cp", "-a", str(base.path), str(unfinished)])
+        unfinished.rename(path)
     return Folder(path)
 
 

@@ -46,6 +46,10 @@ bench: _test-setup ## run a benchmark (NAME=drain-stub, all, or "x --save"; with
 	@echo "» Running benchmark $(or $(NAME),of every kind)" >&2
 	@$(WITH_DSN) .venv/bin/python tests/bench/run.py $(NAME)
 
+.PHONY: platforms
+platforms: ## try HEAD on other releases of Debian, as root (NAME=trixie; ARGS='--steps demo,test --users root')
+	@PYTHONPATH=python_udfs:tests PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m platforms.run $(NAME) $(ARGS)
+
 _lint-setup:
 	@$(BOOTSTRAP) lint-setup
 

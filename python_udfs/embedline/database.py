@@ -102,6 +102,11 @@ class Session:
         rows = self.query(sql, types, *values)
         return next(iter(rows[0].values())) if rows else None
 
+    @property
+    def server_version(self) -> int:
+        """The server's server_version_num, for example 170012."""
+        return int(self.scalar("SELECT current_setting('server_version_num')"))
+
 
 def sqlstate_of(error: BaseException) -> str:
     """Return an error's SQLSTATE, or '' where it is none of the database's."""

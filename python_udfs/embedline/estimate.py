@@ -144,7 +144,7 @@ def estimate(
     measured = _measure(session, plan, model, sample_rows)
     speeds = _speeds(session)
     own = _with_speed(session, speeds[model.config.name], model, measured)
-    figures = [*_amounts(plan, own, measured), *_sizes(plan, model, measured)]
+    figures = [*_amounts(plan, own, measured), *_sizes(plan, model, measured, session.server_version)]
     tokens = measured.sample.total(measured.tokens)
     figures += _cost(own, tokens, "")
     if plan.pipeline is not None and model_name is None:
@@ -313,7 +313,7 @@ def _amounts(plan: _Plan, own: _Speed, measured: _Measured) -> list[Figure]:
     ]
 
 
-def _sizes(plan: _Plan, model: Model, measured: _Measured) -> list[Figure]:
+def _sizes(plan: _Plan, model: Model, measured: _Measured, server_version: int) -> list[Figure]:
     chunks = measured.sample.total(measured.chunks)
     dimensions = model.config.dimensions or 0
     kind = f"{plan.column_type}({dimensions})"
@@ -330,7 +330,9 @@ def _sizes(plan: _Plan, model: Model, measured: _Measured) -> list[Figure]:
         index = f"HNSW, m = {plan.m}"
         memory = "while it is built; set maintenance_work_mem to at least that"
         figures.append(Figure("index", size(storage_size.hnsw_bytes, plan.m), "MB", index, 1))
-        figures.append(Figure("index memory", size(storage_size.hnsw_build_memory, plan.m), "MB", memory, 1))
+        figures.append(
+            Figure("index memory", size(storage_size.hnsw_build_memory, plan.m, server_version), "MB", memory, 1)
+        )
     else:
         note = f"none; HNSW indexes vector up to 2000 dimensions, halfvec up to 4000, this is {kind}"
         figures.append(Figure("index", None, "MB", note))

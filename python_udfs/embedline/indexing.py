@@ -47,7 +47,7 @@ def build_settings(
     """Return how to build an index over `count` vectors on this server; raises where the disk has no room for it."""
     m = int(str(pipeline.version.index_options.get("m", _DEFAULT_M)))
     shape = (count, index.dimensions, index.element_type, m)
-    need = Need(memory=hnsw_build_memory(*shape), disk=hnsw_bytes(*shape))
+    need = Need(memory=hnsw_build_memory(*shape, session.server_version), disk=hnsw_bytes(*shape))
     return choose(need, look_at_machine(session), parallel_workers)
 
 

@@ -173,7 +173,8 @@ def test_a_truncate_waits_for_no_cutover_that_waits_for_somebody_else(
     thread = threading.Thread(target=cut, daemon=True)
     thread.start()
     waits = (
-        "SELECT count(*) = 1 FROM pg_stat_activity WHERE query LIKE '%embedline.cutover(%' AND wait_event = 'PgSleep'"
+        "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()"
+        " AND query LIKE '%embedline.cutover(%' AND wait_event = 'PgSleep'"
     )
     wait_until(lambda: scalar(pages, waits), 20, "the cutover waits for the older transaction")
     application = connect(options="-c lock_timeout=500ms")

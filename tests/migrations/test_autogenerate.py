@@ -163,13 +163,24 @@ def test_a_pipeline_is_dropped_only_where_the_file_says_so(
     assert revision.count("by_hand") == 2
 
 
+def test_a_source_that_is_no_name_of_a_table_is_refused(application: Application) -> None:
+    for source in ("public.a b c", "public.", ".article", 'public."article', "a.b.c.d", "elsewhere.public.article"):
+        application.declare(PIPELINE.replace('"public.article"', f"'{source}'"))
+        assert f"source {source!r} is no name of a table" in application.alembic("check", fails=True)
+
+
+def test_a_source_that_does_not_exist_yet_comes_with_its_revision(application: Application) -> None:
+    for source in ("public.not-yet", 'public . "Not ""yet"""', "2024_article"):
+        application.declare(PIPELINE.replace('"public.article"', f"'{source}'"))
+        assert "create_pipeline" in application.alembic("check", fails=True)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (PIPELINE.replace("public.article", "alembic_version"), "A pipeline keeps its source"),
         (PIPELINE + '[models.static-256]\nprovider = "openai"\nmodel = "other"\n', "registered with another provider"),
         (PIPELINE.replace("model =", "modell ="), 'has no key "modell"'),
-        (PIPELINE.replace("public.article", "public.a b c"), "source 'public.a b c' is no name of a table"),
         (PIPELINE.replace("static-256", "static"), 'names model "static", which is neither registered nor declared'),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,10 @@ RECIPE = (
 ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight")
 # What embedline.alter_pipeline's drop can take away.
 _OPTIONAL = ("filter", "document_prefix", "tenant")
+# The text of a table's name as SplitIdentifierString of varlena.c reads it. From PostgreSQL 16 on to_regclass returns NULL
+# for any other text, as for a table that does not exist yet; before, it raises an error.
+_NAME = r'(?:"(?:[^"]|"")*"|[^."\s][^.\s]*)'
+_TABLE_NAME = re.compile(rf"\s*{_NAME}\s*(?:\.\s*{_NAME}\s*){{0,2}}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -149,15 +154,18 @@ def _require_model(declaration: Declaration, declared: DeclaredPipeline, catalog
 def _source_oid(connection: Connection, declaration: Declaration, declared: DeclaredPipeline) -> int | None:
     """Return the source's oid, None where there is no such table yet."""
     source = declared.create.source
+    refusal = CommandError(
+        f"{declaration.path}: [pipelines.{declared.create.name}] source {source!r} is no name of a table. "
+        'HINT: Write schema.table, and in double quotes what is not lower case: public."My table".'
+    )
+    if not _TABLE_NAME.fullmatch(source):
+        raise refusal
     try:
         found: int | None = connection.exec_driver_sql(
             f"SELECT to_regclass({literal(source)})::oid::bigint", execution_options={"no_parameters": True}
         ).scalar()
-    except DBAPIError as error:
-        raise CommandError(
-            f"{declaration.path}: [pipelines.{declared.create.name}] source {source!r} is no name of a table. "
-            'HINT: Write schema.table, and in double quotes what is not lower case: public."My table".'
-        ) from error
+    except DBAPIError as error:  # another database's table
+        raise refusal from error
     return found
 
 

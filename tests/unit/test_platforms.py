@@ -1,0 +1,94 @@
+"""How `make platforms` reads docs/operations.md, and how its table keeps what was not measured again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from platforms import operations, table
+from platforms.table import Row
+
+PAGE = """# Operations
+
+## Install on a server
+
+1. Say which:
+
+   ```sh
+   export PG=17 # adapt
+   ```
+
+2. Install:
+
+   ```sh
+   apt-get install --yes "postgresql-$PG"
+   apt-get install --yes "postgresql-$PG-pgvector"
+   ```
+
+   ```ini
+   not_a_command = on
+   ```
+
+   ```sql
+   SELECT embedline.schedule_workers(1);
+   ```
+
+## Workers
+
+```sh
+of-another-section
+```
+
+## Remove
+
+```sh
+rm -rf /opt/embedline
+```
+"""
+
+
+def test_the_page_s_commands_run_in_their_order() -> None:
+    script = operations.script(PAGE, pgvector_package=True)
+    commands = [
+        "\nexport PG=$major # adapt\n",
+        '\napt-get install --yes "postgresql-$PG-pgvector"\n',
+        "ON_ERROR_STOP=1 \"$DB\" <<'SQL'\nSELECT embedline.schedule_workers(1);\nSQL\n",
+        "\nINSERT INTO platform_page",
+        "\nrm -rf /opt/embedline\n",
+    ]
+    places = [script.index(command) for command in commands]
+    assert places == sorted(places)
+    assert "not_a_command" not in script
+    assert "of-another-section" not in script
+
+
+def test_only_the_line_of_a_package_that_is_not_offered_is_left_out() -> None:
+    script = operations.script(PAGE, pgvector_package=False)
+    assert '"postgresql-$PG"' in script
+    assert "pgvector" not in script
+
+
+@pytest.mark.parametrize("missing", ["## Install on a server", "## Remove"])
+def test_a_page_without_the_commands_is_refused(missing: str) -> None:
+    with pytest.raises(SystemExit, match=missing):
+        operations.script(PAGE.replace(missing, "## Other"), pgvector_package=True)
+    text = PAGE.replace("```sh\nrm -rf", "```\nrm -rf")
+    with pytest.raises(SystemExit, match="## Remove"):
+        operations.script(text, pgvector_package=True)
+
+
+def test_a_row_takes_the_place_of_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "platforms.md"
+    header = table._HEADER
+    page.write_text(f"# Platforms\n\n{header}\nAfter.\n", encoding="utf-8")
+    monkeypatch.setattr(table, "PAGE", page)
+    steps = ("demo", "test")
+    first = Row("Debian 13, PostgreSQL 17.11", "root", "test", "failed (2)", "60", "1.00 GB", "aaaaaaa")
+    table.save([first], steps)
+    demo = Row("Debian 13, PostgreSQL 17.12", "root", "demo", "passed", "30", "1.00 GB", "bbbbbbb")
+    again = Row("Debian 13, PostgreSQL 17.12", "root", "test", "9 passed", "50", "1.00 GB", "bbbbbbb")
+    other = Row("Debian 12, PostgreSQL 15.20", "root", "test", "9 passed", "40", "1.00 GB", "bbbbbbb")
+    table.save([again, demo], steps)
+    table.save([other], steps)
+    assert page.read_text(encoding="utf-8") == f"# Platforms\n\n{header}{other}{demo}{again}\nAfter.\n"

@@ -27,6 +27,7 @@ UPGRADE = (
             CONSTRAINT index_reach_version_id_fkey REFERENCES embedline.version ON DELETE CASCADE,
         checked_to bigint NOT NULL DEFAULT 0,
         pending_to bigint,
+        pending_xact xid8,
         pending_writers text[],
         ef_search integer CONSTRAINT index_reach_ef_search_check CHECK (ef_search BETWEEN 1 AND 1000),
         wide_ef_search integer CONSTRAINT index_reach_wide_ef_search_check CHECK (wide_ef_search BETWEEN 1 AND 1000),
@@ -43,6 +44,7 @@ UPGRADE = (
     "COMMENT ON COLUMN embedline.index_reach.checked_to IS "
     "'Chunks after this one are ranked exactly beside the index, the newest first: nobody has looked yet whether the index reaches them'",
     "COMMENT ON COLUMN embedline.index_reach.pending_to IS 'checked_to of the next check, once the writers of that time have ended'",
+    "COMMENT ON COLUMN embedline.index_reach.pending_xact IS 'Transaction that fixed pending_to: the check goes on in a later one'",
     "COMMENT ON COLUMN embedline.index_reach.pending_writers IS 'Transactions that wrote vectors when pending_to was fixed'",
     "COMMENT ON COLUMN embedline.index_reach.ef_search IS 'Smallest hnsw.ef_search at which usual queries reach recall_target'",
     "COMMENT ON COLUMN embedline.index_reach.wide_ef_search IS "

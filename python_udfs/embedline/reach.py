@@ -54,14 +54,26 @@ _FOR_ALL = 200
 # Up to this many rows for each of ef_search, ranking all of them exactly costs less than a search so wide.
 _ROWS_FOR_EF = 25
 
+# Whether a check has something to do, without a lock or a write. $1 is the version.
+_IS_DUE = """
+    SELECT r.version_id IS NULL OR r.pending_to IS NOT NULL
+        OR r.checked_to < (SELECT max(v.chunk_id) FROM {vectors} AS v)
+        OR EXISTS (SELECT FROM {exact} AS e WHERE e.similarity IS NULL
+            OR NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = e.chunk_id)) AS is_due
+    FROM (SELECT $1 AS version_id) AS asked LEFT JOIN embedline.index_reach AS r ON r.version_id = asked.version_id
+"""
 _LOCKED = """
-    SELECT checked_to, pending_to, pending_writers FROM embedline.index_reach WHERE version_id = $1
-    FOR UPDATE SKIP LOCKED
+    SELECT checked_to, pending_to, pending_writers, pending_xact = pg_current_xact_id() AS is_own
+    FROM embedline.index_reach WHERE version_id = $1 FOR UPDATE SKIP LOCKED
+"""
+_FIX = """
+    UPDATE embedline.index_reach SET pending_to = $2, pending_xact = pg_current_xact_id(), pending_writers = NULL
+    WHERE version_id = $1
 """
 # Transactions that hold the lock of a writer on the version's table.
 _WRITERS = """
     SELECT coalesce(array_agg(DISTINCT l.virtualtransaction), '{}') AS writers FROM pg_locks AS l
-    WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()
+    WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
         AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
         AND l.relation = (SELECT c.oid FROM pg_class AS c WHERE c.relname = $1
                           AND c.relnamespace = 'embedline_data'::regnamespace)
@@ -86,6 +98,9 @@ def advance(session: Session, pipeline: Pipeline, seconds: float = _SECONDS) -> 
     later one notes who is writing then, and the check begins when these have ended.
     """
     version_id = pipeline.version.version_id
+    due = _IS_DUE.format(vectors=pipeline.vectors, exact=pipeline.exact)
+    if not session.scalar(due, ["bigint"], version_id):
+        return True
     session.query(
         "INSERT INTO embedline.index_reach (version_id) VALUES ($1) ON CONFLICT DO NOTHING", ["bigint"], version_id
     )
@@ -99,11 +114,10 @@ def advance(session: Session, pipeline: Pipeline, seconds: float = _SECONDS) -> 
         if newest <= checked_to:
             _look_again(session, pipeline)
             return True
-        session.query(
-            "UPDATE embedline.index_reach SET pending_to = $2, pending_writers = NULL WHERE version_id = $1",
-            ["bigint", "bigint"], version_id, newest,
-        )  # fmt: skip
+        session.query(_FIX, ["bigint", "bigint"], version_id, newest)
         return False
+    if rows[0]["is_own"]:
+        return False  # Who writes behind the check has to see pending_to, so it must be committed first.
     writing = set(session.scalar(_WRITERS, ["name"], f"{pipeline.name}_v{pipeline.version.number}"))
     if rows[0]["pending_writers"] is None and writing:
         session.query(

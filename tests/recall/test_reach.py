@@ -139,6 +139,42 @@ def test_a_writer_that_is_under_way_holds_up_the_check(off_topic: psycopg.Connec
     _check_all(off_topic)
 
 
+def test_a_check_goes_on_in_a_later_transaction(off_topic: psycopg.Connection) -> None:
+    with off_topic.transaction():
+        for _ in range(4):
+            off_topic.execute("SELECT embed_pending(1)")
+        assert scalar(off_topic, "SELECT pending_to > 0 AND checked_to = 0 FROM embedline.index_reach")
+    _check_all(off_topic)
+
+
+def test_a_vector_that_is_written_behind_the_check_is_ranked_exactly(off_topic: psycopg.Connection) -> None:
+    _check_all(off_topic)
+    off_topic.execute("DELETE FROM embedline_data.page_v1_exact")
+    off_topic.execute(
+        """
+        CREATE OR REPLACE FUNCTION test_keep_late(chunk_ids bigint[]) RETURNS void LANGUAGE plpython3u AS $python$
+            from embedline import catalog, reach
+            from embedline.database import Session
+            session = Session(plpy, GD)
+            reach.keep_late(session, catalog.load_pipeline(session, "page"), chunk_ids)
+        $python$
+        """
+    )
+    late = "SELECT array_agg(chunk_id) FROM embedline_data.page_chunk WHERE key_id > 900000 OR key_id < 20"
+    off_topic.execute(f"SELECT test_keep_late(({late}))")
+    waiting = "SELECT count(*) FROM embedline_data.page_v1_exact WHERE similarity IS NULL"
+    assert scalar(off_topic, waiting) == len(OFF_TOPIC) + 20
+    assert _found(off_topic) == list(OFF_TOPIC)
+    _check_all(off_topic)
+    off_topic.execute("SELECT embed_pending(1)")
+    assert scalar(off_topic, waiting) == 0
+    # Only those stay that are far from the others.
+    assert (
+        len(OFF_TOPIC) <= scalar(off_topic, "SELECT count(*) FROM embedline_data.page_v1_exact") < len(OFF_TOPIC) + 20
+    )
+    assert _found(off_topic) == list(OFF_TOPIC)
+
+
 def test_verify_finds_rows_that_search_does_not_reach(off_topic: psycopg.Connection) -> None:
     _check_all(off_topic)
     off_topic.execute("DELETE FROM embedline_data.page_v1_exact")

@@ -73,6 +73,8 @@ DOWNGRADE = (
     END
     $do$
     """,
+    # The replay of the code before writes them again.
+    "DROP VIEW IF EXISTS embedline.status, embedline.versions",
     "DROP TABLE embedline.index_reach",
     "DELETE FROM embedline.setting WHERE name = 'index_recall_target'",
     # The functions that the code before knows are written again by its replay.

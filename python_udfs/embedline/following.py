@@ -25,7 +25,7 @@ from embedline.pipelines import (
     rewrite_trigger_functions,
     use_row_triggers,
 )
-from embedline.search_functions import create_search_functions
+from embedline.search_functions import create_search_functions, revoke_search_functions
 from embedline.source import Source
 
 # Who owns the functions; where REASSIGN OWNED gave them to the source's owner, this lacks the rights that they need.
@@ -87,6 +87,8 @@ def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
         return
     tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, "inbox", "claim", "outbox", "document"))
     session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
+    for version in load_versions(session, pipeline.name):
+        revoke_search_functions(session, version, before)
     for view in session.query(_OWNED_VIEWS, ["bigint", "text"], pipeline.pipeline_id, quote_ident(before)):
         session.execute(f"ALTER VIEW {view['name']} OWNER TO {quote_ident(source.owner)}")
 

@@ -124,6 +124,13 @@ def create_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
     session.execute(f"GRANT USAGE ON SCHEMA {SEARCH_SCHEMA} TO {quote_ident(source.owner)}")
 
 
+def revoke_search_functions(session: Session, pipeline: Pipeline, role: str) -> None:
+    """Take what ranks the pipeline's version from the owner that the source had before."""
+    functions = ", ".join(pipeline.search_function(suffix) for suffix in SUFFIXES)
+    session.execute(f"REVOKE ALL ON FUNCTION {functions} FROM {quote_ident(role)}")
+    session.execute(f"REVOKE ALL ON {pipeline.exact} FROM {quote_ident(role)}")
+
+
 def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
     """Drop what ranks the pipeline's version; before the tables, which the functions' bodies name."""
     rows = session.query(

@@ -28,7 +28,7 @@ def pages(database: psycopg.Connection) -> psycopg.Connection:
 
 
 def test_public_has_no_right_on_anything_of_ours(pages: psycopg.Connection) -> None:
-    schemas = "('embedline'::regnamespace, 'embedline_data'::regnamespace)"
+    schemas = "('embedline'::regnamespace, 'embedline_data'::regnamespace, 'embedline_search'::regnamespace)"
     grants = pages.execute(
         f"""
         SELECT 'schema ' || nspname FROM pg_namespace AS n, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) AS a
@@ -59,6 +59,7 @@ def test_public_has_no_right_on_anything_of_ours(pages: psycopg.Connection) -> N
         "INSERT INTO embedline_data.page_outbox (key_id) VALUES (1)",
         "SELECT embedline_expression.page_content(page) FROM page",
         "SELECT * FROM embedline_data.page_read('{1}', 1000)",
+        "SELECT * FROM embedline_search.page_v1_nearest(NULL, 1)",
         "SELECT * FROM page_embedding",
         "SELECT * FROM embedline.search('page', 'rivers')",
         "SELECT embedline.embed_query('page', 'rivers')",
@@ -107,6 +108,10 @@ def test_a_reader_without_the_source_sees_nothing(
         "SELECT content FROM embedline_data.page_chunk",
         "SELECT embedline_expression.page_content(NULL)",
         "SELECT * FROM embedline_data.page_read('{1}', 1000)",
+        "SELECT * FROM embedline_search.page_v1_nearest(NULL, 1)",
+        "SELECT * FROM embedline_search.page_v1_search(NULL, 1, 0, 10)",
+        "SELECT * FROM embedline_search.page_v1_beside(NULL, 1, 0, 10)",
+        "SELECT * FROM embedline_search.page_v1_ranked(NULL, 1)",
     ):
         with pytest.raises(errors.InsufficientPrivilege):
             reader.execute(statement)
@@ -491,6 +496,9 @@ def test_a_source_owner_can_name_no_generated_object(
         "SELECT content FROM embedline_data.mine_chunk",
         "CREATE FUNCTION embedline_expression.more() RETURNS integer LANGUAGE sql AS 'SELECT 1'",
         "SELECT embedline_expression.page_content('a', 'b')",
+        "ALTER FUNCTION embedline_search.mine_v1_nearest(vector, bigint) SECURITY DEFINER",
+        "CREATE FUNCTION embedline_search.more() RETURNS integer LANGUAGE sql AS 'SELECT 1'",
+        "SELECT * FROM embedline_search.page_v1_nearest(NULL, 1)",
     ):
         with pytest.raises(errors.InsufficientPrivilege):
             admin.execute(statement)

@@ -119,7 +119,7 @@ def _figures(
                 f'the planner cannot use index "{index.name}"',
                 hint=f"SELECT * FROM embedline.index_progress('{pipeline.name}'); shows the indexes.",
             )
-        recalls, seconds = _ask(Ranker(session, pipeline, index=index), sample)
+        recalls, seconds = _ask(Ranker(session, pipeline, index=index, ranks_new=False), sample)
     low, high = gate.mean_interval(recalls, seed)
     return IndexFigures(candidate.name, index.name, float(recalls.mean()), low, high, tuple(seconds), candidate.bytes)
 
@@ -152,7 +152,7 @@ def recall_by_distance(found: Sequence[float], exact: npt.NDArray[np.float64]) -
 def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample, min_recall: float) -> str:
     with _index_forced(session):
         for ef_search in _EF_SEARCHES:
-            recall = float(_ask(Ranker(session, pipeline, ef_search, index), sample)[0].mean())
+            recall = float(_ask(Ranker(session, pipeline, ef_search, index, ranks_new=False), sample)[0].mean())
             if recall >= min_recall:
                 return f"; search(..., ef_search => {ef_search}) has {recall:.3f}"
     if index.precision is not None:
@@ -162,7 +162,7 @@ def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _S
 
 
 def _is_used(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample) -> bool:
-    plan = Ranker(session, pipeline, index=index).plan(sample.vectors[0], sample.k)
+    plan = Ranker(session, pipeline, index=index, ranks_new=False).plan(sample.vectors[0], sample.k)
     return json.dumps(index.name) in plan
 
 

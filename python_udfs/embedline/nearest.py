@@ -31,6 +31,8 @@ _SPARE = 10
 _MORE, _MOST = 4, 50_000
 # Vectors ranked exactly because they are new: 2 MB of them are ranked in 1 to 2 ms.
 _NEW_BYTES, _FEWEST_NEW = 2_000_000, 64
+# After this chunk there is none.
+_NO_CHUNK = 2**63 - 1
 # Distances that agree to this many digits are taken for equal: pgvector adds up in float32.
 _DIGITS = 5
 
@@ -77,13 +79,20 @@ class Ranker:
     """Ranks one version with the index and the settings that serve it."""
 
     def __init__(
-        self, session: Session, pipeline: Pipeline, ef_search: int | None = None, index: VectorIndex | None = None
+        self,
+        session: Session,
+        pipeline: Pipeline,
+        ef_search: int | None = None,
+        index: VectorIndex | None = None,
+        *,
+        ranks_new: bool = True,
     ) -> None:
         """Prepare for a version, with the index that search has chosen or the one given.
 
-        An `ef_search` given by a caller is used as it is, and nothing is searched again.
+        An `ef_search` given by a caller is used as it is, and nothing is searched again. Who measures an index leaves new
+        rows to it (`ranks_new`): that they are ranked exactly passes.
         """
-        self.session, self._pipeline, self._given = session, pipeline, ef_search
+        self.session, self._pipeline, self._given, self._ranks_new = session, pipeline, ef_search, ranks_new
         self._index = index or precision.chosen_index(session, pipeline)
         self._vector_type = f"{vector_schema(session)}.{pipeline.version.column_type}"
         # What a policy hides would be left out after the ranking: the view's plan takes it into account.
@@ -155,7 +164,9 @@ class Ranker:
     def _after(self) -> int | None:
         """Return the chunk after which new ones are ranked exactly; None if the version has no index to be helped."""
         version = self._pipeline.version
-        return (version.reach.checked_to if version.reach else 0) if version.has_index else None
+        if not version.has_index:
+            return None
+        return (version.reach.checked_to if version.reach else 0) if self._ranks_new else _NO_CHUNK
 
     def statement(self, limit: int, how: How = "usual") -> str:
         """Return the query for the nearest `limit` chunks: $1 is the vector, $2 the chunk after which chunks are new.

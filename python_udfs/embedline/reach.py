@@ -386,7 +386,7 @@ class Measurement:
         served = replace(self.pipeline, version=replace(self.pipeline.version, reach=self.outcome))
         for kind in self.kinds:
             recalls: list[float] = []
-            for missed, recall in self._asked(Ranker(self.session, served), kind):
+            for missed, recall in self._asked(Ranker(self.session, served, ranks_new=False), kind):
                 self.unreached |= missed
                 recalls.append(recall)
                 yield
@@ -420,7 +420,9 @@ class Measurement:
         while low < high:
             middle = (low + high) // 2
             recalls: list[float] = []
-            for _, recall in self._asked(Ranker(self.session, self.pipeline, _EF_SEARCHES[middle]), kind):
+            for _, recall in self._asked(
+                Ranker(self.session, self.pipeline, _EF_SEARCHES[middle], ranks_new=False), kind
+            ):
                 recalls.append(recall)
                 yield
             low, high = (low, middle) if np.mean(recalls) >= target else (middle + 1, high)

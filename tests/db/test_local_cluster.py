@@ -11,10 +11,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from conftest import StartCluster, _free_port
+from conftest import StartCluster
 from embedline.local.cluster import Cluster
 from embedline.local.install import register
-from support import MODELS, install, scalar
+from support import MODELS, free_port, install, scalar
 
 _IMPORT = """
     CREATE OR REPLACE FUNCTION pg_temp.path() RETURNS text LANGUAGE plpython3u AS $$
@@ -69,7 +69,7 @@ def test_a_copy_of_a_running_cluster_starts_beside_it(new_cluster: StartCluster,
     with psycopg.connect(old.dsn(), autocommit=True) as connection:
         connection.execute("CHECKPOINT")
     subprocess.run(["cp", "-a", old.data_dir, moved_to], check=True)
-    new = _new(old, moved_to, port=_free_port())
+    new = _new(old, moved_to, port=free_port())
     try:
         assert new.running_port() is None
         new.start()

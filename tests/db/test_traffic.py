@@ -73,7 +73,7 @@ def test_shadow_reads_note_overlap_and_time_and_nothing_of_the_query(two: psycop
 
 def test_a_shadow_that_fails_is_not_the_callers_trouble(two: psycopg.Connection) -> None:
     two.execute("SELECT embedline.set_traffic('page', 2, shadow_share => 1)")
-    two.execute("DROP VIEW page_embedding_v2")
+    two.execute("DROP FUNCTION embedline_search.page_v2_nearest, embedline_search.page_v2_search")
     assert len(searching(two, "page", "rivers", 5)) == 5
     assert scalar(two, "SELECT count(*) FROM embedline.shadow_read") == 0
 

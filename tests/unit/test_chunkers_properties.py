@@ -16,6 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from embedline.chunking import CHARACTERS_PER_TOKEN, METHODS, Chunk, Chunker, ChunkingSpec, content_digest, make_chunker
+from embedline.chunking.chunk import nothing
+from embedline.chunking.markdown import markdown_split
+from embedline.chunking.measure import measure_of
+from embedline.chunking.measured import Room
 from support import MODELS
 
 _MEASURED = tuple(method for method in METHODS if method != "none")
@@ -138,6 +142,24 @@ def test_no_chunk_with_its_prefix_is_longer_than_its_limit(
     for chunk in _chunker(method, model, tokens)(text, prefix=prefix):
         assert _size(model, chunk.embedded_text) <= tokens
         assert prefix.startswith(chunk.prefix) or method == "markdown"
+
+
+def test_a_chunk_of_another_script_keeps_to_its_limit() -> None:
+    text = "0000" + "\U00010000" * 15
+    chunks = _chunker("recursive", "static-256", 64)(text)
+    assert "".join(chunk.content for chunk in chunks) == text
+    assert all(_size("static-256", chunk.embedded_text) <= 64 for chunk in chunks)
+
+
+def test_a_text_on_which_the_splitter_panics_is_cut_all_the_same() -> None:
+    text = "dorw     ddddddoooooorrrrrrwwwwww\ndorw  \n  ßß\r\nword word"
+    room = Room(capacity=17, overlap=2, prefix_capacity=6)
+    measure = measure_of(None)
+    spans = [span for span, _ in markdown_split(measure, text, room, nothing)]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == len(text)
+    assert all(end - start <= 17 for start, end in spans)
+    assert all(after[0] <= before[1] for before, after in itertools.pairwise(spans))
 
 
 _HOSTILE = {

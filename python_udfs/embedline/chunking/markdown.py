@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from embedline.chunking.chunk import OnPiece, Span, closed_spans
 from embedline.chunking.measure import Measure
 from embedline.chunking.measured import Room, cut_to
-from embedline.chunking.recursive import pieces
+from embedline.chunking.recursive import pieces, split_piece, split_recursively
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -50,9 +50,15 @@ def markdown_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -
     step = max(room.prefix_capacity // _STEPS, 1)
     capacity = room.capacity - min(-(-largest // step) * step, room.prefix_capacity)
     splitter = measure.splitter(MarkdownSplitter, capacity, room.overlap * capacity // room.capacity)
+
+    def plainly(piece: str, capacity: int) -> list[tuple[int, str]]:
+        spans = split_recursively(measure, piece, capacity, 0, on_piece)
+        return [(start, piece[start:end]) for start, end in spans]
+
     found: list[Span] = []
     for start, piece in pieces(text, capacity):
-        found += [(start + at, start + at + len(content)) for at, content in splitter.chunk_indices(piece)]
+        parts = split_piece(splitter, piece, lambda piece: plainly(piece, capacity))
+        found += [(start + at, start + at + len(content)) for at, content in parts]
         on_piece()
     starts = [heading.start for heading in headings]
     return [(span, prefixes[_path_above(text, span, headings, starts)]) for span in closed_spans(text, found)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from embedline.chunking.chunk import OnPiece, Span, closed_spans
 from embedline.chunking.graphemes import boundary_at_or_before
 from embedline.chunking.measure import Measure
 from embedline.chunking.measured import Room
+
+if TYPE_CHECKING:
+    from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
 # The splitter's time grows with the square of a text without line breaks: 0.08 MB took 0.11 s, 1.3 MB 9.4 s. In pieces
 # of this size it grows with the text. Without any line break it looks through the rest of its piece for each chunk: 60,000
@@ -24,18 +28,45 @@ def split_recursively(measure: Measure, text: str, capacity: int, overlap: int, 
     splitter = measure.splitter(TextSplitter, capacity, overlap)
     found: list[Span] = []
     for start, piece in pieces(text, capacity):
-        found += [(start + at, start + at + len(content)) for at, content in splitter.chunk_indices(piece)]
+        parts = split_piece(splitter, piece, lambda piece: halved(measure, piece, capacity))
+        found += [(start + at, start + at + len(content)) for at, content in parts]
         on_piece()
     return closed_spans(text, _within(measure, text, found, capacity))
 
 
-def _within(measure: Measure, text: str, spans: Sequence[Span], capacity: int) -> list[Span]:
+def split_piece(
+    splitter: TextSplitter | MarkdownSplitter, piece: str, otherwise: Callable[[str], list[tuple[int, str]]]
+) -> list[tuple[int, str]]:
+    """Return offsets and contents of a piece's chunks; those of `otherwise` if the splitter fails on the piece.
+
+    semantic-text-splitter 0.33 panics on some Markdown with overlap ("  ßß\r\n" in a chunk of 11 characters). A panic is
+    no Exception: it would end the worker.
+    """
+    try:
+        return splitter.chunk_indices(piece)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        return otherwise(piece)
+
+
+def halved(measure: Measure, piece: str, capacity: int) -> list[tuple[int, str]]:
+    """Return chunks of up to `capacity` without a look at boundaries other than those of characters."""
+    return [
+        (start, piece[start:end])
+        for start, end in _within(measure, piece, [(0, len(piece))], capacity, trusts_ascii=False)
+    ]
+
+
+def _within(
+    measure: Measure, text: str, spans: Sequence[Span], capacity: int, *, trusts_ascii: bool = True
+) -> list[Span]:
     """Return the spans with those cut that are larger than `capacity` after all.
 
     The splitter gave '0000' and 15 letters of Linear B as one chunk of 65 tokens for a room of 64. Texts in ASCII, where this
     was never seen, are not measured again.
     """
-    doubtful = [span for span in spans if not text[slice(*span)].isascii()]
+    doubtful = [span for span in spans if not (trusts_ascii and text[slice(*span)].isascii())]
     sizes = (
         dict(zip(doubtful, measure.sizes([text[slice(*span)] for span in doubtful]), strict=True)) if doubtful else {}
     )

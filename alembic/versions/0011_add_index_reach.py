@@ -42,7 +42,7 @@ UPGRADE = (
     "COMMENT ON TABLE embedline.index_reach IS "
     "'How a version is searched: what its index was found to reach, and with which hnsw.ef_search'",
     "COMMENT ON COLUMN embedline.index_reach.checked_to IS "
-    "'Chunks after this one are ranked exactly beside the index, the newest first: nobody has looked yet whether the index reaches them'",
+    "'Chunks after this one are ranked exactly beside the index, the newest first: no check has looked at them yet'",
     "COMMENT ON COLUMN embedline.index_reach.pending_to IS 'checked_to of the next check, once the writers of that time have ended'",
     "COMMENT ON COLUMN embedline.index_reach.pending_xact IS 'Transaction that fixed pending_to: the check goes on in a later one'",
     "COMMENT ON COLUMN embedline.index_reach.pending_writers IS 'Transactions that wrote vectors when pending_to was fixed'",

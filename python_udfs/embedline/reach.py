@@ -327,7 +327,7 @@ class Kind:
 class Measurement:
     """Finds how a version is to be searched. `steps` yields between pieces of some 10 ms, so that a worker can do others.
 
-    The session is the call's: whoever goes on with the steps in another call sets it.
+    The session is the call's: a caller that goes on with the steps in another call sets it.
     """
 
     def __init__(

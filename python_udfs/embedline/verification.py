@@ -411,7 +411,7 @@ def _dead_letters(session: Session, pipeline: Pipeline, repair: bool) -> list[Fi
 def _unreachable(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
     """Rows that exact ranking puts among the first of a sample of queries, and search does not find.
 
-    The index is measured anew in passing, of each version that has one. A repair has search rank these rows exactly.
+    The index of each version is measured again for it. A repair has search rank these rows exactly.
     """
     findings = []
     for version in load_versions(session, pipeline.name):

@@ -147,7 +147,7 @@ def test_search_ranks_with_the_index_that_is_used(pages: psycopg.Connection) -> 
     _add(pages, "prefix", 2, 1)
     _build(pages, "prefix_2")
     pages.execute("SELECT embedline.use_precision('page', 1, 'prefix_2')")
-    # Rows that nobody has looked at yet are ranked exactly, whatever the index finds.
+    # Rows that no check has looked at yet are ranked exactly, whatever the index finds.
     pages.execute(
         "INSERT INTO embedline.index_reach (version_id, checked_to) SELECT version_id, 1000 FROM embedline.version"
     )

@@ -28,7 +28,7 @@ _PIP_SETTINGS = re.compile(
     r"(?:global|:env:)\.(proxy|index-url|extra-index-url|trusted-host|default-timeout|timeout|retries)='([^']*)'"
 )
 _PROXY_VARIABLE = re.compile(r"(https?|no|all)_proxy", re.IGNORECASE)
-# The first process of a room. It lives until its standard input closes, with whoever holds the other end, and reaps.
+# The first process of a room. It lives until its standard input closes, with the process that holds the other end, and reaps.
 _FIRST_PROCESS = """
 mount --rbind /dev "$1/dev"
 mount -t tmpfs -o mode=1777 tmpfs "$1/dev/shm"

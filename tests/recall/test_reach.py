@@ -57,7 +57,7 @@ def poor_index(module_database: psycopg.Connection) -> Iterator[psycopg.Connecti
 
 @pytest.fixture
 def off_topic(poor_index: psycopg.Connection) -> Iterator[psycopg.Connection]:
-    """The sentences, embedded, and nobody has looked at them."""
+    """The sentences, embedded and not checked yet."""
     poor_index.execute("DELETE FROM embedline_data.page_v1_exact; DELETE FROM embedline.index_reach")
     for key, (sentence, _) in OFF_TOPIC.items():
         poor_index.execute("INSERT INTO page VALUES (%s, %s, 'en')", (key, sentence))

@@ -17,7 +17,7 @@ from embedline.migrations.statements import literal
 # Schema and name of a table.
 TableName = tuple[str, str]
 
-# Whoever writes migrations may have no right on Embedline's tables: asked first, since a refusal ends the transaction.
+# A role that writes migrations may have no right on Embedline's tables: asked first, since a refusal ends the transaction.
 _MAY_READ_GATES = """
     SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
     FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace

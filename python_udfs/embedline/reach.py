@@ -426,7 +426,10 @@ class Measurement:
                 recalls.append(recall)
                 yield
             low, high = (low, middle) if np.mean(recalls) >= target else (middle + 1, high)
-        kind.ef_search = _EF_SEARCHES[low]
+        # Off-centre queries differ the most among themselves: with a step to spare recall@10 of others is not below it. The
+        # manual's 10,000 chunks had 0.9893 of the 0.99 asked for without.
+        spare = 1 if kind.name == "off_centre" and low > 0 else 0
+        kind.ef_search = _EF_SEARCHES[min(low + spare, len(_EF_SEARCHES) - 1)]
 
     def _asked(self, ranker: Ranker, kind: Kind) -> Iterator[tuple[set[int], float]]:
         """Yield for each query the chunks among its first that were not found, and its recall."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,17 @@ def split_piece(
     no Exception: it would end the worker.
     """
     try:
-        return splitter.chunk_indices(piece)
+        return _without_repeated_starts(splitter.chunk_indices(piece))
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
         return otherwise(piece)
+
+
+def _without_repeated_starts(parts: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Return the parts without one that the next begins with: beside "\\r\\n" the splitter may give both."""
+    following = [start for start, _ in parts[1:]]
+    return [part for part, start in itertools.zip_longest(parts, following) if start is None or start > part[0]]
 
 
 def halved(measure: Measure, piece: str, capacity: int) -> list[tuple[int, str]]:

@@ -113,9 +113,9 @@ class Attempt:
         offered = self.room.capture(["apt-cache", "search", "--names-only", "postgresql-[0-9]+-pgvector"])
         page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
         script = operations.script(page, pgvector_package=bool(offered.strip()))
-        (self.room.folder.path / "root/operations.sh").write_text(script)
+        (self.room.folder.path / "srv/operations.sh").write_text(script)
         # `make setup`: its models are used and, where Debian has no package of pgvector, the one that it builds.
-        return f"make setup\n{'sudo' if self.user == 'sudo' else ''} bash /root/operations.sh"
+        return f"make setup\n{'sudo' if self.user == 'sudo' else ''} bash /srv/operations.sh"
 
     def _platform(self) -> str:
         name = self.room.folder.release["PRETTY_NAME"].replace("GNU/Linux ", "")

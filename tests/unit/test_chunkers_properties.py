@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import numpy as np
 import numpy.typing as npt
@@ -182,9 +184,10 @@ def test_a_long_text_without_structure_takes_time_that_grows_with_it(method: str
     chunker = _chunker(method, "minilm", 256)
     spent = []
     for part in (text[: len(text) // 3], text):
-        started = time.perf_counter()
+        # The process's own time: what else runs on the machine does not count.
+        started = time.process_time()
         chunks = chunker(part)
-        spent.append(time.perf_counter() - started)
+        spent.append(time.process_time() - started)
         assert "".join(chunk.content for chunk in chunks) == part
     assert spent[1] < 6 * spent[0] + 0.5, spent
 
@@ -208,15 +211,24 @@ def test_a_short_text_is_one_chunk_at_once(method: str) -> None:
     )
     text = "Title\n\nA short row: what most tables hold."
     assert [(c.content, c.prefix) for c in chunker(text, prefix="In front: ")] == [(text, "In front: ")]
-    best = min(_timed(chunker, text) for _ in range(200))
-    assert best < 50e-6, f"{best * 1e6:.0f} µs"
+    calls = _python_calls(chunker, text)
+    assert calls <= 20, calls  # all methods make 10 to 15, and 277 to 66,000 for a text of 200 times the length
 
 
 def _never(texts: Sequence[str], breathe: Callable[[], None]) -> npt.NDArray[np.float32]:
     raise AssertionError("a text of one chunk needs no vectors of its sentences")
 
 
-def _timed(chunker: Chunker, text: str) -> float:
-    started = time.perf_counter()
-    chunker(text)
-    return time.perf_counter() - started
+def _python_calls(chunker: Chunker, text: str) -> int:
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        chunker(text)
+    finally:
+        sys.setprofile(None)
+    return calls

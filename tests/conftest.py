@@ -1,6 +1,7 @@
 """Databases for the tests: one template with Embedline installed, a clone of it for each test, and servers of their own.
 
-`make test` sets EMBEDLINE_DSN; tests that need no server run without it.
+`make test` sets EMBEDLINE_DSN; tests that need no server run without it. All others run on a server that is made for them
+(see throwaway), never on the one of that address.
 """
 
 from __future__ import annotations
@@ -27,22 +28,26 @@ from pytest_postgresql.janitor import DatabaseJanitor
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
 import support
+import throwaway
 from embedline.local.bootstrap import local_cluster
 from embedline.local.cluster import Cluster
 from embedline.local.settings import load_settings
 
-_SERVER = conninfo.conninfo_to_dict(os.environ.get("EMBEDLINE_DSN", ""))
 # Unique to this run, so that two runs on one server never meet.
 _RUN = f"{os.getpid()}_{secrets.token_hex(3)}"
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let the server's own scheduled worker rest: pg_cron's launcher holds DROP DATABASE up while a job is running."""
-    with _scheduled_workers(session) as connection:
-        if connection is not None:
-            connection.execute("SELECT embedline.unschedule_workers()")
-            alive = "SELECT embedline._workers_alive()"
-            support.wait_until(lambda: not support.scalar(connection, alive), 60, "the scheduled worker has stopped")
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the run's server before the processes of a parallel run begin: they inherit its address."""
+    if not os.environ.get("EMBEDLINE_DSN"):
+        return
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        cluster = throwaway.start_server()
+        config.add_cleanup(lambda: throwaway.remove_server(cluster))
+        os.environ["EMBEDLINE_DSN"] = cluster.dsn()
+    server = conninfo.conninfo_to_dict(os.environ["EMBEDLINE_DSN"])
+    for name in ("host", "port", "user", "password"):
+        setattr(config.option, f"postgresql_{name}", server.get(name))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,25 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("torch") is not None:
             item.add_marker(skip)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let the scheduled worker go on."""
-    with _scheduled_workers(session) as connection:
-        if connection is not None:
-            connection.execute("SELECT embedline.schedule_workers(1)")
-
-
-@contextlib.contextmanager
-def _scheduled_workers(session: pytest.Session) -> Iterator[psycopg.Connection | None]:
-    """Connect to the server's own database; None without it, and in all processes of a parallel run but the first."""
-    dsn = os.environ.get("EMBEDLINE_DSN")
-    if not dsn or hasattr(session.config, "workerinput"):
-        yield None
-        return
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        ours = "SELECT to_regclass('embedline.status') IS NOT NULL AND to_regclass('cron.job') IS NOT NULL"
-        yield connection if support.scalar(connection, ours) else None
 
 
 class Connect(Protocol):
@@ -102,15 +88,7 @@ def _install(*, host: str, port: int, user: str, dbname: str, password: str | No
     support.install(support.uri(host, port, user, password, dbname))
 
 
-_server = factories.postgresql_noproc(
-    host=str(_SERVER.get("host", "127.0.0.1")),
-    port=_SERVER.get("port"),
-    user=str(_SERVER.get("user", "postgres")),
-    password=str(_SERVER.get("password", "")),
-    dbname=f"embedline_test_{_RUN}",
-    maintenance_dbname="postgres",
-    load=[_install],
-)
+_server = factories.postgresql_noproc(dbname=f"embedline_test_{_RUN}", maintenance_dbname="postgres", load=[_install])
 
 
 @pytest.fixture(scope="session")
@@ -122,37 +100,13 @@ def template_server(server_dsn: str, request: pytest.FixtureRequest) -> Iterator
 
 
 def _drop_database(dsn: str, name: str) -> None:
-    """Drop a database with whatever is still connected to it.
-
-    DROP DATABASE waits until every process has answered a signal barrier. With a resident job in libpq mode, pg_cron 1.4
-    answers only when it next reads cron.job, up to a minute later. So: have it read cron.job at the barrier's own signal
-    (an UPDATE of nothing does), and where another wake-up came first, begin again.
-    """
+    """Drop a database with whatever is still connected to it."""
     identifier = sql.Identifier(name)
     with psycopg.connect(conninfo.make_conninfo(dsn, dbname="postgres"), autocommit=True) as connection:
-        home = support.scalar(connection, "SELECT current_setting('cron.database_name', true)")
         exists = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %s)"
-        if not support.scalar(connection, exists, (name,)):
-            return
-        connection.execute(sql.SQL("ALTER DATABASE {} IS_TEMPLATE false").format(identifier))
-        connection.execute("SET statement_timeout = '500ms'")
-
-        def dropped() -> bool:
-            if home:
-                _wake_cron(conninfo.make_conninfo(dsn, dbname=home))
-            # On a busy machine the look itself may take too long.
-            with contextlib.suppress(psycopg.errors.QueryCanceled):
-                connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(identifier))
-                return not support.scalar(connection, exists, (name,))
-            return False
-
-        support.wait_until(dropped, 60, f"database {name} is dropped")
-
-
-def _wake_cron(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        if support.scalar(connection, "SELECT to_regclass('cron.job') IS NOT NULL"):
-            connection.execute("UPDATE cron.job SET active = active WHERE false")
+        if support.scalar(connection, exists, (name,)):
+            connection.execute(sql.SQL("ALTER DATABASE {} IS_TEMPLATE false").format(identifier))
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(identifier))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from embedline import circuit, documents, probe, spending
+from embedline import circuit, documents, learning, probe, spending
 from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
 from embedline.catalog import ChunkSet
 from embedline.chunking import Chunker, make_chunker
@@ -314,6 +314,8 @@ class Engine:
                 unit.error = _graver(unit.error, error)
                 continue
             block = request.future.result()
+            if remark := learning.keep(self.session, batch.pipeline, block.learned):
+                work_of(batch).note_error(self.session, batch, remark)
             digests = list(request.texts)
             try:
                 matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
@@ -378,7 +380,7 @@ class Engine:
     def _write(self, batch: Batch, sound: list[Document], known: dict[bytes, Vector]) -> None:
         result = work_of(batch).write(self.session, batch, sound, known)
         self._finish([sound[i].row for i in result.written], batch)
-        if result.written and batch.pipeline.last_error is not None:
+        if result.written and learning.is_error(batch.pipeline.last_error):
             work_of(batch).forget_error(self.session, batch)
         batch.embedded_count += sum(1 for i in result.written if sound[i].chunks)
         if not batch.pipeline.is_lane:

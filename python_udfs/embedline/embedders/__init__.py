@@ -33,19 +33,23 @@ class ModelConfig:
     concurrency: int = 8
     timeout_seconds: float = 60.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    # What earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
+    learned: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EmbeddingBlock:
     """`count` vectors of `dimensions` float32 values, little-endian, row after row, as the provider returned them.
 
-    `tokens` is what the provider says it charges; None where it does not say.
+    `tokens` is what the provider says it charges; None where it does not say. `learned` is kept with the model: how this
+    endpoint differs from OpenAI's.
     """
 
     count: int
     dimensions: int
     data: bytes
     tokens: int | None = None
+    learned: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class ModelInfo:
     max_tokens: int | None
     tokenizer_path: str | None
     fingerprint: str
+    learned: Mapping[str, str] = field(default_factory=dict)
 
 
 class Embedder(Protocol):

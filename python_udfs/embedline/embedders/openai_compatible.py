@@ -12,6 +12,7 @@ import binascii
 import email.utils
 import hashlib
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.embedders.answers import UnknownOrder, text_numbers
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -93,6 +95,7 @@ class OpenAIEmbedder:
         self._client: openai.AsyncOpenAI | None = None
         self._slots: asyncio.Semaphore | None = None
         self._resume_at = 0.0
+        self._keeps_order = "order" not in config.learned
 
     # The main thread
 
@@ -179,7 +182,19 @@ class OpenAIEmbedder:
                     pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
                     self._resume_at = max(self._resume_at, time.monotonic() + pause)
                 raise
-        return read_answer(content, len(texts), self._config.dimensions, lambda text: redact(text, key))
+        return self._read(content, len(texts), key)
+
+    def _read(self, content: bytes, count: int, key: str | None) -> EmbeddingBlock:
+        try:
+            block = read_answer(
+                content, count, self._config.dimensions, lambda text: redact(text, key), keeps_order=self._keeps_order
+            )
+        except UnknownOrder:
+            # Asked again in halves: now no answer is taken by position.
+            self._keeps_order = False
+            raise
+        self._keeps_order = self._keeps_order and "order" not in block.learned
+        return block
 
     async def _post(self, texts: list[str], key: str | None) -> bytes:
         import openai
@@ -347,8 +362,12 @@ def _number(text: str | None, unit: float) -> float | None:
     return value * unit if math.isfinite(value) else None
 
 
-def read_answer(content: bytes, count: int, dimensions: int | None, clean: Callable[[str], str]) -> EmbeddingBlock:
+def read_answer(
+    content: bytes, count: int, dimensions: int | None, clean: Callable[[str], str], *, keeps_order: bool = True
+) -> EmbeddingBlock:
     """Check an answer's body and return its vectors in the order of the texts.
+
+    `keeps_order` is False once an answer of this endpoint had its vectors in another order.
 
     Raises TransientProviderError where the body is no answer at all, InvalidVectors where it does not fit the texts and
     DimensionMismatch where the vectors have another width than the column. Values are checked in embedline.vectors.
@@ -356,22 +375,20 @@ def read_answer(content: bytes, count: int, dimensions: int | None, clean: Calla
     items, tokens = _items(content, clean)
     if len(items) != count:
         raise InvalidVectors(f"the provider returned {len(items)} vectors for {count} texts")
-    rows: list[bytes | None] = [None] * count
-    for item in items:
-        index = item.get("index") if isinstance(item, dict) else None
-        if type(index) is not int or not 0 <= index < count:
-            raise InvalidVectors("the provider returned a vector whose index belongs to no text")
-        if rows[index] is not None:
-            raise InvalidVectors(f"the provider returned two vectors for the text at index {index}")
-        rows[index] = _row(item.get("embedding"))
-    complete = [row for row in rows if row is not None]
-    widths = sorted({len(row) // 4 for row in complete})
+    numbers, is_indexed = text_numbers(items, keeps_order=keeps_order)
+    rows = [b""] * count
+    for number, item in zip(numbers, items, strict=True):
+        rows[number] = _row(item.get("embedding") if isinstance(item, dict) else None)
+    widths = sorted({len(row) // 4 for row in rows})
     if len(widths) != 1 or widths[0] == 0:
         found = " and ".join(map(str, widths))
         raise InvalidVectors(f"the provider returned vectors of {found} dimensions in one answer")
     if dimensions is not None and widths[0] != dimensions:
         raise DimensionMismatch(detail=f"Expected {dimensions} dimensions, got {widths[0]}.")
-    return EmbeddingBlock(count, widths[0], b"".join(complete), tokens)
+    learned = {} if is_indexed else {"index": "order of the texts"}
+    if any(number < before for before, number in itertools.pairwise(numbers)):
+        learned["order"] = "by index"
+    return EmbeddingBlock(count, widths[0], b"".join(rows), tokens, learned)
 
 
 def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int | None]:

@@ -1,0 +1,166 @@
+"""Endpoints that are nearly OpenAI's: what they leave out, refuse or write in another way, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from dialects import Body, Dialect, serving
+from support import create_pipeline, scalar, settle
+from working import assert_all_settled, dead_letters, remove_all, work_until_idle
+
+ROWS = 40
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Dialect]:
+    """An endpoint that behaves like OpenAI's until the test says otherwise."""
+    with serving(Dialect()) as started:
+        yield started
+
+
+@pytest.fixture
+def db(module_database: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """A connection to a database of this module; pipelines and models are gone after each test."""
+    yield module_database
+    remove_all(module_database)
+
+
+def create_model(db: psycopg.Connection, endpoint: Dialect, name: str = "stub", **options: Any) -> None:
+    named = "".join(f", {option} => %s" for option in options)
+    query = f"SELECT embedline.create_model(%s, 'openai', 'stub', base_url => %s{named})"
+    db.execute(query, (name, endpoint.url, *options.values()))
+    endpoint.forget()
+
+
+def create_pages(db: psycopg.Connection, count: int = ROWS, model: str = "stub") -> None:
+    db.execute("CREATE TABLE page (id bigint PRIMARY KEY, body text)")
+    add_pages(db, 1, count)
+    create_pipeline(db, "page", "page", "body", model, index_method="none")
+
+
+def add_pages(db: psycopg.Connection, first: int, last: int) -> None:
+    numbers = "generate_series(%s::integer, %s) AS n"
+    db.execute(f"INSERT INTO page SELECT n, 'row ' || n || ' about something' FROM {numbers}", (first, last))
+
+
+def learned(db: psycopg.Connection, name: str = "stub") -> dict[str, str]:
+    return dict(scalar(db, "SELECT learned FROM embedline.model WHERE name = %s", (name,)))
+
+
+def last_error(db: psycopg.Connection) -> str | None:
+    return scalar(db, "SELECT last_error FROM embedline.status")  # type: ignore[no-any-return]
+
+
+# The order of the vectors
+
+
+def indexes(change: Callable[[int, int], object]) -> Callable[[list[Body]], list[Body]]:
+    """Return a shape that writes another index: a function of the number and of how many there are; None leaves it out."""
+
+    def shape(items: list[Body]) -> list[Body]:
+        for number, item in enumerate(items):
+            del item["index"]
+            if (value := change(number, len(items))) is not None:
+                item["index"] = None if value == "null" else value
+        return items
+
+    return shape
+
+
+VAGUE = {
+    "missing for the first": lambda number, _: number or None,
+    "missing for all": lambda *_: None,
+    "missing for every other": lambda number, _: number if number % 2 else None,
+    "null": lambda *_: "null",
+    "null for the first": lambda number, _: number or "null",
+    "all 0": lambda *_: 0,
+    "a string": lambda number, _: str(number),
+    "a float": lambda number, _: float(number),
+    "a word": lambda number, _: f"item {number}",
+    "counted from 1": lambda number, _: number + 1,
+    "duplicated": lambda number, _: max(number, 1),
+    "counted again for each part": lambda number, _: number % 16,
+    "out of range": lambda number, _: number + 100_000,
+    "out of range for the first": lambda number, _: number or 99_999,
+    "a duplicate for the first": lambda number, _: number or 7,
+    "one out of range": lambda number, count: 99_999 if number == count - 1 else number,
+    "-1": lambda *_: -1,
+    "true": lambda *_: True,
+}
+
+
+@pytest.mark.parametrize("kind", VAGUE)
+def test_without_a_usable_index_vectors_are_taken_by_position_and_paid_once(
+    db: psycopg.Connection, endpoint: Dialect, kind: str
+) -> None:
+    endpoint.shape = indexes(VAGUE[kind])
+    create_model(db, endpoint)
+    create_pages(db)
+    settle(db)
+    assert dead_letters(db) == {}
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+    assert sorted(endpoint.paid) == sorted(set(endpoint.paid))
+    assert len(endpoint.paid) == ROWS
+    assert learned(db)["index"] == "order of the texts"
+
+
+def test_a_missing_index_is_said_once_and_stays_until_an_error_comes(db: psycopg.Connection, endpoint: Dialect) -> None:
+    endpoint.shape = indexes(lambda *_: None)
+    create_model(db, endpoint)
+    create_pages(db)
+    work_until_idle(db)
+    remark = last_error(db)
+    assert remark is not None
+    assert remark.startswith('model "stub": ')
+    assert "no usable index" in remark
+    said = scalar(db, "SELECT last_error_at FROM embedline.status")
+    add_pages(db, 100, 110)
+    work_until_idle(db)
+    assert last_error(db) == remark
+    assert scalar(db, "SELECT last_error_at FROM embedline.status") == said
+    db.execute("UPDATE embedline.pipeline_health SET last_error = NULL, last_error_at = NULL")
+    add_pages(db, 200, 210)
+    db.execute("SELECT embed_pending(100)")
+    assert last_error(db) is None
+
+
+@pytest.mark.parametrize("write", [lambda number: number, str, float])
+@pytest.mark.parametrize("left_out", [(), (0,), (7,)])
+def test_an_index_that_tells_another_order_is_heeded(
+    db: psycopg.Connection, endpoint: Dialect, write: Callable[[int], object], left_out: tuple[int, ...]
+) -> None:
+    def shape(items: list[Body]) -> list[Body]:
+        shaped = indexes(lambda number, _: None if number in left_out and len(items) > 8 else write(number))(items)
+        return shaped[::-1]
+
+    endpoint.shape = shape
+    create_model(db, endpoint)
+    create_pages(db)
+    settle(db)
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+    assert len(endpoint.paid) == ROWS
+
+
+def test_indexes_that_contradict_each_other_never_mix_vectors_up(db: psycopg.Connection, endpoint: Dialect) -> None:
+    endpoint.shape = lambda items: indexes(lambda number, _: None if number < 2 else number)(items)[::-1]
+    create_model(db, endpoint)
+    create_pages(db)
+    settle(db)
+    # Alone each text has but one vector.
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+
+
+@pytest.mark.parametrize("change", [lambda items: items[:-1], lambda items: [*items, items[-1]]])
+def test_another_number_of_vectors_than_texts_stays_an_error(
+    db: psycopg.Connection, endpoint: Dialect, change: Callable[[list[Body]], list[Body]]
+) -> None:
+    create_model(db, endpoint)
+    create_pages(db)
+    endpoint.shape = lambda items: change(indexes(lambda *_: None)(items))
+    settle(db)
+    assert {letter[1] for letter in dead_letters(db).values()} == {"EL014"}
+    assert len(dead_letters(db)) == ROWS

@@ -27,11 +27,15 @@ _LIMITS = {
 INSERT_MODEL = """
     INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
         api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
-        options, fingerprint, price_per_million_tokens)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
+        options, fingerprint, price_per_million_tokens, learned)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
 """
 INSERT_TYPES = (
-    ["text"] * 4 + ["integer"] * 2 + ["text"] * 5 + ["integer"] * 3 + ["double precision", "jsonb", "text", "numeric"]
+    ["text"] * 4
+    + ["integer"] * 2
+    + ["text"] * 5
+    + ["integer"] * 3
+    + ["double precision", "jsonb", "text", "numeric", "jsonb"]
 )
 
 CALLER = """
@@ -91,7 +95,7 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
         config.name, config.provider, config.model, config.revision, info.dimensions, max_tokens, tokenizer,
         config.base_url, config.api_key_env, config.document_prefix, config.query_prefix, config.max_batch_items,
         config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
-        info.fingerprint, price,
+        info.fingerprint, price, json.dumps(dict(info.learned)),
     )  # fmt: skip
     return config.name
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
-from dialects import Body, Dialect, serving
+from dialects import Body, Dialect, as_asked, as_base64, serving
 from support import create_pipeline, scalar, settle
 from working import assert_all_settled, dead_letters, remove_all, work_until_idle
 
@@ -164,3 +165,168 @@ def test_another_number_of_vectors_than_texts_stays_an_error(
     settle(db)
     assert {letter[1] for letter in dead_letters(db).values()} == {"EL014"}
     assert len(dead_letters(db)) == ROWS
+
+
+# The encoding of the vectors
+
+
+def refuse_base64(status: int, answer: object) -> Callable[[Body], tuple[int, object] | None]:
+    return lambda body: (status, answer) if body.get("encoding_format") == "base64" else None
+
+
+def refuse_field(body: Body) -> tuple[int, object] | None:
+    return (400, {"error": "unknown field: encoding_format"}) if "encoding_format" in body else None
+
+
+REFUSALS = {
+    "a 400 that says so": refuse_base64(400, {"error": {"message": "encoding_format base64 is not supported"}}),
+    "a 422 of pydantic": refuse_base64(
+        422,
+        {"detail": [{"type": "literal_error", "loc": ["body", "encoding_format"], "msg": "Input should be 'float'"}]},
+    ),
+    "a 400 that names the parameter": refuse_base64(
+        400, {"error": {"message": "invalid value", "type": "invalid_request_error", "param": "encoding_format"}}
+    ),
+    "a 400 without words": refuse_base64(400, {}),
+    "a 501": refuse_base64(501, {"error": "not implemented"}),
+    "a 500": refuse_base64(500, {"error": "unsupported encoding format: base64"}),
+    "an error with status 200": refuse_base64(200, {"error": {"message": "base64 is not supported"}}),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_where_base64_is_refused_lists_are_asked_for_and_that_is_remembered(
+    db: psycopg.Connection, endpoint: Dialect, kind: str
+) -> None:
+    endpoint.refuse = REFUSALS[kind]
+    create_model(db, endpoint)
+    assert learned(db) == {"encoding_format": "float"}
+    create_pages(db)
+    # Sessions of their own, which know it from the model.
+    work_until_idle(db, count=2)
+    assert {body["encoding_format"] for body in endpoint.requests} == {"float"}
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+    assert sorted(endpoint.paid) == sorted(set(endpoint.paid))
+    assert last_error(db) is None
+
+
+def test_where_the_field_is_refused_it_is_left_out(db: psycopg.Connection, endpoint: Dialect) -> None:
+    endpoint.refuse = refuse_field
+    create_model(db, endpoint)
+    assert learned(db) == {"encoding_format": "none"}
+    create_pages(db)
+    settle(db)
+    assert not [body for body in endpoint.requests if "encoding_format" in body]
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+
+
+def test_a_worker_learns_it_too_without_a_dead_letter(db: psycopg.Connection, endpoint: Dialect) -> None:
+    create_model(db, endpoint)
+    assert learned(db) == {}
+    create_pages(db)
+    endpoint.refuse = REFUSALS["a 400 that says so"]
+    work_until_idle(db)
+    assert learned(db) == {"encoding_format": "float"}
+    assert dead_letters(db) == {}
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+    assert len(endpoint.paid) == ROWS
+    endpoint.forget()
+    add_pages(db, 100, 140)
+    work_until_idle(db)
+    assert {body["encoding_format"] for body in endpoint.requests} == {"float"}
+
+
+def test_a_text_about_base64_that_is_refused_teaches_nothing(db: psycopg.Connection, endpoint: Dialect) -> None:
+    create_model(db, endpoint)
+    create_pages(db, 4)
+    db.execute("UPDATE page SET body = 'data:image/png;base64,AAAA' WHERE id = 2")
+
+    def refuse(body: Body) -> tuple[int, object] | None:
+        bad = [text for text in body["input"] if "AAAA" in text]
+        return (400, {"error": {"message": f"not a text: {bad[0]}"}}) if bad else None
+
+    endpoint.refuse = refuse
+    settle(db)
+    assert list(dead_letters(db)) == [2]
+    assert learned(db) == {}
+
+
+@pytest.mark.parametrize("encoding", ["base64", "float", "none"])
+def test_the_option_fixes_the_encoding(db: psycopg.Connection, endpoint: Dialect, encoding: str) -> None:
+    create_model(db, endpoint, options=f'{{"encoding_format": "{encoding}"}}')
+    create_pages(db)
+    settle(db)
+    assert {body.get("encoding_format", "none") for body in endpoint.requests} == {encoding}
+    assert learned(db) == {}
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+    endpoint.forget()
+    endpoint.refuse = lambda body: (400, {"error": "encoding_format"})
+    with pytest.raises(psycopg.Error, match="400"):
+        create_model(db, endpoint, "fixed", options=f'{{"encoding_format": "{encoding}"}}')
+    assert len(endpoint.requests) == 1
+
+
+def test_providers_that_ignore_the_field_and_send_lists_work_as_before(
+    db: psycopg.Connection, endpoint: Dialect
+) -> None:
+    endpoint.encode = lambda vector, _: [float(value) for value in vector]
+    create_model(db, endpoint)
+    create_pages(db)
+    settle(db)
+    assert {body["encoding_format"] for body in endpoint.requests} == {"base64"}
+    assert learned(db) == {}
+    assert assert_all_settled(db, endpoint.dimensions) == ROWS
+
+
+def written_as(kind: str) -> Callable[[Any, Body], object]:
+    return lambda vector, _: base64.b64encode(vector.astype(kind).tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("<f8", "base64 holds float64, not little-endian float32"),
+        (">f8", "base64 holds big-endian float64,"),
+        (">f4", "base64 holds big-endian float32,"),
+        ("<f2", "base64 holds float16,"),
+    ],
+)
+def test_base64_of_another_encoding_is_refused_with_the_way_out(db: psycopg.Connection, kind: str, words: str) -> None:
+    with serving(Dialect(dimensions=256, encode=written_as(kind))) as endpoint:
+        with pytest.raises(psycopg.Error, match=words) as refused:
+            create_model(db, endpoint)
+        assert refused.value.sqlstate == "EL013"
+        assert "encoding_format" in str(refused.value.diag.message_hint)
+        # Of a model that was registered well, no row is charged.
+        endpoint.encode = as_asked
+        create_model(db, endpoint)
+        create_pages(db, 4)
+        endpoint.encode = written_as(kind)
+        db.execute("SELECT embed_pending(10)")
+        assert words in str(last_error(db))
+        assert dead_letters(db) == {}
+
+
+@pytest.mark.parametrize(
+    ("encode", "code", "words"),
+    [
+        (
+            lambda vector: base64.b64encode(vector.tobytes()[:-3]).decode(),
+            "EL014",
+            "not made of float32 values: It holds 1021 bytes",
+        ),
+        (lambda vector: as_base64(vector[:-1]), "EL004", "Expected 256 dimensions, got 255"),
+        (lambda vector: as_base64(vector[:128]), "EL004", "as many as 256 values of float16 have"),
+        (lambda vector: "not base64!", "EL014", "neither base64 nor a list"),
+    ],
+)
+def test_base64_of_a_wrong_length_is_a_clear_error(
+    db: psycopg.Connection, encode: Callable[[Any], str], code: str, words: str
+) -> None:
+    with serving(Dialect(dimensions=256)) as endpoint:
+        create_model(db, endpoint)
+        create_pages(db, 3)
+        endpoint.encode = lambda vector, _: encode(vector)
+        settle(db)
+        assert {letter[1] for letter in dead_letters(db).values()} == {code}
+        assert all(words in letter[2] for letter in dead_letters(db).values())

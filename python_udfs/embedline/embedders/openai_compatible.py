@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import asyncio
 import binascii
+import contextlib
 import email.utils
 import hashlib
 import ipaddress
@@ -23,11 +24,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
-from embedline.embedders.answers import UnknownOrder, text_numbers
+from embedline.embedders.answers import UnknownOrder, mistaken_encoding, text_numbers
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -60,6 +62,9 @@ _MESSAGE_CHARACTERS = 500
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
+# Encodings that answers are asked for in, the compact one first; "none" sends no encoding_format at all.
+ENCODINGS = ("base64", "float", "none")
+_ENCODING_WORDS = re.compile(r"encoding[_ -]?format|base64", re.IGNORECASE)
 # What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
 _AWAY = frozenset({502, 503, 504})
 
@@ -96,6 +101,7 @@ class OpenAIEmbedder:
         self._slots: asyncio.Semaphore | None = None
         self._resume_at = 0.0
         self._keeps_order = "order" not in config.learned
+        self._encoding = config.options.get("encoding_format") or config.learned.get("encoding_format", ENCODINGS[0])
 
     # The main thread
 
@@ -153,7 +159,7 @@ class OpenAIEmbedder:
             await client.close()
 
     async def _probe(self) -> ModelInfo:
-        block = await self._embed([f"{self._config.document_prefix}probe"])
+        block = await self._embed([f"{self._config.document_prefix}probe"], is_probe=True)
         options = self._config.options
         default = _OPENAI_MAX_TOKENS if self._config.model in _OPENAI_MODELS else None
         identity = [self._config.provider, self._address, self._config.model, block.dimensions]
@@ -162,9 +168,11 @@ class OpenAIEmbedder:
             max_tokens=options.get("max_tokens", default),
             tokenizer_path=options.get("tokenizer"),
             fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+            # A single vector says nothing about the order.
+            learned={name: value for name, value in block.learned.items() if name == "encoding_format"},
         )
 
-    async def _embed(self, texts: list[str]) -> EmbeddingBlock:
+    async def _embed(self, texts: list[str], *, is_probe: bool = False) -> EmbeddingBlock:
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
@@ -176,13 +184,35 @@ class OpenAIEmbedder:
                 raise refusal
             key = self._api_key()
             try:
-                content = await self._post(texts, key)
+                return await self._ask(texts, key, is_probe=is_probe)
             except TransientProviderError as error:
                 if error.throttled:
                     pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
                     self._resume_at = max(self._resume_at, time.monotonic() + pause)
                 raise
-        return self._read(content, len(texts), key)
+
+    async def _ask(self, texts: list[str], key: str | None, *, is_probe: bool) -> EmbeddingBlock:
+        """Post the texts and read the answer; if the encoding is refused, ask for the next one and keep to it."""
+        is_fixed = bool(self._config.options.get("encoding_format"))
+        encodings = [self._encoding] if is_fixed else ENCODINGS[ENCODINGS.index(self._encoding) :]
+        refusal: ProviderError | None = None
+        for encoding in encodings:
+            try:
+                block = self._read(await self._post(texts, key, encoding), len(texts), key)
+            except ProviderError as error:
+                if refusal is not None and isinstance(error, TransientProviderError):
+                    # The first refusal would be held against the texts; this one passes.
+                    raise
+                refusal = refusal or error
+                if encoding == encodings[-1] or not _is_about_encoding(error, is_probe=is_probe):
+                    raise refusal from None
+            else:
+                if not is_fixed and encoding != ENCODINGS[0]:
+                    # A request of before may yet be answered in the encoding of before.
+                    self._encoding = max(self._encoding, encoding, key=ENCODINGS.index)
+                    block = replace(block, learned={**block.learned, "encoding_format": encoding})
+                return block
+        raise AssertionError("there is always an encoding to ask for")
 
     def _read(self, content: bytes, count: int, key: str | None) -> EmbeddingBlock:
         try:
@@ -196,7 +226,7 @@ class OpenAIEmbedder:
         self._keeps_order = self._keeps_order and "order" not in block.learned
         return block
 
-    async def _post(self, texts: list[str], key: str | None) -> bytes:
+    async def _post(self, texts: list[str], key: str | None, encoding: str) -> bytes:
         import openai
 
         client = self._open_client()
@@ -205,13 +235,16 @@ class OpenAIEmbedder:
         body: dict[str, Any] = {"input": texts}
         if self._sends_dimensions():
             body["dimensions"] = self._config.dimensions
+        if encoding == "none":
+            # The client fills in what is not given.
+            body["encoding_format"] = openai.Omit()
         try:
             # The read timeout starts anew with every byte; this bound is on the whole.
             async with asyncio.timeout(self._config.timeout_seconds + _CONNECT_SECONDS):
                 response = await client.embeddings.with_raw_response.create(
                     input="",
                     model=self._config.model,
-                    encoding_format="base64",
+                    encoding_format="float" if encoding == "float" else "base64",
                     extra_headers=self._headers(key),
                     extra_body=body,
                 )
@@ -317,6 +350,19 @@ class OpenAIEmbedder:
         return ProviderMisconfigured(message, detail=detail, hint=hint)
 
 
+def _is_about_encoding(error: ProviderError, *, is_probe: bool) -> bool:
+    """Return True for a refusal that names the encoding, or that nothing about a probe's harmless text explains."""
+    if isinstance(error, TransientProviderError):
+        if error.throttled or error.unreachable:
+            return False
+    elif not error.is_refusal:
+        # Vectors came, and were paid for.
+        return False
+    if _ENCODING_WORDS.search(error.detail or ""):
+        return True
+    return is_probe and error.is_refusal and not isinstance(error, ProviderMisconfigured)
+
+
 def _never_left(error: BaseException) -> bool:
     return type(error.__cause__).__name__ in _UNREACHABLE
 
@@ -330,15 +376,18 @@ def redact(text: str, key: str | None) -> str:
 
 
 def _error_text(body: str) -> str:
-    """The provider's own words out of an error's body."""
+    """The provider's own words out of an error's body, with the parameter that they are about."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
         return body
+    parameter = None
     for name in ("error", "message", "detail"):
         if isinstance(answer, dict) and answer.get(name):
+            parameter = answer.get("param") or parameter
             answer = answer[name]
-    return answer if isinstance(answer, str) else json.dumps(answer)
+    words = answer if isinstance(answer, str) else json.dumps(answer)
+    return f"{words} ({parameter})" if isinstance(parameter, str) and parameter not in words else words
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -375,6 +424,7 @@ def read_answer(
     items, tokens = _items(content, clean)
     if len(items) != count:
         raise InvalidVectors(f"the provider returned {len(items)} vectors for {count} texts")
+    _check_encoding(items)
     numbers, is_indexed = text_numbers(items, keeps_order=keeps_order)
     rows = [b""] * count
     for number, item in zip(numbers, items, strict=True):
@@ -384,7 +434,9 @@ def read_answer(
         found = " and ".join(map(str, widths))
         raise InvalidVectors(f"the provider returned vectors of {found} dimensions in one answer")
     if dimensions is not None and widths[0] != dimensions:
-        raise DimensionMismatch(detail=f"Expected {dimensions} dimensions, got {widths[0]}.")
+        raise DimensionMismatch(
+            detail=f"Expected {dimensions} dimensions, got {widths[0]}.{_width_remark(items, dimensions)}"
+        )
     learned = {} if is_indexed else {"index": "order of the texts"}
     if any(number < before for before, number in itertools.pairwise(numbers)):
         learned["order"] = "by index"
@@ -407,13 +459,45 @@ def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int 
     return items, tokens if type(tokens) is int and tokens >= 0 else None
 
 
+def _check_encoding(items: Sequence[Any]) -> None:
+    """Raise ProviderMisconfigured if the first vector is base64 of anything but little-endian float32.
+
+    An endpoint that encodes one vector so encodes all of them: no row is the cause, and none is charged.
+    """
+    first = items[0].get("embedding") if items and isinstance(items[0], dict) else None
+    if not isinstance(first, str):
+        return
+    with contextlib.suppress(binascii.Error, ValueError):
+        if found := mistaken_encoding(binascii.a2b_base64(first, strict_mode=True)):
+            raise ProviderMisconfigured(
+                f"the provider's base64 holds {found}, not little-endian float32",
+                detail='The option {"encoding_format": "float"} asks for lists of numbers.',
+                hint="""Set options => '{"encoding_format": "float"}' in embedline.create_model or embedline.alter_model.""",
+            )
+
+
+def _width_remark(items: Sequence[Any], dimensions: int) -> str:
+    """Say what base64 of an unexpected length may be."""
+    first = items[0].get("embedding")
+    if not isinstance(first, str):
+        return ""
+    count = len(binascii.a2b_base64(first))
+    known = {dimensions: "one byte", 2 * dimensions: "float16", 8 * dimensions: "float64"}
+    if count not in known:
+        return ""
+    return f" The base64 holds {count} bytes, as many as {dimensions} values of {known[count]} have."
+
+
 def _row(embedding: object) -> bytes:
     """The float32 bytes of one vector, given as base64 or, by servers that know no base64, as a list of numbers."""
     try:
         if isinstance(embedding, str):
             row = binascii.a2b_base64(embedding, strict_mode=True)
             if len(row) % 4:
-                raise InvalidVectors("the provider returned a base64 vector that is not made of float32 values")
+                raise InvalidVectors(
+                    "the provider returned a base64 vector that is not made of float32 values",
+                    detail=f"It holds {len(row)} bytes; each value takes 4.",
+                )
             return row
         if isinstance(embedding, list) and not any(isinstance(value, bool) for value in embedding):
             values = array.array("f", embedding)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from embedline.database import Session, as_mapping, entry_point, is_nested
+from embedline.database import Session, entry_point, is_nested
 from embedline.embedder_pool import let_cancel_through, wait_result
-from embedline.embedders import ModelConfig, ModelInfo, create_embedder
+from embedline.embedders import ModelConfig, ModelInfo, create_embedder, known_options
+from embedline.embedders.options import check_options
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound, NotPermitted
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
@@ -133,6 +134,18 @@ def probe(session: Session, config: ModelConfig) -> ModelInfo:
         embedder.close()
 
 
+def checked_options(name: str, provider: str, given: Any) -> dict[str, Any]:
+    """Return a model's options, as PL/Python hands them over, if its provider knows them."""
+    loaded = json.loads(given or "{}")
+    if not isinstance(loaded, dict):
+        raise InvalidParameter(
+            f'the options of model "{name}" must be an object', hint="For example options => '{\"max_tokens\": 512}'."
+        )
+    if (known := known_options(provider)) is not None:
+        check_options(name, loaded, known)
+    return loaded
+
+
 def _refuse_secrets(base_url: str | None) -> None:
     """Raise where an address carries a credential: readers see the address."""
     try:
@@ -179,7 +192,7 @@ def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
             detail="The value that was given is not shown: it may be the key itself.",
             hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
         )
-    options = dict(as_mapping(given.pop("options") or "{}"))
+    options = checked_options(given["name"], given["provider"], given.pop("options"))
     if (
         given["provider"] == "sentence-transformers"
         and os.path.isabs(given["model"])

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from dialects import Body, Dialect, as_asked, as_base64, serving
+from stub_provider import vector_of
 from support import create_pipeline, scalar, settle
 from working import assert_all_settled, dead_letters, remove_all, work_until_idle
 
@@ -330,3 +331,74 @@ def test_base64_of_a_wrong_length_is_a_clear_error(
         settle(db)
         assert {letter[1] for letter in dead_letters(db).values()} == {code}
         assert all(words in letter[2] for letter in dead_letters(db).values())
+
+
+# Parameters that an endpoint asks for
+
+
+def needs_input_type(body: Body) -> tuple[int, object] | None:
+    known = body.get("input_type") in ("passage", "query") and body.get("truncate") == "END"
+    return None if known else (400, {"error": "'input_type' parameter is required"})
+
+
+def embed_by_type(text: str, body: Body) -> Any:
+    return vector_of(f"{body['input_type']} {text}", 8)
+
+
+BODIES = '{"extra_body": {"truncate": "END"}, "document_body": {"input_type": "passage"}, "query_body": {"input_type": "query"}}'
+
+
+def test_bodies_are_sent_with_documents_and_queries(db: psycopg.Connection, endpoint: Dialect) -> None:
+    endpoint.refuse = needs_input_type
+    endpoint.embed = embed_by_type
+    with pytest.raises(psycopg.Error, match="status 400"):
+        create_model(db, endpoint)
+    endpoint.forget()
+    create_model(db, endpoint, options=BODIES)
+    create_pages(db)
+    settle(db)
+    assert dead_letters(db) == {}
+    assert {body["input_type"] for body in endpoint.requests} == {"passage"}
+    assert scalar(db, "SELECT vector_dims(embedline.embed_query('page', 'rivers'))") == 8
+    assert endpoint.requests[-1] == {
+        "input": ["rivers"], "model": "stub", "encoding_format": "base64", "truncate": "END", "input_type": "query",
+    }  # fmt: skip
+    expected = vector_of("query rivers", 8)
+    found = scalar(db, "SELECT embedline.embed_query('page', 'rivers')::real[]")
+    assert found == pytest.approx(list(expected / (expected @ expected) ** 0.5), abs=1e-6)
+
+
+def test_bodies_that_the_endpoint_refuses_for_queries_fail_at_create_model(
+    db: psycopg.Connection, endpoint: Dialect
+) -> None:
+    endpoint.refuse = needs_input_type
+    with pytest.raises(psycopg.Error, match="status 400"):
+        create_model(db, endpoint, options=BODIES.replace('"query"}', '"querry"}'))
+    assert scalar(db, "SELECT count(*) FROM embedline.model WHERE name = 'stub'") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ('{"extra_bdy": {}}', 'unknown option "extra_bdy"', 'Did you mean "extra_body"?'),
+        ('{"document_body": {"model": "other"}}', 'must not set "model"', "the parameter model"),
+        ('{"extra_body": {"input": []}}', 'must not set "input"', "pipeline"),
+        ('{"extra_body": 1}', "must be an object", "extra_body"),
+        ("[1]", "must be an object", "max_tokens"),
+    ],
+)
+def test_options_are_refused_before_anything_is_sent(
+    db: psycopg.Connection, endpoint: Dialect, options: str, message: str, hint: str
+) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=message) as refused:
+        create_model(db, endpoint, options=options)
+    assert hint in str(refused.value.diag.message_hint)
+    assert endpoint.requests == []
+
+
+def test_a_model_that_was_registered_with_a_stray_option_goes_on(db: psycopg.Connection, endpoint: Dialect) -> None:
+    create_model(db, endpoint)
+    db.execute("""UPDATE embedline.model SET options = '{"stray": 1, "encoding_format": "int8"}' WHERE name = 'stub'""")
+    create_pages(db, 4)
+    settle(db)
+    assert assert_all_settled(db, endpoint.dimensions) == 4

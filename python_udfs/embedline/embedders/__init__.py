@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from embedline.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from embedline.embedders.options import Option
 
 # Where other packages announce providers: name = provider, value = a callable from ModelConfig to Embedder.
 ENTRY_POINT_GROUP = "embedline.embedders"
@@ -49,7 +52,7 @@ class EmbeddingBlock:
     dimensions: int
     data: bytes
     tokens: int | None = None
-    learned: Mapping[str, str] = field(default_factory=dict)
+    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class ModelInfo:
     max_tokens: int | None
     tokenizer_path: str | None
     fingerprint: str
-    learned: Mapping[str, str] = field(default_factory=dict)
+    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 class Embedder(Protocol):
@@ -81,6 +84,23 @@ class Embedder(Protocol):
 
     def close(self) -> None:
         """Give back connections and threads."""
+
+
+def known_options(provider: str) -> Mapping[str, Option] | Collection[str] | None:
+    """Return the options of a provider's models; None if it does not say. A class of another package lists `options`."""
+    if provider == "sentence-transformers":
+        # Checked with each other, too, wherever the host's settings are read.
+        return None
+    if provider == "openai":
+        from embedline.embedders.options import OPENAI_OPTIONS
+
+        return OPENAI_OPTIONS
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=provider):
+        options: Mapping[str, Option] | Collection[str] | None = getattr(entry.load(), "options", None)
+        return options
+    return None
 
 
 def create_embedder(config: ModelConfig) -> Embedder:

@@ -30,6 +30,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.embedders.answers import UnknownOrder, mistaken_encoding, text_numbers
+from embedline.embedders.options import given_bodies, request_body
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -112,10 +113,12 @@ class OpenAIEmbedder:
             done.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
             return done
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
-        return asyncio.run_coroutine_threadsafe(self._embed([prefix + text for text in texts]), self._running_loop())
+        return asyncio.run_coroutine_threadsafe(
+            self._embed([prefix + text for text in texts], kind), self._running_loop()
+        )
 
     def probe(self) -> Future[ModelInfo]:
-        """Embed one short text to learn the dimensions."""
+        """Embed one short text to learn the dimensions; one more as a query if queries have a body of their own."""
         return asyncio.run_coroutine_threadsafe(self._probe(), self._running_loop())
 
     def close(self) -> None:
@@ -159,20 +162,27 @@ class OpenAIEmbedder:
             await client.close()
 
     async def _probe(self) -> ModelInfo:
-        block = await self._embed([f"{self._config.document_prefix}probe"], is_probe=True)
+        block = await self._embed([f"{self._config.document_prefix}probe"], "document", is_probe=True)
         options = self._config.options
+        if options.get("query_body"):
+            query = await self._embed([f"{self._config.query_prefix}probe"], "query")
+            if query.dimensions != block.dimensions:
+                detail = f"Documents have {block.dimensions} dimensions, queries {query.dimensions}."
+                raise DimensionMismatch("documents and queries have different dimensions", detail=detail)
         default = _OPENAI_MAX_TOKENS if self._config.model in _OPENAI_MODELS else None
-        identity = [self._config.provider, self._address, self._config.model, block.dimensions]
+        identity: list[object] = [self._config.provider, self._address, self._config.model, block.dimensions]
+        if bodies := given_bodies(options):
+            identity.append(bodies)
         return ModelInfo(
             dimensions=block.dimensions,
             max_tokens=options.get("max_tokens", default),
             tokenizer_path=options.get("tokenizer"),
-            fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+            fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
             # A single vector says nothing about the order.
             learned={name: value for name, value in block.learned.items() if name == "encoding_format"},
         )
 
-    async def _embed(self, texts: list[str], *, is_probe: bool = False) -> EmbeddingBlock:
+    async def _embed(self, texts: list[str], kind: Kind, *, is_probe: bool = False) -> EmbeddingBlock:
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
@@ -184,21 +194,21 @@ class OpenAIEmbedder:
                 raise refusal
             key = self._api_key()
             try:
-                return await self._ask(texts, key, is_probe=is_probe)
+                return await self._ask(texts, kind, key, is_probe=is_probe)
             except TransientProviderError as error:
                 if error.throttled:
                     pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
                     self._resume_at = max(self._resume_at, time.monotonic() + pause)
                 raise
 
-    async def _ask(self, texts: list[str], key: str | None, *, is_probe: bool) -> EmbeddingBlock:
+    async def _ask(self, texts: list[str], kind: Kind, key: str | None, *, is_probe: bool) -> EmbeddingBlock:
         """Post the texts and read the answer; if the encoding is refused, ask for the next one and keep to it."""
         is_fixed = bool(self._config.options.get("encoding_format"))
         encodings = [self._encoding] if is_fixed else ENCODINGS[ENCODINGS.index(self._encoding) :]
         refusal: ProviderError | None = None
         for encoding in encodings:
             try:
-                block = self._read(await self._post(texts, key, encoding), len(texts), key)
+                block = self._read(await self._post(texts, kind, key, encoding), len(texts), key)
             except ProviderError as error:
                 if refusal is not None and isinstance(error, TransientProviderError):
                     # The first refusal would be held against the texts; this one passes.
@@ -226,13 +236,13 @@ class OpenAIEmbedder:
         self._keeps_order = self._keeps_order and "order" not in block.learned
         return block
 
-    async def _post(self, texts: list[str], key: str | None, encoding: str) -> bytes:
+    async def _post(self, texts: list[str], kind: Kind, key: str | None, encoding: str) -> bytes:
         import openai
 
         client = self._open_client()
         # As extra_body, which goes out as it is: as the parameter `input` the package walks through the texts one by one to
         # see whether they need renaming, which took half of this thread's time.
-        body: dict[str, Any] = {"input": texts}
+        body: dict[str, Any] = request_body(self._config.options, kind) | {"input": texts}
         if self._sends_dimensions():
             body["dimensions"] = self._config.dimensions
         if encoding == "none":

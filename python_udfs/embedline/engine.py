@@ -10,7 +10,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from embedline import circuit, documents, learning, probe, spending
-from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
+from embedline.batch import (
+    Batch,
+    Request,
+    Unit,
+    halved_requests,
+    likely_tokens,
+    pack,
+    plausible_tokens,
+    unit_of,
+    vector_memory,
+)
 from embedline.catalog import ChunkSet
 from embedline.chunking import Chunker, make_chunker
 from embedline.database import Session, sqlstate_of
@@ -335,7 +345,7 @@ class Engine:
             circuit.close_circuit(self.session, version.model.model_id)
 
     def _count_tokens(self, batch: Batch, request: Request) -> None:
-        """Add up what the answers to a reservation say they cost; None once one does not say."""
+        """Add up what the answers to a reservation say they cost; None once one does not say, or cannot be right."""
         if request.reservation_id is None or request.future is None:
             return
         error = request.future.exception()
@@ -344,7 +354,9 @@ class Engine:
             # Refused requests cost nothing; one that timed out may have been served.
             used = 0 if getattr(error, "is_refusal", False) else request.tokens
         else:
-            used = request.future.result().tokens if error is None else None
+            prefix = batch.pipeline.version.model.config.document_prefix
+            counted = request.future.result().tokens if error is None else None
+            used = plausible_tokens(counted, list(request.texts.values()), prefix)
         so_far = batch.tokens_used.get(request.reservation_id)
         batch.tokens_used[request.reservation_id] = None if so_far is None or used is None else so_far + used
 

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from dialects import Body, Dialect, as_asked, as_base64, serving
+from embedline.batch import likely_tokens
 from stub_provider import vector_of
 from support import create_pipeline, scalar, settle
 from working import assert_all_settled, dead_letters, remove_all, work_until_idle
@@ -402,3 +403,63 @@ def test_a_model_that_was_registered_with_a_stray_option_goes_on(db: psycopg.Con
     create_pages(db, 4)
     settle(db)
     assert assert_all_settled(db, endpoint.dimensions) == 4
+
+
+# What an answer says that it cost
+
+
+USAGES = {
+    "0": lambda _: {"prompt_tokens": 0, "total_tokens": 0},
+    "null": lambda _: {"prompt_tokens": None, "total_tokens": None},
+    "no usage": lambda _: None,
+    "a usage that is null": lambda _: "null",
+    "without totals": lambda _: {},
+    "negative": lambda _: {"total_tokens": -5},
+    "a string": lambda _: {"total_tokens": "12"},
+    "true": lambda _: {"total_tokens": True},
+    "one for all": lambda _: {"total_tokens": 1},
+    "as many as texts": lambda texts: {"total_tokens": len(texts)},
+    "a billion": lambda _: {"total_tokens": 10**9},
+    "more than bigint holds": lambda _: {"total_tokens": 10**30},
+}
+# Text of 500 characters.
+_LONG = "repeat('word ', 100)"
+_SPENT = "SELECT sum(tokens) FROM embedline.reservation JOIN embedline.pipeline USING (pipeline_id) WHERE settled_at IS NOT NULL"
+
+
+@pytest.mark.parametrize("kind", USAGES)
+def test_a_usage_that_cannot_be_true_counts_as_unknown_for_budgets(
+    db: psycopg.Connection, endpoint: Dialect, kind: str
+) -> None:
+    endpoint.usage = USAGES[kind]
+    create_model(db, endpoint, max_batch_items=2)
+    db.execute("CREATE TABLE page (id bigint PRIMARY KEY, body text)")
+    db.execute(f"INSERT INTO page SELECT n, n || {_LONG} FROM generate_series(1, 20) AS n")
+    create_pipeline(db, "page", "page", "body", "stub", index_method="none")
+    db.execute("SELECT embedline.set_budget('day', pipeline => 'page', tokens => 1300)")
+    db.execute("SELECT embed_pending(1000)")
+    db.execute("SELECT embed_pending(1000)")
+    # Requests of two texts as long as their estimates fit into the budget.
+    spent = sum(map(likely_tokens, endpoint.paid))
+    assert 0 < spent <= 1300 < spent + 2 * likely_tokens(endpoint.paid[-1])
+    assert scalar(db, _SPENT) == spent
+    assert dead_letters(db) == {}
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"total_tokens": 100},
+        {"total_tokens": 0, "prompt_tokens": 100},
+        {"total_tokens": None, "prompt_tokens": 100},
+        {"prompt_tokens": 100},
+    ],
+)
+def test_a_usage_that_can_be_true_is_what_the_ledger_says(
+    db: psycopg.Connection, endpoint: Dialect, usage: Body
+) -> None:
+    endpoint.usage = lambda _: usage
+    create_model(db, endpoint)
+    create_pages(db, 10)
+    db.execute("SELECT embed_pending(1000)")
+    assert scalar(db, _SPENT) == 100

@@ -465,8 +465,9 @@ def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int 
         text = clean(_error_text(content[:4096].decode(errors="replace")))
         raise TransientProviderError("the provider's answer holds no vectors", detail=text)
     usage = answer.get("usage")
-    tokens = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else None
-    return items, tokens if type(tokens) is int and tokens >= 0 else None
+    counts = [usage.get("total_tokens"), usage.get("prompt_tokens")] if isinstance(usage, dict) else []
+    # No text has no tokens: 0 stands for "not counted".
+    return items, next((count for count in counts if type(count) is int and count > 0), None)
 
 
 def _check_encoding(items: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,10 @@ from embedline.outbox import ClaimedRow
 _LOCAL_REQUEST_ITEMS = 64
 # What a batch's vectors take on their way, for each value: base64 in the answer, float32 in the block and in the file.
 _BYTES_A_VALUE = 14
+# Bounds of what a provider may count. A token of the usual tokenizers has about four bytes and hardly ever this many.
+_LONGEST_TOKEN_BYTES = 64
+# Tokens that a server may count for each text beside one for each byte: an instruction of its own, or padding.
+_ADDED_TOKENS = 512
 
 
 @dataclass(eq=False)
@@ -131,6 +135,14 @@ def most_tokens(text: str) -> int:
 def likely_tokens(text: str) -> int:
     """An estimate on the safe side that is reserved before the call: three bytes of UTF-8 a token."""
     return (len(text) if text.isascii() else len(text.encode())) // 3 + 1
+
+
+def plausible_tokens(counted: int | None, texts: Collection[str], prefix: str) -> int | None:
+    """Return what a provider counted for texts that were sent with a prefix; None if they cannot have so few or so many."""
+    size = sum(len(text.encode()) for text in texts) + len(texts) * len(prefix.encode())
+    fewest = max(len(texts), size // _LONGEST_TOKEN_BYTES)
+    most = size + len(texts) * _ADDED_TOKENS
+    return counted if counted is not None and fewest <= counted <= most else None
 
 
 def pack(

@@ -14,7 +14,8 @@ from embedline.source import HIDDEN
 _MODEL_COLUMNS = """
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
     m.base_url, m.api_key_env, m.document_prefix, m.query_prefix, m.max_batch_items,
-    m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.fingerprint AS model_fingerprint
+    m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.learned, m.fingerprint AS model_fingerprint,
+    m.probed_fingerprint
 """
 
 _CHUNK_SET_COLUMNS = """
@@ -85,6 +86,7 @@ class Model:
     config: ModelConfig
     max_tokens: int | None
     fingerprint: str
+    probed_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -460,6 +462,7 @@ def _model_from_row(row: dict[str, object]) -> Model:
         concurrency=int(str(row["concurrency"])),
         timeout_seconds=float(str(row["timeout_seconds"])),
         options=as_mapping(row["options"]),
+        learned=as_mapping(row["learned"]),
     )
     max_tokens = row["max_tokens"]
     return Model(
@@ -467,4 +470,5 @@ def _model_from_row(row: dict[str, object]) -> Model:
         config=config,
         max_tokens=None if max_tokens is None else int(str(max_tokens)),
         fingerprint=str(row["model_fingerprint"]),
+        probed_fingerprint=_optional(row["probed_fingerprint"]),
     )

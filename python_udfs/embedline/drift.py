@@ -17,6 +17,7 @@ from embedline import circuit, reach, row_keys, spending, vectors
 from embedline.catalog import Pipeline
 from embedline.database import Session, as_mapping, hold_source, quote_ident, read_and_release, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
+from embedline.embedders import Embedder, ModelConfig
 from embedline.errors import InvalidVectors, ProviderError
 from embedline.vectors import FloatMatrix
 
@@ -104,8 +105,9 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
     if not grant.count:
         return Drift(error=grant.reason)
     try:
-        info = wait_result(embedder_for(session, model).probe(), let_cancel_through(session))
-        fresh = _embed(session, pipeline, texts)
+        embedder = embedder_for(session, model)
+        info = wait_result(embedder.probe(), let_cancel_through(session))
+        fresh = embed_texts(session, pipeline, embedder, texts)
     except ProviderError as error:
         return Drift(error=str(error))
     finally:
@@ -114,7 +116,7 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
     stored = vectors.vectors_from_send([row["vector"] for row in chosen], pipeline.version.column_type)
     cosines = np.einsum("ij,ij->i", vectors.normalise(stored).astype(np.float64), vectors.normalise(fresh))
     usable = fresh if pipeline.version.distance == "l2" else vectors.normalise(fresh)
-    lowest = _MIN_COSINE_INT8 if model.config.options.get("precision") == "int8" else _MIN_COSINE
+    lowest = lowest_cosine(model.config)
     foreign = tuple(
         StoredVector(
             bytes(row["digest"]), as_mapping(row["key"]), float(cosines[i]), tuple(float(x) for x in usable[i])
@@ -122,7 +124,7 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
         for i, row in enumerate(chosen)
         if cosines[i] < lowest
     )
-    changed = info.fingerprint if info.fingerprint != model.fingerprint else None
+    changed = info.fingerprint if info.fingerprint != (model.probed_fingerprint or model.fingerprint) else None
     return Drift(len(chosen), foreign, changed)
 
 
@@ -165,10 +167,14 @@ def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str,
     ]
 
 
-def _embed(session: Session, pipeline: Pipeline, texts: Sequence[str]) -> FloatMatrix:
+def lowest_cosine(config: ModelConfig) -> float:
+    """Return the cosine below which two vectors of one text are of different models."""
+    return _MIN_COSINE_INT8 if config.options.get("precision") == "int8" else _MIN_COSINE
+
+
+def embed_texts(session: Session, pipeline: Pipeline, embedder: Embedder, texts: Sequence[str]) -> FloatMatrix:
     """Return one finite vector with a direction for each text; raises ProviderError otherwise."""
-    version = pipeline.version
-    embedder, breathe = embedder_for(session, version.model), let_cancel_through(session)
+    version, breathe = pipeline.version, let_cancel_through(session)
     size = min(version.model.config.max_batch_items, _REQUEST_TEXTS)
     parts = []
     for start in range(0, len(texts), size):
@@ -219,7 +225,7 @@ def accept_fingerprint(session: Session, pipeline: Pipeline, found: Drift) -> No
     """Register the model's fingerprint of now where its vectors are the stored ones, or all are being made anew."""
     if found.fingerprint is not None and (found.is_everywhere or not found.foreign):
         session.query(
-            "UPDATE embedline.model SET fingerprint = $2 WHERE model_id = $1",
+            "UPDATE embedline.model SET fingerprint = $2, probed_fingerprint = NULL WHERE model_id = $1",
             ["bigint", "text"],
             pipeline.version.model.model_id,
             found.fingerprint,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from embedline.catalog import Model, Version
 from embedline.database import Session
-from embedline.embedders import Embedder, ModelConfig, create_embedder
+from embedline.embedders import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo, create_embedder
 
 if TYPE_CHECKING:
     from embedline.chunking import EmbedSentences
@@ -19,14 +20,43 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.1
 
 
+class _PooledEmbedder:
+    """An embedder with the requests that it has in flight, so that it can be replaced without losing them."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self._in_flight: set[Future[EmbeddingBlock]] = set()
+
+    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
+        future = self._embedder.submit(texts, kind)
+        self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
+        return future
+
+    def probe(self) -> Future[ModelInfo]:
+        return self._embedder.probe()
+
+    def close(self) -> None:
+        self._embedder.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Return True if no request is in flight."""
+        return not self._in_flight
+
+
 def embedder_for(session: Session, model: Model) -> Embedder:
     """Return the session's embedder of a model; it is made on first use and kept."""
-    pool: dict[tuple[int, ModelConfigKey], Embedder] = session.cache.setdefault("embedline.embedders", {})
+    pool: dict[tuple[int, ModelConfigKey], _PooledEmbedder] = session.cache.setdefault("embedline.embedders", {})
+    # Replaced, with requests in flight: what these return is paid for, and is still written.
+    replaced: list[_PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
     key = (model.model_id, _config_key(model.config))
     if key not in pool:
-        for stale in [other for other in pool if other[0] == model.model_id]:
-            pool.pop(stale).close()
-        pool[key] = create_embedder(model.config)
+        replaced += [pool.pop(stale) for stale in [other for other in pool if other[0] == model.model_id]]
+        pool[key] = _PooledEmbedder(create_embedder(model.config))
+    for embedder in [embedder for embedder in replaced if embedder.is_idle]:
+        replaced.remove(embedder)
+        embedder.close()
     return pool[key]
 
 
@@ -34,7 +64,8 @@ ModelConfigKey = str
 
 
 def _config_key(config: ModelConfig) -> ModelConfigKey:
-    return repr(config)
+    # An embedder knows by itself what its own answers have shown.
+    return repr(replace(config, learned={}))
 
 
 def let_cancel_through(session: Session) -> Callable[[], None]:

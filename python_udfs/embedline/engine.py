@@ -9,8 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from embedline import circuit, documents, probe, spending
-from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
+from embedline import circuit, documents, learning, probe, spending
+from embedline.batch import (
+    Batch,
+    Request,
+    Unit,
+    halved_requests,
+    likely_tokens,
+    pack,
+    plausible_tokens,
+    unit_of,
+    vector_memory,
+)
 from embedline.catalog import ChunkSet
 from embedline.chunking import Chunker, make_chunker
 from embedline.database import Session, sqlstate_of
@@ -314,6 +324,8 @@ class Engine:
                 unit.error = _graver(unit.error, error)
                 continue
             block = request.future.result()
+            if remark := learning.keep(self.session, batch.pipeline, block.learned):
+                work_of(batch).note_error(self.session, batch, remark)
             digests = list(request.texts)
             try:
                 matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
@@ -333,7 +345,7 @@ class Engine:
             circuit.close_circuit(self.session, version.model.model_id)
 
     def _count_tokens(self, batch: Batch, request: Request) -> None:
-        """Add up what the answers to a reservation say they cost; None once one does not say."""
+        """Add up what the answers to a reservation say they cost; None once one does not say, or cannot be right."""
         if request.reservation_id is None or request.future is None:
             return
         error = request.future.exception()
@@ -342,7 +354,9 @@ class Engine:
             # Refused requests cost nothing; one that timed out may have been served.
             used = 0 if getattr(error, "is_refusal", False) else request.tokens
         else:
-            used = request.future.result().tokens if error is None else None
+            prefix = batch.pipeline.version.model.config.document_prefix
+            counted = request.future.result().tokens if error is None else None
+            used = plausible_tokens(counted, list(request.texts.values()), prefix)
         so_far = batch.tokens_used.get(request.reservation_id)
         batch.tokens_used[request.reservation_id] = None if so_far is None or used is None else so_far + used
 
@@ -378,7 +392,7 @@ class Engine:
     def _write(self, batch: Batch, sound: list[Document], known: dict[bytes, Vector]) -> None:
         result = work_of(batch).write(self.session, batch, sound, known)
         self._finish([sound[i].row for i in result.written], batch)
-        if result.written and batch.pipeline.last_error is not None:
+        if result.written and learning.is_error(batch.pipeline.last_error):
             work_of(batch).forget_error(self.session, batch)
         batch.embedded_count += sum(1 for i in result.written if sound[i].chunks)
         if not batch.pipeline.is_lane:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from embedline.database import Session, as_mapping, entry_point, is_nested
+from embedline.database import Session, entry_point, is_nested
 from embedline.embedder_pool import let_cancel_through, wait_result
-from embedline.embedders import ModelConfig, ModelInfo, create_embedder
+from embedline.embedders import ModelConfig, ModelInfo, create_embedder, known_options
+from embedline.embedders.options import check_options
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound, NotPermitted
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
@@ -27,11 +28,15 @@ _LIMITS = {
 INSERT_MODEL = """
     INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
         api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
-        options, fingerprint, price_per_million_tokens)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
+        options, fingerprint, price_per_million_tokens, learned)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
 """
 INSERT_TYPES = (
-    ["text"] * 4 + ["integer"] * 2 + ["text"] * 5 + ["integer"] * 3 + ["double precision", "jsonb", "text", "numeric"]
+    ["text"] * 4
+    + ["integer"] * 2
+    + ["text"] * 5
+    + ["integer"] * 3
+    + ["double precision", "jsonb", "text", "numeric", "jsonb"]
 )
 
 CALLER = """
@@ -91,7 +96,7 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
         config.name, config.provider, config.model, config.revision, info.dimensions, max_tokens, tokenizer,
         config.base_url, config.api_key_env, config.document_prefix, config.query_prefix, config.max_batch_items,
         config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
-        info.fingerprint, price,
+        info.fingerprint, price, json.dumps(dict(info.learned)),
     )  # fmt: skip
     return config.name
 
@@ -129,6 +134,18 @@ def probe(session: Session, config: ModelConfig) -> ModelInfo:
         embedder.close()
 
 
+def checked_options(name: str, provider: str, given: Any) -> dict[str, Any]:
+    """Return a model's options, as PL/Python hands them over, if its provider knows them."""
+    loaded = json.loads(given or "{}")
+    if not isinstance(loaded, dict):
+        raise InvalidParameter(
+            f'the options of model "{name}" must be an object', hint="For example options => '{\"max_tokens\": 512}'."
+        )
+    if (known := known_options(provider)) is not None:
+        check_options(name, loaded, known)
+    return loaded
+
+
 def _refuse_secrets(base_url: str | None) -> None:
     """Raise where an address carries a credential: readers see the address."""
     try:
@@ -145,44 +162,60 @@ def _refuse_secrets(base_url: str | None) -> None:
         )
 
 
-def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
-    for required in ("name", "provider", "model"):
-        if not given[required]:
-            raise InvalidParameter(f"{required} must not be empty")
+def check_limits(given: dict[str, Any]) -> None:
+    """Raise for a limit of requests that cannot be used; NULL, where it may be given, is not looked at."""
     for name, (low, high) in _LIMITS.items():
-        if not low <= given[name] <= high:
+        if given[name] is not None and not low <= given[name] <= high:
             raise InvalidParameter(f"{name} must be between {low} and {high}, not {given[name]}")
-    if not given["timeout_seconds"] > 0:
+    if given["timeout_seconds"] is not None and not given["timeout_seconds"] > 0:
         raise InvalidParameter("timeout_seconds must be above 0")
-    if given["dimensions"] is not None and not 1 <= given["dimensions"] <= 16_000:
-        raise InvalidParameter("dimensions must be between 1 and 16000: pgvector stores no longer vector")
-    # A URL, a key's variable and a directory let their setter read the server's files and environment and send them out.
-    role = caller(session)
-    if not is_superuser(session, role):
+
+
+def require_superuser(session: Session, doing: str, hint: str) -> None:
+    """Raise unless the caller is a superuser.
+
+    A URL, a key's variable and a directory let their setter read the server's files and environment and send them out.
+    """
+    if not is_superuser(session, caller(session)):
         raise NotPermitted(
-            "only a superuser may register a model",
-            detail="A model names addresses, keys and files of the server.",
-            hint=f"As a superuser, run embedline.create_model('{given['name']}', ...); any embedline_admin may then use it.",
+            f"only a superuser may {doing}", detail="A model names addresses, keys and files of the server.", hint=hint
         )
-    if given["base_url"] is not None and not re.match(r"https?://[^/\s]", given["base_url"]):
+
+
+def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
+    """Raise for an address that is none or holds a secret, and for a key in place of its variable's name."""
+    if base_url is not None and not re.match(r"https?://[^/\s]", base_url):
         raise InvalidParameter(
             "base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1."
         )
-    _refuse_secrets(given["base_url"])
-    if given["api_key_env"] is not None and not _KEY_VARIABLE.match(given["api_key_env"]):
+    _refuse_secrets(base_url)
+    if api_key_env is not None and not _KEY_VARIABLE.match(api_key_env):
         raise InvalidParameter(
             "api_key_env must be the name of an environment variable of the server",
             detail="The value that was given is not shown: it may be the key itself.",
             hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
         )
-    options = dict(as_mapping(given.pop("options") or "{}"))
-    if (
-        given["provider"] == "sentence-transformers"
-        and os.path.isabs(given["model"])
-        and not os.path.isdir(given["model"])
-    ):
+
+
+def check_directory(provider: str, model: str) -> None:
+    """Raise if a local model's directory is not there."""
+    if provider == "sentence-transformers" and os.path.isabs(model) and not os.path.isdir(model):
         raise InvalidParameter(
-            f'there is no model directory "{given["model"]}" that the server can read',
+            f'there is no model directory "{model}" that the server can read',
             hint="Give a directory on the server that its operating system user can read, or a hub name.",
         )
+
+
+def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
+    for required in ("name", "provider", "model"):
+        if not given[required]:
+            raise InvalidParameter(f"{required} must not be empty")
+    check_limits(given)
+    if given["dimensions"] is not None and not 1 <= given["dimensions"] <= 16_000:
+        raise InvalidParameter("dimensions must be between 1 and 16000: pgvector stores no longer vector")
+    hint = f"As a superuser, run embedline.create_model('{given['name']}', ...); any embedline_admin may then use it."
+    require_superuser(session, "register a model", hint)
+    check_endpoint(given["base_url"], given["api_key_env"])
+    options = checked_options(given["name"], given["provider"], given.pop("options"))
+    check_directory(given["provider"], given["model"])
     return ModelConfig(**given, options=options)

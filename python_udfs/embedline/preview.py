@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from embedline import circuit, gate, gate_report, progress, spending, vectors
+from embedline.batch import plausible_tokens
 from embedline.bridge import Bridge, fit_bridge
 from embedline.canaries import PROBES, QuerySet, draw_places, load_queries
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
@@ -203,7 +204,8 @@ def _embed_within_budget(session: Session, pipeline: Pipeline, texts: Sequence[s
         progress.report(session, "embedding a sample", number * size, len(texts))
         blocks.append(wait_result(future, breathe))
     if grant.reservation_id is not None:
-        counted = [block.tokens for block in blocks]
+        prefix = pipeline.version.model.config.document_prefix
+        counted = [plausible_tokens(b.tokens, batch, prefix) for b, batch in zip(blocks, batches, strict=True)]
         used = sum(t for t in counted if t is not None) if None not in counted else None
         spending.settle(session, grant.reservation_id, used)
     if not blocks:

@@ -171,9 +171,13 @@ class VersionWork:
         """
         lane = batch.pipeline
         ids = [int(document.key[0]) for document in sound]
-        if not self._holds_version(session, lane):
+        fingerprint = self._held_fingerprint(session, lane)
+        if fingerprint is None:
             # Dropped; a later version may have its number, and the table of that name another model's vectors.
             return WriteResult(absent=list(range(len(sound))))
+        if fingerprint != lane.version.fingerprint:
+            # alter_model has set another endpoint for a version without vectors: these are of the one before.
+            return WriteResult(busy=list(range(len(sound))))
         locked = self._ids(
             session,
             f"SELECT chunk_id FROM {lane.chunk} WHERE chunk_id = ANY ($1) ORDER BY 1 FOR NO KEY UPDATE SKIP LOCKED",
@@ -198,10 +202,11 @@ class VersionWork:
         return result
 
     @staticmethod
-    def _holds_version(session: Session, lane: Pipeline) -> bool:
-        """Keep the version from being dropped to the end of the transaction; False where it is gone."""
-        query = "SELECT 1 FROM embedline.version WHERE version_id = $1 FOR KEY SHARE"
-        return session.scalar(query, ["bigint"], lane.version.version_id) is not None
+    def _held_fingerprint(session: Session, lane: Pipeline) -> str | None:
+        """Keep the version from being dropped to the end of the transaction, return its fingerprint; None if it is gone."""
+        query = "SELECT fingerprint FROM embedline.version WHERE version_id = $1 FOR KEY SHARE"
+        found: str | None = session.scalar(query, ["bigint"], lane.version.version_id)
+        return found
 
     @staticmethod
     def _ids(session: Session, query: str, ids: Sequence[int]) -> set[int]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.batch import Unit, likely_tokens, most_tokens, pack, request_items, unit_of
+from embedline.batch import Unit, likely_tokens, most_tokens, pack, plausible_tokens, request_items, unit_of
 from embedline.chunking import Chunk, content_digest
 from embedline.documents import Document
 from embedline.outbox import ClaimedRow
@@ -125,3 +125,20 @@ def test_a_unit_of_part_of_the_documents_keeps_what_is_known(count: int) -> None
     assert set(unit.vectors) == known.keys()
     assert set(texts_of(unit)) == wanted.keys()
     assert max(len(request.texts) for request in unit.requests) <= 2
+
+
+@pytest.mark.parametrize("counted", [2, 25, 125, 1000])
+def test_counts_that_texts_can_have_are_believed(counted: int) -> None:
+    assert plausible_tokens(counted, ["a" * 50, "b" * 50], "") == counted
+
+
+@pytest.mark.parametrize("counted", [None, 0, -1, 1, 1125, 10**30])
+def test_counts_that_texts_cannot_have_are_unknown(counted: int | None) -> None:
+    assert plausible_tokens(counted, ["a" * 50, "b" * 50], "") is None
+
+
+def test_a_prefix_and_long_texts_move_the_bounds() -> None:
+    assert plausible_tokens(1125, ["a" * 50, "b" * 50], "passage: ") == 1125
+    assert plausible_tokens(99, ["a" * 6400], "") is None
+    assert plausible_tokens(100, ["a" * 6400], "") == 100
+    assert plausible_tokens(30, ["字" * 10], "") == 30

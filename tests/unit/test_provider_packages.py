@@ -12,7 +12,8 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from embedline.embedders import Embedder, ModelConfig, create_embedder
+from embedline.embedders import Embedder, ModelConfig, create_embedder, known_options
+from embedline.embedders.options import check_options
 from embedline.errors import InputRejected, InvalidParameter, InvalidVectors, TransientProviderError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "providers.md"
@@ -54,6 +55,17 @@ def test_the_provider_of_the_page_embeds(house: Embedder, httpserver: HTTPServer
     block = house.submit(["a", "b"], "document").result(10)
     assert (block.count, block.dimensions, len(block.data)) == (2, 3, 24)
     assert seen == ["probe", "d a", "d b"]
+
+
+def test_options_that_a_package_does_not_name_are_refused(house: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert known_options("house") == ()
+    monkeypatch.setattr(type(house), "options", ("region",))
+    check_options("m", {"region": "eu"}, known_options("house") or ())
+    with pytest.raises(InvalidParameter, match='unknown option "regoin"') as refused:
+        check_options("m", {"regoin": "eu"}, known_options("house") or ())
+    assert 'Did you mean "region"?' in str(refused.value.hint)
+    monkeypatch.delattr(type(house), "options")
+    assert known_options("house") is None
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from embedline.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from embedline.embedders.options import Option
 
 # Where other packages announce providers: name = provider, value = a callable from ModelConfig to Embedder.
 ENTRY_POINT_GROUP = "embedline.embedders"
@@ -33,19 +36,23 @@ class ModelConfig:
     concurrency: int = 8
     timeout_seconds: float = 60.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    # What earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
+    learned: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EmbeddingBlock:
     """`count` vectors of `dimensions` float32 values, little-endian, row after row, as the provider returned them.
 
-    `tokens` is what the provider says it charges; None where it does not say.
+    `tokens` is what the provider says it charges; None where it does not say. `learned` is kept with the model: how this
+    endpoint differs from OpenAI's.
     """
 
     count: int
     dimensions: int
     data: bytes
     tokens: int | None = None
+    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class ModelInfo:
     max_tokens: int | None
     tokenizer_path: str | None
     fingerprint: str
+    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 class Embedder(Protocol):
@@ -76,6 +84,23 @@ class Embedder(Protocol):
 
     def close(self) -> None:
         """Give back connections and threads."""
+
+
+def known_options(provider: str) -> Mapping[str, Option] | Collection[str] | None:
+    """Return the options of a provider's models; None if it does not say. A class of another package lists `options`."""
+    if provider == "sentence-transformers":
+        # Checked with each other, too, wherever the host's settings are read.
+        return None
+    if provider == "openai":
+        from embedline.embedders.options import OPENAI_OPTIONS
+
+        return OPENAI_OPTIONS
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=provider):
+        options: Mapping[str, Option] | Collection[str] | None = getattr(entry.load(), "options", None)
+        return options
+    return None
 
 
 def create_embedder(config: ModelConfig) -> Embedder:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import array
 import asyncio
 import binascii
+import contextlib
 import email.utils
 import hashlib
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -22,10 +24,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.embedders.answers import UnknownOrder, mistaken_encoding, text_numbers
+from embedline.embedders.options import given_bodies, request_body
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -58,6 +63,9 @@ _MESSAGE_CHARACTERS = 500
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
+# Encodings that answers are asked for in, the compact one first; "none" sends no encoding_format at all.
+ENCODINGS = ("base64", "float", "none")
+_ENCODING_WORDS = re.compile(r"encoding[_ -]?format|base64", re.IGNORECASE)
 # What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
 _AWAY = frozenset({502, 503, 504})
 
@@ -93,6 +101,8 @@ class OpenAIEmbedder:
         self._client: openai.AsyncOpenAI | None = None
         self._slots: asyncio.Semaphore | None = None
         self._resume_at = 0.0
+        self._keeps_order = "order" not in config.learned
+        self._encoding = config.options.get("encoding_format") or config.learned.get("encoding_format", ENCODINGS[0])
 
     # The main thread
 
@@ -103,10 +113,12 @@ class OpenAIEmbedder:
             done.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
             return done
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
-        return asyncio.run_coroutine_threadsafe(self._embed([prefix + text for text in texts]), self._running_loop())
+        return asyncio.run_coroutine_threadsafe(
+            self._embed([prefix + text for text in texts], kind), self._running_loop()
+        )
 
     def probe(self) -> Future[ModelInfo]:
-        """Embed one short text to learn the dimensions."""
+        """Embed one short text to learn the dimensions; one more as a query if queries have a body of their own."""
         return asyncio.run_coroutine_threadsafe(self._probe(), self._running_loop())
 
     def close(self) -> None:
@@ -150,18 +162,27 @@ class OpenAIEmbedder:
             await client.close()
 
     async def _probe(self) -> ModelInfo:
-        block = await self._embed([f"{self._config.document_prefix}probe"])
+        block = await self._embed([f"{self._config.document_prefix}probe"], "document", is_probe=True)
         options = self._config.options
+        if options.get("query_body"):
+            query = await self._embed([f"{self._config.query_prefix}probe"], "query")
+            if query.dimensions != block.dimensions:
+                detail = f"Documents have {block.dimensions} dimensions, queries {query.dimensions}."
+                raise DimensionMismatch("documents and queries have different dimensions", detail=detail)
         default = _OPENAI_MAX_TOKENS if self._config.model in _OPENAI_MODELS else None
-        identity = [self._config.provider, self._address, self._config.model, block.dimensions]
+        identity: list[object] = [self._config.provider, self._address, self._config.model, block.dimensions]
+        if bodies := given_bodies(options):
+            identity.append(bodies)
         return ModelInfo(
             dimensions=block.dimensions,
             max_tokens=options.get("max_tokens", default),
             tokenizer_path=options.get("tokenizer"),
-            fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+            fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            # A single vector says nothing about the order.
+            learned={name: value for name, value in block.learned.items() if name == "encoding_format"},
         )
 
-    async def _embed(self, texts: list[str]) -> EmbeddingBlock:
+    async def _embed(self, texts: list[str], kind: Kind, *, is_probe: bool = False) -> EmbeddingBlock:
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
@@ -173,30 +194,67 @@ class OpenAIEmbedder:
                 raise refusal
             key = self._api_key()
             try:
-                content = await self._post(texts, key)
+                return await self._ask(texts, kind, key, is_probe=is_probe)
             except TransientProviderError as error:
                 if error.throttled:
                     pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
                     self._resume_at = max(self._resume_at, time.monotonic() + pause)
                 raise
-        return read_answer(content, len(texts), self._config.dimensions, lambda text: redact(text, key))
 
-    async def _post(self, texts: list[str], key: str | None) -> bytes:
+    async def _ask(self, texts: list[str], kind: Kind, key: str | None, *, is_probe: bool) -> EmbeddingBlock:
+        """Post the texts and read the answer; if the encoding is refused, ask for the next one and keep to it."""
+        is_fixed = bool(self._config.options.get("encoding_format"))
+        encodings = [self._encoding] if is_fixed else ENCODINGS[ENCODINGS.index(self._encoding) :]
+        refusal: ProviderError | None = None
+        for encoding in encodings:
+            try:
+                block = self._read(await self._post(texts, kind, key, encoding), len(texts), key)
+            except ProviderError as error:
+                if refusal is not None and isinstance(error, TransientProviderError):
+                    # The first refusal would be held against the texts; this one passes.
+                    raise
+                refusal = refusal or error
+                if encoding == encodings[-1] or not _is_about_encoding(error, is_probe=is_probe):
+                    raise refusal from None
+            else:
+                if not is_fixed and encoding != ENCODINGS[0]:
+                    # A request of before may yet be answered in the encoding of before.
+                    self._encoding = max(self._encoding, encoding, key=ENCODINGS.index)
+                    block = replace(block, learned={**block.learned, "encoding_format": encoding})
+                return block
+        raise AssertionError("there is always an encoding to ask for")
+
+    def _read(self, content: bytes, count: int, key: str | None) -> EmbeddingBlock:
+        try:
+            block = read_answer(
+                content, count, self._config.dimensions, lambda text: redact(text, key), keeps_order=self._keeps_order
+            )
+        except UnknownOrder:
+            # Asked again in halves: now no answer is taken by position.
+            self._keeps_order = False
+            raise
+        self._keeps_order = self._keeps_order and "order" not in block.learned
+        return block
+
+    async def _post(self, texts: list[str], kind: Kind, key: str | None, encoding: str) -> bytes:
         import openai
 
         client = self._open_client()
         # As extra_body, which goes out as it is: as the parameter `input` the package walks through the texts one by one to
         # see whether they need renaming, which took half of this thread's time.
-        body: dict[str, Any] = {"input": texts}
+        body: dict[str, Any] = request_body(self._config.options, kind) | {"input": texts}
         if self._sends_dimensions():
             body["dimensions"] = self._config.dimensions
+        if encoding == "none":
+            # The client fills in what is not given.
+            body["encoding_format"] = openai.Omit()
         try:
             # The read timeout starts anew with every byte; this bound is on the whole.
             async with asyncio.timeout(self._config.timeout_seconds + _CONNECT_SECONDS):
                 response = await client.embeddings.with_raw_response.create(
                     input="",
                     model=self._config.model,
-                    encoding_format="base64",
+                    encoding_format="float" if encoding == "float" else "base64",
                     extra_headers=self._headers(key),
                     extra_body=body,
                 )
@@ -302,6 +360,19 @@ class OpenAIEmbedder:
         return ProviderMisconfigured(message, detail=detail, hint=hint)
 
 
+def _is_about_encoding(error: ProviderError, *, is_probe: bool) -> bool:
+    """Return True for a refusal that names the encoding, or that nothing about a probe's harmless text explains."""
+    if isinstance(error, TransientProviderError):
+        if error.throttled or error.unreachable:
+            return False
+    elif not error.is_refusal:
+        # Vectors came, and were paid for.
+        return False
+    if _ENCODING_WORDS.search(error.detail or ""):
+        return True
+    return is_probe and error.is_refusal and not isinstance(error, ProviderMisconfigured)
+
+
 def _never_left(error: BaseException) -> bool:
     return type(error.__cause__).__name__ in _UNREACHABLE
 
@@ -315,15 +386,18 @@ def redact(text: str, key: str | None) -> str:
 
 
 def _error_text(body: str) -> str:
-    """The provider's own words out of an error's body."""
+    """The provider's own words out of an error's body, with the parameter that they are about."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
         return body
+    parameter = None
     for name in ("error", "message", "detail"):
         if isinstance(answer, dict) and answer.get(name):
+            parameter = answer.get("param") or parameter
             answer = answer[name]
-    return answer if isinstance(answer, str) else json.dumps(answer)
+    words = answer if isinstance(answer, str) else json.dumps(answer)
+    return f"{words} ({parameter})" if isinstance(parameter, str) and parameter not in words else words
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -347,8 +421,12 @@ def _number(text: str | None, unit: float) -> float | None:
     return value * unit if math.isfinite(value) else None
 
 
-def read_answer(content: bytes, count: int, dimensions: int | None, clean: Callable[[str], str]) -> EmbeddingBlock:
+def read_answer(
+    content: bytes, count: int, dimensions: int | None, clean: Callable[[str], str], *, keeps_order: bool = True
+) -> EmbeddingBlock:
     """Check an answer's body and return its vectors in the order of the texts.
+
+    `keeps_order` is False once an answer of this endpoint had its vectors in another order.
 
     Raises TransientProviderError where the body is no answer at all, InvalidVectors where it does not fit the texts and
     DimensionMismatch where the vectors have another width than the column. Values are checked in embedline.vectors.
@@ -356,22 +434,23 @@ def read_answer(content: bytes, count: int, dimensions: int | None, clean: Calla
     items, tokens = _items(content, clean)
     if len(items) != count:
         raise InvalidVectors(f"the provider returned {len(items)} vectors for {count} texts")
-    rows: list[bytes | None] = [None] * count
-    for item in items:
-        index = item.get("index") if isinstance(item, dict) else None
-        if type(index) is not int or not 0 <= index < count:
-            raise InvalidVectors("the provider returned a vector whose index belongs to no text")
-        if rows[index] is not None:
-            raise InvalidVectors(f"the provider returned two vectors for the text at index {index}")
-        rows[index] = _row(item.get("embedding"))
-    complete = [row for row in rows if row is not None]
-    widths = sorted({len(row) // 4 for row in complete})
+    _check_encoding(items)
+    numbers, is_indexed = text_numbers(items, keeps_order=keeps_order)
+    rows = [b""] * count
+    for number, item in zip(numbers, items, strict=True):
+        rows[number] = _row(item.get("embedding") if isinstance(item, dict) else None)
+    widths = sorted({len(row) // 4 for row in rows})
     if len(widths) != 1 or widths[0] == 0:
         found = " and ".join(map(str, widths))
         raise InvalidVectors(f"the provider returned vectors of {found} dimensions in one answer")
     if dimensions is not None and widths[0] != dimensions:
-        raise DimensionMismatch(detail=f"Expected {dimensions} dimensions, got {widths[0]}.")
-    return EmbeddingBlock(count, widths[0], b"".join(complete), tokens)
+        raise DimensionMismatch(
+            detail=f"Expected {dimensions} dimensions, got {widths[0]}.{_width_remark(items, dimensions)}"
+        )
+    learned = {} if is_indexed else {"index": "order of the texts"}
+    if any(number < before for before, number in itertools.pairwise(numbers)):
+        learned["order"] = "by index"
+    return EmbeddingBlock(count, widths[0], b"".join(rows), tokens, learned)
 
 
 def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int | None]:
@@ -386,8 +465,38 @@ def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int 
         text = clean(_error_text(content[:4096].decode(errors="replace")))
         raise TransientProviderError("the provider's answer holds no vectors", detail=text)
     usage = answer.get("usage")
-    tokens = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else None
-    return items, tokens if type(tokens) is int and tokens >= 0 else None
+    counts = [usage.get("total_tokens"), usage.get("prompt_tokens")] if isinstance(usage, dict) else []
+    # No text has no tokens: 0 stands for "not counted".
+    return items, next((count for count in counts if type(count) is int and count > 0), None)
+
+
+def _check_encoding(items: Sequence[Any]) -> None:
+    """Raise ProviderMisconfigured if the first vector is base64 of anything but little-endian float32.
+
+    An endpoint that encodes one vector so encodes all of them: no row is the cause, and none is charged.
+    """
+    first = items[0].get("embedding") if items and isinstance(items[0], dict) else None
+    if not isinstance(first, str):
+        return
+    with contextlib.suppress(binascii.Error, ValueError):
+        if found := mistaken_encoding(binascii.a2b_base64(first, strict_mode=True)):
+            raise ProviderMisconfigured(
+                f"the provider's base64 holds {found}, not little-endian float32",
+                detail='The option {"encoding_format": "float"} asks for lists of numbers.',
+                hint="""Set options => '{"encoding_format": "float"}' in embedline.create_model or embedline.alter_model.""",
+            )
+
+
+def _width_remark(items: Sequence[Any], dimensions: int) -> str:
+    """Say what base64 of an unexpected length may be."""
+    first = items[0].get("embedding")
+    if not isinstance(first, str):
+        return ""
+    count = len(binascii.a2b_base64(first))
+    known = {dimensions: "one byte", 2 * dimensions: "float16", 8 * dimensions: "float64"}
+    if count not in known:
+        return ""
+    return f" The base64 holds {count} bytes, as many as {dimensions} values of {known[count]} have."
 
 
 def _row(embedding: object) -> bytes:
@@ -396,7 +505,10 @@ def _row(embedding: object) -> bytes:
         if isinstance(embedding, str):
             row = binascii.a2b_base64(embedding, strict_mode=True)
             if len(row) % 4:
-                raise InvalidVectors("the provider returned a base64 vector that is not made of float32 values")
+                raise InvalidVectors(
+                    "the provider returned a base64 vector that is not made of float32 values",
+                    detail=f"It holds {len(row)} bytes; each value takes 4.",
+                )
             return row
         if isinstance(embedding, list) and not any(isinstance(value, bool) for value in embedding):
             values = array.array("f", embedding)

@@ -16,7 +16,7 @@ _CREATE_MODEL = "SELECT embedline.create_model(%s, 'sentence-transformers', %s)"
 _PROBE = "embedline-set-up"
 # Of the same dimensions only: a table of another width holds the vectors of another model.
 _TAKE_OVER = """
-    UPDATE embedline.model AS ours SET model = probed.model, fingerprint = probed.fingerprint
+    UPDATE embedline.model AS ours SET model = probed.model, fingerprint = probed.fingerprint, probed_fingerprint = NULL
     FROM embedline.model AS probed
     WHERE ours.name = %s AND probed.name = %s AND probed.dimensions = ours.dimensions
 """

@@ -97,7 +97,7 @@ def _new_models(declaration: Declaration, catalogue: Catalogue) -> list[CreateMo
                 raise CommandError(
                     f'{declaration.path}: model "{name}" is registered with another {key}: {stored.get(key)!r}. '
                     f"HINT: A registered model stays what it is: declare the changed one under a name of its own and "
-                    "let the pipeline name that."
+                    "let the pipeline name that. If only its endpoint or limits changed, run embedline.alter_model first."
                 )
     return new
 

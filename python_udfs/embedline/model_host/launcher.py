@@ -29,6 +29,7 @@ from typing import Any
 
 import embedline
 from embedline.embedders import ModelConfig
+from embedline.embedders.options import Option, check_options
 from embedline.errors import InvalidParameter, ModelHostUnavailable, ProviderMisconfigured
 from embedline.model_host.choice import choose_backend
 from embedline.model_host.protocol import PROTOCOL_VERSION
@@ -53,17 +54,8 @@ PRECISIONS = {"torch": ("float32", "float16", "bfloat16"), "onnx": ("float32", "
 _ALL_PRECISIONS = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
 
 
-@dataclass(frozen=True)
-class _Option:
-    """An option of a local model: which values it takes, in code and in words."""
-
-    fits: Callable[[Any], bool]
-    wanted: str
-    hint: str
-
-
-def _choice(names: tuple[str, ...], hint: str) -> _Option:
-    return _Option(lambda value: value in names, " or ".join(f'"{name}"' for name in names), hint)
+def _choice(names: tuple[str, ...], hint: str) -> Option:
+    return Option(lambda value: value in names, " or ".join(f'"{name}"' for name in names), hint)
 
 
 _OPTIONS = {
@@ -71,19 +63,19 @@ _OPTIONS = {
     "precision": _choice(
         _ALL_PRECISIONS, 'For example options => \'{"backend": "onnx", "precision": "int8"}\' on a processor.'
     ),
-    "device": _Option(
+    "device": Option(
         lambda value: isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
         '"auto", "cpu", "cuda" or "cuda:N"',
         "Leave it out: the host then takes an accelerator where there is one.",
     ),
-    "memory_limit_mb": _Option(
+    "memory_limit_mb": Option(
         lambda value: type(value) is int and value > 0, "a positive whole number", "In MB; the default is 4096."
     ),
-    "idle_seconds": _Option(
+    "idle_seconds": Option(
         lambda value: type(value) in (int, float) and value > 0, "a positive number", "In seconds; the default is 900."
     ),
     # Not the host's: the chunker's limit in place of the model's own.
-    "max_tokens": _Option(
+    "max_tokens": Option(
         lambda value: type(value) is int and value > 0, "a positive whole number", "Leave it out: the model knows."
     ),
 }
@@ -115,15 +107,7 @@ class HostSettings:
 def settings_of(config: ModelConfig) -> HostSettings:
     """Read the host's settings out of the model's options; raises InvalidParameter, which names the option."""
     given = {name: value for name, value in config.options.items() if value is not None}
-    for name, value in given.items():
-        if name not in _OPTIONS:
-            raise InvalidParameter(
-                f'model "{config.name}" has an unknown option "{name}"', hint=f"The options are {', '.join(_OPTIONS)}."
-            )
-        if not _OPTIONS[name].fits(value):
-            raise InvalidParameter(
-                f'option "{name}" of model "{config.name}" must be {_OPTIONS[name].wanted}', hint=_OPTIONS[name].hint
-            )
+    check_options(config.name, given, _OPTIONS)
     # "auto" is the default in words: one host for both.
     fields = {name: given[name] for name in given if name != "max_tokens" and given[name] != "auto"}
     fields.setdefault("backend", _backend_of(config.model, fields))

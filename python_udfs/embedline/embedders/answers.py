@@ -1,0 +1,109 @@
+"""How a provider's answer is read if it is vague about the order of its vectors or wrong about their bytes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import struct
+from collections import Counter
+from collections.abc import Sequence
+
+from embedline.errors import InvalidVectors
+
+# Encodings that providers send by mistake in place of base64 of little-endian float32, with their struct codes.
+_MISTAKEN_ENCODINGS = {
+    "big-endian float32": ">f",
+    "float64": "<d",
+    "big-endian float64": ">d",
+    "float16": "<e",
+    "big-endian float16": ">e",
+}
+# Values that a vector must have before its bytes are doubted. Fewer values may look like another encoding by chance.
+_DOUBTED_VALUES = 8
+# Bounds of an embedding's values, which lie within a few powers of ten. Bytes of another encoding spread over seventy.
+_LARGEST_VALUES = (1e-6, 1e6)
+# Nearly all embeddings lie within these, and are looked at no further: the median costs three times as much.
+_COMMON_VALUES = (1e-9, 1e4)
+_LARGEST_TO_MEDIAN = 300.0
+_SMALLEST_TO_MEDIAN = 1e-5
+# Shares of a vector's values that are not zero, and that differ from each other, in an encoding that may be meant.
+_FEWEST_NONZERO = 0.75
+_FEWEST_DISTINCT = 0.5
+
+
+class UnknownOrder(InvalidVectors):
+    """The provider returned vectors in an order that their indexes do not tell."""
+
+
+def text_numbers(items: Sequence[object], *, keeps_order: bool) -> tuple[list[int], bool]:
+    """Return the number of the text that each vector belongs to, and whether `index` says so in full.
+
+    A number that is missing, out of range or repeated counts for nothing. Where the others agree with the order of the
+    texts, or rise from vector to vector, the vectors are in that order. Otherwise one missing number is the one that is
+    left: servers written in Go leave a 0 out. Raises UnknownOrder if the numbers contradict each other, or if vectors
+    would be taken by position though an earlier answer had them in another order (not `keeps_order`).
+    """
+    raw = [item.get("index") if isinstance(item, dict) else None for item in items]
+    given = [_index(value) for value in raw]
+    counts = Counter(given)
+    usable = {place: n for place, n in enumerate(given) if n is not None and n < len(items) and counts[n] == 1}
+    if len(usable) == len(items):
+        return list(usable.values()), all(type(value) is int for value in raw)
+    if not usable or any(place != number for place, number in usable.items()):
+        if len(usable) == len(items) - 1 and None in counts:
+            (left,) = set(range(len(items))) - set(usable.values())
+            return [usable.get(place, left) for place in range(len(items))], False
+        tells_nothing = not usable or None not in counts
+        keeps_order = keeps_order and tells_nothing and _rises([number for number in given if number is not None])
+    if len(items) > 1 and not keeps_order:
+        raise UnknownOrder
+    return list(range(len(items))), False
+
+
+def _rises(numbers: Sequence[int]) -> bool:
+    """Return True for numbers that rise, or begin again at the first of them for each part of a request."""
+    return all(second >= first or second == numbers[0] == min(numbers) for first, second in itertools.pairwise(numbers))
+
+
+def _index(value: object) -> int | None:
+    """Return an index as a number, also one written as a string or a float; None if it is none."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value[:18])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    # A bool is an int in Python. Some servers send -1 for "not set".
+    return value if type(value) is int and value >= 0 else None
+
+
+def mistaken_encoding(row: bytes) -> str | None:
+    """Return the encoding of a vector's bytes if they make sense in it but not as little-endian float32; else None."""
+    if len(row) % 4 or _makes_sense(row):
+        return None
+    for name, code in _MISTAKEN_ENCODINGS.items():
+        if len(row) % struct.calcsize(code) == 0:
+            values = _values(row, code)
+            sizes = [abs(value) for value in values if value]
+            varied = min(len(set(sizes)) / _FEWEST_DISTINCT, len(sizes) / _FEWEST_NONZERO)
+            if len(values) >= _DOUBTED_VALUES and varied >= len(values) and _is_narrow(sizes):
+                return name
+    return None
+
+
+def _makes_sense(row: bytes) -> bool:
+    """Return True if float32 values could be an embedding; those that are not finite are another check's finding."""
+    sizes = list(map(abs, _values(row, "<f")))
+    if sizes and _COMMON_VALUES[0] <= min(sizes) and max(sizes) <= _COMMON_VALUES[1]:
+        return True
+    sizes = [size for size in sizes if size and math.isfinite(size)]
+    return not sizes or (_is_narrow(sizes) and min(sizes) >= _SMALLEST_TO_MEDIAN * statistics.median_high(sizes))
+
+
+def _values(row: bytes, code: str) -> tuple[float, ...]:
+    return struct.unpack(f"{code[0]}{len(row) // struct.calcsize(code)}{code[1]}", row)
+
+
+def _is_narrow(sizes: Sequence[float]) -> bool:
+    largest = max(sizes)
+    within = math.isfinite(sum(sizes)) and _LARGEST_VALUES[0] <= largest <= _LARGEST_VALUES[1]
+    return within and largest <= _LARGEST_TO_MEDIAN * statistics.median_high(sizes)

@@ -203,7 +203,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
     if content is None:
         raise EmbedlineError(
             f'the functions of pipeline "{pipeline.name}" are not as Embedline wrote them',
-            hint=f"SELECT embedline.drop_pipeline('{pipeline.name}'), then create it again.",
+            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
         )
     trigger = session.query(
         _TRIGGER, ["bigint", "name"], source.oid, capture.trigger_name(pipeline.name, "update")

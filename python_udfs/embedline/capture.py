@@ -548,7 +548,7 @@ def _type_guard(plan: CapturePlan, row: str, rows: str | None) -> str:
     return f"""
         IF {condition} THEN
             RAISE WARNING 'a key column of {{}} has another type than pipeline "{plan.name}" was made for: nothing is captured'
-                USING HINT = 'SELECT embedline.drop_pipeline(''{plan.name}''), then create it again.';
+                USING HINT = 'SELECT embedline.refresh_pipeline(''{plan.name}'');';
             RETURN NULL;
         END IF;""".replace("{}", plan.source.replace("'", "''").replace("%", "%%"))
 

@@ -15,7 +15,8 @@ from embedline.alteration import plan_in_use, replace_functions, restart_sweep
 from embedline.capture import CapturePlan
 from embedline.catalog import Pipeline, chunk_table_suffix, load_versions
 from embedline.changed_keys import KeyNow, has_key, has_primary_key, is_small
-from embedline.database import Session, entry_point, quote_ident, retry_locked
+from embedline.database import ENDING, Session, entry_point, quote_ident, retry_locked, sqlstate_of
+from embedline.errors import EmbedlineError
 from embedline.pipelines import (
     BEFORE_UPDATE,
     bound_lock_wait,
@@ -90,14 +91,32 @@ def follow_source(session: Session, name: str) -> None:
         return
     pipeline = load_alone(session, name)
     now = KeyNow.of(session, pipeline)
-    if not now.is_key and has_primary_key(session, pipeline) and is_small(session, pipeline):
-        _reshape(session, pipeline)
-    elif now.names is None:
+    has_another = not now.is_key and has_primary_key(session, pipeline)
+    if has_another and is_small(session, pipeline) and _could_reshape(session, pipeline):
+        return
+    if now.names is None:
         for statement in capture.resting_trigger_statements(name):
             session.execute(statement)
         session.query(_REST, ["text", "boolean"], name, True)
     else:
         _follow(session, pipeline)
+
+
+def _could_reshape(session: Session, pipeline: Pipeline) -> bool:
+    """Follow another key at once; where that is refused, warn and return False: status shows what to run."""
+    try:
+        with session.plpy.subtransaction():
+            _reshape(session, pipeline)
+    except (session.plpy.SPIError, EmbedlineError) as error:
+        if sqlstate_of(error) in ENDING:
+            raise
+        session.plpy.warning(
+            f'pipeline "{pipeline.name}" could not follow the key of its source: {error}',
+            detail=getattr(error, "detail", None) or "",
+            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
+        )
+        return False
+    return True
 
 
 def _needs_reshaping(session: Session, pipeline: Pipeline) -> bool:

@@ -20,7 +20,7 @@ from embedline.alteration import expressions_in_use, replace_functions, restart_
 from embedline.capture import CHUNK_COLUMNS, CapturePlan, KeyColumn, SourceExpression
 from embedline.catalog import Pipeline, chunk_table_suffix, load_pipeline, load_versions
 from embedline.changed_keys import KeySwap
-from embedline.database import Session, as_mapping, quote_ident
+from embedline.database import SEARCH_SCHEMA, Session, as_mapping, quote_ident
 from embedline.errors import DependentObjects, NotReady
 from embedline.kept_views import KeptView, drop_kept, fill, keep_with_dependents, put_back
 from embedline.pipelines import (
@@ -31,7 +31,7 @@ from embedline.pipelines import (
     grant_tables,
     rewrite_trigger_functions,
 )
-from embedline.search_functions import create_search_functions, drop_ranking_functions
+from embedline.search_functions import SUFFIXES, create_search_functions
 from embedline.source import Source
 
 # The parameter of each expression, by the suffix of its function.
@@ -81,6 +81,10 @@ _STORE_SOURCE = """
         key_columns = $6, key_types = $7, view_columns = $8, view_attributes = $9
     WHERE p.name = $1
 """
+_RANKING = """
+    SELECT p.oid::regprocedure::text AS signature FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+    WHERE n.nspname = $1 AND p.proname = ANY ($2)
+"""
 _STORE_VIEW = "UPDATE embedline.pipeline SET routing_view = $2::regclass WHERE pipeline_id = $1"
 _STORE_VERSION_VIEW = "UPDATE embedline.version SET view = $2::regclass WHERE version_id = $1"
 
@@ -128,7 +132,8 @@ class Reshaping:
         doomed = tuple(suffix for suffix in capture.FUNCTIONS if suffix not in _PARAMETERS)
         for part in self._parts:
             for version in () if ranks_on else load_versions(self._session, part.pipeline.name):
-                drop_ranking_functions(self._session, version)
+                for row in self._session.query(_RANKING, ["text", "text[]"], SEARCH_SCHEMA, _ranking_names(version)):
+                    self._session.execute(f"DROP FUNCTION {row['signature']}")
             for row in generated_functions(self._session, part.pipeline.name, doomed):
                 self._session.execute(f"DROP FUNCTION {row['signature']}")
 
@@ -324,6 +329,11 @@ class _Part:
         self.session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
         for version in load_versions(self.session, pipeline.name):
             self.session.execute(f"REVOKE ALL ON {version.exact} FROM {quote_ident(before)}")
+
+
+def _ranking_names(version: Pipeline) -> list[str]:
+    """Return the names of the functions that rank a version; the table of rows that they rank exactly stays."""
+    return [f"{version.name}_v{version.version.number}_{suffix}" for suffix in SUFFIXES]
 
 
 def _routing_layout(pipeline: Pipeline, stored: dict[str, Any], view: KeptView) -> list[_Shown]:

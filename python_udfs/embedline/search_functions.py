@@ -133,12 +133,6 @@ def revoke_search_functions(session: Session, pipeline: Pipeline, role: str) -> 
 
 def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
     """Drop what ranks the pipeline's version; before the tables, which the functions' bodies name."""
-    drop_ranking_functions(session, pipeline)
-    session.execute(f"DROP TABLE IF EXISTS {pipeline.exact}")
-
-
-def drop_ranking_functions(session: Session, pipeline: Pipeline) -> None:
-    """Drop the functions that rank the pipeline's version; the table of rows ranked exactly stays."""
     rows = session.query(
         """
         SELECT p.oid::regprocedure::text AS signature FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
@@ -150,3 +144,4 @@ def drop_ranking_functions(session: Session, pipeline: Pipeline) -> None:
     )
     for row in rows:
         session.execute(f"DROP FUNCTION {row['signature']}")
+    session.execute(f"DROP TABLE IF EXISTS {pipeline.exact}")

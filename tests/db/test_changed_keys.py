@@ -257,3 +257,22 @@ def test_the_key_of_a_partitioned_source_is_followed(database: psycopg.Connectio
     settle(database)
     assert scalar(database, "SELECT count(*) FROM page_embedding") == 21
     assert scalar(database, "SELECT count(*) FROM embedline.verify('page')") == 0
+
+
+def test_what_cannot_be_put_back_keeps_no_write_from_going_through(
+    paid: psycopg.Connection, stub: StubProvider
+) -> None:
+    paid.execute("CREATE FUNCTION found() RETURNS bigint BEGIN ATOMIC SELECT count(*) FROM page_embedding_v1; END")
+    paid.execute(_SWAPS["kept"].encode())
+    paid.execute("INSERT INTO page (id, title, body) VALUES (60, 'only the', 'new key')")
+    settle(paid)
+    state, remedy = paid.execute("SELECT state, remedy FROM embedline.status").fetchone() or ("", "")
+    assert (state, remedy) == ("key changed", "SELECT embedline.refresh_pipeline('page');")
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist) as caught:
+        paid.execute(remedy.encode())
+    assert "function public.found()" in (caught.value.diag.message_detail or "")
+    paid.execute("DROP FUNCTION found()")
+    paid.execute(remedy.encode())
+    settle(paid)
+    assert stub.counts()["texts"] == 1
+    assert scalar(paid, "SELECT count(*) FROM page_embedding") == 41

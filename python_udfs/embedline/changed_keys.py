@@ -16,8 +16,8 @@ from embedline.database import Session, quote_ident, read_and_release
 from embedline.pipelines import KEY, key_of, load_key
 from embedline.source import Source
 
-# Chunks up to which a command that changes the key is followed by itself: 20,000 take about a second. Beyond that the
-# command would hold its lock on the source for too long, and the status says what to run.
+# Documents or chunks up to which a command that changes the key is followed by itself: 20,000 took 2.8 s on 2 busy cores.
+# Beyond that the command would hold its lock on the source for too long, and the status says what to run.
 FOLLOWED_AT_ONCE = 20_000
 _OLD = "embedline_old_{}"
 # The columns of the key as they are now: NULL where one was dropped.

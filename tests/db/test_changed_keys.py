@@ -224,12 +224,15 @@ def test_every_version_and_chunk_set_follows_the_key(paid: psycopg.Connection, s
     assert scalar(paid, "SELECT count(*) FROM page_embedding_v2") == 40
 
 
-def test_a_worker_in_flight_outlives_the_exchange_of_the_key(paid: psycopg.Connection, stub: StubProvider) -> None:
+@pytest.mark.parametrize("change", ["a uuid in place of the integer", "a uuid beside the integer", "two columns"])
+def test_a_worker_in_flight_outlives_the_exchange_of_the_key(
+    paid: psycopg.Connection, stub: StubProvider, change: str
+) -> None:
     with working(paid, 1, seconds=60):
         stub.behave(latency=0.5, remember=True)
         paid.execute("UPDATE page SET body = 'changed ' || id WHERE id <= 10")
         wait_for_in_flight(stub)
-        paid.execute(_OTHER_KEYS["a uuid in place of the integer"].encode())
+        paid.execute(_OTHER_KEYS[change].encode())
         stub.behave(remember=True)
         query = "SELECT pending = 0 AND backfill_complete FROM embedline.status"
         wait_until(lambda: scalar(paid, query), 30, "the worker has caught up")

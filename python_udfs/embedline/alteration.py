@@ -72,8 +72,9 @@ _COLUMN_TYPES = """
 _TRIGGER = "SELECT tgenabled::text, tgattr::text AS columns FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2"
 _OUTDATED = """
     SELECT p.name FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source
-    WHERE p.code_version <> $1 ORDER BY p.pipeline_id
+    WHERE p.code_version <> $1 AND NOT p.is_resting ORDER BY p.pipeline_id
 """
+_REST = "UPDATE embedline.pipeline SET is_resting = true WHERE name = $1"
 
 # Made before create_pipeline refused them: their owner decides what our casts of keys do.
 _FOREIGN_KEY_TYPES = """
@@ -197,14 +198,12 @@ def replace_functions(session: Session, plan: CapturePlan, source: Source, chang
 def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
     """Return the plan of a pipeline as it is: expressions without text, with the columns' names of now."""
     plan, source = current_plan(session, pipeline)
-    types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], source.oid)}
-    reading = session.scalar(_BODY, ["text"], f"{pipeline.name}_read") or ""
-    telling = session.scalar(_BODY, ["text"], f"{pipeline.name}_tenant") or ""
-    content = _expression_in(reading, f"{pipeline.name}_content", types)
+    expressions = expressions_in_use(session, pipeline)
+    content = expressions.get("content")
     if content is None:
         raise EmbedlineError(
             f'the functions of pipeline "{pipeline.name}" are not as Embedline wrote them',
-            hint=f"SELECT embedline.drop_pipeline('{pipeline.name}'), then create it again.",
+            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
         )
     trigger = session.query(
         _TRIGGER, ["bigint", "name"], source.oid, capture.trigger_name(pipeline.name, "update")
@@ -212,12 +211,24 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
     return replace(
         plan,
         content=content,
-        filter=_expression_in(reading, f"{pipeline.name}_filter", types),
-        prefix=_expression_in(reading, f"{pipeline.name}_prefix", types),
-        tenant=_expression_in(telling, f"{pipeline.name}_tenant_or_null", types),
+        filter=expressions.get("filter"),
+        prefix=expressions.get("prefix"),
+        tenant=expressions.get("tenant_value"),
         always=bool(trigger) and trigger[0]["tgenabled"] == "A",
         watch_all=bool(trigger) and not trigger[0]["columns"],
     ), source
+
+
+def expressions_in_use(session: Session, pipeline: Pipeline) -> dict[str, SourceExpression]:
+    """Return the input columns of each expression, by the suffix of its function, as what reads the source calls these."""
+    types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], pipeline.source_oid)}
+    reading = session.scalar(_BODY, ["text"], f"{pipeline.name}_read") or ""
+    telling = session.scalar(_BODY, ["text"], f"{pipeline.name}_tenant") or ""
+    found = {
+        suffix: _expression_in(reading, f"{pipeline.name}_{suffix}", types)
+        for suffix in ("content", "filter", "prefix")
+    } | {"tenant_value": _expression_in(telling, f"{pipeline.name}_tenant_or_null", types)}
+    return {suffix: expression for suffix, expression in found.items() if expression is not None}
 
 
 def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExpression | None:
@@ -286,6 +297,10 @@ def regenerate_pipelines(session: Session) -> None:
     """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
     for row in session.query(_OUTDATED, ["integer"], capture.CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
+        if "content" not in expressions_in_use(session, pipeline):
+            # They went with a column of the source; embedline.status says what to run.
+            session.query(_REST, ["text"], pipeline.name)
+            continue
         plan, source = plan_in_use(session, pipeline)
         replace_functions(session, plan, source, [])
         rewrite_trigger_functions(session, plan)

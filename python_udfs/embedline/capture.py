@@ -22,7 +22,7 @@ from embedline.catalog import chunk_table_suffix
 from embedline.database import EXPRESSION_SCHEMA, data_name, quote_ident, quote_literal
 
 # The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
-CODE_VERSION = 6
+CODE_VERSION = 7
 
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (
@@ -112,13 +112,15 @@ class CapturePlan:
         return (
             f"INSERT INTO {self.generated('inbox')} ({self.key_names}) SELECT {listed}"
             f" FROM (SELECT {keys}, row_number() OVER () AS embedline_row FROM {rows}) AS k ({self.key_names}, embedline_row)"
+            f" WHERE {_none_null([f'k.{quote_ident(key.name)}' for key in self.keys])}"
             " GROUP BY (k.embedline_row - 1) / 100;"
         )
 
     def enqueue_row(self, row: str) -> str:
         """Return the INSERT of one row's key into the inbox."""
         keys = ", ".join(f"ARRAY[{row}.{quote_ident(key.source_name)}::{key.type}]" for key in self.keys)
-        return f"INSERT INTO {self.generated('inbox')} ({self.key_names}) VALUES ({keys});"
+        is_key = _none_null([f"{row}.{quote_ident(key.source_name)}" for key in self.keys])
+        return f"INSERT INTO {self.generated('inbox')} ({self.key_names}) SELECT {keys} WHERE {is_key};"
 
     @property
     def watched(self) -> dict[str, SourceExpression]:
@@ -150,6 +152,14 @@ class CapturePlan:
     def keys_of_row(self, row: str) -> str:
         """The key of a row, column by column, as the generated tables hold it."""
         return ", ".join(f"{row}.{quote_ident(key.source_name)}::{key.type}" for key in self.keys)
+
+
+def _none_null(columns: list[str]) -> str:
+    """The condition that a row has a key: while the key of a source is exchanged its columns may be NULL.
+
+    Such a row is found by its new key when the pipeline follows. In the queue it would stop every claim.
+    """
+    return " AND ".join(f"{column} IS NOT NULL" for column in columns)
 
 
 def storage_statements(plan: CapturePlan) -> list[str]:
@@ -516,6 +526,15 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
     ]
 
 
+def resting_trigger_statements(name: str) -> list[str]:
+    """Trigger functions that capture nothing: for a source that has lost its key. A write must not fail because of that."""
+    return [
+        f"CREATE OR REPLACE FUNCTION {data_name(f'{name}_capture_{event}')}() RETURNS trigger"
+        " LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NULL; END'"
+        for event in ("insert", "update", "delete")
+    ]
+
+
 def _type_guard(plan: CapturePlan, row: str, rows: str | None) -> str:
     """The test that the key of a row, or of a transition table's rows, has the types that it is cast to, or domains over them."""
     row = "r" if rows else row
@@ -529,7 +548,7 @@ def _type_guard(plan: CapturePlan, row: str, rows: str | None) -> str:
     return f"""
         IF {condition} THEN
             RAISE WARNING 'a key column of {{}} has another type than pipeline "{plan.name}" was made for: nothing is captured'
-                USING HINT = 'SELECT embedline.drop_pipeline(''{plan.name}''), then create it again.';
+                USING HINT = 'SELECT embedline.refresh_pipeline(''{plan.name}'');';
             RETURN NULL;
         END IF;""".replace("{}", plan.source.replace("'", "''").replace("%", "%%"))
 

@@ -60,12 +60,14 @@ _METERED = f"""
 """
 # A source that was dropped takes its functions along; its pipeline must not stop the others.
 ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
-    AND p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
+    AND p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
+    AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
     ORDER BY p.pipeline_id
 """
 # Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
 _LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
-    WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
+    WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
+        AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
         AND (v.version_id <> p.serving_version_id
             OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
     ORDER BY v.version_id

@@ -19,8 +19,10 @@ _LIBPQ_VARIABLES = ("PGSERVICE", "PGDATABASE", "PGHOST", "PGHOSTADDR", "PGPORT",
 # Seconds until a server that does not answer is given up, unless the connection string or PGCONNECT_TIMEOUT says otherwise.
 _CONNECT_SECONDS = "10"
 _IN_USE = "SELECT pid, state, xact_start, query FROM pg_stat_activity WHERE state <> 'idle' ORDER BY xact_start;"
+# A transaction that was prepared for a two-phase commit has no session, and holds its locks all the same.
+_PREPARED = "SELECT gid, prepared, owner FROM pg_prepared_xacts;"
 _HINTS = {
-    "55P03": f"{_IN_USE} Run the command again when these are through.",
+    "55P03": f"{_IN_USE} {_PREPARED} Run the command again when these are through.",
     "40P01": f"{_IN_USE} Run the command again.",
 }
 

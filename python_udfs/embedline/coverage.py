@@ -111,10 +111,11 @@ def require_index(session: Session, pipeline: Pipeline) -> None:
     name, number = pipeline.name, pipeline.version.number
     if pipeline.version.index_method == "none":
         return
-    index = f"embedline_data.{quote_ident(f'{name}_v{number}_embedding_idx')}"
-    if not session.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)", ["text"], index):
+    state = session.scalar("SELECT embedline._index_state($1)", ["text"], f"{name}_v{number}_embedding_idx")
+    if state != "valid":
         raise NotReady(
             f'version {number} of pipeline "{name}" has no valid vector index',
+            detail=f"It is {state}.",
             hint=f"SELECT embedline.build_vector_index('{name}', {number});",
         )
 

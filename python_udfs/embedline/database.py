@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -23,9 +24,24 @@ SessionCache = dict[str, Any]
 _LOCK_TRY = "10ms"
 _LOCK_PAUSE_SECONDS = (0.01, 0.04)
 
+# Who holds locks: sessions, and transactions that were prepared for a two-phase commit, of which no session is left.
+_SESSIONS = "SELECT pid, state, xact_start, query FROM pg_stat_activity WHERE state <> 'idle' ORDER BY xact_start;"
+_PREPARED = """
+    SELECT quote_literal(p.gid) AS gid, p.owner, date_trunc('second', p.prepared)::text AS prepared_at
+    FROM pg_prepared_xacts AS p
+    WHERE p.database = current_database() AND EXISTS (
+        SELECT FROM pg_locks AS x JOIN pg_locks AS l ON l.virtualtransaction = x.virtualtransaction AND l.pid IS NULL
+        WHERE x.locktype = 'transactionid' AND x.transactionid = p.transaction AND x.pid IS NULL
+            AND l.locktype IN ('relation', 'tuple', 'advisory'))
+    ORDER BY p.prepared LIMIT 3
+"""
+
 # SQLSTATEs that are handled in more than one place.
 LOCK_NOT_AVAILABLE = "55P03"
 UNDEFINED_TABLE = "42P01"
+# A table that another transaction has dropped, or given a key of other columns or types: undefined_table, undefined_column,
+# datatype_mismatch, invalid_text_representation.
+CHANGED_TABLE = (UNDEFINED_TABLE, "42703", "42804", "22P02")
 # The end of the session, or of the statement: whoever tries again after errors lets these through.
 ENDING = ("57014", "57P01", "57P02", "57P03")
 # Classes of errors that the caller's own circumstances raise in a statement of ours: read-only transaction, serialization
@@ -139,10 +155,26 @@ def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: fl
         if time.monotonic() > deadline:
             raise NotReady(
                 f"{what} is in use by other transactions all the time",
-                hint="Run it again when these are through: SELECT pid, state, xact_start, query FROM pg_stat_activity"
-                " WHERE state <> 'idle' ORDER BY xact_start;",
+                hint=f"{lock_holders(session)} Then run it again.",
             )
         session.execute(f"SELECT pg_sleep({random.uniform(*_LOCK_PAUSE_SECONDS):.3f})")
+
+
+def lock_holders(session: Session) -> str:
+    """Return the hint that leads to those who may hold a lock: sessions, and the prepared transactions that hold locks now.
+
+    A prepared transaction has no session: it is in no row of pg_stat_activity, and holds its locks until it is ended.
+    """
+    prepared = session.query(_PREPARED)
+    hint = f"Wait for the sessions that this shows: {_SESSIONS}"
+    if not prepared:
+        return hint
+    named = " ".join(
+        f"COMMIT PREPARED {row['gid']}; or ROLLBACK PREPARED {row['gid']}; ends the one of {row['owner']}, prepared at"
+        f" {row['prepared_at']}."
+        for row in prepared
+    )
+    return f"Prepared transactions hold locks: SELECT * FROM pg_prepared_xacts; lists them. {named} {hint}"
 
 
 class _ReadThrough(Exception):
@@ -228,6 +260,10 @@ def entry_point(
             if not sqlstate_of(error).startswith(_CALLERS_OWN):
                 raise
             told = in_plain_words(plpy, error)
+            if sqlstate_of(error) == LOCK_NOT_AVAILABLE and not getattr(told, "hint", None):
+                # PostgreSQL says that it gave up, not for whom it waited.
+                with contextlib.suppress(Exception):
+                    told.hint = lock_holders(Session(plpy, cache))  # type: ignore[attr-defined]
             raise told from None
         finally:
             cache[_DEPTH] -= 1

@@ -55,8 +55,9 @@ _SOURCE = """
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = $1::oid
 """
-# The primary key, else the narrowest unique index over NOT NULL columns.
-_KEY = """
+# The primary key, else the narrowest unique index over NOT NULL columns. A deferrable one holds at each commit, and no worker
+# sees a row before that.
+KEY = """
     SELECT a.attname, a.attnum, format_type(b.oid, b.typmod) AS type, format_type(b.oid, NULL) AS base,
            pg_get_userbyid(b.typowner) AS owner, current_user AS superuser,
            b.typnamespace = 'pg_catalog'::regnamespace
@@ -66,13 +67,13 @@ _KEY = """
                WHERE co.oid = a.attcollation AND co.collname <> 'default') END AS collation
     FROM (
         SELECT i.indexrelid, i.indkey FROM pg_index AS i
-        WHERE i.indrelid = $1::oid AND i.indisunique AND i.indisvalid AND i.indimmediate
+        WHERE i.indrelid = $1::oid AND i.indisunique AND i.indisvalid
             AND i.indpred IS NULL AND i.indexprs IS NULL
             AND NOT EXISTS (
                 SELECT FROM pg_attribute AS a
                 WHERE a.attrelid = i.indrelid AND NOT a.attnotnull
                     AND a.attnum = ANY ((i.indkey::smallint[])[0:i.indnkeyatts - 1]))
-        ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1
+        ORDER BY i.indisprimary DESC, i.indimmediate DESC, i.indnkeyatts, i.indexrelid LIMIT 1
     ) AS k
     JOIN pg_index AS i ON i.indexrelid = k.indexrelid
     CROSS JOIN LATERAL unnest((i.indkey::smallint[])[0:i.indnkeyatts - 1]) WITH ORDINALITY AS u (attnum, position)
@@ -90,6 +91,16 @@ _KEY = """
     ) AS b
     ORDER BY u.position
 """
+# Unique indexes that are no key of all rows, and why.
+_NEARLY_KEYS = """
+    SELECT format('unique index %I %s', c.relname, CASE
+        WHEN NOT i.indisvalid THEN 'is not valid'
+        WHEN i.indpred IS NOT NULL THEN 'holds a part of the rows'
+        WHEN i.indexprs IS NOT NULL THEN 'is over an expression'
+        ELSE 'is over columns that may be NULL' END) AS reason
+    FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+    WHERE i.indrelid = $1::oid AND i.indisunique ORDER BY c.relname
+"""
 # As the generated tables hold the key: a type may be renamed, or move to another schema.
 _KEY_TYPES = """
     SELECT array_agg(format_type(a.atttypid, a.atttypmod) ORDER BY k.position)
@@ -106,6 +117,9 @@ _NOTE_SOURCE = """
         FROM embedline.pipeline AS q WHERE q.name = $1
     ) AS s
     WHERE p.name = s.name AND (p.key_types <> $2 OR p.source_columns <> s.columns)
+"""
+_COLUMN_NAMES = """
+    SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped
 """
 _EXPRESSION = """
     SELECT pg_get_expr(conbin, conrelid) AS text FROM pg_constraint
@@ -159,7 +173,7 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     """Create everything of a pipeline; return its routing view. Takes O(blocks) of the source, embeds nothing."""
     name = _validated_name(session, given["name"])
     role = caller(session)
-    source = _load_source(session, _source_oid(session, given["source"]), role)
+    source = load_source(session, source_oid(session, given["source"]), role)
     model = load_model(session, given["model"])
     check_recipe(given, model)
     bound_lock_wait(session)
@@ -210,14 +224,16 @@ def _validated_name(session: Session, name: str) -> str:
     return name
 
 
-def _source_oid(session: Session, source: str | None) -> int:
+def source_oid(session: Session, source: str | None) -> int:
+    """Return the number of a table that a caller has named."""
     if source is None:
         raise InvalidParameter("source must not be NULL")
     # PL/Python hands a regclass over as its text, qualified where the pinned search_path does not find it.
     return int(session.scalar("SELECT $1::regclass::oid::bigint", ["text"], source))
 
 
-def _load_source(session: Session, oid: int, role: str) -> Source:
+def load_source(session: Session, oid: int, role: str) -> Source:
+    """Return a table as a source; raise where it cannot be one, or not for this role."""
     rows = session.query(_SOURCE, ["bigint", "name"], oid, role)
     if not rows:
         raise NotFound("the source table does not exist")
@@ -316,17 +332,20 @@ def bound_lock_wait(session: Session) -> None:
     session.execute("SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'")
 
 
-def _make_plan(session: Session, name: str, source: Source, given: dict[str, Any]) -> CapturePlan:
-    rows = session.query(_KEY, ["bigint"], source.oid)
+def load_key(session: Session, source: Source) -> list[dict[str, Any]]:
+    """Return the columns of the source's key, as KEY does; none where it has no key."""
+    return session.query(KEY, ["bigint"], source.oid)
+
+
+def key_of(session: Session, source: Source, rows: list[dict[str, Any]]) -> tuple[KeyColumn, ...]:
+    """Return the key of these rows of KEY; raise InvalidParameter where it is none that a pipeline can have."""
     if not rows:
+        near = [str(row["reason"]) for row in session.query(_NEARLY_KEYS, ["bigint"], source.oid)]
         raise InvalidParameter(
             f"table {source.qualified} has no primary key and no unique index over NOT NULL columns",
-            hint=f"ALTER TABLE {source.qualified} ADD PRIMARY KEY (...).",
+            detail=f"{'; '.join(near)}." if near else None,
+            hint=f"ALTER TABLE {source.qualified} ADD PRIMARY KEY (...);",
         )
-    keys = tuple(
-        KeyColumn(row["attname"], _key_column_name(row["attname"], i), row["type"], row["collation"])
-        for i, row in enumerate(rows)
-    )
     for row in rows:
         if row["type"].endswith("[]"):
             raise InvalidParameter(
@@ -340,6 +359,14 @@ def _make_plan(session: Session, name: str, source: Source, given: dict[str, Any
                 detail="Keys are cast with Embedline's rights, and the owner of a type decides what its casts do.",
                 hint=f"As a superuser: ALTER TYPE {row['base']} OWNER TO {quote_ident(row['superuser'])};",
             )
+    return tuple(
+        KeyColumn(row["attname"], _key_column_name(row["attname"], i), row["type"], row["collation"])
+        for i, row in enumerate(rows)
+    )
+
+
+def _make_plan(session: Session, name: str, source: Source, given: dict[str, Any]) -> CapturePlan:
+    keys = key_of(session, source, load_key(session, source))
     mode = given["capture"]
     if mode == "auto":
         mode = "row" if source.partitioned or source.subscribed or source.is_child else "statement"
@@ -382,7 +409,37 @@ def _key_column_name(source_name: str, position: int) -> str:
     return name if len(name.encode()) <= 63 else f"key_{position + 1}"
 
 
-def _deparse(session: Session, source: Source, expression: str, parameter: str, search_path: str) -> SourceExpression:
+def deparse_again(
+    session: Session, source: Source, expression: str, parameter: str, search_path: str, known_as: dict[str, str]
+) -> SourceExpression:
+    """Read a stored expression again, whose columns may have other names now: `known_as` tells the names that it uses."""
+    return _deparse(session, source, expression, parameter, search_path, known_as)
+
+
+def _rename_columns(session: Session, table: str, known_as: dict[str, str]) -> list[tuple[str, str]]:
+    """Give columns of an empty copy of the source the names of before; return the renamings that undo it."""
+    undo = []
+    there = {str(row["attname"]) for row in session.query(_COLUMN_NAMES, ["text"], table)}
+    moved = {now: then for now, then in known_as.items() if now != then}
+    # Another column may have such a name now: it steps aside, as no expression of before can mean it.
+    aside = [name for name in moved.values() if name in there and name not in moved]
+    steps = [(name, f"embedline_aside_{i}") for i, name in enumerate(aside)]
+    steps += [(now, f"embedline_moved_{i}") for i, now in enumerate(moved)]
+    steps += [(f"embedline_moved_{i}", then) for i, then in enumerate(moved.values())]
+    for before, after in steps:
+        session.execute(f"ALTER TABLE {table} RENAME COLUMN {quote_ident(before)} TO {quote_ident(after)}")
+        undo.append((after, before))
+    return undo[::-1]
+
+
+def _deparse(
+    session: Session,
+    source: Source,
+    expression: str,
+    parameter: str,
+    search_path: str,
+    known_as: dict[str, str] | None = None,
+) -> SourceExpression:
     """Let PostgreSQL resolve the expression with the caller's search_path, and print it back fully qualified.
 
     A CHECK constraint on an empty copy of the table takes exactly what is wanted: an expression over one row, without
@@ -398,8 +455,11 @@ def _deparse(session: Session, source: Source, expression: str, parameter: str, 
             table = f"{create_scratch_schema(session, source.owner)}.source"
             session.execute(f"CREATE TABLE {table} (LIKE {source.qualified})")
             session.execute(f"ALTER TABLE {table} OWNER TO {quote_ident(source.owner)}")
+            undo = _rename_columns(session, table, known_as or {})
             check = f"ALTER TABLE {table} ADD CHECK ((\n{expression}\n){cast}{test})"
             run_as_owner(session, source.owner, check, search_path)
+            for before, after in undo:
+                session.execute(f"ALTER TABLE {table} RENAME COLUMN {quote_ident(before)} TO {quote_ident(after)}")
             text = str(session.scalar(_EXPRESSION, ["text"], table)).removeprefix("(").removesuffix(f"{test})")
             columns = session.query(_INPUT_COLUMNS, ["text"], table)
             volatile = session.scalar(_VOLATILE, ["text"], table)
@@ -494,23 +554,23 @@ def _register(
         """
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
             key_attributes, input_attributes, key_columns, key_types, view_columns, capture, created_by,
-            document_prefix_expression, tenant_expression, weight, code_version, source_columns)
+            document_prefix_expression, tenant_expression, weight, code_version, source_name, source_columns)
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($11) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-            $7, $8, '{}', $9, $10, $12, $13, $14, $15,
+            $7, $8, '{}', $9, $10, $12, $13, $14, $15, format('%I.%I', $16::text, $17::text),
             (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
                 WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped)
         RETURNING pipeline_id
         """,
         ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "name[]", "text", "text",
-         "double precision", "integer"],
+         "double precision", "integer", "text", "text"],
         plan.name, source.oid, given["content"], given["filter"], given["expression_search_path"],
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
         plan.capture, caller(session), [name for name, _ in plan.expression_columns], given["document_prefix"],
-        given["tenant"], given["weight"], capture.CODE_VERSION,
+        given["tenant"], given["weight"], capture.CODE_VERSION, source.schema, source.name,
     )  # fmt: skip
     session.query("SELECT embedline._resolve_attributes()")
     insert_chunk_set(session, pipeline_id, 1, spec, model)
@@ -601,7 +661,11 @@ def require_control(session: Session, name: str) -> None:
     load_pipeline(session, name)
     allowed = session.scalar(
         """
-        SELECT coalesce(pg_has_role($2, c.relowner, 'USAGE'), (SELECT rolsuper FROM pg_roles WHERE rolname = $2))
+        SELECT coalesce(
+            pg_has_role($2, c.relowner, 'USAGE'),
+            -- Of a source that is gone nobody is the owner: whoever made the pipeline may take it away, or to another table.
+            (SELECT pg_has_role($2, r.oid, 'USAGE') FROM pg_roles AS r WHERE r.rolname = p.created_by),
+            (SELECT rolsuper FROM pg_roles WHERE rolname = $2))
         FROM embedline.pipeline AS p LEFT JOIN pg_class AS c ON c.oid = p.source WHERE p.name = $1
         """,
         ["text", "name"], name, caller(session),
@@ -714,7 +778,8 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
     if not rows:
         raise NotFound(
             f'the source of pipeline "{pipeline.name}" is gone',
-            hint=f"SELECT embedline.drop_pipeline('{pipeline.name}').",
+            hint=f"SELECT embedline.move_pipeline('{pipeline.name}', 'another_table'); or"
+            f" SELECT embedline.drop_pipeline('{pipeline.name}');",
         )
     first = rows[0]
     source = Source(

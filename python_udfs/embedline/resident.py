@@ -248,7 +248,7 @@ class ResidentWorker:
             found = session.scalar(
                 "SELECT EXISTS (SELECT FROM embedline.version_queue WHERE version_id = ANY ($2)) OR ("
                 "SELECT bool_or(pending > 0 OR backfill_done < backfill_total) FROM embedline.status"
-                " WHERE state = 'active' AND pipeline = ANY ($1))",
+                " WHERE state <> 'paused' AND pipeline = ANY ($1))",
                 ["text[]", "bigint[]"],
                 ours,
                 lanes,

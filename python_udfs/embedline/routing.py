@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +20,10 @@ from embedline.capture import CapturePlan, ShownVersion
 from embedline.catalog import Pipeline, load_versions
 from embedline.database import Session, as_mapping, quote_ident, quote_literal, retry_locked, vector_schema
 from embedline.errors import AlreadyExists, DependentObjects, NotFound
+from embedline.kept_views import COLUMN_COMMENTS, GRANTS, give_grants
 from embedline.source import Source
 
-_MAX_VIEW_COLUMNS = 1600
+MAX_VIEW_COLUMNS = 1600
 _SOURCE_COLUMNS = """
     SELECT attname, attnum FROM pg_attribute
     WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
@@ -37,25 +39,6 @@ _VIEW = """
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
         (SELECT p.view_attributes FROM embedline.pipeline AS p WHERE p.routing_view = c.oid) AS attributes
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = $1::oid
-"""
-# Grants on the view and on single columns of it.
-_GRANTS = """
-    SELECT g.privilege_type, g.is_grantable, NULL::text AS column,
-        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END AS grantee
-    FROM pg_class AS c, aclexplode(c.relacl) AS g WHERE c.oid = $1::oid AND g.grantee <> c.relowner
-    UNION ALL
-    SELECT g.privilege_type, g.is_grantable, quote_ident(a.attname),
-        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END
-    FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid, aclexplode(a.attacl) AS g
-    WHERE c.oid = $1::oid AND g.grantee <> c.relowner
-"""
-_GRANTEES = """
-    SELECT DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END AS grantee
-    FROM pg_class AS c, aclexplode(c.relacl) AS g WHERE c.oid = $1::regclass AND g.grantee <> c.relowner
-"""
-_COLUMN_COMMENTS = """
-    SELECT quote_ident(a.attname) AS column, col_description(a.attrelid, a.attnum) AS comment FROM pg_attribute AS a
-    WHERE a.attrelid = $1::oid AND a.attnum > 0 AND col_description(a.attrelid, a.attnum) IS NOT NULL
 """
 # What DROP VIEW would refuse, or take along: views, functions, triggers, rules over the view or its row type.
 _DEPENDENTS = """
@@ -82,9 +65,15 @@ _SERVING_FUNCTION = """
 _HAS_POLICIES = "SELECT relrowsecurity FROM pg_class WHERE oid = $1::oid"
 
 
-def _query(
+def view_exists(session: Session, oid: int) -> bool:
+    """Whether a view that the catalogue knows is still there."""
+    return session.scalar("SELECT 1 FROM pg_class WHERE oid = $1::oid AND relkind = 'v'", ["bigint"], oid) is not None
+
+
+def view_query(
     session: Session, source: Source, plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: ShownVersion
 ) -> str:
+    """Return the query of a view over these columns, in the form that row-level security of the source asks for."""
     has_policies = bool(session.scalar(_HAS_POLICIES, ["bigint"], source.oid))
     return capture.view_query(plan, columns, shown, has_policies=has_policies)
 
@@ -103,10 +92,10 @@ def create_routing_view(
     _require_free(session, view, "its routing view is <name>_embedding")
     attributes = _shown_attributes(session, plan, source, view)
     names = list(attributes)
-    view_columns = {column: _free_name(column, names) for column in capture.CHUNK_COLUMNS}
+    view_columns = {column: free_name(column, names) for column in capture.CHUNK_COLUMNS}
     columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
     view_columns |= {key.name: key.source_name for key in plan.keys}
-    _create(session, view, _query(session, source, plan, columns, shown), source.owner)
+    _create(session, view, view_query(session, source, plan, columns, shown), source.owner)
     comment = f"Embedline pipeline {plan.name}: each row of {source.qualified} with its chunks and their embeddings"
     session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
     session.query(
@@ -123,12 +112,7 @@ def create_version_view(session: Session, pipeline: Pipeline, plan: CapturePlan,
     version = pipeline.version
     view = view_name(source, plan.name, version.number)
     _require_free(session, view, "the view of each version is <name>_embedding_v<number>")
-    of_chunk = {column: pipeline.view_columns[column] for column in capture.CHUNK_COLUMNS}
-    names = [name for name in _shown_attributes(session, plan, source, view) if name not in of_chunk.values()]
-    shown_as = {key.source_name: pipeline.view_columns[key.name] for key in plan.keys}
-    columns = [(name, shown_as.get(name, name), False) for name in names] + [(c, n, True) for c, n in of_chunk.items()]
-    shown = ShownVersion(version.number, pipeline.chunk_set.number, None)
-    _create(session, view, _query(session, source, plan, columns, shown), source.owner)
+    _create(session, view, version_query(session, pipeline, plan, source, view), source.owner)
     comment = f"Embedline pipeline {plan.name}, version {version.number} alone: for search before and after its cutover"
     session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
     session.execute(f"GRANT SELECT ON {view} TO embedline_reader")
@@ -136,6 +120,16 @@ def create_version_view(session: Session, pipeline: Pipeline, plan: CapturePlan,
         "UPDATE embedline.version SET view = $2::regclass WHERE version_id = $1",
         ["bigint", "text"], version.version_id, view,
     )  # fmt: skip
+
+
+def version_query(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source, view: str) -> str:
+    """Return the query of the view over one version alone."""
+    of_chunk = {column: pipeline.view_columns[column] for column in capture.CHUNK_COLUMNS}
+    names = [name for name in _shown_attributes(session, plan, source, view) if name not in of_chunk.values()]
+    shown_as = {key.source_name: pipeline.view_columns[key.name] for key in plan.keys}
+    columns = [(name, shown_as.get(name, name), False) for name in names] + [(c, n, True) for c, n in of_chunk.items()]
+    shown = ShownVersion(pipeline.version.number, pipeline.chunk_set.number, None)
+    return view_query(session, source, plan, columns, shown)
 
 
 def _require_free(session: Session, view: str, reason: str) -> None:
@@ -155,15 +149,16 @@ def _source_attributes(session: Session, source: Source) -> dict[str, int]:
 
 def _shown_attributes(session: Session, plan: CapturePlan, source: Source, view: str) -> dict[str, int]:
     attributes = _source_attributes(session, source)
-    if len(attributes) + len(capture.CHUNK_COLUMNS) > _MAX_VIEW_COLUMNS:
+    if len(attributes) + len(capture.CHUNK_COLUMNS) > MAX_VIEW_COLUMNS:
         session.plpy.notice(
-            f"view {view} shows only the key of {source.qualified}: a view has at most {_MAX_VIEW_COLUMNS} columns"
+            f"view {view} shows only the key of {source.qualified}: a view has at most {MAX_VIEW_COLUMNS} columns"
         )
         attributes = {key.source_name: attributes[key.source_name] for key in plan.keys}
     return attributes
 
 
-def _free_name(column: str, taken: list[str]) -> str:
+def free_name(column: str, taken: list[str]) -> str:
+    """Return the name under which a view shows a column beside those that it has."""
     name = column
     while name in taken:
         name = f"embedline_{name}"
@@ -187,7 +182,7 @@ def show_version(session: Session, pipeline: Pipeline, plan: CapturePlan, source
     if view is None:
         create_routing_view(session, pipeline.pipeline_id, plan, source, shown)
         return
-    query = _query(session, source, plan, _layout(session, pipeline, source, view), shown)
+    query = view_query(session, source, plan, _layout(session, pipeline, source, view), shown)
     if (view["type"], view["typmod"]) == (_type_name(session, shown), -1):
         session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
     else:
@@ -235,7 +230,7 @@ def _layout(session: Session, pipeline: Pipeline, source: Source, view: dict[str
     of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
     attributes = _source_attributes(session, source)
     names = {number: name for name, number in attributes.items()}
-    known = view["attributes"] or _attributes_by_name(view, attributes, of_chunk)
+    known = view["attributes"] or attributes_by_name(view["columns"], attributes, of_chunk)
     layout = []
     for shown in map(str, view["columns"]):
         name = of_chunk.get(shown) or names.get(known.get(shown, 0))
@@ -248,13 +243,13 @@ def _layout(session: Session, pipeline: Pipeline, source: Source, view: dict[str
     return layout
 
 
-def _attributes_by_name(view: dict[str, Any], attributes: dict[str, int], of_chunk: dict[str, str]) -> dict[str, int]:
-    """Return what a view shows that was made before the numbers were kept.
+def attributes_by_name(columns: Sequence[str], attributes: dict[str, int], of_chunk: dict[str, str]) -> dict[str, int]:
+    """Return what a view with these columns shows that was made before the numbers were kept.
 
     Columns only ever joined a view at its end, in the order in which they joined the source: so those without a name in
     common belong together in order.
     """
-    shown = [str(name) for name in view["columns"] if name not in of_chunk]
+    shown = [str(name) for name in columns if name not in of_chunk]
     renamed = iter([number for name, number in attributes.items() if name not in shown])
     return {name: attributes[name] if name in attributes else next(renamed, 0) for name in shown}
 
@@ -280,8 +275,8 @@ class LetGo(Exception):
 def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query: str) -> None:
     require_swappable(session, pipeline)
     name = f"{quote_ident(view['nspname'])}.{quote_ident(view['relname'])}"
-    grants = session.query(_GRANTS, ["bigint"], pipeline.view_oid)
-    comments = session.query(_COLUMN_COMMENTS, ["bigint"], pipeline.view_oid)
+    grants = session.query(GRANTS, ["bigint"], pipeline.view_oid)
+    comments = session.query(COLUMN_COMMENTS, ["bigint"], pipeline.view_oid)
     session.execute(f"DROP VIEW {name}")
     session.execute(f"CREATE VIEW {name} WITH ({_options(view)}) AS {query}")
     session.execute(f"ALTER VIEW {name} OWNER TO {quote_ident(view['owner'])}")
@@ -289,21 +284,11 @@ def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query
         session.execute(f"COMMENT ON VIEW {name} IS {quote_literal(view['comment'])}")
     for comment in comments:
         session.execute(f"COMMENT ON COLUMN {name}.{comment['column']} IS {quote_literal(comment['comment'])}")
-    _give_grants(session, name, grants)
+    give_grants(session, name, grants)
     session.query(
         "UPDATE embedline.pipeline SET routing_view = $2::regclass WHERE pipeline_id = $1",
         ["bigint", "text"], pipeline.pipeline_id, name,
     )  # fmt: skip
-
-
-def _give_grants(session: Session, view: str, grants: list[dict[str, Any]]) -> None:
-    """Give a view that was made anew exactly these rights: none of the creator's default privileges."""
-    for grantee in {str(row["grantee"]) for row in session.query(_GRANTEES, ["text"], view)}:
-        session.execute(f"REVOKE ALL ON {view} FROM {grantee}")
-    for grant in grants:
-        columns = f" ({grant['column']})" if grant["column"] else ""
-        option = " WITH GRANT OPTION" if grant["is_grantable"] else ""
-        session.execute(f"GRANT {grant['privilege_type']}{columns} ON {view} TO {grant['grantee']}{option}")
 
 
 def refresh_views(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
@@ -316,10 +301,10 @@ def refresh_views(session: Session, pipeline: Pipeline, plan: CapturePlan, sourc
             create_version_view(session, version, plan, source)
             continue
         require_no_dependents(session, oid)
-        grants = session.query(_GRANTS, ["bigint"], oid)
+        grants = session.query(GRANTS, ["bigint"], oid)
         session.execute(f"DROP VIEW {view}")
         create_version_view(session, version, plan, source)
-        _give_grants(session, view_name(source, plan.name, version.version.number), grants)
+        give_grants(session, view_name(source, plan.name, version.version.number), grants)
 
 
 def require_no_dependents(session: Session, view_oid: int | None) -> None:
@@ -365,11 +350,11 @@ def _refresh_routing_view(session: Session, pipeline: Pipeline, plan: CapturePla
             return
     taken = {name for _, name, _ in layout}
     known = {attributes[column]: name for column, name, of_chunk in layout if not of_chunk}
-    added = {column: _free_name(column, list(taken)) for column, number in attributes.items() if number not in known}
-    if len(taken) + len(added) <= _MAX_VIEW_COLUMNS:
+    added = {column: free_name(column, list(taken)) for column, number in attributes.items() if number not in known}
+    if len(taken) + len(added) <= MAX_VIEW_COLUMNS:
         layout += [(column, name, False) for column, name in added.items()]
     # Also without new columns: the form of the join may be another one now.
-    query = _query(session, source, plan, layout, shown)
+    query = view_query(session, source, plan, layout, shown)
     session.execute(f"CREATE OR REPLACE VIEW {view['name']} WITH ({_options(view)}) AS {query}")
     _note_attributes(session, pipeline, {name: attributes[column] for column, name, of_chunk in layout if not of_chunk})
 
@@ -385,9 +370,9 @@ def _make_fresh(
 ) -> None:
     """Make the routing view anew with all columns of the source under the names that they have now."""
     of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
-    names = {column: _free_name(column, list(of_chunk)) for column in attributes}
+    names = {column: free_name(column, list(of_chunk)) for column in attributes}
     fresh = [(column, name, False) for column, name in names.items()] + [(c, n, True) for n, c in of_chunk.items()]
-    _make_anew(session, pipeline, view, _query(session, source, plan, fresh, shown))
+    _make_anew(session, pipeline, view, view_query(session, source, plan, fresh, shown))
     view_columns = pipeline.view_columns | {key.name: names[key.source_name] for key in plan.keys}
     session.query(
         "UPDATE embedline.pipeline SET view_columns = $2 WHERE pipeline_id = $1",

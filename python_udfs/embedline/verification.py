@@ -111,7 +111,8 @@ def _require_source(session: Session, pipeline: Pipeline) -> None:
     if session.scalar("SELECT 1 FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.source_oid) is None:
         raise NotFound(
             f'the source of pipeline "{pipeline.name}" is gone',
-            hint=f"SELECT embedline.drop_pipeline('{pipeline.name}').",
+            hint=f"SELECT embedline.move_pipeline('{pipeline.name}', 'another_table'); or"
+            f" SELECT embedline.drop_pipeline('{pipeline.name}');",
         )
     hidden = hidden_source(session, pipeline.source_oid)
     if hidden is not None:

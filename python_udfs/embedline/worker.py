@@ -16,9 +16,9 @@ from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_active_pipelines, load_lanes
 from embedline.claiming import Claimant
 from embedline.database import (
+    CHANGED_TABLE,
     ENDING,
     SLOT_LOCK_CLASS,
-    UNDEFINED_TABLE,
     WORKER_LOCK_CLASS,
     Plpy,
     Session,
@@ -411,8 +411,8 @@ def _abandon(plpy: Plpy, cache: SessionCache, resident: ResidentWorker, message:
             return
         except Exception as error:
             sqlstate = sqlstate_of(error)
-            if sqlstate == UNDEFINED_TABLE:
-                # The pipeline was dropped meanwhile, and its claims with it.
+            if sqlstate in CHANGED_TABLE:
+                # The pipeline was dropped meanwhile, or follows another key, and its claims went with that.
                 plpy.rollback()
                 resident.forget_current()
                 plpy.commit()

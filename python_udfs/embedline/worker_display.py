@@ -16,12 +16,12 @@ _PIPELINES = """
         s.backfill_total - s.backfill_done, c.reltuples::float8, c.relpages,
         pg_relation_size(c.oid) / current_setting('block_size')::integer, c.oid::regclass::text
     FROM embedline.status AS s JOIN embedline.pipeline AS p ON p.name = s.pipeline JOIN pg_class AS c ON c.oid = p.source
-    WHERE s.state = 'active' AND (s.pipeline = {name} OR {name} IS NULL) ORDER BY s.pipeline
+    WHERE s.state NOT IN ('paused', 'source gone') AND (s.pipeline = {name} OR {name} IS NULL) ORDER BY s.pipeline
 """
 _VERSIONS = """
     SELECT v.pipeline, v.version, v.missing - v.dead_letters, v.dead_letters - v.accepted, v.last_error, v.state
     FROM embedline.versions AS v JOIN embedline.status AS s USING (pipeline)
-    WHERE NOT v.serving AND s.state = 'active' AND (v.pipeline = {name} OR {name} IS NULL) ORDER BY 1, 2
+    WHERE NOT v.serving AND s.state NOT IN ('paused', 'source gone') AND (v.pipeline = {name} OR {name} IS NULL) ORDER BY 1, 2
 """
 _READABLE = "SELECT has_table_privilege({table}, 'SELECT')"
 _CIRCUITS = """

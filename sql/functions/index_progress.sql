@@ -23,13 +23,8 @@ AS $sql$
         w.pipeline,
         w.number,
         w.pipeline || '_v' || w.number || '_' || w.precision || '_idx',
-        CASE
-            WHEN i.indexrelid IS NULL THEN 'missing'
-            WHEN i.indisvalid THEN 'valid'
-            WHEN b.phase IS NULL THEN 'invalid'
-            ELSE 'building'
-        END,
-        CASE WHEN NOT i.indisvalid THEN b.phase END,
+        embedline._index_state(w.pipeline || '_v' || w.number || '_' || w.precision || '_idx'),
+        CASE WHEN NOT i.indisvalid THEN b.phase || coalesce(b.waits_for, '') END,
         CASE WHEN NOT i.indisvalid THEN b.percent END,
         CASE WHEN i.indisvalid THEN pg_relation_size(i.indexrelid) END
     FROM wanted AS w
@@ -39,7 +34,12 @@ AS $sql$
         SELECT g.phase, coalesce(
             100.0 * nullif(g.blocks_done, 0) / nullif(g.blocks_total, 0),
             100.0 * nullif(g.tuples_done, 0) / nullif(g.tuples_total, 0), 0
-        ) AS percent
+        ) AS percent,
+        -- A prepared transaction has no session that could be shown: a build waits for it until somebody ends it.
+        CASE WHEN g.phase LIKE 'waiting for%' AND coalesce(g.current_locker_pid, 0) = 0 THEN (
+            SELECT ' (prepared transaction ' || quote_literal(x.gid) || ')' FROM pg_prepared_xacts AS x
+            WHERE x.database = current_database() ORDER BY x.prepared LIMIT 1
+        ) END AS waits_for
         FROM pg_stat_progress_create_index AS g
         WHERE g.index_relid = i.indexrelid OR (g.relid = i.indrelid AND g.index_relid = 0) LIMIT 1
     ) AS b ON true

@@ -22,6 +22,7 @@ GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),
+embedline._index_state(text), embedline._source_trouble(bigint),
 embedline.evaluation_progress(text)
 TO embedline_reader, embedline_worker;
 
@@ -45,6 +46,10 @@ embedline.drop_pipeline(text),
 embedline.pause_pipeline(text),
 embedline.resume_pipeline(text),
 embedline.refresh_pipeline(text),
+embedline.move_pipeline(text, regclass),
+embedline.alter_source(regclass, text),
+embedline._take_away(regclass),
+embedline._put_back(bigint),
 embedline.index_statement(text, integer, text),
 embedline.build_vector_index(text, integer),
 embedline._index_plan(text, integer, text, integer),

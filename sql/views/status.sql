@@ -10,22 +10,21 @@ WITH reported AS (
 
 SELECT
     p.name AS pipeline,
-    p.source::text AS source,
+    CASE WHEN t.state = 'source gone' THEN p.source_name ELSE p.source::text END AS source,
     m.name AS model,
-    p.state,
+    coalesce(t.state, p.state) AS state,
     c.pending,
     greatest(b.total - b.open, 0) AS backfill_done,
     b.total AS backfill_total,
     v.state = 'complete' AS backfill_complete,
     clock_timestamp() - c.oldest_enqueued_at AS oldest_pending_age,
     d.dead_letters,
-    coalesce(x.last_error, c.last_row_error, h.last_error) AS last_error,
+    coalesce(t.message || ': ' || t.remedy, x.last_error, c.last_row_error, h.last_error) AS last_error,
     h.last_error_at,
     w.workers_alive,
     CASE
         WHEN v.index_method = 'none' THEN 'none'
-        WHEN i.indisvalid THEN 'valid'
-        WHEN i.indisvalid IS NOT NULL THEN 'building'
+        WHEN i.state <> 'missing' THEN i.state
         WHEN v.state = 'complete' THEN 'waiting'
         ELSE 'after backfill'
     END AS index_state,
@@ -40,26 +39,24 @@ SELECT
         ELSE 0
     END AS backfill_percent,
     ir.ef_search,
-    ir.recall AS index_recall
+    ir.recall AS index_recall,
+    t.remedy
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
 LEFT JOIN embedline.index_reach AS ir ON v.version_id = ir.version_id
 LEFT JOIN embedline.pipeline_health AS h ON p.pipeline_id = h.pipeline_id
 LEFT JOIN embedline.circuit AS x ON m.model_id = x.model_id
-LEFT JOIN pg_catalog.pg_class AS ic
-    ON
-        ic.relname = p.name || '_v' || v.number || '_embedding_idx'
-        AND ic.relnamespace = 'embedline_data'::regnamespace
-LEFT JOIN pg_catalog.pg_index AS i ON ic.oid = i.indexrelid
+CROSS JOIN LATERAL embedline._index_state(p.name || '_v' || v.number || '_embedding_idx') AS i (state)
+CROSS JOIN LATERAL embedline._source_trouble(p.pipeline_id) AS t
 CROSS JOIN LATERAL embedline._pipeline_counts(p.name) AS c
 CROSS JOIN LATERAL (
     SELECT
-        coalesce(sum(t.blocks), 0)::bigint AS total,
+        coalesce(sum(l.blocks), 0)::bigint AS total,
         -- A claim may begin and end within one block, so an open range counts as one block at least.
-        coalesce(sum(greatest(t.blocks, 1)) FILTER (WHERE NOT r.done), 0)::bigint AS open
+        coalesce(sum(greatest(l.blocks, 1)) FILTER (WHERE NOT r.done), 0)::bigint AS open
     FROM embedline.backfill_range AS r
-    CROSS JOIN LATERAL (SELECT (r.end_tid::text::point)[0] - (r.next_tid::text::point)[0] AS blocks) AS t
+    CROSS JOIN LATERAL (SELECT (r.end_tid::text::point)[0] - (r.next_tid::text::point)[0] AS blocks) AS l
     WHERE r.pipeline_id = p.pipeline_id
 ) AS b
 CROSS JOIN LATERAL (
@@ -77,6 +74,9 @@ CROSS JOIN LATERAL (
 ) AS n;
 
 COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far the backfill is, the last error, who works';
+COMMENT ON COLUMN embedline.status.state IS
+'active, paused, or what became of the source: source gone, source replaced, key changed, key lost; see remedy';
+COMMENT ON COLUMN embedline.status.remedy IS 'Statement to run where something became of the source';
 COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in work';
 COMMENT ON COLUMN embedline.status.backfill_done IS 'Blocks of the source that are read through';
 COMMENT ON COLUMN embedline.status.backfill_total IS 'Blocks of the source when the pipeline was created';
@@ -89,4 +89,4 @@ COMMENT ON COLUMN embedline.status.unrepaired IS 'What it found and did not put 
 COMMENT ON COLUMN embedline.status.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL: not measured yet, 100 is used';
 COMMENT ON COLUMN embedline.status.index_recall IS 'Lowest recall@10 of the kinds of queries that the index was measured with';
 COMMENT ON COLUMN embedline.status.index_state IS
-'none, after backfill, waiting (SELECT embedline.index_statement(pipeline) builds it by hand), building, valid';
+'none, after backfill, waiting (SELECT embedline.index_statement(pipeline) builds it by hand), building, invalid, valid';

@@ -14,8 +14,7 @@ SELECT
     c.accepted,
     CASE
         WHEN v.index_method = 'none' THEN 'none'
-        WHEN i.indisvalid THEN 'valid'
-        WHEN i.indisvalid IS NOT NULL THEN 'building'
+        WHEN i.state <> 'missing' THEN i.state
         WHEN v.state = 'complete' THEN 'waiting'
         ELSE 'after backfill'
     END AS index_state,
@@ -28,11 +27,7 @@ FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.pipeline_id = v.pipeline_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
 LEFT JOIN embedline.index_reach AS ir ON v.version_id = ir.version_id
-LEFT JOIN pg_catalog.pg_class AS ic
-    ON
-        ic.relname = p.name || '_v' || v.number || '_embedding_idx'
-        AND ic.relnamespace = 'embedline_data'::regnamespace
-LEFT JOIN pg_catalog.pg_index AS i ON ic.oid = i.indexrelid
+CROSS JOIN LATERAL embedline._index_state(p.name || '_v' || v.number || '_embedding_idx') AS i (state)
 CROSS JOIN LATERAL embedline._version_counts(p.name, v.number, v.chunk_set, v.version_id) AS c
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(cardinality(r.chunk_ids)), 0)::bigint AS queued

@@ -139,7 +139,7 @@ def test_swapped_keys_end_with_their_own_content(database: psycopg.Connection) -
     database.execute("INSERT INTO page VALUES (1, 'rivers flow'), (2, 'bread bakes')")
     create_pipeline(database, content="body")
     settle(database)
-    assert scalar(database, "SELECT key_columns FROM embedline.pipeline") == ["key_code"]
+    assert scalar(database, "SELECT key_columns FROM embedline.pipeline") == ["key_id"]
     database.execute("UPDATE page SET id = 3 - id")
     drain(database)
     assert_exact(database)

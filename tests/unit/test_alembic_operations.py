@@ -69,6 +69,18 @@ def test_colons_and_percent_signs_pass_through_a_script() -> None:
     assert "source => 'public.docs'::regclass" in rendered
 
 
+def test_changes_of_a_source_are_rendered_and_need_their_reverse() -> None:
+    statement = "ALTER TABLE docs ALTER COLUMN a TYPE text USING ':x %s'"
+    rendered = _rendered(lambda op: op.alter_source("docs", statement))  # type: ignore[attr-defined]
+    assert "alter_source(source => 'docs'::regclass, statement => 'ALTER TABLE docs" in rendered
+    assert ":x %s" in rendered
+    rendered = _rendered(lambda op: op.move_pipeline("docs", "public.other"))  # type: ignore[attr-defined]
+    assert "move_pipeline(name => 'docs', new_source => 'public.other'::regclass)" in rendered
+    for operation in (ops.AlterSourceOp("docs", statement), ops.MovePipelineOp("docs", "other")):
+        with pytest.raises(ValueError, match=r"give (reverse_statement|old_source)"):
+            operation.reverse()
+
+
 def test_expand_stops_a_script_where_the_version_gets_another_number() -> None:
     rendered = _rendered(lambda op: op.add_embedding_version("docs", version=2, model="minilm", backfill_rate=50))  # type: ignore[attr-defined]
     assert (
@@ -108,6 +120,8 @@ _EVERY = [
     ops.CreateModelOp("m", "openai", "text-embedding-3-small", dimensions=256, options={"a": 1}),
     ops.CreatePipelineOp("docs", "docs", "title || E'\\n' || body", "m", chunk_tokens=128, index_options={"m": 8}),
     ops.AlterPipelineOp("docs", content="body", drop=("filter",), before={"content": "title", "filter": "live"}),
+    ops.MovePipelineOp("docs", "public.docs_2", "public.docs"),
+    ops.AlterSourceOp("docs", "ALTER TABLE docs DROP COLUMN a", "ALTER TABLE docs ADD COLUMN a text"),
     ops.AddEmbeddingVersionOp("docs", 2, "m", column_type="halfvec", backfill_order="newest_first"),
     ops.DropEmbeddingVersionOp("docs", 1, model="m"),
     ops.BuildVectorIndexOp("docs", 2, wait_seconds=30),

@@ -41,6 +41,8 @@ _SETTINGS = {
     "max_wal_size": "4GB",
     "max_parallel_maintenance_workers": "2",
     "wal_level": "logical",
+    # For the tests of what a prepared transaction holds up; without them the default of 0 forbids these.
+    "max_prepared_transactions": "8",
     "timezone": "UTC",
     "log_timezone": "UTC",
     "lc_messages": "C",

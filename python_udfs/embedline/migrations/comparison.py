@@ -174,8 +174,9 @@ def _require_same_source(found: int | None, declared: DeclaredPipeline, stored: 
     # None: the table comes with this revision, or was renamed in the models first.
     if found is not None and found != stored.values["source_oid"]:
         raise CommandError(
-            f'pipeline "{stored.name}" watches {stored.values["source"]}, not {source}. HINT: A pipeline keeps its source: '
-            "declare one of another name, and list this one in drop.pipelines when it is no longer needed."
+            f'pipeline "{stored.name}" watches {stored.values["source"]}, not {source}. '
+            f"HINT: A revision with op.move_pipeline({stored.name!r}, {source!r}) goes over to another table of the same key; "
+            "or declare a pipeline of another name, and list this one in drop.pipelines when it is no longer needed."
         )
 
 

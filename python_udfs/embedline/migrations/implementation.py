@@ -43,6 +43,7 @@ _PIPELINE = """
     JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
     WHERE p.name = :name
 """
+_WATCHED = "SELECT EXISTS (SELECT FROM embedline.pipeline AS p WHERE p.source::oid = to_regclass(:source))"
 _VERSION = """
     SELECT jsonb_build_object('model', m.name, 'column_type', v.column_type, 'distance', v.distance,
         'index_method', v.index_method, 'index_options', v.index_options, 'chunking', s.chunking,
@@ -121,6 +122,23 @@ def drop_pipeline(operations: Operations, operation: ops.DropPipelineOp) -> None
 def alter_pipeline(operations: Operations, operation: ops.AlterPipelineOp) -> None:
     """Change the pipeline; the same change twice changes nothing."""
     _run(operations, call("alter_pipeline", operation.written()))
+
+
+@Operations.implementation_for(ops.MovePipelineOp)
+def move_pipeline(operations: Operations, operation: ops.MovePipelineOp) -> None:
+    """Go over to the table; a second run finds the pipeline there."""
+    arguments = {"name": operation.name, "new_source": Cast(operation.new_source, "regclass")}
+    _run(operations, call("move_pipeline", arguments))
+
+
+@Operations.implementation_for(ops.AlterSourceOp)
+def alter_source(operations: Operations, operation: ops.AlterSourceOp) -> None:
+    """Run the statement in the migration's transaction, or by itself where no pipeline watches the table any more."""
+    arguments = {"source": Cast(operation.source, "regclass"), "statement": operation.statement}
+    is_watched = _is_offline(operations) or (
+        is_installed(operations.get_bind()) and _scalar(operations, _WATCHED, source=operation.source)
+    )
+    _run(operations, call("alter_source", arguments) if is_watched else operation.statement)
 
 
 @Operations.implementation_for(ops.AddEmbeddingVersionOp)

@@ -183,6 +183,56 @@ class AlterPipelineOp(PipelineOperation):
         return AlterPipelineOp(self.name, **kept, drop=drop, before=after)
 
 
+@Operations.register_operation("move_pipeline")
+@dataclass(eq=False)
+class MovePipelineOp(PipelineOperation):
+    """Watch another table of the same key and columns; as embedline.move_pipeline."""
+
+    operation: ClassVar[str] = "move_pipeline"
+    name: str
+    new_source: str
+    old_source: str | None = None
+
+    @classmethod
+    def move_pipeline(cls, operations: Operations, name: str, new_source: str, *, old_source: str | None = None) -> Any:
+        """Go over to another table; `old_source` is the table that a downgrade goes back to."""
+        return operations.invoke(cls(name, new_source, old_source))
+
+    def reverse(self) -> MovePipelineOp:
+        """Go back to the table before, where the operation says which one that was."""
+        if self.old_source is None:
+            raise ValueError(
+                f"op.move_pipeline({self.name!r}, ...) does not say what the table was before: give old_source"
+            )
+        return MovePipelineOp(self.name, self.old_source, self.new_source)
+
+
+@Operations.register_operation("alter_source")
+@dataclass(eq=False)
+class AlterSourceOp(PipelineOperation):
+    """Run a statement that changes a source while the views of its pipelines are away; as embedline.alter_source."""
+
+    operation: ClassVar[str] = "alter_source"
+    source: str
+    statement: str
+    reverse_statement: str | None = None
+
+    @classmethod
+    def alter_source(
+        cls, operations: Operations, source: str, statement: str, *, reverse_statement: str | None = None
+    ) -> Any:
+        """Change a column that the views of a pipeline show, or drop it; the views come back in the same transaction."""
+        return operations.invoke(cls(source, statement, reverse_statement))
+
+    def reverse(self) -> AlterSourceOp:
+        """Run the statement that undoes the change, where the operation gives one."""
+        if self.reverse_statement is None:
+            raise ValueError(
+                f"op.alter_source({self.source!r}, ...) does not say how it is undone: give reverse_statement"
+            )
+        return AlterSourceOp(self.source, self.reverse_statement, self.statement)
+
+
 @Operations.register_operation("add_embedding_version")
 @dataclass(eq=False)
 class AddEmbeddingVersionOp(PipelineOperation):

@@ -1,0 +1,64 @@
+"""Going over to another table: one that has taken the source's place, or holds its rows from now on."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from embedline import capture, row_keys
+from embedline.capture import KeyColumn
+from embedline.catalog import Pipeline
+from embedline.changed_keys import KeySwap
+from embedline.database import Session, entry_point, quote_ident, retry_locked
+from embedline.following import accept_source, being_reshaped
+from embedline.models import caller
+from embedline.pipelines import bound_lock_wait, load_alone, load_source, require_control, source_oid
+from embedline.reshaping import Reshaping
+from embedline.source import Source
+
+_TRIGGERS = """
+    SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass) AS statement FROM pg_trigger AS t
+    WHERE t.tgrelid = $1::oid AND t.tgname = ANY ($2)
+"""
+
+
+@entry_point
+def move_pipeline(session: Session, name: str, new_source: str) -> None:
+    """Have a pipeline watch another table of the same key and columns; what is the same there is not embedded again.
+
+    Search goes on with what is stored: its views and functions are exchanged at the end, in milliseconds. Workers then
+    compare each row of the table with what is stored, and take away what has no row any more.
+    """
+    require_control(session, name)
+    target = load_source(session, source_oid(session, new_source), caller(session))
+    bound_lock_wait(session)
+    pipeline = load_alone(session, name, holds_source=False)
+    if target.oid == pipeline.source_oid:
+        accept_source(session, name)
+        session.plpy.notice(f'pipeline "{name}" watches {target.qualified} already')
+        return
+    lock = f"LOCK TABLE {target.qualified} IN SHARE ROW EXCLUSIVE MODE"
+    retry_locked(session, lambda: session.execute(lock), "the new source")
+    swap = KeySwap.wanted(session, pipeline, target, is_moved=True)
+    if not swap.is_needed:
+        _queue_gone(session, pipeline, target, swap.keys)
+    with being_reshaped(session, [name]):
+        reshaping = Reshaping(session, [pipeline])
+        retry_locked(session, lambda: _drop_triggers(session, pipeline), "the source")
+        take_away = partial(reshaping.take_away, ranks_on=not swap.is_needed)
+        retry_locked(session, take_away, "a view of the pipeline")
+        reshaping.put_back(target.oid, reads_again=True)
+
+
+def _drop_triggers(session: Session, pipeline: Pipeline) -> None:
+    """End the capture of the table that was watched, if it is still there."""
+    names = [capture.trigger_name(pipeline.name, event) for event in ("insert", "update", "delete", "truncate")]
+    for row in session.query(_TRIGGERS, ["bigint", "name[]"], pipeline.source_oid, names):
+        session.execute(str(row["statement"]))
+
+
+def _queue_gone(session: Session, pipeline: Pipeline, source: Source, keys: tuple[KeyColumn, ...]) -> None:
+    """Queue the documents that have no row in the other table: workers take them away. Reads keys alone."""
+    rows = source.qualified if source.partitioned else f"ONLY {source.qualified}"
+    same = " AND ".join(f"s.{quote_ident(key.source_name)} = d.{quote_ident(key.name)}" for key in keys)
+    gone = f"{pipeline.document} AS d"
+    session.execute(row_keys.enqueue(pipeline, gone, f"NOT EXISTS (SELECT FROM {rows} AS s WHERE {same})"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from embedline import backfill, circuit, inbox, outbox, spending, version_queue
+from embedline import backfill, circuit, deletions, inbox, outbox, spending, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline
 from embedline.database import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers
@@ -18,6 +19,8 @@ from embedline.work import work_of
 
 # Rows of the inbox that a claim moves on at most where tenants have their turns: each must be seen to have one.
 _ROWS_MOVED_FOR_TENANTS = 20_000
+# Seconds to wait before looking again at deleted rows whose vectors earlier changes may still use.
+_DELETIONS_SECONDS = 0.2
 
 
 class Claimant:
@@ -36,6 +39,9 @@ class Claimant:
         self.is_isolating = False
         # Whom `claim` was asking when it failed.
         self.asking: Pipeline | None = None
+        # Whether the last `claim` removed what is stored of deleted rows, and when to look for more of each pipeline.
+        self.has_removed = False
+        self._deletions_at: dict[int, float] = {}
         # Pipelines whose budget or rate limit lets nothing through at the moment.
         self.out_of_money: set[int] = set()
         # Pipelines whose source cannot be read at the moment.
@@ -55,6 +61,7 @@ class Claimant:
         """
         if is_idle:
             self.end_isolation()
+        self.has_removed = False
         by_id = {pipeline.lane_id: pipeline for pipeline in pipelines}
         live = live_workers(self.session)
         asked: list[int] = []
@@ -114,6 +121,8 @@ class Claimant:
         if waiting["orphaned"]:
             _take_over(self.session, pipeline)
             waiting = self._look(pipeline, live)
+        if waiting["deleted"]:
+            self._remove_deleted(pipeline)
         # Suspects go a few at a time: whatever else waits has a turn in between.
         is_others_turn = pipeline.pipeline_id in self._had_suspects and (waiting["queued"] or waiting["unread"])
         self._had_suspects.discard(pipeline.pipeline_id)
@@ -173,6 +182,7 @@ class Claimant:
         return self.session.query(
             f"""
             SELECT s.fresh, s.due, s.fresh OR s.due AS queued, s.unread,
+                EXISTS (SELECT FROM {pipeline.generated("deleted")}) AS deleted,
                 EXISTS (SELECT FROM {pipeline.outbox} WHERE claimed_by IS NULL AND crash_count > 0
                     AND not_before <= (SELECT clock_timestamp()))
                 OR EXISTS (SELECT FROM embedline.backfill_range WHERE pipeline_id = $2 AND NOT done
@@ -194,6 +204,16 @@ class Claimant:
             live,
             pipeline.pipeline_id,
         )[0]
+
+    def _remove_deleted(self, pipeline: Pipeline) -> None:
+        """Remove some of what is stored of deleted rows; where it must stay for now, look again a little later."""
+        now = time.monotonic()
+        if self.worker_id is not None and now < self._deletions_at.get(pipeline.pipeline_id, 0.0):
+            return
+        if deletions.remove_some(self.session, pipeline):
+            self.has_removed = True
+        else:
+            self._deletions_at[pipeline.pipeline_id] = now + _DELETIONS_SECONDS
 
     def _isolate(self) -> bool:
         """Take the lock under which suspects are tried: one session at a time, so that a crash accuses few others."""
@@ -240,7 +260,9 @@ class Claimant:
                 return Batch(pipeline, found)
         self._had_retries.discard(pipeline.pipeline_id)
         claimed = inbox.claim_inbox(self.session, pipeline, limit, self.worker_id, live) if waiting["fresh"] else None
-        return Batch(pipeline, claimed.rows, claimed.claim_id) if claimed and claimed.rows else None
+        if claimed is None or not claimed.rows:
+            return None
+        return Batch(pipeline, claimed.rows, claimed.claim_id, enqueued_at=claimed.enqueued_at)
 
     def _lock_claims(self, pipeline: Pipeline) -> list[int]:
         """Let claims of one pipeline follow each other, each a few milliseconds; return the workers that are alive then.

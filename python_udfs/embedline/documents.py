@@ -151,8 +151,11 @@ def still_current(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> 
         *arrays,
     )
     free = {row["ordinality"] - 1 for row in locked}
+    marks = hidden_marks(session, pipeline, keys)
     read = read_rows(session, pipeline, keys, _ALL_BYTES)
-    return {index for index, row in read.items() if (row.current or row.given_up) and index in free}
+    current = {index for index, row in read.items() if (row.current or row.given_up) and index in free}
+    show_again(session, pipeline, marks, current)
+    return current
 
 
 def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
@@ -259,6 +262,7 @@ def write_documents(
     """
     result = WriteResult()
     fresh, free = _place_documents(session, pipeline, documents)
+    marks = hidden_marks(session, pipeline, [document.key for document in documents])
     ready = _unchanged(session, pipeline, documents, fresh | free, result)
     # Of new documents, too: a chunk whose document row was lost must not stay beside the new one.
     stored = _stored_chunks(session, pipeline, documents, ready, pipeline.chunk_set)
@@ -283,7 +287,40 @@ def write_documents(
     _take_back(session, pipeline, [documents[i] for i in sorted(fresh - written)])
     if written:
         forget_dead_letters(session, pipeline, [documents[i].key for i in result.written])
+        show_again(session, pipeline, marks, written)
     return result
+
+
+def hidden_marks(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> dict[int, list[str]]:
+    """Lock the marks that hide the chunks of keys; return their places, by index of the key.
+
+    The marks must be collected before the source is read: one that comes after belongs to a row which that reading did not
+    see, and its chunks must stay hidden.
+    """
+    hidden = pipeline.generated("hidden")
+    if not session.scalar(f"SELECT EXISTS (SELECT FROM {hidden})"):
+        return {}
+    rows = session.query(
+        f"""
+        SELECT k.ordinality, h.ctid::text AS place
+        FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        JOIN {hidden} AS h ON {pipeline.key_join("h", "k")} FOR UPDATE OF h SKIP LOCKED
+        """,
+        pipeline.key_parameter_types,
+        *key_columns(keys, len(pipeline.key_columns)),
+    )
+    marks: dict[int, list[str]] = {}
+    for row in rows:
+        marks.setdefault(int(row["ordinality"]) - 1, []).append(row["place"])
+    return marks
+
+
+def show_again(session: Session, pipeline: Pipeline, marks: Mapping[int, list[str]], indexes: Collection[int]) -> None:
+    """Take marks away: the chunks of these keys are those of their rows."""
+    places = [place for index in indexes for place in marks.get(index, ())]
+    if places:
+        hidden = pipeline.generated("hidden")
+        session.query(f"DELETE FROM {hidden} WHERE ctid = ANY ($1::text[]::tid[])", ["text[]"], places)
 
 
 def _share_versions(session: Session, pipeline: Pipeline) -> bool:
@@ -706,21 +743,90 @@ def _update_state(session: Session, pipeline: Pipeline, documents: Sequence[Docu
 
 
 def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> list[int]:
-    """Remove chunks and state of keys whose row is gone or filtered out; return the indexes that are still there after all."""
+    """Remove chunks and state of keys that the filter refuses; return the indexes that are to be embedded after all.
+
+    What is stored of keys without a row is left to `deletions`, which waits for those that could use its vectors.
+    """
     keys = [document.key for document in documents]
     # A row of ours first, as in write_documents: a writer who is about to bring the key back has to wait for it.
     fresh, free = _place_documents(session, pipeline, [Document(ClaimedRow(key)) for key in keys])
-    present = {i for i, row in read_rows(session, pipeline, keys, 0).items() if row.accepted}
-    gone = sorted((fresh | free) - present)
-    arrays = key_columns([keys[i] for i in gone], len(pipeline.key_columns))
-    for table in (*pipeline.chunk_tables, pipeline.document) if gone else ():
+    read = read_rows(session, pipeline, keys, 0)
+    missing = set(range(len(keys))) - set(read)
+    present = {i for i, row in read.items() if row.accepted}
+    gone = sorted((fresh | free) - present - missing)
+    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & (present | missing))])
+    queue_deleted(session, pipeline, [keys[i] for i in sorted(missing)])
+    forget_keys(session, pipeline, [keys[i] for i in gone])
+    return [i for i in range(len(keys)) if i not in missing and i not in set(gone)]
+
+
+def remove_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> list[Key]:
+    """Remove chunks and state of keys that have no row; return those that another session has in hand.
+
+    A key that has a row again is left alone: its insertion has queued it.
+    """
+    stored = _with_storage(session, pipeline, keys)
+    if not stored:
+        return []
+    documents = [Document(ClaimedRow(key)) for key in stored]
+    fresh, free = _place_documents(session, pipeline, documents)
+    rows = session.query(
+        f"""
+        SELECT k.ordinality
+        FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        JOIN {pipeline.generated("present")}({pipeline.key_arrays()}) AS p ({pipeline.key_list})
+            ON {pipeline.key_join("p", "k")}
+        """,
+        pipeline.key_parameter_types,
+        *key_columns(stored, len(pipeline.key_columns)),
+    )
+    present = {int(row["ordinality"]) - 1 for row in rows}
+    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & present)])
+    forget_keys(session, pipeline, [stored[i] for i in sorted((fresh | free) - present)])
+    return [key for i, key in enumerate(stored) if i not in fresh | free | present]
+
+
+def queue_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key], enqueued_at: str | None = None) -> None:
+    """Queue keys as those of deleted rows, if something is stored of them."""
+    stored = _with_storage(session, pipeline, keys)
+    if stored:
+        count = len(pipeline.key_columns)
+        session.query(
+            f"INSERT INTO {pipeline.generated('deleted')} ({pipeline.key_list}, enqueued_at)"
+            f" VALUES ({pipeline.key_arrays()}, coalesce(${count + 1}::timestamptz, now()))",
+            [*pipeline.key_parameter_types, "text"],
+            *key_columns(stored, count),
+            enqueued_at,
+        )
+
+
+def _with_storage(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> list[Key]:
+    """Return those of the keys that have a document, chunks or a mark."""
+    if not keys:
+        return []
+    held = " OR ".join(
+        f"EXISTS (SELECT FROM {table} AS t WHERE {pipeline.key_join('t', 'k')})"
+        for table in (pipeline.document, *pipeline.chunk_tables, pipeline.generated("hidden"))
+    )
+    rows = session.query(
+        f"SELECT k.ordinality FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)"
+        f" WHERE {held} ORDER BY 1",
+        pipeline.key_parameter_types,
+        *key_columns(keys, len(pipeline.key_columns)),
+    )
+    return [keys[int(row["ordinality"]) - 1] for row in rows]
+
+
+def forget_keys(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:
+    """Remove all that is stored of keys whose document rows are locked. Without chunks there is nothing left to hide."""
+    if not keys:
+        return
+    arrays = key_columns(keys, len(pipeline.key_columns))
+    for table in (*pipeline.chunk_tables, pipeline.document, pipeline.generated("hidden")):
         session.query(
             f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
             f" WHERE {pipeline.key_join('t', 'k')}",
             pipeline.key_parameter_types,
             *arrays,
         )
-    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & present)])
-    if gone:
-        forget_dead_letters(session, pipeline, [keys[i] for i in gone])
-    return [i for i in range(len(keys)) if i not in set(gone)]
+    forget_dead_letters(session, pipeline, keys)

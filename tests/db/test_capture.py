@@ -80,7 +80,7 @@ def test_what_a_savepoint_rolls_back_is_not_captured(pages: psycopg.Connection) 
             pages.execute("INSERT INTO page (id, title, body) VALUES (100, 'discarded', 'too')")
             pages.execute("DELETE FROM page WHERE id = 3")
         pages.execute("DELETE FROM page WHERE id = 4")
-    assert queued(pages) == 1
+    assert queued(pages) == 2
     assert drain(pages) == 1
     assert_exact(pages)
 
@@ -117,13 +117,18 @@ def test_a_change_and_its_reversal_end_as_they_began(pages: psycopg.Connection) 
     assert_exact(pages)
 
 
-def test_a_delete_takes_the_chunks_away_in_the_same_transaction(pages: psycopg.Connection, connect: Connect) -> None:
+def test_a_deleted_row_cannot_be_found_and_a_worker_removes_its_chunks(
+    pages: psycopg.Connection, connect: Connect
+) -> None:
     application = connect(autocommit=False)
     application.execute("DELETE FROM page WHERE id <= 5")
-    assert data_count(application, "page_chunk") == data_count(application, "page_v1") == 15
-    assert data_count(pages, "page_chunk") == 20
+    assert scalar(application, "SELECT count(*) FROM page_embedding") == 15
+    assert scalar(pages, "SELECT count(*) FROM page_embedding") == 20
     application.commit()
-    assert queued(pages) == 0
+    assert {int(key) for key, _, _ in searching(pages, "page", "Body number", 20)} == set(range(6, 21))
+    assert queued(pages) == 5
+    assert drain(pages) == 0
+    assert data_count(pages, "page_chunk") == data_count(pages, "page_v1") == 15
     assert_exact(pages)
 
 

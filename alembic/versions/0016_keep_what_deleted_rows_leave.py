@@ -1,6 +1,6 @@
-"""Leave what is stored of deleted rows to the workers: a table of deleted keys and one of hidden keys for each pipeline.
+"""Leave what is stored of deleted rows to the workers: tables of deleted keys, hidden keys and vectors to lend.
 
-What: embedline_data.<pipeline>_deleted and <pipeline>_hidden; triggers, views and searches are written again by the replay
+What: embedline_data.<pipeline>_deleted, <pipeline>_hidden and <pipeline>_lent; triggers, views and searches are written again by the replay
 that follows. Lock: none on any table that is there. How long: under a second. Undo: `alembic downgrade 0011`; keys that wait
 go to the inbox, documents whose chunks are hidden are embedded again, and the table <pipeline>_hidden stays, because views
 read it until the next replay.
@@ -30,6 +30,7 @@ UPGRADE = (
         pipeline record;
         deleted text;
         hidden text;
+        lent text;
         key_name name;
     BEGIN
         FOR pipeline IN
@@ -59,10 +60,20 @@ UPGRADE = (
                 pipeline.keys);
             EXECUTE format('COMMENT ON TABLE %s IS %L', hidden,
                 'Keys whose stored chunks are those of an earlier row of the same key: views and searches leave them out');
-            EXECUTE format('REVOKE ALL ON TABLE %s, %s FROM public', deleted, hidden);
+            lent := format('embedline_data.%I', pipeline.name || '_lent');
+            EXECUTE format('CREATE TABLE %s (version_id bigint NOT NULL, content_hash uuid NOT NULL, vector bytea NOT NULL,'
+                ' kept_at timestamptz NOT NULL DEFAULT now())', lent);
+            EXECUTE format('CREATE INDEX %I ON %s (content_hash)', pipeline.name || '_lent_hash_idx', lent);
+            EXECUTE format('COMMENT ON TABLE %s IS %L', lent,
+                'Vectors of chunks that a new row of the same key has replaced, until no earlier change waits that could use'
+                ' them');
+            EXECUTE format('REVOKE ALL ON TABLE %s, %s, %s FROM public', deleted, hidden, lent);
+            EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', deleted);
+            EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', hidden);
+            EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', lent);
             EXECUTE format('GRANT SELECT ON %s TO embedline_reader', hidden);
             IF pipeline.owner IS NOT NULL THEN
-                EXECUTE format('GRANT SELECT ON %s, %s TO %s', deleted, hidden, pipeline.owner);
+                EXECUTE format('GRANT SELECT ON %s, %s, %s TO %s', deleted, hidden, lent, pipeline.owner);
             END IF;
         END LOOP;
     END
@@ -97,7 +108,8 @@ DOWNGRADE = (
                     pipeline.name || '_hidden', pipeline.same);
             END LOOP;
             EXECUTE format('TRUNCATE embedline_data.%I', pipeline.name || '_hidden');
-            EXECUTE format('DROP TABLE embedline_data.%I', pipeline.name || '_deleted');
+            EXECUTE format('DROP TABLE embedline_data.%I, embedline_data.%I', pipeline.name || '_deleted',
+                pipeline.name || '_lent');
         END LOOP;
     END
     $do$

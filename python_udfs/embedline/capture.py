@@ -33,7 +33,7 @@ FUNCTIONS = (
 TRIGGER_FUNCTIONS = ("capture_insert", "capture_update", "capture_delete", "capture_truncate")
 
 # Suffixes of the tables that belong to a pipeline and to none of its chunk sets or versions.
-TABLES = ("inbox", "deleted", "hidden", "claim", "outbox", "document")
+TABLES = ("inbox", "deleted", "hidden", "lent", "claim", "outbox", "document")
 
 CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "embedding")
 
@@ -49,6 +49,9 @@ SEEN_COMMENT = (
 )
 HIDDEN_COMMENT = (
     "Keys whose stored chunks are those of an earlier row of the same key: views and searches leave them out"
+)
+LENT_COMMENT = (
+    "Vectors of chunks that a new row of the same key has replaced, until no earlier change waits that could use them"
 )
 RECIPE_COMMENT = "Stamp of the versions'' fingerprints that the document was cut by; with another one it is cut anew"
 PREFIX_COMMENT = "Text put before the chunk for embedding, NULL if none"
@@ -250,8 +253,8 @@ def chunk_set_statements(plan: CapturePlan, number: int) -> list[str]:
 
 
 def deletion_statements(plan: CapturePlan) -> list[str]:
-    """Tables of deleted keys, as applications append them, and of keys whose stored chunks no view shows."""
-    deleted, hidden = plan.generated("deleted"), plan.generated("hidden")
+    """Tables of deleted keys, as applications append them, of keys whose chunks no view shows, and of vectors to lend."""
+    deleted, hidden, lent = (plan.generated(suffix) for suffix in ("deleted", "hidden", "lent"))
     arrays = ", ".join(
         f"{quote_ident(key.name)} {key.type}[]{f' COLLATE {key.collation}' if key.collation else ''} NOT NULL"
         for key in plan.keys
@@ -271,7 +274,23 @@ def deletion_statements(plan: CapturePlan) -> list[str]:
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
         f"CREATE INDEX {quote_ident(plan.name + '_hidden_key_idx')} ON {hidden} ({plan.key_names})",
         f"COMMENT ON TABLE {hidden} IS '{HIDDEN_COMMENT}'",
-        *(f"REVOKE ALL ON TABLE {table} FROM public" for table in (deleted, hidden)),
+        f"""CREATE TABLE {lent} (
+            version_id bigint NOT NULL,
+            content_hash uuid NOT NULL,
+            vector bytea NOT NULL,
+            kept_at timestamptz NOT NULL DEFAULT now()
+        )""",
+        f"CREATE INDEX {quote_ident(plan.name + '_lent_hash_idx')} ON {lent} (content_hash)",
+        f"COMMENT ON TABLE {lent} IS '{LENT_COMMENT}'",
+        *(
+            statement
+            for table in (deleted, hidden, lent)
+            for statement in (
+                f"REVOKE ALL ON TABLE {table} FROM public",
+                # They have no key, and a publication of all tables would refuse to delete from them.
+                f"ALTER TABLE {table} REPLICA IDENTITY FULL",
+            )
+        ),
     ]
 
 
@@ -531,7 +550,7 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
     of_statement = plan.capture == "statement"
     for event, row, rows in (("insert", "NEW", "new_rows"), ("update", "OLD", None), ("delete", "OLD", "old_rows")):
         bodies[event] = _type_guard(plan, row, rows if of_statement else None) + bodies[event]
-    emptied = ("inbox", "deleted", "hidden", "outbox", "document")
+    emptied = ("inbox", "deleted", "hidden", "lent", "outbox", "document")
     tables = ", ".join([*(plan.generated(suffix) for suffix in emptied), *plan.chunk_tables])
     listed = ", ".join(quote_ident(key.name) for key in plan.keys)
     bodies["truncate"] = f"""
@@ -759,9 +778,10 @@ def view_query(
 
 
 def is_shown(plan: CapturePlan, chunk: str) -> str:
-    """The condition that a chunk is not hidden, in a form of which the planner makes no join.
+    """The condition that a chunk is not hidden.
 
-    As a filter it leaves every plan as it is; as an anti-join it would enter the estimates that keep the index in use.
+    An anti-join over the index of a table that is nearly always empty. As a subquery under CASE it had the table read whole
+    for each search, and a filter on 400 of 40,000 rows took 15 ms in place of 3.
     """
     same = " AND ".join(f"h.{quote_ident(key.name)} = {chunk}.{quote_ident(key.name)}" for key in plan.keys)
-    return f"CASE WHEN EXISTS (SELECT FROM {plan.generated('hidden')} AS h WHERE {same}) THEN false ELSE true END"
+    return f"NOT EXISTS (SELECT FROM {plan.generated('hidden')} AS h WHERE {same})"

@@ -182,7 +182,8 @@ class Claimant:
         return self.session.query(
             f"""
             SELECT s.fresh, s.due, s.fresh OR s.due AS queued, s.unread,
-                EXISTS (SELECT FROM {pipeline.generated("deleted")}) AS deleted,
+                EXISTS (SELECT FROM {pipeline.generated("deleted")})
+                OR EXISTS (SELECT FROM {pipeline.generated("lent")}) AS deleted,
                 EXISTS (SELECT FROM {pipeline.outbox} WHERE claimed_by IS NULL AND crash_count > 0
                     AND not_before <= (SELECT clock_timestamp()))
                 OR EXISTS (SELECT FROM embedline.backfill_range WHERE pipeline_id = $2 AND NOT done

@@ -61,6 +61,22 @@ _NOTE = """
     )
     SELECT count(*) FROM noted
 """
+# What was kept of replaced chunks. Lists of other versions come after the chunks that they ask for: all must be through.
+_FORGET = """
+    WITH oldest AS MATERIALIZED (
+        SELECT least(
+            (SELECT min(i.enqueued_at) FROM {inbox} AS i),
+            (SELECT min(c.enqueued_at) FROM {claim} AS c),
+            (SELECT min(o.enqueued_at) FROM {outbox} AS o)) AS enqueued_at
+    )
+    DELETE FROM {lent} WHERE ctid = ANY (ARRAY(
+        SELECT t.ctid FROM {lent} AS t
+        WHERE (t.kept_at < coalesce((SELECT o.enqueued_at FROM oldest AS o), 'infinity') AND NOT EXISTS (
+                SELECT FROM embedline.version_queue AS q JOIN embedline.version AS v USING (version_id)
+                WHERE v.pipeline_id = $1 AND q.chunk_ids IS NOT NULL))
+            OR t.kept_at < clock_timestamp() - interval '{longest}'
+        FOR UPDATE SKIP LOCKED))
+"""
 
 
 def remove_some(session: Session, pipeline: Pipeline) -> bool:
@@ -73,6 +89,7 @@ def remove_some(session: Session, pipeline: Pipeline) -> bool:
         "claim": pipeline.generated("claim"),
         "outbox": pipeline.outbox,
         "deleted": pipeline.generated("deleted"),
+        "lent": pipeline.generated("lent"),
         "first": pipeline.quoted_key_columns[0],
         "keys": pipeline.key_list,
         "arrays": ", ".join(f"taken.{column}" for column in pipeline.quoted_key_columns),
@@ -80,6 +97,8 @@ def remove_some(session: Session, pipeline: Pipeline) -> bool:
         "longest": _LONGEST_WAIT,
         "earlier": _EARLIER,
     }
+    if session.scalar(f"SELECT EXISTS (SELECT FROM {names['lent']})"):
+        session.query(_FORGET.format(**names), ["bigint"], pipeline.pipeline_id)
     has_others = len(pipeline.versions) > 1
     noted = int(session.scalar(_NOTE.format(**names))) if has_others else 0
     take = _TAKE.format(**names, is_ready=_SEEN if has_others else f"$2 IS NOT NULL AND {_EARLIER}")

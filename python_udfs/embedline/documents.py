@@ -169,7 +169,51 @@ def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes])
         missing = [digest for digest in digests if digest not in found]
         if missing:
             found |= _lend(session, lender, missing)
+    missing = [digest for digest in digests if digest not in found]
+    if missing and session.scalar(f"SELECT EXISTS (SELECT FROM {pipeline.generated('lent')})"):
+        for lender in _lenders(session, pipeline):
+            found = _lend_kept(session, lender, missing) | found
     return found
+
+
+def _lend_kept(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
+    """Return vectors of chunks that are replaced already but may be asked for under another key."""
+    if pipeline.version.vectors_valid_from is not None:
+        return {}
+    rows = session.query(
+        f"""
+        SELECT DISTINCT ON (l.content_hash) uuid_send(l.content_hash) AS digest, l.vector
+        FROM unnest($1::uuid[]) AS w (content_hash) JOIN {pipeline.generated("lent")} AS l USING (content_hash)
+        WHERE l.version_id = $2
+        """,
+        ["text[]", "bigint"],
+        [digest.hex() for digest in digests],
+        pipeline.version.version_id,
+    )
+    if not rows:
+        return {}
+    matrix = vectors.vectors_from_send([row["vector"] for row in rows], pipeline.version.column_type)
+    return {bytes(row["digest"]): matrix[i] for i, row in enumerate(rows)}
+
+
+def _keep_vectors(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, chunk_ids: Sequence[int]) -> None:
+    """Keep the vectors of chunks that are about to go: keys were moved, and another row may ask for these texts."""
+    if not chunk_ids:
+        return
+    schema = vector_schema(session)
+    for version in load_versions(session, pipeline.name):
+        if version.chunk_set.number == chunk_set.number:
+            sent = f"{schema}.{version.version.column_type}_send(v.{quote_ident(version.version.column)})"
+            session.query(
+                f"""
+                INSERT INTO {pipeline.generated("lent")} (version_id, content_hash, vector)
+                SELECT $2, c.content_hash, {sent} FROM {version.chunk} AS c
+                JOIN {version.vectors} AS v ON v.chunk_id = c.chunk_id WHERE c.chunk_id = ANY ($1)
+                """,
+                ["bigint[]", "bigint"],
+                list(chunk_ids),
+                version.version.version_id,
+            )
 
 
 def _lenders(session: Session, pipeline: Pipeline) -> list[Pipeline]:
@@ -266,7 +310,7 @@ def write_documents(
     ready = _unchanged(session, pipeline, documents, fresh | free, result)
     # Of new documents, too: a chunk whose document row was lost must not stay beside the new one.
     stored = _stored_chunks(session, pipeline, documents, ready, pipeline.chunk_set)
-    changes = _Changes()
+    changes, replaced = _Changes(), list[int]()
     for index in ready:
         document = documents[index]
         change = _diff(stored[index], document.chunks) if stored[index] else ([], [], document.chunks)
@@ -276,12 +320,15 @@ def write_documents(
             continue
         changes.add(document.key, change)
         result.written.append(index)
+        if index in marks:
+            replaced += change[0]
+    _keep_vectors(session, pipeline, pipeline.chunk_set, replaced)
     ids = _apply(session, pipeline, pipeline.chunk_set, changes)
     if ids.size:
         copy_vectors(session, pipeline, ids, stacked([known[chunk.digest] for _, chunk in changes.added]))
         enqueue_chunks(session, pipeline.other_versions(pipeline.chunk_set.number), ids, of_backfill=of_backfill)
     for chunk_set in pipeline.other_sets:
-        _write_other_set(session, pipeline, chunk_set, documents, result.written, of_backfill=of_backfill)
+        _write_other_set(session, pipeline, chunk_set, documents, result.written, set(marks), of_backfill=of_backfill)
     written = set(result.written)
     _update_state(session, pipeline, [documents[i] for i in result.written if i in free])
     _take_back(session, pipeline, [documents[i] for i in sorted(fresh - written)])
@@ -348,15 +395,20 @@ def _write_other_set(
     chunk_set: ChunkSet,
     documents: Sequence[Document],
     written: Sequence[int],
+    marked: Collection[int],
     *,
     of_backfill: bool,
 ) -> None:
     """Write the documents' chunks of another set; the versions that embed them are left to their own time."""
     stored = _stored_chunks(session, pipeline, documents, written, chunk_set)
-    changes = _Changes()
+    changes, replaced = _Changes(), list[int]()
     for index in written:
         document = documents[index]
-        changes.add(document.key, _diff(stored[index], document.other_chunks.get(chunk_set.number, [])))
+        change = _diff(stored[index], document.other_chunks.get(chunk_set.number, []))
+        changes.add(document.key, change)
+        if index in marked:
+            replaced += change[0]
+    _keep_vectors(session, pipeline, chunk_set, replaced)
     ids = _apply(session, pipeline, chunk_set, changes)
     if ids.size:
         enqueue_chunks(session, pipeline.other_versions(chunk_set.number), ids, of_backfill=of_backfill)

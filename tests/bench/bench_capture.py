@@ -45,7 +45,7 @@ EMBEDDED = (
 # Label, statement, limit of the ratio, rows that it must put into the outbox.
 INSERT = ("INSERT of 50,000 rows", "INSERT INTO {} SELECT * FROM bench_rows", 1.6, ROWS)
 DELETE = "DELETE FROM {}"
-RELOAD = f"BEGIN; {DELETE}; {INSERT[1]}; COMMIT"
+RELOAD = "BEGIN; DELETE FROM {0}; INSERT INTO {0} SELECT * FROM bench_rows; COMMIT"
 FORGET = "TRUNCATE embedline_data.bench_document, embedline_data.bench_chunk CASCADE"
 OPERATIONS: tuple[tuple[str, str, float | None, int], ...] = (
     INSERT,

@@ -98,6 +98,23 @@ def test_a_key_move_pays_for_nothing_and_shows_no_foreign_chunk(
     assert data_count(paid, "page_hidden") == data_count(paid, "page_deleted") == 0
 
 
+@pytest.mark.parametrize("move", ["id + 1000", "id * 7 % 61 + 1000"])
+def test_keys_that_change_places_pay_for_nothing_though_batches_are_small(
+    paid: psycopg.Connection, stub: StubProvider, move: str
+) -> None:
+    """Each batch replaces chunks whose texts later batches ask for."""
+    paid.execute("SELECT embedline.configure('max_rows', 5), embedline.configure('min_rows', 1)")
+    with paid.transaction():
+        paid.execute(sql.SQL("UPDATE page SET id = {}").format(sql.SQL(move)))
+        paid.execute("UPDATE page SET id = id - 999")
+    assert scalar(paid, OWN) == 0
+    work_until_idle(paid, count=2)
+    assert scalar(paid, OWN) == 0
+    assert len(shown(paid)) == ROWS
+    assert stub.texts_seen() == {}
+    assert [data_count(paid, f"page_{suffix}") for suffix in ("hidden", "deleted", "lent")] == [0, 0, 0]
+
+
 def test_a_reload_with_other_keys_by_several_workers_pays_for_nothing(
     paid: psycopg.Connection, stub: StubProvider
 ) -> None:

@@ -1,9 +1,9 @@
 """Leave what is stored of deleted rows to the workers: tables of deleted keys, hidden keys and vectors to lend.
 
-What: embedline_data.<pipeline>_deleted, <pipeline>_hidden and <pipeline>_lent; triggers, views and searches are written again by the replay
-that follows. Lock: none on any table that is there. How long: under a second. Undo: `alembic downgrade 0011`; keys that wait
-go to the inbox, documents whose chunks are hidden are embedded again, and the table <pipeline>_hidden stays, because views
-read it until the next replay.
+What: embedline_data.<pipeline>_deleted, <pipeline>_hidden and <pipeline>_lent; triggers, views and searches are written again
+by the replay that follows. Lock: none on any table that is there. How long: under a second. Undo: `alembic downgrade 0011`;
+keys that wait go to the inbox, and documents whose chunks are hidden are embedded again. The first two tables stay, empty,
+because views and functions read them until the next replay.
 
 Revision ID: 0016
 Revises: 0011
@@ -42,15 +42,14 @@ UPGRADE = (
         LOOP
             deleted := format('embedline_data.%I', pipeline.name || '_deleted');
             hidden := format('embedline_data.%I', pipeline.name || '_hidden');
-            EXECUTE format('CREATE TABLE %s (LIKE embedline_data.%I INCLUDING DEFAULTS) WITH ({_SETTINGS})',
+            -- A downgrade leaves the first two.
+            EXECUTE format('CREATE TABLE IF NOT EXISTS %s (LIKE embedline_data.%I INCLUDING DEFAULTS) WITH ({_SETTINGS})',
                 deleted, pipeline.name || '_inbox');
-            EXECUTE format('ALTER TABLE %s ADD COLUMN seen_at timestamptz', deleted);
+            EXECUTE format('ALTER TABLE %s ADD COLUMN IF NOT EXISTS seen_at timestamptz', deleted);
             EXECUTE format('COMMENT ON TABLE %s IS %L', deleted,
-                'Keys of deleted rows: workers remove what is stored of them once no earlier change waits that could use'
-                ' the vectors');
+                'Keys of deleted rows: workers remove what is stored of them once no earlier change can use the vectors');
             EXECUTE format('COMMENT ON COLUMN %s.seen_at IS %L', deleted,
                 'When no earlier change waited any more; versions beside the serving one may still have chunks of it to embed');
-            -- A downgrade leaves it.
             EXECUTE format('CREATE TABLE IF NOT EXISTS %s WITH ({_SETTINGS}) AS SELECT %s FROM embedline_data.%I WITH NO DATA',
                 hidden, pipeline.keys, pipeline.name || '_document');
             FOREACH key_name IN ARRAY pipeline.key_columns LOOP
@@ -107,9 +106,9 @@ DOWNGRADE = (
                 EXECUTE format('DELETE FROM embedline_data.%I AS t USING embedline_data.%I AS h WHERE %s', stored,
                     pipeline.name || '_hidden', pipeline.same);
             END LOOP;
-            EXECUTE format('TRUNCATE embedline_data.%I', pipeline.name || '_hidden');
-            EXECUTE format('DROP TABLE embedline_data.%I, embedline_data.%I', pipeline.name || '_deleted',
-                pipeline.name || '_lent');
+            EXECUTE format('TRUNCATE embedline_data.%I, embedline_data.%I', pipeline.name || '_deleted',
+                pipeline.name || '_hidden');
+            EXECUTE format('DROP TABLE embedline_data.%I', pipeline.name || '_lent');
         END LOOP;
     END
     $do$

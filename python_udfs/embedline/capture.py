@@ -43,7 +43,9 @@ CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "
 DEFINER = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off"
 
 TENANT_COMMENT = "Whose change it is, set when it is claimed; NULL without a tenant expression"
-DELETED_COMMENT = "Keys of deleted rows: workers remove what is stored of them once no earlier change waits that could use the vectors"
+DELETED_COMMENT = (
+    "Keys of deleted rows: workers remove what is stored of them once no earlier change can use the vectors"
+)
 SEEN_COMMENT = (
     "When no earlier change waited any more; versions beside the serving one may still have chunks of it to embed"
 )

@@ -19,8 +19,9 @@ from embedline.work import work_of
 
 # Rows of the inbox that a claim moves on at most where tenants have their turns: each must be seen to have one.
 _ROWS_MOVED_FOR_TENANTS = 20_000
-# Seconds to wait before looking again at deleted rows whose vectors earlier changes may still use.
-_DELETIONS_SECONDS = 0.2
+# Seconds to wait before looking again at deleted rows whose vectors earlier changes may still use: the first time, and at
+# most. A look reads the whole queue, which may be long.
+_DELETIONS_SECONDS = (0.1, 2.0)
 
 
 class Claimant:
@@ -39,9 +40,10 @@ class Claimant:
         self.is_isolating = False
         # Whom `claim` was asking when it failed.
         self.asking: Pipeline | None = None
-        # Whether the last `claim` removed what is stored of deleted rows, and when to look for more of each pipeline.
+        # Whether the last `claim` removed what is stored of deleted rows; when to look again at each pipeline, and the
+        # seconds since the look before.
         self.has_removed = False
-        self._deletions_at: dict[int, float] = {}
+        self._deletions_at: dict[int, tuple[float, float]] = {}
         # Pipelines whose budget or rate limit lets nothing through at the moment.
         self.out_of_money: set[int] = set()
         # Pipelines whose source cannot be read at the moment.
@@ -71,6 +73,9 @@ class Claimant:
             if not self._is_blocked(pipeline):
                 claim_of = self._claim_of_version if pipeline.is_lane else self._claim_of
                 batch = claim_of(pipeline, rows(pipeline), live, is_idle, embed_backfill)
+            elif not pipeline.is_lane and not pipeline.is_hidden:
+                # What deleted rows leave needs no provider; where changes wait for one, it goes after the longest wait.
+                self._remove_deleted(pipeline)
             if batch is not None:
                 self._turns.worked(lane_id, len(batch.rows) + 1, pipeline.weight, asked)
                 return batch
@@ -209,12 +214,16 @@ class Claimant:
     def _remove_deleted(self, pipeline: Pipeline) -> None:
         """Remove some of what is stored of deleted rows; where it must stay for now, look again a little later."""
         now = time.monotonic()
-        if self.worker_id is not None and now < self._deletions_at.get(pipeline.pipeline_id, 0.0):
+        look_at, pause = self._deletions_at.get(pipeline.pipeline_id, (0.0, 0.0))
+        if self.worker_id is not None and now < look_at:
             return
-        if deletions.remove_some(self.session, pipeline):
+        if can_hold_source(self.session, pipeline) and deletions.remove_some(self.session, pipeline):
             self.has_removed = True
+            self._deletions_at.pop(pipeline.pipeline_id, None)
         else:
-            self._deletions_at[pipeline.pipeline_id] = now + _DELETIONS_SECONDS
+            shortest, longest = _DELETIONS_SECONDS
+            pause = min(max(2 * pause, shortest), longest)
+            self._deletions_at[pipeline.pipeline_id] = now + pause, pause
 
     def _isolate(self) -> bool:
         """Take the lock under which suspects are tried: one session at a time, so that a crash accuses few others."""

@@ -97,8 +97,13 @@ def remove_some(session: Session, pipeline: Pipeline) -> bool:
         "longest": _LONGEST_WAIT,
         "earlier": _EARLIER,
     }
-    if session.scalar(f"SELECT EXISTS (SELECT FROM {names['lent']})"):
+    found = session.query(
+        f"SELECT EXISTS (SELECT FROM {names['deleted']}) AS deleted, EXISTS (SELECT FROM {names['lent']}) AS lent"
+    )[0]
+    if found["lent"]:
         session.query(_FORGET.format(**names), ["bigint"], pipeline.pipeline_id)
+    if not found["deleted"]:
+        return False
     has_others = len(pipeline.versions) > 1
     noted = int(session.scalar(_NOTE.format(**names))) if has_others else 0
     take = _TAKE.format(**names, is_ready=_SEEN if has_others else f"$2 IS NOT NULL AND {_EARLIER}")

@@ -144,7 +144,8 @@ def test_deleted_and_hidden_keys_go_down_and_up_with_their_tables(empty_database
     _alembic(empty_database_dsn, "upgrade", "head")
     tables = """
         SELECT c.relname || ' ' || coalesce(a.attname || format_type(a.atttypid, a.atttypmod) || a.attnotnull, '')
-            || c.relreplident::text || coalesce(array_to_string(c.reloptions, ' '), '') || obj_description(c.oid, 'pg_class') || c.relacl::text
+            || c.relreplident::text || coalesce(array_to_string(c.reloptions, ' '), '') || c.relacl::text
+            || obj_description(c.oid, 'pg_class')
             || coalesce(col_description(c.oid, a.attnum), '')
         FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0
         WHERE c.relname ~ '^page_(deleted|hidden|lent)$'

@@ -245,6 +245,48 @@ def test_the_application_waits_for_no_worker_that_removes_its_rows(paid: psycopg
     assert len(shown(paid)) == ROWS - 1
 
 
+def test_a_moved_row_that_an_application_has_locked_finds_its_vector_later(
+    paid: psycopg.Connection, stub: StubProvider, connect: Connect
+) -> None:
+    paid.execute("UPDATE page SET id = 1001 WHERE id = 1")
+    application = connect(autocommit=False)
+    application.execute("SELECT FROM page WHERE id = 1001 FOR UPDATE")
+    paid.execute("SELECT embed_pending(100)")
+    assert data_count(paid, "page_deleted") == 1
+    application.rollback()
+    settle(paid)
+    assert stub.texts_seen() == {}
+    assert data_count(paid, "page_chunk") == ROWS
+
+
+def test_what_deleted_rows_leave_goes_in_the_end_though_the_provider_is_away(paid: psycopg.Connection) -> None:
+    paid.execute("UPDATE page SET body = body || ' edited' WHERE id = 2")
+    paid.execute("DELETE FROM page WHERE id = 1")
+    paid.execute(
+        "INSERT INTO embedline.circuit SELECT model_id, 1, now() + interval '1 hour', 'away' FROM embedline.model"
+        " WHERE name = 'stub'"
+    )
+    paid.execute("SELECT embed_pending(100)")
+    assert data_count(paid, "page_chunk") == ROWS
+    paid.execute("UPDATE embedline_data.page_deleted SET enqueued_at = enqueued_at - interval '11 minutes'")
+    paid.execute("SELECT embed_pending(100)")
+    assert data_count(paid, "page_chunk") == ROWS - 1
+
+
+def test_no_write_waits_for_a_version_that_is_being_added(
+    paid: psycopg.Connection, stub: StubProvider, connect: Connect
+) -> None:
+    paid.execute("SELECT embedline.create_model('second', 'openai', 'second', base_url => %s)", (stub.url,))
+    operator = connect(autocommit=False)
+    operator.execute("SELECT embedline.add_embedding_version('page', 'second', index_method => 'none')")
+    application = connect()
+    application.execute("SET lock_timeout = '2s'")
+    application.execute("DELETE FROM page WHERE id = 1")
+    application.execute("INSERT INTO page VALUES (1, 'another row')")
+    application.execute("UPDATE page SET id = 1002 WHERE id = 2")
+    operator.commit()
+
+
 def test_a_partitioned_source_hides_and_lends_as_well(database: psycopg.Connection) -> None:
     database.execute("CREATE TABLE page (id integer PRIMARY KEY, body text) PARTITION BY RANGE (id)")
     for number in range(2):

@@ -122,7 +122,7 @@ class CapturePlan:
         return f"{schema}.{quote_ident(f'{self.name}_{suffix}')}"
 
     def enqueue(self, keys: str, rows: str, table: str = "inbox") -> str:
-        """Return the INSERT of the keys of a row source into the inbox, in arrays of at most 100 keys."""
+        """Return the INSERT of a row source's keys into the inbox or another table, 100 keys a row at most."""
         listed = ", ".join(f"array_agg(k.{quote_ident(key.name)})" for key in self.keys)
         return (
             f"INSERT INTO {self.generated(table)} ({self.key_names}) SELECT {listed}"
@@ -131,7 +131,7 @@ class CapturePlan:
         )
 
     def enqueue_row(self, row: str, table: str = "inbox") -> str:
-        """Return the INSERT of one row's key into the inbox."""
+        """Return the INSERT of one row's key into the inbox or another table of its form."""
         return f"INSERT INTO {self.generated(table)} ({self.key_names}) VALUES ({self.key_arrays_of_row(row)});"
 
     def key_arrays_of_row(self, row: str) -> str:

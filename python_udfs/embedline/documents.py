@@ -813,7 +813,7 @@ def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Docu
 
 
 def remove_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> list[Key]:
-    """Remove chunks and state of keys that have no row; return those that another session has in hand.
+    """Remove chunks and state of keys that have no row; return those that another session has locked.
 
     A key that has a row again is left alone: its insertion has queued it.
     """

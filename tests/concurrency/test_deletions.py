@@ -75,7 +75,7 @@ def _in_one_statement(connection: psycopg.Connection, _rng: random.Random, key: 
     born = next(_numbers)
     connection.execute(
         "WITH gone AS (DELETE FROM page WHERE id = %s RETURNING id)"
-        " INSERT INTO page SELECT id, %s, 'row ' || %s || ' anew' FROM gone",
+        " INSERT INTO page SELECT id, %s, 'row ' || %s || ' again' FROM gone",
         (key, born, born),
     )
 
@@ -112,7 +112,7 @@ class _Scene:
         return time.monotonic() > self.until or bool(self.failures)
 
     def write(self, number: int, level: str) -> None:
-        """Write rows whose keys no other writer has: nobody but us could make a transaction fail."""
+        """Write rows whose keys no other writer has: no one but us could make a transaction fail."""
         rng, connection = random.Random(number), self.connect(autocommit=False)
         connection.execute(f"SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL {level}".encode())
         connection.execute("SET lock_timeout = '5s'")

@@ -234,6 +234,7 @@ def test_foreign_key_cascades_are_captured(database: psycopg.Connection) -> None
     create_pipeline(database, content="coalesce(chapter, 'none') || ' ' || body || book_id")
     settle(database)
     database.execute("DELETE FROM book WHERE id = 1")
+    assert drain(database) == 0
     assert chunked_keys(database) == {1, 3, 5, 7, 9}
     database.execute("UPDATE book SET id = 20 WHERE id = 2")
     database.execute("UPDATE book SET name = 'renamed' WHERE id = 4")
@@ -242,9 +243,12 @@ def test_foreign_key_cascades_are_captured(database: psycopg.Connection) -> None
     assert_exact(database)
 
 
-def test_truncate_empties_everything_at_once(pages: psycopg.Connection) -> None:
+def test_truncate_hides_everything_at_once_and_a_worker_removes_it(pages: psycopg.Connection) -> None:
     pages.execute("UPDATE page SET body = 'queued'")
     pages.execute("TRUNCATE page")
+    assert scalar(pages, "SELECT count(*) FROM page_embedding") == 0
+    assert searching(pages, "page", "Body number") == []
+    assert drain(pages) == 0
     assert_exact(pages)
     assert data_count(pages, "page_document") == 0
     pages.execute("INSERT INTO page (id, title, body) VALUES (1, 'after', 'the truncate')")
@@ -257,6 +261,7 @@ def test_truncate_takes_the_dead_letters_away(pages: psycopg.Connection) -> None
     drain(pages)
     assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 2
     pages.execute("TRUNCATE page")
+    drain(pages)
     assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 0
     assert scalar(pages, "SELECT count(*) FROM embedline.dead_letter") == 0
 
@@ -269,6 +274,7 @@ def test_truncate_cascades_from_a_referenced_table(database: psycopg.Connection)
     create_pipeline(database, content="body")
     settle(database)
     database.execute("TRUNCATE book CASCADE")
+    assert drain(database) == 0
     assert data_count(database, "page_chunk") == 0
     assert_exact(database)
 

@@ -193,7 +193,7 @@ def assert_all_settled(connection: psycopg.Connection, dimensions: int, table: s
 
     Nothing is queued, in hand or besides. Return the number of rows that are embedded.
     """
-    for suffix in ("inbox", "claim", "outbox"):
+    for suffix in ("inbox", "deleted", "hidden", "lent", "claim", "outbox"):
         left = scalar(connection, f"SELECT count(*) FROM embedline_data.{table}_{suffix}")
         assert left == 0, f"{left} rows are left in {table}_{suffix}"
     texts = dict(connection.execute(f"SELECT id, body FROM {table}").fetchall())

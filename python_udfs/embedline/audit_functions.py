@@ -10,7 +10,7 @@ def audit_function_statements(plan: CapturePlan) -> list[str]:
     """The functions of a pipeline's audit; they call the content and filter functions, which must be there."""
     return [
         _digest_statement(plan), _missing_statement(plan), _audit_statement(plan), _gone_statement(plan),
-        _present_statement(plan),
+        _present_statement(plan), _foreign_statement(plan),
     ]  # fmt: skip
 
 
@@ -133,6 +133,24 @@ def _present_statement(plan: CapturePlan) -> str:
         END"""
 
 
+def _foreign_statement(plan: CapturePlan) -> str:
+    """Which of these keys have chunks that are not those of the row that is there now. VOLATILE, as _present_statement."""
+    arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
+    selected = ", ".join(f"wanted.{quote_ident(key.name)}" for key in plan.keys)
+    parameters = ", ".join(f"${i + 1}" for i in range(len(plan.keys)))
+    inputs = ", ".join(f"source_row.{quote_ident(name)}" for name, _ in plan.expression_columns)
+    return f"""CREATE OR REPLACE FUNCTION {plan.generated("foreign")}({arrays})
+        RETURNS TABLE ({", ".join(f"foreign_{i + 1} {key.type}" for i, key in enumerate(plan.keys))})
+        LANGUAGE sql VOLATILE {DEFINER}
+        BEGIN ATOMIC
+        SELECT {selected} FROM unnest({parameters}) AS wanted ({plan.key_names})
+        JOIN {plan.generated("document")} AS d ON {_same_key(plan, "d", "wanted")}
+        LEFT JOIN {plan.rows} AS source_row ON {_same_source_key(plan, "wanted")}
+        WHERE CASE WHEN source_row.{quote_ident(plan.keys[0].source_name)} IS NULL THEN true
+            ELSE d.content_hash IS DISTINCT FROM {plan.generated("digest")}({inputs}) END;
+        END"""
+
+
 def _key_definitions(plan: CapturePlan) -> str:
     return ", ".join(f"{quote_ident(key.name)} {key.type}" for key in plan.keys)
 
@@ -148,11 +166,11 @@ def _same_source_key(plan: CapturePlan, other: str) -> str:
 
 
 def _not_queued(plan: CapturePlan, alias: str) -> str:
-    """Neither in the outbox, nor in the inbox, nor in a claim, which stands until all of its keys are done."""
+    """Neither in the outbox, the inbox or the deleted keys, nor in a claim, which stands until all of its keys are done."""
     taken = ", ".join(f"i.{quote_ident(key.name)}" for key in plan.keys)
     same = _same_key(plan, "q", alias)
     return f"NOT EXISTS (SELECT FROM {plan.generated('outbox')} AS q WHERE {same})" + "".join(
         f" AND NOT EXISTS (SELECT FROM {plan.generated(table)} AS i"
         f" CROSS JOIN LATERAL unnest({taken}) AS q ({plan.key_names}) WHERE {same})"
-        for table in ("inbox", "claim")
+        for table in ("inbox", "deleted", "claim")
     )

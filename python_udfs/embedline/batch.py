@@ -75,6 +75,8 @@ class Batch:
     pipeline: Pipeline
     rows: list[ClaimedRow]
     claim_id: int | None = None
+    # When the oldest change of a claim of the inbox was made.
+    enqueued_at: str | None = None
     claimed_range: ClaimedRange | None = None
     is_suspect: bool = False
     # Of a version's lane: the rows of its queue, and whether these are of its backfill.

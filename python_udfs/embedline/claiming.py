@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from embedline import backfill, circuit, inbox, outbox, spending, version_queue
+from embedline import backfill, circuit, deletions, inbox, outbox, spending, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline
 from embedline.database import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers
@@ -18,6 +19,9 @@ from embedline.work import work_of
 
 # Rows of the inbox that a claim moves on at most where tenants have their turns: each must be seen to have one.
 _ROWS_MOVED_FOR_TENANTS = 20_000
+# Seconds to wait before looking again at deleted rows whose vectors earlier changes may still use: the first time, and at
+# most. A look reads the whole queue, which may be long.
+_DELETIONS_SECONDS = (0.1, 2.0)
 
 
 class Claimant:
@@ -36,6 +40,10 @@ class Claimant:
         self.is_isolating = False
         # Whom `claim` was asking when it failed.
         self.asking: Pipeline | None = None
+        # Whether the last `claim` removed what is stored of deleted rows; when to look again at each pipeline, and the
+        # seconds since the look before.
+        self.has_removed = False
+        self._deletions_at: dict[int, tuple[float, float]] = {}
         # Pipelines whose budget or rate limit lets nothing through at the moment.
         self.out_of_money: set[int] = set()
         # Pipelines whose source cannot be read at the moment.
@@ -55,6 +63,7 @@ class Claimant:
         """
         if is_idle:
             self.end_isolation()
+        self.has_removed = False
         by_id = {pipeline.lane_id: pipeline for pipeline in pipelines}
         live = live_workers(self.session)
         asked: list[int] = []
@@ -64,6 +73,9 @@ class Claimant:
             if not self._is_blocked(pipeline):
                 claim_of = self._claim_of_version if pipeline.is_lane else self._claim_of
                 batch = claim_of(pipeline, rows(pipeline), live, is_idle, embed_backfill)
+            elif not pipeline.is_lane and not pipeline.is_hidden:
+                # What deleted rows leave needs no provider; where changes wait for one, it goes after the longest wait.
+                self._remove_deleted(pipeline)
             if batch is not None:
                 self._turns.worked(lane_id, len(batch.rows) + 1, pipeline.weight, asked)
                 return batch
@@ -114,6 +126,8 @@ class Claimant:
         if waiting["orphaned"]:
             _take_over(self.session, pipeline)
             waiting = self._look(pipeline, live)
+        if waiting["deleted"]:
+            self._remove_deleted(pipeline)
         # Suspects go a few at a time: whatever else waits has a turn in between.
         is_others_turn = pipeline.pipeline_id in self._had_suspects and (waiting["queued"] or waiting["unread"])
         self._had_suspects.discard(pipeline.pipeline_id)
@@ -173,6 +187,8 @@ class Claimant:
         return self.session.query(
             f"""
             SELECT s.fresh, s.due, s.fresh OR s.due AS queued, s.unread,
+                EXISTS (SELECT FROM {pipeline.generated("deleted")})
+                OR EXISTS (SELECT FROM {pipeline.generated("lent")}) AS deleted,
                 EXISTS (SELECT FROM {pipeline.outbox} WHERE claimed_by IS NULL AND crash_count > 0
                     AND not_before <= (SELECT clock_timestamp()))
                 OR EXISTS (SELECT FROM embedline.backfill_range WHERE pipeline_id = $2 AND NOT done
@@ -194,6 +210,20 @@ class Claimant:
             live,
             pipeline.pipeline_id,
         )[0]
+
+    def _remove_deleted(self, pipeline: Pipeline) -> None:
+        """Remove some of what is stored of deleted rows; where it must stay for now, look again a little later."""
+        now = time.monotonic()
+        look_at, pause = self._deletions_at.get(pipeline.pipeline_id, (0.0, 0.0))
+        if self.worker_id is not None and now < look_at:
+            return
+        if can_hold_source(self.session, pipeline) and deletions.remove_some(self.session, pipeline):
+            self.has_removed = True
+            self._deletions_at.pop(pipeline.pipeline_id, None)
+        else:
+            shortest, longest = _DELETIONS_SECONDS
+            pause = min(max(2 * pause, shortest), longest)
+            self._deletions_at[pipeline.pipeline_id] = now + pause, pause
 
     def _isolate(self) -> bool:
         """Take the lock under which suspects are tried: one session at a time, so that a crash accuses few others."""
@@ -240,7 +270,9 @@ class Claimant:
                 return Batch(pipeline, found)
         self._had_retries.discard(pipeline.pipeline_id)
         claimed = inbox.claim_inbox(self.session, pipeline, limit, self.worker_id, live) if waiting["fresh"] else None
-        return Batch(pipeline, claimed.rows, claimed.claim_id) if claimed and claimed.rows else None
+        if claimed is None or not claimed.rows:
+            return None
+        return Batch(pipeline, claimed.rows, claimed.claim_id, enqueued_at=claimed.enqueued_at)
 
     def _lock_claims(self, pipeline: Pipeline) -> list[int]:
         """Let claims of one pipeline follow each other, each a few milliseconds; return the workers that are alive then.

@@ -100,7 +100,8 @@ def is_empty(session: Session, pipeline: Pipeline) -> bool:
 
     Of a version that is complete this says that its source has no row with a content that the filter accepts.
     """
-    tables = (*pipeline.chunk_tables, pipeline.outbox, pipeline.generated("inbox"), pipeline.generated("claim"))
+    queues = map(pipeline.generated, ("inbox", "deleted", "claim"))
+    tables = (*pipeline.chunk_tables, pipeline.outbox, *queues)
     found = [f"EXISTS (SELECT FROM {table})" for table in tables]
     found.append(f"EXISTS (SELECT FROM {pipeline.document} WHERE state <> 'empty')")
     return not session.scalar(f"SELECT {' OR '.join(found)}")

@@ -36,7 +36,7 @@ def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) ->
     count = len(pipeline.key_columns)
     arrays = key_columns([letter.row.key for letter in letters], count)
     hashes = [letter.content_hash for letter in letters]
-    for table in pipeline.chunk_tables:
+    for table in (*pipeline.chunk_tables, pipeline.generated("hidden")):
         session.query(
             f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
             f" WHERE {pipeline.key_join('t', 'k')}",

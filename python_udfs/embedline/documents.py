@@ -151,8 +151,11 @@ def still_current(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> 
         *arrays,
     )
     free = {row["ordinality"] - 1 for row in locked}
+    marks = hidden_marks(session, pipeline, keys)
     read = read_rows(session, pipeline, keys, _ALL_BYTES)
-    return {index for index, row in read.items() if (row.current or row.given_up) and index in free}
+    current = {index for index, row in read.items() if (row.current or row.given_up) and index in free}
+    show_again(session, pipeline, marks, current)
+    return current
 
 
 def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
@@ -166,7 +169,51 @@ def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes])
         missing = [digest for digest in digests if digest not in found]
         if missing:
             found |= _lend(session, lender, missing)
+    missing = [digest for digest in digests if digest not in found]
+    if missing and session.scalar(f"SELECT EXISTS (SELECT FROM {pipeline.generated('lent')})"):
+        for lender in _lenders(session, pipeline):
+            found = _lend_kept(session, lender, missing) | found
     return found
+
+
+def _lend_kept(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
+    """Return vectors of chunks that are replaced already but may be asked for under another key."""
+    if pipeline.version.vectors_valid_from is not None:
+        return {}
+    rows = session.query(
+        f"""
+        SELECT DISTINCT ON (l.content_hash) uuid_send(l.content_hash) AS digest, l.vector
+        FROM unnest($1::uuid[]) AS w (content_hash) JOIN {pipeline.generated("lent")} AS l USING (content_hash)
+        WHERE l.version_id = $2
+        """,
+        ["text[]", "bigint"],
+        [digest.hex() for digest in digests],
+        pipeline.version.version_id,
+    )
+    if not rows:
+        return {}
+    matrix = vectors.vectors_from_send([row["vector"] for row in rows], pipeline.version.column_type)
+    return {bytes(row["digest"]): matrix[i] for i, row in enumerate(rows)}
+
+
+def _keep_vectors(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, chunk_ids: Sequence[int]) -> None:
+    """Keep the vectors of chunks that are about to go: keys were moved, and another row may ask for these texts."""
+    if not chunk_ids:
+        return
+    schema = vector_schema(session)
+    for version in load_versions(session, pipeline.name):
+        if version.chunk_set.number == chunk_set.number:
+            sent = f"{schema}.{version.version.column_type}_send(v.{quote_ident(version.version.column)})"
+            session.query(
+                f"""
+                INSERT INTO {pipeline.generated("lent")} (version_id, content_hash, vector)
+                SELECT $2, c.content_hash, {sent} FROM {version.chunk} AS c
+                JOIN {version.vectors} AS v ON v.chunk_id = c.chunk_id WHERE c.chunk_id = ANY ($1)
+                """,
+                ["bigint[]", "bigint"],
+                list(chunk_ids),
+                version.version.version_id,
+            )
 
 
 def _lenders(session: Session, pipeline: Pipeline) -> list[Pipeline]:
@@ -259,10 +306,11 @@ def write_documents(
     """
     result = WriteResult()
     fresh, free = _place_documents(session, pipeline, documents)
+    marks = hidden_marks(session, pipeline, [document.key for document in documents])
     ready = _unchanged(session, pipeline, documents, fresh | free, result)
     # Of new documents, too: a chunk whose document row was lost must not stay beside the new one.
     stored = _stored_chunks(session, pipeline, documents, ready, pipeline.chunk_set)
-    changes = _Changes()
+    changes, replaced = _Changes(), list[int]()
     for index in ready:
         document = documents[index]
         change = _diff(stored[index], document.chunks) if stored[index] else ([], [], document.chunks)
@@ -272,18 +320,54 @@ def write_documents(
             continue
         changes.add(document.key, change)
         result.written.append(index)
+        if index in marks:
+            replaced += change[0]
+    _keep_vectors(session, pipeline, pipeline.chunk_set, replaced)
     ids = _apply(session, pipeline, pipeline.chunk_set, changes)
     if ids.size:
         copy_vectors(session, pipeline, ids, stacked([known[chunk.digest] for _, chunk in changes.added]))
         enqueue_chunks(session, pipeline.other_versions(pipeline.chunk_set.number), ids, of_backfill=of_backfill)
     for chunk_set in pipeline.other_sets:
-        _write_other_set(session, pipeline, chunk_set, documents, result.written, of_backfill=of_backfill)
+        _write_other_set(session, pipeline, chunk_set, documents, result.written, set(marks), of_backfill=of_backfill)
     written = set(result.written)
     _update_state(session, pipeline, [documents[i] for i in result.written if i in free])
     _take_back(session, pipeline, [documents[i] for i in sorted(fresh - written)])
     if written:
         forget_dead_letters(session, pipeline, [documents[i].key for i in result.written])
+        show_again(session, pipeline, marks, written)
     return result
+
+
+def hidden_marks(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> dict[int, list[str]]:
+    """Lock the marks that hide the chunks of keys; return their places, by index of the key.
+
+    The marks must be collected before the source is read: one that comes after belongs to a row which that reading did not
+    see, and its chunks must stay hidden.
+    """
+    hidden = pipeline.generated("hidden")
+    if not session.scalar(f"SELECT EXISTS (SELECT FROM {hidden})"):
+        return {}
+    rows = session.query(
+        f"""
+        SELECT k.ordinality, h.ctid::text AS place
+        FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        JOIN {hidden} AS h ON {pipeline.key_join("h", "k")} FOR UPDATE OF h SKIP LOCKED
+        """,
+        pipeline.key_parameter_types,
+        *key_columns(keys, len(pipeline.key_columns)),
+    )
+    marks: dict[int, list[str]] = {}
+    for row in rows:
+        marks.setdefault(int(row["ordinality"]) - 1, []).append(row["place"])
+    return marks
+
+
+def show_again(session: Session, pipeline: Pipeline, marks: Mapping[int, list[str]], indexes: Collection[int]) -> None:
+    """Take marks away: the chunks of these keys are those of their rows."""
+    places = [place for index in indexes for place in marks.get(index, ())]
+    if places:
+        hidden = pipeline.generated("hidden")
+        session.query(f"DELETE FROM {hidden} WHERE ctid = ANY ($1::text[]::tid[])", ["text[]"], places)
 
 
 def _share_versions(session: Session, pipeline: Pipeline) -> bool:
@@ -311,15 +395,20 @@ def _write_other_set(
     chunk_set: ChunkSet,
     documents: Sequence[Document],
     written: Sequence[int],
+    marked: Collection[int],
     *,
     of_backfill: bool,
 ) -> None:
     """Write the documents' chunks of another set; the versions that embed them are left to their own time."""
     stored = _stored_chunks(session, pipeline, documents, written, chunk_set)
-    changes = _Changes()
+    changes, replaced = _Changes(), list[int]()
     for index in written:
         document = documents[index]
-        changes.add(document.key, _diff(stored[index], document.other_chunks.get(chunk_set.number, [])))
+        change = _diff(stored[index], document.other_chunks.get(chunk_set.number, []))
+        changes.add(document.key, change)
+        if index in marked:
+            replaced += change[0]
+    _keep_vectors(session, pipeline, chunk_set, replaced)
     ids = _apply(session, pipeline, chunk_set, changes)
     if ids.size:
         enqueue_chunks(session, pipeline.other_versions(chunk_set.number), ids, of_backfill=of_backfill)
@@ -706,21 +795,90 @@ def _update_state(session: Session, pipeline: Pipeline, documents: Sequence[Docu
 
 
 def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> list[int]:
-    """Remove chunks and state of keys whose row is gone or filtered out; return the indexes that are still there after all."""
+    """Remove chunks and state of keys that the filter refuses; return the indexes that are to be embedded after all.
+
+    What is stored of keys without a row is left to `deletions`, which waits for those that could use its vectors.
+    """
     keys = [document.key for document in documents]
     # A row of ours first, as in write_documents: a writer who is about to bring the key back has to wait for it.
     fresh, free = _place_documents(session, pipeline, [Document(ClaimedRow(key)) for key in keys])
-    present = {i for i, row in read_rows(session, pipeline, keys, 0).items() if row.accepted}
-    gone = sorted((fresh | free) - present)
-    arrays = key_columns([keys[i] for i in gone], len(pipeline.key_columns))
-    for table in (*pipeline.chunk_tables, pipeline.document) if gone else ():
+    read = read_rows(session, pipeline, keys, 0)
+    missing = set(range(len(keys))) - set(read)
+    present = {i for i, row in read.items() if row.accepted}
+    gone = sorted((fresh | free) - present - missing)
+    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & (present | missing))])
+    queue_deleted(session, pipeline, [keys[i] for i in sorted(missing)])
+    forget_keys(session, pipeline, [keys[i] for i in gone])
+    return [i for i in range(len(keys)) if i not in missing and i not in set(gone)]
+
+
+def remove_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> list[Key]:
+    """Remove chunks and state of keys that have no row; return those that another session has locked.
+
+    A key that has a row again is left alone: its insertion has queued it.
+    """
+    stored = _with_storage(session, pipeline, keys)
+    if not stored:
+        return []
+    documents = [Document(ClaimedRow(key)) for key in stored]
+    fresh, free = _place_documents(session, pipeline, documents)
+    rows = session.query(
+        f"""
+        SELECT k.ordinality
+        FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
+        JOIN {pipeline.generated("present")}({pipeline.key_arrays()}) AS p ({pipeline.key_list})
+            ON {pipeline.key_join("p", "k")}
+        """,
+        pipeline.key_parameter_types,
+        *key_columns(stored, len(pipeline.key_columns)),
+    )
+    present = {int(row["ordinality"]) - 1 for row in rows}
+    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & present)])
+    forget_keys(session, pipeline, [stored[i] for i in sorted((fresh | free) - present)])
+    return [key for i, key in enumerate(stored) if i not in fresh | free | present]
+
+
+def queue_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key], enqueued_at: str | None = None) -> None:
+    """Queue keys as those of deleted rows, if something is stored of them."""
+    stored = _with_storage(session, pipeline, keys)
+    if stored:
+        count = len(pipeline.key_columns)
+        session.query(
+            f"INSERT INTO {pipeline.generated('deleted')} ({pipeline.key_list}, enqueued_at)"
+            f" VALUES ({pipeline.key_arrays()}, coalesce(${count + 1}::timestamptz, now()))",
+            [*pipeline.key_parameter_types, "text"],
+            *key_columns(stored, count),
+            enqueued_at,
+        )
+
+
+def _with_storage(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> list[Key]:
+    """Return those of the keys that have a document, chunks or a mark."""
+    if not keys:
+        return []
+    held = " OR ".join(
+        f"EXISTS (SELECT FROM {table} AS t WHERE {pipeline.key_join('t', 'k')})"
+        for table in (pipeline.document, *pipeline.chunk_tables, pipeline.generated("hidden"))
+    )
+    rows = session.query(
+        f"SELECT k.ordinality FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)"
+        f" WHERE {held} ORDER BY 1",
+        pipeline.key_parameter_types,
+        *key_columns(keys, len(pipeline.key_columns)),
+    )
+    return [keys[int(row["ordinality"]) - 1] for row in rows]
+
+
+def forget_keys(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:
+    """Remove all that is stored of keys whose document rows are locked. Without chunks there is nothing left to hide."""
+    if not keys:
+        return
+    arrays = key_columns(keys, len(pipeline.key_columns))
+    for table in (*pipeline.chunk_tables, pipeline.document, pipeline.generated("hidden")):
         session.query(
             f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
             f" WHERE {pipeline.key_join('t', 'k')}",
             pipeline.key_parameter_types,
             *arrays,
         )
-    _take_back(session, pipeline, [documents[i] for i in sorted(fresh & present)])
-    if gone:
-        forget_dead_letters(session, pipeline, [keys[i] for i in gone])
-    return [i for i in range(len(keys)) if i not in set(gone)]
+    forget_dead_letters(session, pipeline, keys)

@@ -189,13 +189,13 @@ def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
     """Give the source's owner of now what the one before had: the functions that read it, the views, and what these read."""
     plan, source = plan_in_use(session, pipeline)
     replace_functions(session, plan, source, [])
-    suffixes = [chunk_table_suffix(number) for number in chunk_set_numbers(pipeline)]
+    suffixes = ["hidden", *(chunk_table_suffix(number) for number in chunk_set_numbers(pipeline))]
     suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
     grant_tables(session, plan, source, suffixes)
     _write_search_functions(session, pipeline, plan, source)
     if before == source.owner:
         return
-    tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, "inbox", "claim", "outbox", "document"))
+    tables = ", ".join(plan.generated(suffix) for suffix in dict.fromkeys([*suffixes, *capture.TABLES]))
     session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
     for version in load_versions(session, pipeline.name):
         revoke_search_functions(session, version, before)

@@ -21,10 +21,14 @@ _TENANT_CHARACTERS = 500
 
 @dataclass
 class InboxClaim:
-    """Keys taken from the inbox. `claim_id` is None inside embed_pending, whose own transaction is the claim."""
+    """Keys taken from the inbox, and when the oldest came.
+
+    `claim_id` is None inside embed_pending, whose own transaction is the claim.
+    """
 
     claim_id: int | None
     rows: list[ClaimedRow]
+    enqueued_at: str | None
 
 
 def claim_inbox(
@@ -55,7 +59,7 @@ def claim_inbox(
         row = session.query(statement, ["integer", "integer[]", "integer"], limit, live, worker_id)[0]
         if row["row_count"]:
             keys = zip(*(row[column] or () for column in pipeline.key_columns), strict=True)
-            return InboxClaim(row["claim_id"], list(map(ClaimedRow, keys)))
+            return InboxClaim(row["claim_id"], list(map(ClaimedRow, keys)), row["enqueued_at"])
     return None
 
 
@@ -85,6 +89,7 @@ def _claim_statement(pipeline: Pipeline, front: str, *, marked: bool) -> str:
             {claimed}
         )
         SELECT (SELECT count(*) FROM front) AS row_count, (SELECT claim_id FROM claimed) AS claim_id,
+            min(enqueued_at)::text AS enqueued_at,
             {", ".join(f"array_agg({column}::text) FILTER (WHERE NOT busy) AS {column}" for column in columns)}
         FROM judged
         """

@@ -186,10 +186,12 @@ def give_back(
     charged: bool,
     error: str | None,
     of_backfill: bool = False,
+    enqueued_at: str | None = None,
 ) -> None:
     """Put rows back, to be tried again together after a delay; only a `charged` try counts towards the limit of tries.
 
-    A backfill is not complete before its rows (`of_backfill`) are through.
+    A backfill is not complete before its rows (`of_backfill`) are through. Rows of the inbox keep the time of their claim:
+    what deleted rows leave waits for older changes.
     """
     message = None if error is None else error[:_MAX_ERROR_CHARACTERS]
     fresh = [row for row in rows if not row.outbox_ids]
@@ -197,16 +199,19 @@ def give_back(
     count = len(pipeline.key_columns)
     if fresh:
         session.query(
-            f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, attempts, crash_count, not_before, last_error, of_backfill)"
-            f" SELECT k.*, clock_timestamp() + make_interval(secs => ${count + 3}), ${count + 4}, ${count + 5}"
+            f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, attempts, crash_count, not_before, last_error, of_backfill,"
+            " enqueued_at)"
+            f" SELECT k.*, clock_timestamp() + make_interval(secs => ${count + 3}), ${count + 4}, ${count + 5},"
+            f" coalesce(${count + 6}::timestamptz, now())"
             f" FROM unnest({pipeline.key_arrays()}, ${count + 1}, ${count + 2}) AS k",
-            [*pipeline.key_parameter_types, "smallint[]", "smallint[]", "double precision", "text", "boolean"],
+            [*pipeline.key_parameter_types, "smallint[]", "smallint[]", "double precision", "text", "boolean", "text"],
             *key_columns([row.key for row in fresh], count),
             [row.attempts if charged else row.attempts - 1 for row in fresh],
             [row.crash_count for row in fresh],
             delay_seconds,
             message,
             of_backfill,
+            enqueued_at,
         )
     if known:
         pairs = [(i, row.attempts if charged else row.attempts - 1) for row in known for i in row.outbox_ids]

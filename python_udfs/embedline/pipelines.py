@@ -192,7 +192,7 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     view = routing.create_routing_view(session, pipeline_id, plan, source, shown)
     routing.create_version_view(session, load_pipeline(session, name), plan, source)
     routing.write_serving_function(session, plan, 1)
-    grant_tables(session, plan, source, [chunk_table_suffix(1), "v1"])
+    grant_tables(session, plan, source, ["hidden", chunk_table_suffix(1), "v1"])
     create_search_functions(session, load_pipeline(session, name), plan, source)
     return view
 
@@ -500,7 +500,7 @@ def create_functions(session: Session, plan: CapturePlan, source: Source) -> Non
         *audit_function_statements(plan),
     ):
         session.execute(statement)
-    tables = ", ".join(plan.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document"))
+    tables = ", ".join(plan.generated(suffix) for suffix in capture.TABLES)
     session.execute(f"GRANT SELECT ON {tables} TO {owner}")
     # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's. The owner
     # may name them, and nothing else: whoever can name a function that is theirs can alter it to run as its caller.
@@ -704,7 +704,7 @@ def drop_pipeline(session: Session, name: str) -> None:
         drop_search_functions(session, version)
         session.execute(f"DROP TABLE IF EXISTS {version.vectors}")
     tables = [
-        *(pipeline.generated(suffix) for suffix in ("inbox", "claim", "outbox", "document")),
+        *(pipeline.generated(suffix) for suffix in capture.TABLES),
         *pipeline.chunk_tables,
     ]
     session.execute(f"DROP TABLE IF EXISTS {', '.join(tables)}")

@@ -126,7 +126,7 @@ class ResidentWorker:
             self._claim_seconds = time.monotonic() - started
             self.batches.append(self.current)
             return "work"
-        if self._close_backfills():
+        if self.claimant.has_removed or self._close_backfills():
             return "again"
         if started >= self._maintain_at:
             self._maintain(started)

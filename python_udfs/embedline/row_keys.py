@@ -46,7 +46,7 @@ def not_queued(pipeline: Pipeline, alias: str) -> str:
     return f"NOT EXISTS (SELECT FROM {pipeline.outbox} AS q WHERE {same})" + "".join(
         f" AND NOT EXISTS (SELECT FROM {pipeline.generated(table)} AS i"
         f" CROSS JOIN LATERAL unnest({taken}) AS q ({pipeline.key_list}) WHERE {same})"
-        for table in ("inbox", "claim")
+        for table in ("inbox", "deleted", "claim")
     )
 
 

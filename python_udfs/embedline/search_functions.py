@@ -16,7 +16,7 @@ caller for whom row-level security is active ranks through the version's view in
 
 from __future__ import annotations
 
-from embedline.capture import CapturePlan
+from embedline.capture import CapturePlan, is_shown
 from embedline.catalog import Pipeline
 from embedline.database import SEARCH_SCHEMA, Session, quote_ident, vector_schema
 from embedline.source import Source
@@ -103,7 +103,7 @@ def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: st
         BEGIN ATOMIC
             SELECT n.chunk_id, {shown}, c.content, n.distance, n.considered FROM ({ranking}) AS n
             JOIN {pipeline.chunk} AS c ON c.chunk_id OPERATOR(pg_catalog.=) n.chunk_id
-            JOIN {plan.rows} AS s ON {join};
+            JOIN {plan.rows} AS s ON {join} WHERE {is_shown(plan, "c")};
         END"""
 
 

@@ -87,6 +87,7 @@ def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: 
         findings += _chunks(session, pipeline, repair)
     findings += _other_versions(session, pipeline, repair)
     findings += _gone(session, pipeline, repair)
+    findings += _hidden(session, pipeline, repair)
     findings += _dead_letters(session, pipeline, repair)
     if found is not None and found.is_finding:
         findings.append(_foreign(session, pipeline, found, repair))
@@ -341,7 +342,7 @@ def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
         f""", gone_chunk_{number} AS (
             DELETE FROM {table} AS t USING doomed AS x WHERE {pipeline.key_join("x", "t")}
         )"""
-        for number, table in enumerate(pipeline.chunk_tables)
+        for number, table in enumerate((*pipeline.chunk_tables, pipeline.generated("hidden")))
     )
     rows = session.query(
         f"""
@@ -376,6 +377,27 @@ def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
             pipeline.version.version_id,
         )
         _queue(session, pipeline, missing_keys(session, pipeline, QUEUED_ROWS) if is_complete else [])
+    return [finding] if finding.count else []
+
+
+def _hidden(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Keys whose chunks no view shows and that no change queues: a mark and its change are written and settled together."""
+    rows = session.query(
+        f"""
+        WITH stray AS MATERIALIZED (
+            SELECT DISTINCT {pipeline.key_list_of("h")} FROM {pipeline.generated("hidden")} AS h
+            WHERE {row_keys.not_queued(pipeline, "h")}
+        ), queued AS (
+            {row_keys.enqueue(pipeline, "stray", "$1")}
+        )
+        SELECT 'hidden' AS finding, count(*) AS count, CASE WHEN $1 THEN count(*) ELSE 0 END AS repaired,
+            (SELECT {row_keys.as_json(pipeline, "e")} FROM stray AS e LIMIT 1) AS example
+        FROM stray
+        """,
+        ["boolean"],
+        repair,
+    )
+    finding = _finding(rows[0])
     return [finding] if finding.count else []
 
 

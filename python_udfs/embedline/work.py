@@ -89,7 +89,10 @@ class SourceWork:
     ) -> None:
         """Put rows into the outbox."""
         of_backfill = batch.claimed_range is not None
-        outbox.give_back(session, batch.pipeline, rows, delay, charged=charged, error=error, of_backfill=of_backfill)
+        outbox.give_back(
+            session, batch.pipeline, rows, delay, charged=charged, error=error, of_backfill=of_backfill,
+            enqueued_at=batch.enqueued_at,
+        )  # fmt: skip
 
     def bury(self, session: Session, batch: Batch, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
         """Write dead letters of rows whose documents can be had."""

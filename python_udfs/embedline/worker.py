@@ -128,6 +128,8 @@ class _Run:
             # A new session knows of no turns: whoever begins, it must not always be the same.
             random.shuffle(found)
             batch = self._claimant.claim(found, self._rows, is_idle=True, embed_backfill=embed_backfill)
+            if batch is None and self._claimant.has_removed:
+                continue
             if batch is None:
                 return True
             self._examined += max(len(batch.rows), 1)

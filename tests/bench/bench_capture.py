@@ -17,7 +17,7 @@ SIDES = ("bench_plain", "bench_watched")
 PENDING = "SELECT pending FROM embedline.status WHERE pipeline = 'bench'"
 QUEUES = (
     "SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'embedline_data'::regnamespace"
-    " AND relname IN ('bench_outbox', 'bench_inbox')"
+    " AND relname IN ('bench_outbox', 'bench_inbox', 'bench_deleted', 'bench_hidden')"
 )
 
 SETUP = f"""
@@ -35,7 +35,7 @@ CREATE = """
 # What a worker leaves of each row: a document, a chunk, a vector of 256 dimensions.
 EMBEDDED = (
     "INSERT INTO embedline_data.bench_document (key_id, content_hash, state, embedded_at)"
-    " SELECT id, sha256(id::text::bytea), 'embedded', now() FROM bench_rows",
+    " SELECT id, sha256(convert_to(title || E'\\n\\n' || body, 'UTF8')), 'embedded', now() FROM bench_rows",
     "INSERT INTO embedline_data.bench_chunk (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
     " SELECT id, id, 0, 0, 200, md5(id::text)::uuid, body FROM bench_rows",
     "INSERT INTO embedline_data.bench_v1 (chunk_id, embedding_v1)"
@@ -45,14 +45,19 @@ EMBEDDED = (
 # Label, statement, limit of the ratio, rows that it must put into the outbox.
 INSERT = ("INSERT of 50,000 rows", "INSERT INTO {} SELECT * FROM bench_rows", 1.6, ROWS)
 DELETE = "DELETE FROM {}"
+RELOAD = "BEGIN; DELETE FROM {0}; INSERT INTO {0} SELECT * FROM bench_rows; COMMIT"
+FORGET = "TRUNCATE embedline_data.bench_document, embedline_data.bench_chunk CASCADE"
 OPERATIONS: tuple[tuple[str, str, float | None, int], ...] = (
     INSERT,
     ("UPDATE of an unrelated column", "UPDATE {} SET n = n + 1", 1.1, 0),
     ("UPDATE that sets body = body", "UPDATE {} SET body = body", None, 0),
     ("UPDATE of the content", "UPDATE {} SET body = 'x' || body", None, ROWS),
-    ("DELETE, no row embedded yet", DELETE, None, 0),
+    ("DELETE, no row embedded yet", DELETE, 3.0, ROWS),
     ("INSERT again", INSERT[1], None, ROWS),
-    ("DELETE, each row embedded", DELETE, None, 0),
+    ("reload by DELETE and INSERT, each row embedded", RELOAD, None, 2 * ROWS),
+    ("TRUNCATE, each row embedded", "TRUNCATE {}", None, ROWS),
+    ("INSERT again", INSERT[1], None, ROWS),
+    ("DELETE, each row embedded", DELETE, 3.0, ROWS),
 )
 
 
@@ -65,7 +70,7 @@ def run(bench: Bench) -> None:
         task = bench.progress.add_task("Measuring", total=(bench.rounds + 1) * len(OPERATIONS) * 2)
         for number in range(bench.rounds + 1):
             for position, (label, statement, _, _) in enumerate(OPERATIONS):
-                if position == len(OPERATIONS) - 1:
+                if "embedded" in label and "no row" not in label:
                     _embed_all(connection)
                 for side in SIDES if number % 2 else SIDES[::-1]:
                     bench.progress.update(task, advance=1, description=label)
@@ -75,7 +80,8 @@ def run(bench: Bench) -> None:
                     if side == "bench_watched":
                         enqueued.setdefault(position, set()).add(scalar(connection, PENDING))
             for table in SIDES:
-                connection.execute(f"TRUNCATE {table}")  # takes the pipeline's outbox and chunks with it
+                connection.execute(f"TRUNCATE {table}")
+            connection.execute(FORGET)
     for position, (label, _, limit, expected) in enumerate(OPERATIONS):
         bench.compare(label, seconds[position, "bench_watched"], seconds[position, "bench_plain"], limit)
         worst = max(enqueued[position])
@@ -94,6 +100,7 @@ def _setup(connection: psycopg.Connection[Any]) -> None:
 
 
 def _embed_all(connection: psycopg.Connection[Any]) -> None:
+    connection.execute(FORGET)
     for statement in EMBEDDED:
         connection.execute(statement)
     connection.execute(

@@ -80,7 +80,7 @@ def test_what_a_savepoint_rolls_back_is_not_captured(pages: psycopg.Connection) 
             pages.execute("INSERT INTO page (id, title, body) VALUES (100, 'discarded', 'too')")
             pages.execute("DELETE FROM page WHERE id = 3")
         pages.execute("DELETE FROM page WHERE id = 4")
-    assert queued(pages) == 1
+    assert queued(pages) == 2
     assert drain(pages) == 1
     assert_exact(pages)
 
@@ -117,13 +117,18 @@ def test_a_change_and_its_reversal_end_as_they_began(pages: psycopg.Connection) 
     assert_exact(pages)
 
 
-def test_a_delete_takes_the_chunks_away_in_the_same_transaction(pages: psycopg.Connection, connect: Connect) -> None:
+def test_a_deleted_row_cannot_be_found_and_a_worker_removes_its_chunks(
+    pages: psycopg.Connection, connect: Connect
+) -> None:
     application = connect(autocommit=False)
     application.execute("DELETE FROM page WHERE id <= 5")
-    assert data_count(application, "page_chunk") == data_count(application, "page_v1") == 15
-    assert data_count(pages, "page_chunk") == 20
+    assert scalar(application, "SELECT count(*) FROM page_embedding") == 15
+    assert scalar(pages, "SELECT count(*) FROM page_embedding") == 20
     application.commit()
-    assert queued(pages) == 0
+    assert {int(key) for key, _, _ in searching(pages, "page", "Body number", 20)} == set(range(6, 21))
+    assert queued(pages) == 5
+    assert drain(pages) == 0
+    assert data_count(pages, "page_chunk") == data_count(pages, "page_v1") == 15
     assert_exact(pages)
 
 
@@ -229,6 +234,7 @@ def test_foreign_key_cascades_are_captured(database: psycopg.Connection) -> None
     create_pipeline(database, content="coalesce(chapter, 'none') || ' ' || body || book_id")
     settle(database)
     database.execute("DELETE FROM book WHERE id = 1")
+    assert drain(database) == 0
     assert chunked_keys(database) == {1, 3, 5, 7, 9}
     database.execute("UPDATE book SET id = 20 WHERE id = 2")
     database.execute("UPDATE book SET name = 'renamed' WHERE id = 4")
@@ -237,9 +243,12 @@ def test_foreign_key_cascades_are_captured(database: psycopg.Connection) -> None
     assert_exact(database)
 
 
-def test_truncate_empties_everything_at_once(pages: psycopg.Connection) -> None:
+def test_truncate_hides_everything_at_once_and_a_worker_removes_it(pages: psycopg.Connection) -> None:
     pages.execute("UPDATE page SET body = 'queued'")
     pages.execute("TRUNCATE page")
+    assert scalar(pages, "SELECT count(*) FROM page_embedding") == 0
+    assert searching(pages, "page", "Body number") == []
+    assert drain(pages) == 0
     assert_exact(pages)
     assert data_count(pages, "page_document") == 0
     pages.execute("INSERT INTO page (id, title, body) VALUES (1, 'after', 'the truncate')")
@@ -252,6 +261,7 @@ def test_truncate_takes_the_dead_letters_away(pages: psycopg.Connection) -> None
     drain(pages)
     assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 2
     pages.execute("TRUNCATE page")
+    drain(pages)
     assert scalar(pages, "SELECT dead_letters FROM embedline.status") == 0
     assert scalar(pages, "SELECT count(*) FROM embedline.dead_letter") == 0
 
@@ -264,6 +274,7 @@ def test_truncate_cascades_from_a_referenced_table(database: psycopg.Connection)
     create_pipeline(database, content="body")
     settle(database)
     database.execute("TRUNCATE book CASCADE")
+    assert drain(database) == 0
     assert data_count(database, "page_chunk") == 0
     assert_exact(database)
 

@@ -515,6 +515,7 @@ def test_a_truncate_neither_waits_for_the_model_nor_fails(
         provider.answering.set()
         checking.join(30)
     assert found == [{}]
+    settle(application)
     assert data_count(application, "page_document") == data_count(application, "page_v1") == 0
 
 

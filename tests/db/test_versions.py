@@ -86,6 +86,7 @@ def test_a_version_of_another_chunking_has_chunks_of_its_own(pages: psycopg.Conn
     settle(pages)
     assert assert_exact(pages) == 29
     pages.execute("TRUNCATE page")
+    settle(pages)
     assert data_count(pages, "page_chunk_2") == 0
 
 
@@ -328,6 +329,7 @@ def test_an_empty_pipeline_changes_its_version_without_a_gate_and_without_a_wind
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="no passing gate"):
         database.execute("SELECT embedline.cutover('page', 2)")
     database.execute("TRUNCATE page")
+    settle(database)
     database.execute("SELECT embedline.cutover('page', 2)")
     assert scalar(database, "SELECT override_reason FROM embedline.cutover") == "the pipeline is empty"
     database.execute("SELECT embedline.drop_embedding_version('page', 1)")

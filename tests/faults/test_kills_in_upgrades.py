@@ -12,6 +12,7 @@ import numpy.typing as npt
 import psycopg
 import pytest
 
+from embedline.capture import TABLES
 from embedline.index_build import PsycopgClient, build
 from embedline.local.cluster import Cluster
 from killing import kill_backend, reconnect
@@ -25,7 +26,7 @@ INDEX = "embedline_data.page_v2_embedding_idx"
 # What the chain does is looked for in the catalogue first, as Alembic's operations do.
 PHASES = ("expand", "fill", "index", "gate", "cutover", "rollback", "cutover again", "contract")
 # (schema.table or view) that an upgrade leaves behind, and none besides.
-LEFT = {"page_v2", "page_v2_exact", "page_chunk", "page_inbox", "page_outbox", "page_document", "page_claim"}
+LEFT = {"page_v2", "page_v2_exact", "page_chunk", *(f"page_{suffix}" for suffix in TABLES)}
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ def test_an_open_truncate_of_one_source_does_not_hold_up_another_pipeline(
             wait_for_chunks(page, "other", key)
         assert worker.is_running
         other_session.commit()
+    work_until_idle(page)
     assert assert_all_settled(page, stub.dimensions) == 0
     assert assert_all_settled(page, stub.dimensions, "other") == 10
 

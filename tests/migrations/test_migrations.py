@@ -140,6 +140,39 @@ def test_upgrading_twice_changes_nothing_and_keeps_the_pipelines(
     assert_exact(database)
 
 
+def test_deleted_and_hidden_keys_go_down_and_up_with_their_tables(empty_database_dsn: str) -> None:
+    _alembic(empty_database_dsn, "upgrade", "head")
+    tables = """
+        SELECT c.relname || ' ' || coalesce(a.attname || format_type(a.atttypid, a.atttypmod) || a.attnotnull, '')
+            || c.relreplident::text || coalesce(array_to_string(c.reloptions, ' '), '') || c.relacl::text
+            || obj_description(c.oid, 'pg_class')
+            || coalesce(col_description(c.oid, a.attnum), '')
+        FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0
+        WHERE c.relname ~ '^page_(deleted|hidden|lent)$'
+        UNION ALL SELECT indexdef FROM pg_indexes WHERE tablename ~ '^page_(hidden|lent)$' ORDER BY 1
+    """
+    with psycopg.connect(empty_database_dsn, autocommit=True) as connection:
+        _register(connection)
+        create_pages(connection, 5)
+        create_pipeline(connection)
+        settle(connection)
+        fresh = connection.execute(tables).fetchall()
+        connection.execute("DELETE FROM page WHERE id <= 2")
+        connection.execute("INSERT INTO page (id, title, body) VALUES (2, 'another', 'row')")
+        assert scalar(connection, "SELECT count(*) FROM page_embedding") == 3
+    _alembic(empty_database_dsn, "downgrade", "0011")
+    with psycopg.connect(empty_database_dsn, autocommit=True) as connection:
+        assert scalar(connection, "SELECT count(*) FROM page_embedding") == 3
+    _alembic(empty_database_dsn, "upgrade", "head")
+    with psycopg.connect(empty_database_dsn, autocommit=True) as connection:
+        assert connection.execute(tables).fetchall() == fresh
+        settle(connection)
+        assert assert_exact(connection) == 4
+        connection.execute("DELETE FROM page WHERE id = 3")
+        connection.execute("INSERT INTO page (id, title, body) VALUES (3, 'another', 'row')")
+        assert scalar(connection, "SELECT count(*) FROM page_embedding") == 3
+
+
 def test_an_extension_that_was_there_before_stays(empty_database_dsn: str) -> None:
     with psycopg.connect(empty_database_dsn, autocommit=True) as connection:
         connection.execute("CREATE EXTENSION vector")

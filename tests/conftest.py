@@ -16,12 +16,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psycopg
 import pytest
 from psycopg import conninfo, sql
-from pytest_postgresql import factories
 from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
@@ -45,9 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
         cluster = throwaway.start_server()
         config.add_cleanup(lambda: throwaway.remove_server(cluster))
         os.environ["EMBEDLINE_DSN"] = cluster.dsn()
-    server = conninfo.conninfo_to_dict(os.environ["EMBEDLINE_DSN"])
-    for name in ("host", "port", "user", "password"):
-        setattr(config.option, f"postgresql_{name}", server.get(name))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,20 +79,30 @@ def server_dsn() -> str:
     return dsn
 
 
-def _install(*, host: str, port: int, user: str, dbname: str, password: str | None, **_: Any) -> None:
-    """Load step of the template: what `make up` does to its database."""
-    support.install(support.uri(host, port, user, password, dbname))
-
-
-_server = factories.postgresql_noproc(dbname=f"embedline_test_{_RUN}", maintenance_dbname="postgres", load=[_install])
-
-
 @pytest.fixture(scope="session")
-def template_server(server_dsn: str, request: pytest.FixtureRequest) -> Iterator[NoopExecutor]:
-    """The server with the template database on it."""
-    executor: NoopExecutor = request.getfixturevalue("_server")
-    yield executor
-    _drop_database(server_dsn, executor.template_dbname)
+def template_server(server_dsn: str) -> NoopExecutor:
+    """The server with the template database on it, which the first of the run's processes to need it makes."""
+    server = conninfo.conninfo_to_dict(server_dsn)
+    executor = NoopExecutor(
+        host=str(server["host"]),
+        port=str(server["port"]),
+        user=str(server["user"]),
+        password=str(server["password"]),
+        dbname="embedline_test",
+        options="",
+        maintenance_dbname="postgres",
+    )
+    template = sql.Identifier(executor.template_dbname)
+    with psycopg.connect(conninfo.make_conninfo(server_dsn, dbname="postgres"), autocommit=True) as connection:
+        connection.execute("SELECT pg_advisory_lock(1)")
+        exists = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %s AND datistemplate)"
+        if not support.scalar(connection, exists, (executor.template_dbname,)):
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(template))
+            # What `make up` does to its database.
+            name = executor.template_dbname
+            support.install(support.uri(executor.host, executor.port, executor.user, executor.password, name))
+            connection.execute(sql.SQL("ALTER DATABASE {} IS_TEMPLATE true").format(template))
+    return executor
 
 
 def _drop_database(dsn: str, name: str) -> None:
@@ -105,7 +111,6 @@ def _drop_database(dsn: str, name: str) -> None:
     with psycopg.connect(conninfo.make_conninfo(dsn, dbname="postgres"), autocommit=True) as connection:
         exists = "SELECT EXISTS (SELECT FROM pg_database WHERE datname = %s)"
         if support.scalar(connection, exists, (name,)):
-            connection.execute(sql.SQL("ALTER DATABASE {} IS_TEMPLATE false").format(identifier))
             connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(identifier))
 
 

@@ -1,12 +1,12 @@
 """Leave what is stored of deleted rows to the workers: tables of deleted keys, hidden keys and vectors to lend.
 
 What: embedline_data.<pipeline>_deleted, <pipeline>_hidden and <pipeline>_lent; triggers, views and searches are written again
-by the replay that follows. Lock: none on any table that is there. How long: under a second. Undo: `alembic downgrade 0011`;
+by the replay that follows. Lock: none on any table that is there. How long: under a second. Undo: `alembic downgrade 0015`;
 keys that wait go to the inbox, and documents whose chunks are hidden are embedded again. The first two tables stay, empty,
 because views and functions read them until the next replay.
 
 Revision ID: 0016
-Revises: 0011
+Revises: 0015
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0016"
-down_revision = "0011"
+down_revision = "0015"
 branch_labels = None
 depends_on = None
 

@@ -1,11 +1,11 @@
 """Keep with each model what its endpoint was found to need, and the fingerprint under which that endpoint is probed.
 
 What: columns learned and probed_fingerprint of embedline.model. Lock: ACCESS EXCLUSIVE on embedline.model for an instant;
-none on any table of the user. How long: under a second. Undo: `alembic downgrade 0011`; what was learned is then learned
+none on any table of the user. How long: under a second. Undo: `alembic downgrade 0016`; what was learned is then learned
 again, and `verify` reports the fingerprint of a model whose endpoint was changed by alter_model.
 
 Revision ID: 0017
-Revises: 0011
+Revises: 0016
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0017"
-down_revision = "0011"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 

@@ -286,7 +286,7 @@ def deletion_statements(plan: CapturePlan) -> list[str]:
         f"""CREATE TABLE {hidden} ({", ".join(key.definition for key in plan.keys)})
             WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
-        f"CREATE INDEX {quote_ident(plan.name + '_hidden_key_idx')} ON {hidden} ({plan.key_names})",
+        hidden_index_statement(plan),
         f"COMMENT ON TABLE {hidden} IS '{HIDDEN_COMMENT}'",
         f"""CREATE TABLE {lent} (
             version_id bigint NOT NULL,
@@ -306,6 +306,12 @@ def deletion_statements(plan: CapturePlan) -> list[str]:
             )
         ),
     ]
+
+
+def hidden_index_statement(plan: CapturePlan) -> str:
+    """Return the statement that creates the index by which a chunk's key is looked up among the hidden ones."""
+    index = quote_ident(f"{plan.name}_hidden_key_idx")
+    return f"CREATE INDEX {index} ON {plan.generated('hidden')} ({plan.key_names})"
 
 
 def claim_statements(plan: CapturePlan) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from embedline.capture import DEFINER, CapturePlan, KeyColumn
+from embedline.capture import DEFINER, CapturePlan, KeyColumn, hidden_index_statement
 from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident, read_and_release
 from embedline.pipelines import KEY, key_of, load_key
@@ -129,7 +129,13 @@ class KeySwap:
     def begin(self, session: Session) -> None:
         """Give the generated tables the columns of the new key beside the old ones; what is queued is left to the sweep."""
         pipeline = self.pipeline
-        queues = {pipeline.generated("inbox"): "[]", pipeline.generated("claim"): "[]", pipeline.outbox: ""}
+        hidden = pipeline.generated("hidden")
+        # What no search may show must not be mapped to a row.
+        session.execute(
+            f"DELETE FROM {pipeline.document} AS d USING {hidden} AS h WHERE {pipeline.key_join('d', 'h')}"
+        )
+        lists = {pipeline.generated(suffix): "[]" for suffix in ("inbox", "deleted", "claim")}
+        queues = lists | {pipeline.outbox: "", hidden: ""}
         session.execute(f"TRUNCATE {', '.join(queues)}")
         for table, dimension in queues.items():
             dropped = [f"DROP COLUMN {column}" for column in pipeline.quoted_key_columns]
@@ -168,6 +174,7 @@ class KeySwap:
         for suffix, table in zip(_chunk_suffixes(pipeline), pipeline.chunk_tables, strict=True):
             index = quote_ident(f"{pipeline.name}_{suffix}_key_idx")
             session.execute(f"CREATE INDEX {index} ON {table} ({', '.join(new)})")
+        session.execute(hidden_index_statement(plan))
         for table in (pipeline.document, *pipeline.chunk_tables):
             session.execute(f"ANALYZE {table} ({', '.join(new)})")
 

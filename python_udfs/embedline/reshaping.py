@@ -325,7 +325,7 @@ class _Part:
         before = self.stored["owner"]
         if before is None or before == self.source.owner:
             return
-        tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, "inbox", "claim", "outbox", "document"))
+        tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, *capture.TABLES))
         self.session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
         for version in load_versions(self.session, pipeline.name):
             self.session.execute(f"REVOKE ALL ON {version.exact} FROM {quote_ident(before)}")

@@ -21,7 +21,7 @@ from embedline.capture import CHUNK_COLUMNS, CapturePlan, KeyColumn, SourceExpre
 from embedline.catalog import Pipeline, chunk_table_suffix, load_pipeline, load_versions
 from embedline.changed_keys import KeySwap
 from embedline.database import SEARCH_SCHEMA, Session, as_mapping, quote_ident
-from embedline.errors import DependentObjects, NotReady
+from embedline.errors import DependentObjects, NotFound
 from embedline.kept_views import KeptView, drop_kept, fill, keep_with_dependents, put_back
 from embedline.pipelines import (
     BEFORE_UPDATE,
@@ -346,12 +346,13 @@ def _routing_layout(pipeline: Pipeline, stored: dict[str, Any], view: KeptView) 
 
 
 def load_source_now(session: Session, oid: int, pipeline: Pipeline) -> Source:
-    """Return the table of that number as a source; raise NotReady where it is gone."""
+    """Return the table of that number as a source; raise NotFound where it is gone."""
     rows = session.query(_SOURCE, ["bigint"], oid)
     if not rows:
-        raise NotReady(
+        raise NotFound(
             f'the source of pipeline "{pipeline.name}" is gone',
-            hint=f"SELECT embedline.move_pipeline('{pipeline.name}', 'another_table');",
+            hint=f"SELECT embedline.move_pipeline('{pipeline.name}', 'another_table'); or"
+            f" SELECT embedline.drop_pipeline('{pipeline.name}');",
         )
     row = rows[0]
     return Source(

@@ -215,7 +215,7 @@ def test_a_statement_that_fails_changes_nothing(paid: psycopg.Connection) -> Non
     for statement, error in (
         ("ALTER TABLE page ALTER COLUMN views TYPE uuid", errors.DatatypeMismatch),
         ("ALTER TABLE page DROP CONSTRAINT page_pkey; ALTER TABLE page DROP COLUMN id", errors.InvalidParameterValue),
-        ("DROP TABLE page", errors.ObjectNotInPrerequisiteState),
+        ("DROP TABLE page", errors.UndefinedObject),
         ("this is no SQL", errors.SyntaxError),
     ):
         with pytest.raises(error):

@@ -178,7 +178,7 @@ def test_a_source_that_does_not_exist_yet_comes_with_its_revision(application: A
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (PIPELINE.replace("public.article", "alembic_version"), r"op\.move_pipeline"),
+        (PIPELINE.replace("public.article", "alembic_version"), "op.move_pipeline"),
         (PIPELINE + '[models.static-256]\nprovider = "openai"\nmodel = "other"\n', "registered with another provider"),
         (PIPELINE.replace("model =", "modell ="), 'has no key "modell"'),
         (PIPELINE.replace("static-256", "static"), 'names model "static", which is neither registered nor declared'),

@@ -575,7 +575,7 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
     listed = ", ".join(quote_ident(key.name) for key in plan.keys)
     bodies["truncate"] = f"""
         IF NOT {_OLD_SNAPSHOT} THEN
-            -- Rows that are loaded again pay for nothing. 1,000,000 keys take a second.
+            -- Rows that are loaded again pay for nothing. 50,000 keys took 0.1 s.
             {plan.enqueue(listed, plan.generated("document"), "deleted")}
             RETURN NULL;
         END IF;
@@ -656,8 +656,8 @@ def _statement_bodies(plan: CapturePlan) -> dict[str, str]:
             END;
         END IF;
         RETURN NULL;""",
-        # Only appended: a mark on 20,000 documents took 30 times as long as the bare DELETE. The chunks cannot be seen from
-        # now on, because every view and search joins the live row. A worker removes them.
+        # Only appended: removing the chunks of 20,000 rows here took 30 times as long as the bare DELETE. They cannot be seen
+        # from now on, because every view and search joins the live row. A worker removes them.
         "delete": f"""
         {plan.enqueue(plan.keys_of_row("o"), "old_rows AS o", "deleted")}
         RETURN NULL;""",

@@ -12,7 +12,7 @@ from embedline import documents
 from embedline.catalog import Pipeline
 from embedline.database import Session
 
-# Keys whose chunks are removed in one transaction: about 20 ms.
+# Keys whose chunks are removed in one transaction, so that it stays short.
 _KEYS = 1000
 # After so long they are removed, whatever waits: a provider may be away for days.
 _LONGEST_WAIT = "10 minutes"

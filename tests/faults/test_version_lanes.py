@@ -180,7 +180,7 @@ def test_a_dead_letter_of_a_chunk_that_is_gone_holds_nothing_up(
     if mending == "an edit":
         with pytest.raises(errors.ObjectNotInPrerequisiteState, match="could not embed"):
             cut_over(page, 2)
-        settle(page)
+    settle(page)
     cut_over(page, 2)
     work_until_idle(page)
     assert versions(page, "dead_letters")[2] == 0

@@ -147,6 +147,15 @@ def _refuse_secrets(base_url: str | None) -> None:
         )
 
 
+def _check_ca_file(path: Any) -> None:
+    """Raise for a ca_file that is no path; whether it can be used shows when the provider is asked."""
+    if path is not None and not (isinstance(path, str) and os.path.isabs(path)):
+        raise InvalidParameter(
+            "ca_file must be the absolute path of a file on the server",
+            hint='For example options => \'{"ca_file": "/etc/ssl/private-ca.pem"}\'.',
+        )
+
+
 def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
     for required in ("name", "provider", "model"):
         if not given[required]:
@@ -178,6 +187,7 @@ def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
             hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
         )
     options = dict(as_mapping(given.pop("options") or "{}"))
+    _check_ca_file(options.get("ca_file"))
     if (
         given["provider"] == "sentence-transformers"
         and os.path.isabs(given["model"])

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import embedline
+import embedline.embedders
 from embedline.embedders import ModelConfig
 from embedline.errors import InvalidParameter, ModelHostUnavailable, ProviderMisconfigured
 from embedline.model_host.choice import choose_backend
@@ -129,11 +131,21 @@ def remote_settings() -> HostSettings:
     """Return the settings of the server's one host of remote models."""
     return HostSettings(
         "remote models",
+        # Workers keep the host running, so it would outlive a change of the package that leaves its version as it is.
+        revision=_code_stamp(),
         backend=_REMOTE,
         memory_limit_mb=_REMOTE_MEMORY_MB,
         idle_seconds=_REMOTE_IDLE_SECONDS,
         start_seconds=_REMOTE_START_SECONDS,
     )
+
+
+@functools.cache
+def _code_stamp() -> str:
+    """Return what changes with the code that the host runs."""
+    folders = [os.path.dirname(__file__), os.path.dirname(embedline.embedders.__file__)]
+    sources = [entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py")]
+    return str(max((entry.stat().st_mtime_ns for entry in sources), default=0))
 
 
 def settings_of(config: ModelConfig) -> HostSettings:

@@ -311,7 +311,7 @@ def _give_up_chunks(
 ) -> None:
     """Write dead letters of the serving version for new chunks that its model cannot read; the row's others are embedded.
 
-    The chunks stay: a version of another model may read them. Nobody has to accept the letters for an index or a cutover,
+    The chunks stay: a version of another model may read them. An index or a cutover needs no one's consent for them,
     because the setting has decided.
     """
     unreadable = {digest: share for document in written for digest, share in document.unreadable.items()}

@@ -167,7 +167,7 @@ class Engine:
         sound = [document for document in batch.found if document.problem is None]
         batch.found = []
         left = spending.tokens_left(self.session, batch.pipeline) if batch.pipeline.metered else None
-        # What is given up needs no vector: so it is asked of nobody.
+        # What is given up needs no vector, so no provider is asked for it.
         given_up = {digest: NO_VECTOR for document in sound for digest in document.unreadable}
         batch.units = pack(batch.pipeline, sound, self._lend(batch, sound) | given_up, left)
         texts = sum(len(request.texts) for request in batch.requests)

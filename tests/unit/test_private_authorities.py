@@ -109,7 +109,7 @@ def test_the_option_comes_before_the_variables(
     assert embeds(make(ca_file=str(authority.certificate)))
 
 
-def test_an_authority_that_nobody_named_is_refused_with_the_way_out(make: Make) -> None:
+def test_an_authority_that_was_not_named_is_refused_with_the_way_out(make: Make) -> None:
     error = fail(make())
     assert type(error) is ProviderMisconfigured
     assert "is not trusted" in error.message

@@ -224,7 +224,7 @@ def test_a_killed_host_is_started_again_and_no_query_is_lost(stub: StubProvider,
     assert host_pid(session) != pid
 
 
-def test_a_broken_frame_closes_the_connection_and_hurts_nobody_else(stub: StubProvider, connect: Connect) -> None:
+def test_a_broken_frame_closes_its_own_connection_alone(stub: StubProvider, connect: Connect) -> None:
     session = connect()
     ask(session, config(stub), "a")
     pid = host_pid(session)

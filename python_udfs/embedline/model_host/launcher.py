@@ -51,11 +51,11 @@ _ENVIRONMENT = re.compile(
 
 # The backend of the host of remote models; no option names it.
 _REMOTE = "remote"
-# Address space of its data in MB: 60 are used, threads reserve the rest.
+# Limit of its data in MB. A host with one model had 96 MB of data and 59 MB resident; each thread reserves 8 more.
 _REMOTE_MEMORY_MB = 1024
-# It is small, and starting it costs a search 0.6 s: it waits longer for the next query than a host with a model in memory.
+# Seconds. It is small, and a search that has to start it pays the import of the client: so it waits longer than other hosts.
 _REMOTE_IDLE_SECONDS = 3600.0
-# A session that cannot have it within this time asks the provider itself.
+# Seconds after which a session that still has no host asks the provider itself.
 _REMOTE_START_SECONDS = 5.0
 
 PRECISIONS = {"torch": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}

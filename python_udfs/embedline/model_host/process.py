@@ -89,7 +89,7 @@ class HostProcess(abc.ABC):
             self._owner_gone()
 
     def _owner_gone(self) -> None:
-        # Nobody can start another host here, so no lock is needed. The last host out removes the directory.
+        # No session can start another host here, so no lock is needed. The last host out removes the directory.
         for path in glob.glob(os.path.join(glob.escape(self.place.directory), f"{self.place.name}.*")):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -99,7 +99,7 @@ class HostProcess(abc.ABC):
 
     async def _tick(self) -> None:
         while True:
-            # A library that spins with the interpreter's lock in hand (seen in imports that run short of memory) stops
+            # A library that spins while it holds the interpreter's lock (seen in imports that run short of memory) stops
             # this loop, and with it the watch on the owner. The kernel then ends the process: SIGALRM has no handler.
             signal.alarm(_STARVED_SECONDS)
             await asyncio.sleep(CHECK_SECONDS)

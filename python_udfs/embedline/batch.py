@@ -14,6 +14,7 @@ from embedline.documents import Document, Vector
 from embedline.embedders import EmbeddingBlock
 from embedline.errors import EmbedlineError
 from embedline.outbox import ClaimedRow
+from embedline.readability import Readability
 
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
 _LOCAL_REQUEST_ITEMS = 64
@@ -81,6 +82,8 @@ class Batch:
     is_suspect: bool = False
     # Of a version's lane: the rows of its queue, and whether these are of its backfill.
     queue_ids: list[int] = field(default_factory=list)
+    # How its chunks are looked at before they are embedded; None: not at all.
+    readability: Readability | None = None
     of_backfill: bool = False
     found: list[Document] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)

@@ -134,9 +134,7 @@ class CapturePlan:
     def enqueue_row(self, row: str, table: str = "inbox") -> str:
         """Return the INSERT of one row's key into the inbox or another table of its form."""
         is_key = _none_null([f"{row}.{quote_ident(key.source_name)}" for key in self.keys])
-        return (
-            f"INSERT INTO {self.generated(table)} ({self.key_names}) SELECT {self.key_arrays_of_row(row)} WHERE {is_key};"
-        )
+        return f"INSERT INTO {self.generated(table)} ({self.key_names}) SELECT {self.key_arrays_of_row(row)} WHERE {is_key};"
 
     def key_arrays_of_row(self, row: str) -> str:
         """The key of a row, an array of one element for each column."""

@@ -131,9 +131,7 @@ class KeySwap:
         pipeline = self.pipeline
         hidden = pipeline.generated("hidden")
         # What no search may show must not be mapped to a row.
-        session.execute(
-            f"DELETE FROM {pipeline.document} AS d USING {hidden} AS h WHERE {pipeline.key_join('d', 'h')}"
-        )
+        session.execute(f"DELETE FROM {pipeline.document} AS d USING {hidden} AS h WHERE {pipeline.key_join('d', 'h')}")
         lists = {pipeline.generated(suffix): "[]" for suffix in ("inbox", "deleted", "claim")}
         queues = lists | {pipeline.outbox: "", hidden: ""}
         session.execute(f"TRUNCATE {', '.join(queues)}")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from embedline import vectors
+from embedline import row_keys, vectors
 from embedline.catalog import ChunkSet, Pipeline, chunk_table_suffix, load_versions
 from embedline.chunking import Chunk
 from embedline.database import (
@@ -26,13 +26,19 @@ from embedline.database import (
     sqlstate_of,
     vector_schema,
 )
-from embedline.dead_letters import forget_dead_letters
-from embedline.errors import EmbedlineError
+from embedline.dead_letters import forget_dead_letters, note_error
+from embedline.errors import EmbedlineError, UnreadableText
 from embedline.outbox import ClaimedRow, Key, key_columns
+from embedline.readability import message_of
 
 Vector = npt.NDArray[np.float32]
 
+# Stands for the vector of a chunk that is given up, where it has to have one.
+NO_VECTOR: Vector = np.empty(0, dtype=np.float32)
+
 _ALL_BYTES = 1 << 62
+# So much of a key is shown before an error's words.
+_SHOWN_KEY_CHARACTERS = 100
 # Below this a plan that reads whole tables costs nothing.
 _GROWN_ROWS = 2000
 # Looking one key up among 870,000 that wait took 0.6 to 1.0 s of a write.
@@ -55,6 +61,8 @@ class Document:
     chunks: list[Chunk] = field(default_factory=list)
     other_chunks: dict[int, list[Chunk]] = field(default_factory=dict)
     problem: EmbedlineError | None = None
+    # Chunks that are given up because the model cannot read them, by digest: the share of their tokens that it does not know.
+    unreadable: dict[bytes, float] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -325,7 +333,8 @@ def write_documents(
     _keep_vectors(session, pipeline, pipeline.chunk_set, replaced)
     ids = _apply(session, pipeline, pipeline.chunk_set, changes)
     if ids.size:
-        copy_vectors(session, pipeline, ids, stacked([known[chunk.digest] for _, chunk in changes.added]))
+        _write_vectors(session, pipeline, ids, [known[chunk.digest] for _, chunk in changes.added])
+        _give_up_chunks(session, pipeline, ids, changes.added, [documents[i] for i in result.written])
         enqueue_chunks(session, pipeline.other_versions(pipeline.chunk_set.number), ids, of_backfill=of_backfill)
     for chunk_set in pipeline.other_sets:
         _write_other_set(session, pipeline, chunk_set, documents, result.written, set(marks), of_backfill=of_backfill)
@@ -368,6 +377,52 @@ def show_again(session: Session, pipeline: Pipeline, marks: Mapping[int, list[st
     if places:
         hidden = pipeline.generated("hidden")
         session.query(f"DELETE FROM {hidden} WHERE ctid = ANY ($1::text[]::tid[])", ["text[]"], places)
+
+
+def _write_vectors(session: Session, pipeline: Pipeline, ids: npt.NDArray[np.int64], found: Sequence[Vector]) -> None:
+    """Write the vectors of new chunks, but for those that have none."""
+    has_vector = np.fromiter((vector.size > 0 for vector in found), dtype=bool, count=len(found))
+    if has_vector.any():
+        copy_vectors(session, pipeline, ids[has_vector], stacked([vector for vector in found if vector.size]))
+
+
+def _give_up_chunks(
+    session: Session,
+    pipeline: Pipeline,
+    ids: npt.NDArray[np.int64],
+    added: Sequence[tuple[Key, Chunk]],
+    written: Sequence[Document],
+) -> None:
+    """Write dead letters of the serving version for new chunks that its model cannot read; the row's others are embedded.
+
+    The chunks stay: a version of another model may read them. An index or a cutover needs no one's consent for them,
+    because the setting has decided.
+    """
+    unreadable = {digest: share for document in written for digest, share in document.unreadable.items()}
+    given_up = [
+        (int(ids[i]), unreadable[chunk.digest]) for i, (_, chunk) in enumerate(added) if chunk.digest in unreadable
+    ]
+    if not given_up:
+        return
+    session.query(
+        f"""
+        INSERT INTO embedline.version_dead_letter (version_id, chunk_id, key, stage, error_code, message, attempts, accepted_by)
+        SELECT $1, c.chunk_id, {row_keys.as_json(pipeline, "c")}, 'validate', $4, l.message, 1, 'unknown_token_share'
+        FROM unnest($2, $3) AS l (chunk_id, message) JOIN {pipeline.chunk} AS c ON c.chunk_id = l.chunk_id
+        """,
+        ["bigint", "bigint[]", "text[]", "text"],
+        pipeline.version.version_id,
+        [chunk_id for chunk_id, _ in given_up],
+        [message_of(share) for _, share in given_up],
+        UnreadableText.sqlstate,
+    )
+    first = next(document for document in written if document.unreadable)
+    note_error(
+        session,
+        pipeline,
+        f"{row_keys.key_json(pipeline, first.key)[:_SHOWN_KEY_CHARACTERS]}: {len(first.unreadable)} of"
+        f" {len(first.chunks)} chunks: {message_of(min(first.unreadable.values()))}",
+    )
 
 
 def _share_versions(session: Session, pipeline: Pipeline) -> bool:

@@ -25,7 +25,7 @@ from embedline.catalog import ChunkSet
 from embedline.chunking import Chunker, make_chunker
 from embedline.database import Session, sqlstate_of
 from embedline.dead_letters import DeadLetter
-from embedline.documents import Document, Vector
+from embedline.documents import NO_VECTOR, Document, Vector
 from embedline.embedder_pool import embedder_for, let_cancel_through, sentence_embedder, wait_first
 from embedline.errors import (
     DimensionMismatch,
@@ -39,7 +39,9 @@ from embedline.errors import (
     UnusableText,
 )
 from embedline.outbox import ClaimedRow
+from embedline.readability import Readability, mark_unreadable, readability
 from embedline.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
+from embedline.settings import load_settings
 from embedline.source import hidden_source
 from embedline.text import repair_text
 from embedline.work import VERSION_WORK, work_of
@@ -114,6 +116,7 @@ class Engine:
 
     def read(self, batch: Batch) -> None:
         """Read and compare; settle at once what is gone or has not changed."""
+        batch.readability = self._readability(batch)
         fatal = [row for row in batch.rows if row.crash_count >= MAX_CRASHES]
         self._bury(batch, [_fatal_letter(row) for row in fatal])
         pending = [row for row in batch.rows if row.crash_count < MAX_CRASHES]
@@ -143,8 +146,12 @@ class Engine:
 
     def chunk(self, batch: Batch, breathe: Callable[[], None]) -> None:
         """Repair and chunk what was read. Touches no table: the resident worker holds no transaction meanwhile."""
-        if not batch.found or batch.pipeline.is_lane:
-            return
+        if batch.found and not batch.pipeline.is_lane:
+            self._cut(batch, breathe)
+        if batch.readability is not None:
+            mark_unreadable(batch.found, batch.readability, breathe)
+
+    def _cut(self, batch: Batch, breathe: Callable[[], None]) -> None:
         chunker = self._chunker(batch, batch.pipeline.chunk_set)
         others = {chunk_set.number: self._chunker(batch, chunk_set) for chunk_set in batch.pipeline.other_sets}
         for document in batch.found:
@@ -170,7 +177,9 @@ class Engine:
         sound = [document for document in batch.found if document.problem is None]
         batch.found = []
         left = spending.tokens_left(self.session, batch.pipeline) if batch.pipeline.metered else None
-        batch.units = pack(batch.pipeline, sound, self._lend(batch, sound), left)
+        # What is given up needs no vector, so no provider is asked for it.
+        given_up = {digest: NO_VECTOR for document in sound for digest in document.unreadable}
+        batch.units = pack(batch.pipeline, sound, self._lend(batch, sound) | given_up, left)
         texts = sum(len(request.texts) for request in batch.requests)
         batch.vector_bytes = vector_memory(batch.pipeline, texts)
         self.grant(batch)
@@ -289,6 +298,16 @@ class Engine:
             # The sentences' embedder is looked up at each use: the session's own may have been replaced.
             cache[key] = make_chunker(chunk_set.spec, tokenizer, sentence_embedder(self.session, pipeline.version))
         return cache[key]
+
+    def _readability(self, batch: Batch) -> Readability | None:
+        """Return how the batch's chunks are looked at before they are embedded, as the setting stands now."""
+        model_id = batch.pipeline.version.model.model_id
+        cache: dict[int, str | None] = self.session.cache.setdefault("embedline.tokenizers", {})
+        if model_id not in cache:
+            query = "SELECT tokenizer FROM embedline.model WHERE model_id = $1"
+            cache[model_id] = self.session.scalar(query, ["bigint"], model_id)
+        tokenizer = cache[model_id]
+        return None if tokenizer is None else readability(tokenizer, load_settings(self.session).unknown_token_share)
 
     def _lend(self, batch: Batch, found: list[Document]) -> dict[bytes, Vector]:
         digests = list(dict.fromkeys(chunk.digest for document in found for chunk in document.chunks))

@@ -76,6 +76,12 @@ class UnusableText(EmbedlineError):
     sqlstate = "EL002"
 
 
+class UnreadableText(UnusableText):
+    """The model does not know most of the text."""
+
+    sqlstate = "EL003"
+
+
 class ProviderError(EmbedlineError):
     """The embedding provider failed."""
 

@@ -15,6 +15,7 @@ from embedline.embedder_pool import let_cancel_through, wait_result
 from embedline.embedders import ModelConfig, ModelInfo, create_embedder, known_options
 from embedline.embedders.options import check_options
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound, NotPermitted
+from embedline.query_embedding import warm_up
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 # Parameters of a query that are secrets; api-version and the like are none.
@@ -98,6 +99,7 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
         config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
         info.fingerprint, price, json.dumps(dict(info.learned)),
     )  # fmt: skip
+    warm_up(session, config.provider)
     return config.name
 
 

@@ -17,6 +17,7 @@ from embedline.dead_letters import contain
 from embedline.embedders import EmbeddingBlock
 from embedline.engine import Engine
 from embedline.pacing import Pace
+from embedline.query_embedding import keep_warm
 from embedline.settings import load_settings
 from embedline.work import work_of
 
@@ -140,6 +141,7 @@ class ResidentWorker:
         for pipeline in self._pipelines:
             self.claimant.asking = pipeline
             indexing.maintain_contained(self.engine.session, pipeline)
+        keep_warm(self.engine.session, {pipeline.version.model.config.provider for pipeline in self._pipelines})
 
     def _measure(self) -> bool:
         """Take some steps of measuring an index that was not measured yet; return True if there are more.

@@ -6,11 +6,11 @@ import math
 from array import array
 from typing import Any
 
-from embedline import nearest, routing, traffic
+from embedline import traffic
 from embedline.catalog import Pipeline, load_pipeline, load_version
 from embedline.database import Session, entry_point, require_given
-from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors
+from embedline.query_embedding import QueryEmbedding
 from embedline.text import repair_text
 
 _MAX_K = 10_000
@@ -27,6 +27,8 @@ _PREPARE_SCAN = """
 @entry_point
 def embed_query(session: Session, pipeline_name: str, query: str) -> str:
     """Return the query's vector in pgvector's text form, made by the model of the version that serves."""
+    from embedline import routing
+
     pipeline = load_pipeline(session, pipeline_name)
     shown = routing.serving_number(session, pipeline)
     if shown != pipeline.version.number:
@@ -42,6 +44,8 @@ def _prepare_scan(session: Session, pipeline: Pipeline) -> None:
     pgvector reads these settings when a scan gives its first row, after the query's vector is known. Without an iterative
     scan LIMIT 100 over the routing view gave 40 rows, and a filter fewer still. Values that the session has set itself stay.
     """
+    from embedline import nearest
+
     reach = pipeline.version.reach
     measured = None if reach is None else reach.ef_search
     session.query(_PREPARE_SCAN, ["text"], str(measured or nearest.DEFAULT_EF_SEARCH))
@@ -75,8 +79,16 @@ def _rank(
     session: Session, pipeline: Pipeline, query: str, k: int, per_document: bool, ef_search: int | None
 ) -> list[dict[str, Any]]:
     """Search with one version: its model embeds the query and it alone is ranked, whatever the routing view shows."""
-    vector = _embed(session, pipeline, query)
-    ranker = nearest.Ranker(session, pipeline, ef_search)
+    pending = _start(session, pipeline, query)
+    try:
+        # In the time that the provider takes: a session's first search imports the ranker, and each prepares it.
+        from embedline import nearest
+
+        ranker = nearest.Ranker(session, pipeline, ef_search)
+    except BaseException:
+        pending.cancel()
+        raise
+    vector = _finish(pipeline, pending)
     offset = 1.0 if pipeline.version.distance == "cosine" else 0.0
     return [
         {"key": row["key"], "chunk": row["chunk"], "score": offset - row["distance"]}
@@ -85,11 +97,18 @@ def _rank(
 
 
 def _embed(session: Session, pipeline: Pipeline, query: str | None) -> str:
+    return _finish(pipeline, _start(session, pipeline, query))
+
+
+def _start(session: Session, pipeline: Pipeline, query: str | None) -> QueryEmbedding:
     if query is None:
         raise InvalidParameter("the query must not be NULL")
-    version = pipeline.version
-    future = embedder_for(session, version.model).submit([repair_text(query)], "query")
-    block = wait_result(future, let_cancel_through(session))
+    return QueryEmbedding(session, pipeline.version, repair_text(query))
+
+
+def _finish(pipeline: Pipeline, pending: QueryEmbedding) -> str:
+    """Return the query's vector in pgvector's text form, normalised if the version's vectors are."""
+    version, block = pipeline.version, pending.result()
     if (block.count, block.dimensions) != (1, version.dimensions):
         raise DimensionMismatch(
             f"the model returned {block.dimensions} dimensions, pipeline {pipeline.name} has {version.dimensions}"

@@ -15,7 +15,6 @@ from typing import Any
 from embedline.catalog import Pipeline, load_pipeline, load_version
 from embedline.database import ENDING, Session, entry_point, sqlstate_of
 from embedline.errors import InvalidParameter, NotReady
-from embedline.pipelines import require_control
 
 Rows = list[dict[str, Any]]
 
@@ -45,7 +44,7 @@ def set_traffic(
     session: Session, name: str, number: int | None, share: float | None, shadow_share: float | None
 ) -> None:
     """Have a version serve a share of search calls, and answer another in the shadow; without a version: none."""
-    require_control(session, name)
+    _require_control(session, name)
     pipeline = load_pipeline(session, name)
     if number is None:
         session.query("DELETE FROM embedline.traffic WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
@@ -66,7 +65,7 @@ def set_traffic(
 @entry_point
 def set_tenant_version(session: Session, name: str, tenant: str, number: int | None) -> None:
     """Have a version answer the search calls of a tenant; without a version: the one that serves everybody."""
-    require_control(session, name)
+    _require_control(session, name)
     pipeline = load_pipeline(session, name)
     if not tenant:
         raise InvalidParameter("tenant must not be empty")
@@ -78,6 +77,13 @@ def set_tenant_version(session: Session, name: str, tenant: str, number: int | N
         return
     version_id = _servable(session, name, number)
     session.query(_STORE_TENANT, ["bigint", "text", "bigint"], pipeline.pipeline_id, tenant, version_id)
+
+
+def _require_control(session: Session, name: str) -> None:
+    # Imported here: every session's first search imports this module, and no search needs the other.
+    from embedline.pipelines import require_control
+
+    require_control(session, name)
 
 
 def _servable(session: Session, name: str, number: int) -> int:

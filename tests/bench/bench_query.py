@@ -1,6 +1,8 @@
 """How long a search takes: the first of a session while the model host is warm, and later ones.
 
-The texts are sentences of the PostgreSQL manual, one chunk each; the queries are sentences that are not among them.
+The texts are sentences of the PostgreSQL manual, one chunk each; the queries are sentences that are not among them. The remote
+model is the stub provider, which takes 20 ms for each answer. Beside it are sessions that ask it with a client of their own, as
+those do whose server has no host of remote models.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ import psycopg
 from harness import Bench, Figure, percentile, scalar, timed
 from manual import sentences
 
+from stub_provider import StubProvider, stub_provider
+
 CHUNKS, QUERIES, SESSIONS, WARM_UP = 10_000, 200, 10, 10
-FIRST_MS = 300
-LATER_MS = {"static-256": 20, "minilm": 40}
+REMOTE, DIMENSIONS, ANSWER_SECONDS = "remote", 384, 0.02
+FIRST_MS = {"static-256": 300, "minilm": 300, REMOTE: 150}
+LATER_MS = {"static-256": 20, "minilm": 40, REMOTE: 30}
 
 SEARCH = "SELECT key, chunk, score FROM embedline.search(%s, %s)"
 # A search taken apart: the same calls as embedline.search.search makes, each under its own clock.
@@ -44,6 +49,12 @@ STAGES = """
         return [(b - a) * 1000 for a, b in zip(clock, clock[1:])]
     $python$
 """
+# Has the session ask providers itself, as after a failure to start the host.
+ALONE = """
+    CREATE FUNCTION bench_alone() RETURNS void LANGUAGE plpython3u AS $python$
+        GD["embedline.query_host.unusable"] = float("inf")
+    $python$
+"""
 STAGE_NAMES = ("imports", "catalogue", "embed", "preparation", "ranking")
 PLAN = """
     CREATE FUNCTION bench_plan(pipeline_name text, query text) RETURNS SETOF text
@@ -53,12 +64,12 @@ PLAN = """
     SET hnsw.ef_search = 40
     AS $python$
         from embedline import catalog, nearest, search
-        from embedline.database import Session, quote_literal
+        from embedline.database import Session, quote_literal, vector_schema
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, pipeline_name)
         vector = search._embed(session, pipeline, query)
         statement = nearest.Ranker(session, pipeline).statement(20)
-        literal = quote_literal(vector) + "::" + pipeline.version.column_type
+        literal = quote_literal(vector) + f"::{vector_schema(session)}.{pipeline.version.column_type}"
         after = pipeline.version.reach.checked_to if pipeline.version.reach else 0
         statement = statement.replace("$1", literal).replace("$2", str(after))
         return [row["QUERY PLAN"] for row in plpy.execute("EXPLAIN (ANALYZE, TIMING off) " + statement)]
@@ -77,11 +88,21 @@ def run(bench: Bench) -> None:
                 copy.write_row((number, text))
         connection.execute(STAGES)
         connection.execute(PLAN)
+        connection.execute(ALONE)
+    with stub_provider(DIMENSIONS) as stub:
+        _measure(bench, stub, queries)
+
+
+def _measure(bench: Bench, stub: StubProvider, queries: list[str]) -> None:
+    with bench.connect() as connection:
+        connection.execute("SELECT embedline.create_model(%s, 'openai', 'stub', base_url => %s)", (REMOTE, stub.url))
         for model in LATER_MS:
             _embed_all(bench, connection, model)
+    stub.behave(latency=ANSWER_SECONDS)
     for model, limit in LATER_MS.items():
         _measure_first(bench, model, queries)
         _measure_later(bench, model, queries, limit)
+    _compare_with_own_client(bench, queries)
 
 
 def _embed_all(bench: Bench, connection: psycopg.Connection[Any], model: str) -> None:
@@ -117,13 +138,13 @@ def _measure_first(bench: Bench, model: str, queries: list[str]) -> None:
             connected.append((time.perf_counter() - start) * 1000)
             second.append(timed(lambda c=connection, q=other: _search(c, pipeline, q)) * 1000)
         with bench.connect() as connection:
-            stages.append(scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, query)))
+            stages.append(scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, f"{query} again")))
         bench.progress.update(task, advance=1)
     detail = (
         f"slowest of {SESSIONS} sessions; p50 {statistics.median(first):.0f} ms,"
         f" second search {statistics.median(second):.1f} ms"
     )
-    bench.add(Figure(f"{model}: first search of a session", max(first), "ms", FIRST_MS, detail))
+    bench.add(Figure(f"{model}: first search of a session", max(first), "ms", FIRST_MS[model], detail))
     bench.add(Figure("  with the time to connect", max(connected), "ms", detail=_spent(stages)))
 
 
@@ -133,11 +154,11 @@ def _measure_later(bench: Bench, model: str, queries: list[str], limit: float) -
     with bench.connect() as connection:
         for query in queries[-WARM_UP:]:
             _search(connection, pipeline, query)
-            scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, query))
+            scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, f"{query} again"))
         searches, stages = [], []
         for query in queries:
             searches.append(timed(lambda q=query: _search(connection, pipeline, q)) * 1000)
-            stages.append(scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, query)))
+            stages.append(scalar(connection, "SELECT bench_stages(%s, %s)", (pipeline, f"{query} again")))
             bench.progress.update(task, advance=1)
         plan = [row[0] for row in connection.execute("SELECT bench_plan(%s, %s)", (pipeline, queries[0]))]
     nodes = [line.strip() for line in plan if "Scan" in line or "Planning Time" in line or "JIT" in line]
@@ -148,6 +169,28 @@ def _measure_later(bench: Bench, model: str, queries: list[str], limit: float) -
     detail = f"p50 {statistics.median(searches):.1f} ms, slowest {max(searches):.1f} ms of {QUERIES} different queries"
     bench.add(Figure(f"{model}: later searches, p95", percentile(searches, 0.95), "ms", limit, detail))
     bench.add(Figure("  p50", statistics.median(searches), "ms", detail=_spent(stages)))
+
+
+def _compare_with_own_client(bench: Bench, queries: list[str]) -> None:
+    """Search in new sessions by the shared connections, and with a client of the session's own, in turn."""
+    pipeline = _pipeline(REMOTE)
+    first: dict[bool, list[float]] = {True: [], False: []}
+    later: dict[bool, list[float]] = {True: [], False: []}
+    task = bench.progress.add_task("New sessions with a client of their own", total=2 * SESSIONS)
+    for number in range(SESSIONS):
+        for shared in (True, False):
+            # No query twice: the host would know its vector.
+            asked = [f"{query} {shared}" for query in queries[number::SESSIONS]]
+            with bench.connect() as connection:
+                start = time.perf_counter()
+                if not shared:
+                    connection.execute("SELECT bench_alone()")
+                _search(connection, pipeline, asked[0])
+                first[shared].append(time.perf_counter() - start)
+                later[shared] += [timed(lambda c=connection, q=query: _search(c, pipeline, q)) for query in asked[1:]]
+            bench.progress.update(task, advance=1)
+    bench.compare("remote: first search, shared connections against an own client", first[True], first[False])
+    bench.compare("remote: later searches, the same", later[True], later[False])
 
 
 def _search(connection: psycopg.Connection[Any], pipeline: str, query: str) -> None:

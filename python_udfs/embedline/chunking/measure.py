@@ -67,7 +67,7 @@ class TokenMeasure:
     """The model's own tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def capacity(self, tokens: int) -> int:
         return tokens
@@ -80,10 +80,10 @@ class TokenMeasure:
         return text.isascii() or len(unicodedata.normalize("NFKD", text).encode()) < capacity
 
     def sizes(self, texts: Sequence[str]) -> list[int]:
-        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [len(encoding) for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def starts(self, text: str) -> Sequence[int]:
-        return [start for start, _ in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+        return [start for start, _ in self.tokenizer.encode(text, add_special_tokens=False).offsets]
 
     def splitter(
         self, kind: type[TextSplitter] | type[MarkdownSplitter], capacity: int, overlap: int
@@ -93,7 +93,7 @@ class TokenMeasure:
         return kind.from_callback(self._size, capacity, overlap)
 
     def _size(self, text: str) -> int:
-        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+        return len(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
 
 
 @functools.lru_cache(maxsize=8)

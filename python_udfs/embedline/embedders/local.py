@@ -22,11 +22,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedline import errors
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.errors import DimensionMismatch, InputRejected, InvalidVectors, ModelHostUnavailable, ProviderError
-from embedline.model_host.launcher import Owner, connect_or_start, log_tail, prepare_place, settings_of
+from embedline.model_host.launcher import HostSettings, Owner, connect_or_start, log_tail, prepare_place, settings_of
 from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame, pack_texts
+from embedline.model_host.wire_errors import read_error
 
 _RECEIVE_BYTES = 1 << 18
 # A request that two hosts did not survive is not given to a third: it may be what kills them.
@@ -66,9 +66,16 @@ class LocalEmbedder:
     The host belongs to `owner_pid`, by default our parent process: of a backend that is the postmaster.
     """
 
-    def __init__(self, config: ModelConfig, *, owner_pid: int | None = None, runtime_root: str | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        owner_pid: int | None = None,
+        runtime_root: str | None = None,
+        settings: HostSettings | None = None,
+    ) -> None:
         self._config = config
-        self._settings = settings_of(config)
+        self._settings = settings or settings_of(config)
         self._owner = Owner.of(owner_pid or os.getppid())
         self._place = prepare_place(self._settings, self._owner, runtime_root)
         self._numbers = itertools.count(1)
@@ -255,7 +262,7 @@ class LocalEmbedder:
             # A sign of life.
             return
         try:
-            _resolve(call.future, _read_error(frame) or call.read(frame))
+            _resolve(call.future, read_error(frame.header) or call.read(frame))
         except ProviderError as error:
             _resolve(call.future, error)
         except (KeyError, TypeError, ValueError) as error:
@@ -343,13 +350,3 @@ def _resolve(future: Future[Any], result: object) -> None:
 def _read_info(frame: Frame) -> ModelInfo:
     names = ("dimensions", "max_tokens", "tokenizer_path", "fingerprint")
     return ModelInfo(**{name: frame.header[name] for name in names})
-
-
-def _read_error(frame: Frame) -> ProviderError | None:
-    fields = frame.header.get("error")
-    if fields is None:
-        return None
-    kind = getattr(errors, str(fields["class"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, ProviderError)):
-        kind = ProviderError
-    return kind(fields["message"], detail=fields["detail"], hint=fields["hint"])

@@ -31,6 +31,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.embedders.answers import UnknownOrder, mistaken_encoding, text_numbers
 from embedline.embedders.options import given_bodies, request_body
+from embedline.embedders.tls import tls_context, untrusted
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -41,6 +42,7 @@ from embedline.errors import (
 )
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
 
     import openai
@@ -85,6 +87,9 @@ class _Response(Protocol):
 
 class OpenAIEmbedder:
     """Embeds through an OpenAI-compatible endpoint."""
+
+    # Seconds that a connection waits for its next request; the HTTP library's own default is 5.
+    idle_connection_seconds = 5.0
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
@@ -268,6 +273,10 @@ class OpenAIEmbedder:
             message = f"{self._address} did not answer within {self._config.timeout_seconds:g} s"
             raise TransientProviderError(message, unreachable=_never_left(error)) from None
         except openai.APIConnectionError as error:
+            if refused := untrusted(self._config, self._address, error):
+                # The next request reads the authorities again: they may have been replaced meanwhile.
+                self._client = None
+                raise refused from None
             message = f"the connection to {self._address} failed"
             detail = redact(f"{type(error.__cause__).__name__}: {error.__cause__}", key)
             raise TransientProviderError(message, detail=detail, unreachable=_never_left(error)) from None
@@ -296,10 +305,29 @@ class OpenAIEmbedder:
                 timeout=timeout,
                 # A redirect would carry texts and key to an address that nobody has approved.
                 http_client=openai.DefaultAsyncHttpxClient(
-                    follow_redirects=False, timeout=timeout, trust_env=not self._is_loopback()
+                    follow_redirects=False,
+                    timeout=timeout,
+                    # Proxies; certificates have their variables on this machine, too.
+                    trust_env=not self._is_loopback(),
+                    verify=self._verification(),
+                    limits=self._limits(),
                 ),
             )
         return self._client
+
+    def _verification(self) -> ssl.SSLContext | bool:
+        is_https = self._url.startswith("https:")
+        return (tls_context(self._config, os.environ) if is_https else None) or True
+
+    def _limits(self) -> Any:
+        import openai
+
+        usual = openai.DEFAULT_CONNECTION_LIMITS
+        return type(usual)(
+            max_connections=usual.max_connections,
+            max_keepalive_connections=usual.max_keepalive_connections,
+            keepalive_expiry=self.idle_connection_seconds,
+        )
 
     def _headers(self, key: str | None) -> dict[str, Any]:
         import openai

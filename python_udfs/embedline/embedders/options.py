@@ -5,6 +5,7 @@ They are checked when a model is registered or altered, not when it is used: a m
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ OPENAI_OPTIONS = {
         lambda value: value in ("base64", "float", "none"),
         '"base64", "float" or "none"',
         "Leave it out: the probe finds which one the endpoint takes.",
+    ),
+    "ca_file": Option(
+        lambda value: isinstance(value, str) and os.path.isabs(value),
+        "the absolute path of a file on the server",
+        'For example options => \'{"ca_file": "/etc/ssl/private-ca.pem"}\'.',
     ),
     "extra_body": _body('{"extra_body": {"truncate": "END"}}'),
     "document_body": _body('{"document_body": {"input_type": "passage"}}'),

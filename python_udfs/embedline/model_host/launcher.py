@@ -11,15 +11,14 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import stat
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import embedline
+import embedline.embedders
 from embedline.embedders import ModelConfig
 from embedline.embedders.options import Option, check_options
 from embedline.errors import InvalidParameter, ModelHostUnavailable, ProviderMisconfigured
@@ -49,6 +49,15 @@ _ENVIRONMENT = re.compile(
     r"|CUDA|NVIDIA|HIP|ROCM|ROCR|XDG|SSL|REQUESTS|CURL|MALLOC)_\w+|(?i:https?|all|no)_(?i:proxy))"
 )
 
+
+# The backend of the host of remote models; no option names it.
+_REMOTE = "remote"
+# Limit of its data in MB. A host with one model had 96 MB of data and 59 MB resident; each thread reserves 8 more.
+_REMOTE_MEMORY_MB = 1024
+# Seconds. It is small, and a search that has to start it pays the import of the client: so it waits longer than other hosts.
+_REMOTE_IDLE_SECONDS = 3600.0
+# Seconds after which a session that still has no host asks the provider itself.
+_REMOTE_START_SECONDS = 5.0
 
 PRECISIONS = {"torch": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
 _ALL_PRECISIONS = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
@@ -95,6 +104,12 @@ class HostSettings:
     precision: str = "float32"
     memory_limit_mb: int = 4096
     idle_seconds: float = 900.0
+    start_seconds: float = START_SECONDS
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the host has no model of its own: it asks the providers of remote models."""
+        return self.backend == _REMOTE
 
     @property
     def name(self) -> str:
@@ -102,6 +117,27 @@ class HostSettings:
         identity = [PROTOCOL_VERSION, embedline.__version__, self.model, self.revision, self.backend]
         identity += [self.device, self.precision]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def remote_settings() -> HostSettings:
+    """Return the settings of the server's one host of remote models."""
+    return HostSettings(
+        "remote models",
+        # Workers keep the host running, so it would outlive a change of the package that leaves its version as it is.
+        revision=_code_stamp(),
+        backend=_REMOTE,
+        memory_limit_mb=_REMOTE_MEMORY_MB,
+        idle_seconds=_REMOTE_IDLE_SECONDS,
+        start_seconds=_REMOTE_START_SECONDS,
+    )
+
+
+@functools.cache
+def _code_stamp() -> str:
+    """Return what changes with the code that the host runs."""
+    folders = [os.path.dirname(__file__), os.path.dirname(embedline.embedders.__file__)]
+    sources = [entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py")]
+    return str(max((entry.stat().st_mtime_ns for entry in sources), default=0))
 
 
 def settings_of(config: ModelConfig) -> HostSettings:
@@ -231,6 +267,8 @@ def make_private(path: str) -> str:
 
 def remove_stale_places(base: str) -> None:
     """Remove the directories of servers that are gone; a killed host could not tidy up after itself."""
+    import shutil
+
     for entry in os.scandir(base):
         pid, _, start_ticks = entry.name.partition("-")
         if pid.isdecimal() and start_ticks.isdecimal() and not Owner(int(pid), int(start_ticks)).alive():
@@ -276,7 +314,7 @@ def connect_or_start(
     Sessions that need the same host at once queue at the lock: one starts it, the others find it running. `give_up`
     is asked while waiting. Raises ModelHostUnavailable with the end of the host's log.
     """
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + settings.start_seconds
     with launch_lock(place, lambda: give_up() or time.monotonic() > deadline):
         connection = connect(place)
         if connection is not None:
@@ -290,7 +328,8 @@ def connect_or_start(
             if not host_alive(place):
                 raise ModelHostUnavailable("the model host did not start", detail=log_tail(place))
             time.sleep(_POLL_SECONDS)
-    raise ModelHostUnavailable(f"the model host did not start within {START_SECONDS:.0f} s", detail=log_tail(place))
+    message = f"the model host did not start within {settings.start_seconds:.0f} s"
+    raise ModelHostUnavailable(message, detail=log_tail(place))
 
 
 @contextlib.contextmanager
@@ -316,6 +355,9 @@ def _try_lock(file: int) -> bool:
 
 
 def _spawn(place: HostPlace, settings: HostSettings, owner: Owner) -> None:
+    # Imported here: a session that finds the host running does not need it.
+    import subprocess
+
     with contextlib.suppress(FileNotFoundError):
         os.replace(place.log, f"{place.log}.old")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -331,7 +373,7 @@ def _spawn(place: HostPlace, settings: HostSettings, owner: Owner) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(),
+            env=_environment(settings),
             start_new_session=True,
         )
     except OSError as error:
@@ -353,8 +395,9 @@ def interpreter() -> str:
     return path if os.access(path, os.X_OK) else "/usr/bin/python3"
 
 
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if _ENVIRONMENT.fullmatch(name)}
+def _environment(settings: HostSettings) -> dict[str, str]:
+    # The host of remote models asks providers in the sessions' place, so it needs the keys that they would read.
+    kept = {n: value for n, value in os.environ.items() if settings.is_remote or _ENVIRONMENT.fullmatch(n)}
     # OpenMP threads that wait by spinning take the cores from those they wait for, as soon as the server is busy too: one
     # MiniLM query beside two busy processes on 2 cores 134 ms, 26 ms with threads that sleep; batches 21 and 82 texts/s.
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")

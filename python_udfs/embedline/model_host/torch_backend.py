@@ -30,6 +30,9 @@ class TorchBackend:
         self.model = model
         # By name: its module has another path before sentence-transformers 6.
         self.is_static = type(model[0]).__name__ == "StaticEmbedding"
+        # Of a model that takes images, sounds or films, too, the library fetches a text that is an address, and opens one
+        # that is a path. What is named a text is none of these. Before 5.4 it has no such models and knows no names.
+        self._names_texts = set(getattr(model, "modalities", ["text"])) != {"text"}
         if self.is_static:
             self.slice_characters = _STATIC_CHARACTERS
         else:
@@ -40,7 +43,8 @@ class TorchBackend:
         import numpy as np
 
         # The empty prompt shuts out a default prompt of the model's own config: prefixes are the client's business.
-        rows = self.model.encode(list(texts), prompt="", batch_size=len(texts), show_progress_bar=False)
+        inputs = [{"text": text} for text in texts] if self._names_texts else list(texts)
+        rows = self.model.encode(inputs, prompt="", batch_size=len(texts), show_progress_bar=False)
         return np.asarray(rows, dtype="<f4")
 
     def free_memory(self) -> None:

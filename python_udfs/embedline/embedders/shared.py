@@ -1,0 +1,57 @@
+"""Queries of remote models: a client of the host that holds the connections to providers for all sessions of the server.
+
+A session's first search pays for this module, so it imports no provider's client: that takes 0.5 s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from concurrent.futures import Future
+
+from embedline.embedders import EmbeddingBlock, ModelConfig
+from embedline.embedders.local import LocalEmbedder
+from embedline.errors import InputRejected
+from embedline.model_host.launcher import remote_settings
+from embedline.model_host.protocol import ProtocolError, pack_texts
+
+# Seconds without a sign of life after which the host is given up. It gives one each second while a query waits.
+_SILENCE_SECONDS = 15.0
+# Queries of one session that are under way at a time.
+_CONCURRENCY = 32
+
+
+class SharedEmbedder(LocalEmbedder):
+    """Has the queries of any remote model embedded by the host of remote models."""
+
+    def __init__(self, *, owner_pid: int | None = None, runtime_root: str | None = None) -> None:
+        config = ModelConfig("remote models", "openai", "", timeout_seconds=_SILENCE_SECONDS, concurrency=_CONCURRENCY)
+        super().__init__(config, owner_pid=owner_pid, runtime_root=runtime_root, settings=remote_settings())
+
+    def submit_query(self, config: ModelConfig, fingerprint: str, text: str) -> Future[EmbeddingBlock]:
+        """Start embedding a query; the future raises what the model's own embedder would raise.
+
+        ModelHostUnavailable says that there is no host, and nothing of the provider. The `fingerprint` tells which
+        earlier vectors of the text are of the same model.
+        """
+        future: Future[EmbeddingBlock] = Future()
+        given = json.dumps(dataclasses.asdict(config), sort_keys=True)
+        try:
+            lengths, payload = pack_texts([text])
+            header = {"op": "embed", "config": given, "identity": _identity(config, fingerprint), "lengths": lengths}
+            self._start(header, payload, future, self._block_reader(1))
+        except (UnicodeEncodeError, ProtocolError) as error:
+            future.set_exception(InputRejected("the query cannot be sent", detail=type(error).__name__))
+        return future
+
+    def ping(self) -> Future[None]:
+        """Start the host if it does not run; the future ends when it answers."""
+        future: Future[None] = Future()
+        self._start({"op": "ping"}, b"", future, lambda _: None)
+        return future
+
+
+def _identity(config: ModelConfig, fingerprint: str) -> str:
+    """Return what decides a query's vector besides its text. An endpoint that moves keeps its fingerprint, if it is the same."""
+    fields = [fingerprint, config.provider, config.model, config.revision, config.dimensions, config.query_prefix]
+    return json.dumps([*fields, dict(config.options)], sort_keys=True)

@@ -1,0 +1,169 @@
+"""The host of remote models: the connections to providers that all sessions of the server share for their queries.
+
+A session would import the provider's client (0.5 s) and connect on its own, for its first search. Here that happens once.
+Nothing of a query is written anywhere: its text lives as long as its request, its vector stays in memory for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from typing import Any
+
+from embedline.embedders import EmbeddingBlock, ModelConfig
+from embedline.embedders.openai_compatible import OpenAIEmbedder
+from embedline.errors import ProviderError
+from embedline.model_host.launcher import HostPlace, HostSettings, Owner
+from embedline.model_host.process import HostConnection, HostProcess
+from embedline.model_host.protocol import Frame, ProtocolError, unpack_texts
+from embedline.model_host.query_cache import QueryCache, cache_key
+from embedline.model_host.wire_errors import error_fields
+
+# Queries of one model that are under way at a time, of all sessions together. A session alone has one.
+_MAX_QUERIES = 256
+# Models whose connections are kept; the one that was not asked for longest goes first.
+_MAX_MODELS = 32
+# Seconds that a connection waits for the next query. Servers and balancers close idle ones after 60 s and more.
+_IDLE_CONNECTION_SECONDS = 55.0
+# Seconds for which a rate limit told to one query is believed by others. A provider may ask for a day and be well at once.
+_LONGEST_PAUSE_SECONDS = 5.0
+
+
+class QueryEmbedder(OpenAIEmbedder):
+    """A provider's client for the queries of many sessions."""
+
+    idle_connection_seconds = _IDLE_CONNECTION_SECONDS
+
+    async def _embed(self, *arguments: Any, **named: Any) -> EmbeddingBlock:
+        try:
+            return await super()._embed(*arguments, **named)
+        finally:
+            self._resume_at = min(self._resume_at, time.monotonic() + _LONGEST_PAUSE_SECONDS)
+
+
+class RemoteHost(HostProcess):
+    """One for all remote models of a server."""
+
+    def __init__(self, place: HostPlace, settings: HostSettings, owner: Owner) -> None:
+        super().__init__(place, settings, owner)
+        self.cache = QueryCache()
+        self._embedders: OrderedDict[str, QueryEmbedder] = OrderedDict()
+        self._imports = threading.Thread(target=_import_client, name="embedline-imports", daemon=True)
+
+    def begin(self) -> None:
+        """Import the client while the first request is on its way."""
+        # What a library might say of a request does not belong into a log.
+        logging.getLogger().setLevel(logging.ERROR)
+        self.loop.set_exception_handler(_note_fault)
+        self._imports.start()
+
+    def accept(self) -> HostConnection:
+        """Return the protocol of a new connection."""
+        return RemoteConnection(self)
+
+    def is_ready(self) -> bool:
+        """Return True once the client is imported."""
+        return not self._imports.is_alive()
+
+    def has_moved(self) -> bool:
+        """Return True: each request has a time-out of its own."""
+        return True
+
+    def embedder(self, config: str) -> QueryEmbedder:
+        """Return the client of a model, given as JSON; raises ProviderError, or ProtocolError for what is no model."""
+        found = self._embedders.pop(config, None)
+        if found is None:
+            try:
+                fields = json.loads(config)
+                found = QueryEmbedder(ModelConfig(**fields | {"concurrency": _MAX_QUERIES}))
+            except (TypeError, ValueError) as error:
+                raise ProtocolError("the request's model is not one") from error
+        self._embedders[config] = found
+        if len(self._embedders) > _MAX_MODELS:
+            _, oldest = self._embedders.popitem(last=False)
+            # It waits for its thread.
+            threading.Thread(target=oldest.close, name="embedline-close", daemon=True).start()
+        return found
+
+
+class RemoteConnection(HostConnection):
+    """One session's connection to the host of remote models."""
+
+    def __init__(self, host: RemoteHost) -> None:
+        super().__init__(host)
+        self._host = host
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    def perform(self, operation: object, number: int, frame: Frame) -> None:
+        """Begin the embedding of a query."""
+        config, identity = frame.header.get("config"), frame.header.get("identity")
+        if operation != "embed" or not isinstance(config, str) or not isinstance(identity, str):
+            raise ProtocolError("the request's operation is unknown")
+        texts = unpack_texts(frame.header.get("lengths"), frame.payload)
+        if len(texts) != 1:
+            raise ProtocolError("the request is not one query")
+        try:
+            embedder = self._host.embedder(config)
+        except ProviderError as error:
+            self.answer(number, error_fields(error))
+            return
+        task = self._host.loop.create_task(self._embed(number, embedder, identity, texts[0]))
+        self._tasks[number] = task
+
+    def cancel(self, number: int) -> bool:
+        """End a request."""
+        task = self._tasks.pop(number, None)
+        if task is None:
+            return False
+        task.cancel()
+        return True
+
+    def forget_all(self) -> None:
+        """End all requests."""
+        for task in self._tasks.values():
+            task.cancel()
+        self._tasks.clear()
+
+    def is_known(self, number: int) -> bool:
+        """Return True if a query of that number is under way."""
+        return number in self._tasks
+
+    async def _embed(self, number: int, embedder: QueryEmbedder, identity: str, text: str) -> None:
+        fields: dict[str, Any]
+        payload = b""
+        try:
+            block = await self._vector(embedder, identity, text)
+            fields, payload = {"count": block.count, "dimensions": block.dimensions}, block.data
+        except ProviderError as error:
+            fields = error_fields(error)
+        except Exception as error:
+            # Its words may hold the key or the query.
+            fields = error_fields(ProviderError("the provider's client failed", detail=type(error).__name__))
+        if self._tasks.pop(number, None) is not None:
+            self.answer(number, fields, payload)
+
+    async def _vector(self, embedder: QueryEmbedder, identity: str, text: str) -> EmbeddingBlock:
+        key = cache_key(identity, text)
+        known = self._host.cache.get(key, time.monotonic())
+        if known is not None:
+            return known
+        block = await asyncio.wrap_future(embedder.submit([text], "query"))
+        self._host.cache.put(key, block, time.monotonic())
+        return block
+
+
+def _import_client() -> None:
+    import openai
+
+    # Touch what is imported late.
+    openai.AsyncOpenAI  # noqa: B018
+
+
+def _note_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Write the kind of an error that nothing has caught, and none of its words: they may hold a key or a query."""
+    error = context.get("exception")
+    logging.getLogger("embedline.model_host").error("%s: %s", context.get("message"), type(error).__name__)

@@ -168,6 +168,9 @@ def storage_statements(plan: CapturePlan) -> list[str]:
             enqueued_at timestamptz NOT NULL DEFAULT now()
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
+        # Without an identity a publication FOR ALL TABLES refuses every DELETE. A key would cost each write an index entry;
+        # this costs nothing but WAL of the workers' deletes, and that only at wal_level logical.
+        f"ALTER TABLE {plan.generated('inbox')} REPLICA IDENTITY FULL",
         f"COMMENT ON TABLE {plan.generated('inbox')} IS 'Changed keys as applications append them; workers take them out'",
         *claim_statements(plan),
         f"""CREATE TABLE {outbox} (

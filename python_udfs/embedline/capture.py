@@ -208,6 +208,16 @@ def storage_statements(plan: CapturePlan) -> list[str]:
         f"COMMENT ON COLUMN {document}.recipe IS '{RECIPE_COMMENT}'",
         *chunk_set_statements(plan, 1),
         *(f"REVOKE ALL ON TABLE {table} FROM public" for table in (plan.generated("inbox"), outbox, document)),
+        *signal_statements(plan),
+    ]
+
+
+def signal_statements(plan: CapturePlan) -> list[str]:
+    """The triggers that tell workers that something waits: whatever queues a key, in whatever way, passes them."""
+    return [
+        f"CREATE TRIGGER embedline_signal AFTER {events} ON {plan.generated(suffix)} FOR EACH STATEMENT"
+        f" EXECUTE FUNCTION embedline._signal_work({quote_literal(plan.name).strip()})"
+        for suffix, events in (("inbox", "INSERT"), ("outbox", "INSERT OR UPDATE"))
     ]
 
 

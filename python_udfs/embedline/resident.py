@@ -88,7 +88,9 @@ class ResidentWorker:
         # Pipelines that were looked at last, all that were ever loaded, and those that were not looked at yet.
         self._pipelines: list[Pipeline] = []
         self._known: dict[int, Pipeline] = {}
-        self._unseen = signals.all_lanes(session, pipeline_name)
+        self._unseen = set(signals.all_lanes(session, pipeline_name))
+        # Those of the claim that goes on, and all since the last one that found nothing anywhere.
+        self._candidates: list[int] = []
         self._looked_at: set[int] = set()
         # Models of the pipelines, and how many requests each works on at a time.
         self._depths: dict[int, int] = {}
@@ -174,11 +176,11 @@ class ResidentWorker:
             self._with_room(self._pipelines), lambda pipeline: self._pace(pipeline).rows, is_idle=not self.batches
         )
         self._forget_faults()
+        self._note_looks(is_through=is_through)
         if self.current is not None:
             self._claim_seconds = time.monotonic() - started
             self.current.max_bytes = self._pace(self.current.pipeline).bytes
             self._touched.add(self.current.pipeline.pipeline_id)
-            self._looked_at = set()
             self.batches.append(self.current)
             return "work"
         self._clear_signals(asked)
@@ -190,21 +192,28 @@ class ResidentWorker:
 
     def _load_candidates(self, asked: signals.Asked) -> bool:
         """Load the pipelines to look at now; return False if there are more than one claim looks at."""
-        unseen, self._unseen = self._unseen[:_CANDIDATES], self._unseen[_CANDIDATES:]
         # Those that had nothing, or are blocked, are not looked at again before all others were.
         wanted = [
-            i for i in dict.fromkeys([*unseen, *asked.lane_ids]) if i not in self._looked_at and not self._is_asleep(i)
+            i
+            for i in dict.fromkeys([*asked.lane_ids, *self._unseen])
+            if i not in self._looked_at and not self._is_asleep(i)
         ]
         ordered = self.claimant.order(wanted)
-        self._pipelines = []
+        self._pipelines, self._candidates = [], []
         while ordered and not self._with_room(self._pipelines):
-            self._pipelines = self._load(ordered[:_CANDIDATES])
-            self._looked_at.update(ordered[:_CANDIDATES])
-            ordered = ordered[_CANDIDATES:]
-        is_through = not ordered and not self._unseen
-        if is_through:
+            chosen, ordered = ordered[:_CANDIDATES], ordered[_CANDIDATES:]
+            self._pipelines = self._load(chosen)
+            self._candidates += chosen
+            # Dropped or paused: there is nothing to see.
+            self._unseen -= set(chosen) - {pipeline.lane_id for pipeline in self._pipelines}
+        return not ordered
+
+    def _note_looks(self, *, is_through: bool) -> None:
+        """Take note of what a claim has looked at, once it has not failed."""
+        self._unseen -= set(self.claimant.asked)
+        self._looked_at.update(self._candidates)
+        if is_through or self.current is not None:
             self._looked_at = set()
-        return is_through
 
     def _load(self, lane_ids: Collection[int]) -> list[Pipeline]:
         found = load_some(self.engine.session, lane_ids)

@@ -131,9 +131,12 @@ def clear(session: Session, pipeline: Pipeline, asked_at: str, live: Sequence[in
     outbox = pipeline.outbox
     session.query(
         f"""
-        WITH waiting AS MATERIALIZED (
+        WITH next AS MATERIALIZED (
+            -- The first in the index; asked for any that is due, all of a long queue would be read in vain.
+            SELECT not_before AS due_at FROM {outbox} WHERE claimed_by IS NULL ORDER BY not_before LIMIT 1
+        ), waiting AS MATERIALIZED (
             SELECT EXISTS (SELECT FROM {pipeline.generated("inbox")})
-                OR EXISTS (SELECT FROM {outbox} WHERE claimed_by IS NULL AND not_before <= $2::timestamptz)
+                OR coalesce((SELECT due_at FROM next) <= $2::timestamptz, false)
                 OR EXISTS (SELECT FROM {pipeline.generated("claim")} WHERE claimed_by <> ALL ($3))
                 OR EXISTS (SELECT FROM {outbox} WHERE claimed_by IS NOT NULL AND claimed_by <> ALL ($3)) AS is_so
         ), gone AS (
@@ -143,9 +146,7 @@ def clear(session: Session, pipeline: Pipeline, asked_at: str, live: Sequence[in
             RETURNING 1
         )
         INSERT INTO embedline.signal (pipeline, due_at)
-        SELECT $1, later.due_at
-        FROM (SELECT not_before AS due_at FROM {outbox} WHERE claimed_by IS NULL ORDER BY not_before LIMIT 1) AS later
-        WHERE EXISTS (SELECT FROM gone)
+        SELECT $1, next.due_at FROM next WHERE EXISTS (SELECT FROM gone)
         """,
         ["text", "text", "integer[]"],
         pipeline.name,

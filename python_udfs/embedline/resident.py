@@ -32,8 +32,9 @@ _MEMORY = 96 * 1024 * 1024
 # A model host embeds one slice after the other.
 _LOCAL_DEPTH = 1
 _MAINTENANCE_SECONDS = 5.0
-# Pipelines that one claim loads and looks at: the locks of their tables are held together.
-_CANDIDATES = 32
+# Pipelines that one claim loads and looks at, of which the first mostly has work; and pipelines that are maintained together.
+# The locks of their tables are held together.
+_CANDIDATES, _MAINTAINED = 8, 32
 # Pipelines that nothing was written to are maintained one after the other; each round takes this many times as long.
 _ROUND_COST = 200
 _REPORT_SECONDS = 1.0
@@ -235,24 +236,24 @@ class ResidentWorker:
         That round takes as long as its cost allows: of 1,000 pipelines each is visited every few minutes.
         """
         session = self.engine.session
-        doomed: list[int] = []
+        due: list[int] = []
         if now >= self._maintain_at:
             self._maintain_at = self._overdue_at = now + _MAINTENANCE_SECONDS
             self._touched |= set(indexing.unfinished(session, self.pipeline_name))
-            doomed = sorted(self._touched)[:_CANDIDATES]
+            due = sorted(self._touched)[:_MAINTAINED]
             if not self._round:
                 self._round = [i for i in signals.all_lanes(session, self.pipeline_name) if i > 0]
         if self._round and now >= self._visit_at:
-            doomed.append(self._round.pop())
+            due.append(self._round.pop())
         started = time.monotonic()
-        for pipeline in self._load(doomed):
+        for pipeline in self._load(due):
             self.claimant.asking = pipeline
             indexing.maintain_contained(session, pipeline)
             if self._is_unmeasured(pipeline):
                 self._unmeasured.append(pipeline)
-        self._touched -= set(doomed)
-        if doomed:
-            self._visit_at = now + _ROUND_COST * (time.monotonic() - started) / len(doomed)
+        self._touched -= set(due)
+        if due:
+            self._visit_at = now + _ROUND_COST * (time.monotonic() - started) / len(due)
 
     def _measure(self) -> bool:
         """Take some steps of measuring an index that was not measured yet; return True if there are more.

@@ -48,7 +48,7 @@ _EACH_PIPELINE = """
 
 UPGRADE = (
     _EACH_TABLE.format(before="d", after="FULL"),
-    # Unlogged: neither WAL nor a place in a publication. A worker begins with a look at every pipeline.
+    # Unlogged: neither WAL nor a place in a publication. After a crash a worker that begins has every pipeline looked at.
     """
     CREATE UNLOGGED TABLE embedline.signal (
         pipeline text NOT NULL,

@@ -86,10 +86,9 @@ class ResidentWorker:
         self.current: Batch | None = None
         self.is_ending = False
         self._paces: dict[int, Pace] = {}
-        # Pipelines that were looked at last, all that were ever loaded, and those that were not looked at yet.
+        # Pipelines that were looked at last, and all that were ever loaded.
         self._pipelines: list[Pipeline] = []
         self._known: dict[int, Pipeline] = {}
-        self._unseen = set(signals.all_lanes(session, pipeline_name))
         # Those of the claim that goes on, and all since the last one that found nothing anywhere.
         self._candidates: list[int] = []
         self._looked_at: set[int] = set()
@@ -194,25 +193,19 @@ class ResidentWorker:
     def _load_candidates(self, asked: signals.Asked) -> bool:
         """Load the pipelines to look at now; return False if there are more than one claim looks at."""
         # Those that had nothing, or are blocked, are not looked at again before all others were.
-        wanted = [
-            i
-            for i in dict.fromkeys([*asked.lane_ids, *self._unseen])
-            if i not in self._looked_at and not self._is_asleep(i)
-        ]
+        wanted = [i for i in asked.lane_ids if i not in self._looked_at and not self._is_asleep(i)]
         ordered = self.claimant.order(wanted)
         self._pipelines, self._candidates = [], []
         while ordered and not self._with_room(self._pipelines):
             chosen, ordered = ordered[:_CANDIDATES], ordered[_CANDIDATES:]
             self._pipelines = self._load(chosen)
             self._candidates += chosen
-            # Dropped or paused: there is nothing to see.
-            self._unseen -= set(chosen) - {pipeline.lane_id for pipeline in self._pipelines}
         return not ordered
 
     def _note_looks(self, *, is_through: bool) -> None:
         """Take note of what a claim has looked at, once it has not failed."""
-        self._unseen -= set(self.claimant.asked)
-        self._looked_at.update(self._candidates)
+        # A signal of a pipeline in which nothing waited is a new one.
+        self._looked_at |= set(self._candidates) - {pipeline.lane_id for pipeline in self.claimant.quiet}
         if is_through or self.current is not None:
             self._looked_at = set()
 
@@ -242,7 +235,7 @@ class ResidentWorker:
             self._touched |= set(indexing.unfinished(session, self.pipeline_name))
             due = sorted(self._touched)[:_MAINTAINED]
             if not self._round:
-                self._round = [i for i in signals.all_lanes(session, self.pipeline_name) if i > 0]
+                self._round = signals.all_pipelines(session, self.pipeline_name)
         if self._round and now >= self._visit_at:
             due.append(self._round.pop())
         started = time.monotonic()

@@ -4,8 +4,8 @@ Triggers of each inbox and outbox leave a row in embedline.signal, once for each
 reads these, and looks at the tables of the pipelines named there alone: with 1,000 pipelines a look at all of them took
 600 ms. A signal goes once a look finds nothing: both are one statement, and what committed a signal has committed its rows.
 
-The table is unlogged, so that a signal costs neither WAL nor a place in a publication. What a crash of the server takes is
-found all the same, because a worker begins with a look at every pipeline.
+The table is unlogged, so that a signal costs neither WAL nor a place in a publication. A crash of the server, or a failover,
+empties it. So one row in it stands for all others: where a worker begins and does not find it, every pipeline gets a signal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from embedline.catalog import Pipeline
 from embedline.database import WORKER_LOCK_CLASS, Session
 
-# Signals that wait before they are made one for each pipeline: reading so many takes a tenth of a millisecond.
+# Signals beyond one for each pipeline, above which they are made one: reading so many takes a tenth of a millisecond.
 _FOLDED_ABOVE = 500
 
 _LIVE = f"""
@@ -39,7 +39,7 @@ _ASK = f"""
     SELECT (SELECT at::text FROM asked) AS asked_at, ARRAY(SELECT worker_id FROM live) AS live,
         (SELECT w.stop_requested FROM embedline.worker AS w WHERE w.worker_id = $1) AS is_to_stop,
         EXISTS (SELECT FROM embedline.worker AS w WHERE w.worker_id NOT IN (SELECT worker_id FROM live)) AS has_dead,
-        (SELECT coalesce(sum(signal_count), 0)::bigint FROM signalled) AS signal_count,
+        (SELECT coalesce(sum(signal_count - 1), 0)::bigint FROM signalled) AS surplus,
         ARRAY(SELECT pipeline_id FROM named) AS signalled,
         ARRAY(
             SELECT CASE WHEN v.version_id = p.serving_version_id THEN p.pipeline_id ELSE -v.version_id END
@@ -57,10 +57,15 @@ _ASK = f"""
 _ALL = """
     SELECT ARRAY(
         SELECT p.pipeline_id FROM embedline.pipeline AS p WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1)
-        UNION ALL
-        SELECT -v.version_id FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
-        WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND v.version_id <> p.serving_version_id
-    ) AS lane_ids
+    ) AS pipeline_ids
+"""
+# The row that stands for all others is never due.
+_RENEW = """
+    INSERT INTO embedline.signal (pipeline, due_at)
+    SELECT r.pipeline, r.due_at FROM (
+        SELECT p.name AS pipeline, now() AS due_at FROM embedline.pipeline AS p UNION ALL SELECT '', 'infinity'
+    ) AS r
+    WHERE NOT EXISTS (SELECT FROM embedline.signal AS s WHERE s.due_at = 'infinity')
 """
 _FOLD = """
     WITH folded AS (
@@ -99,7 +104,7 @@ def ask(session: Session, worker_id: int | None, pipeline_name: str | None) -> A
     """Ask for all pipelines, or the one named, who may have something to claim now."""
     row = session.query(_ASK, ["integer", "text"], worker_id, pipeline_name)[0]
     signalled, filling = list(row["signalled"] or ()), list(row["filling"] or ())
-    if row["signal_count"] > _FOLDED_ABOVE and worker_id is not None:
+    if row["surplus"] > _FOLDED_ABOVE and worker_id is not None:
         # Of a pipeline that is written to all the time, or paused.
         session.query(_FOLD, ["text"], row["asked_at"])
     return Asked(
@@ -112,9 +117,14 @@ def ask(session: Session, worker_id: int | None, pipeline_name: str | None) -> A
     )
 
 
-def all_lanes(session: Session, pipeline_name: str | None) -> list[int]:
-    """Return all that can have work: the active pipelines, and the versions beside the serving ones."""
+def all_pipelines(session: Session, pipeline_name: str | None) -> list[int]:
+    """Return the numbers of all active pipelines, or of the one named."""
     return list(session.scalar(_ALL, ["text"], pipeline_name) or ())
+
+
+def renew(session: Session) -> None:
+    """Have every pipeline looked at once where a crash has taken the signals."""
+    session.query(_RENEW)
 
 
 def note_dead_workers(session: Session) -> None:

@@ -254,6 +254,7 @@ def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> str
     # Known to the session before the lock is held: whatever happens next, the end finds what it has to free.
     session.cache[_CACHE_KEY] = ResidentWorker(session, worker_id, pipeline_name)
     session.query("SELECT pg_advisory_lock($1, $2)", ["integer", "integer"], WORKER_LOCK_CLASS, worker_id)
+    signals.renew(session)
     signals.note_dead_workers(session)
     session.query(
         "INSERT INTO embedline.worker (worker_id, slot, pid) VALUES ($1, $2, pg_backend_pid())",

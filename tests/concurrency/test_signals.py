@@ -20,7 +20,7 @@ from working import (
 )
 
 TABLES = ("page", "other", "third")
-_SIGNALS = "SELECT count(*) FROM embedline.signal"
+_SIGNALS = "SELECT count(*) FROM embedline.signal WHERE due_at < 'infinity'"
 _SCANS = """
     SELECT sum(seq_scan) FROM pg_stat_all_tables
     WHERE schemaname = 'embedline_data' AND relname ~ '_(inbox|outbox|claim|document)$'

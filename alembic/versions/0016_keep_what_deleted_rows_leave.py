@@ -66,6 +66,10 @@ UPGRADE = (
             EXECUTE format('COMMENT ON TABLE %s IS %L', lent,
                 'Vectors of chunks that a new row of the same key has replaced, until no earlier change waits that could use'
                 ' them');
+            EXECUTE format('CREATE TRIGGER embedline_signal AFTER INSERT ON %s FOR EACH STATEMENT'
+                ' EXECUTE FUNCTION embedline._signal_work(%L)', deleted, pipeline.name);
+            EXECUTE format('CREATE TRIGGER embedline_signal AFTER INSERT ON %s FOR EACH STATEMENT'
+                ' EXECUTE FUNCTION embedline._signal_work(%L)', lent, pipeline.name);
             EXECUTE format('REVOKE ALL ON TABLE %s, %s, %s FROM public', deleted, hidden, lent);
             EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', deleted);
             EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', hidden);
@@ -109,6 +113,7 @@ DOWNGRADE = (
             EXECUTE format('TRUNCATE embedline_data.%I, embedline_data.%I', pipeline.name || '_deleted',
                 pipeline.name || '_hidden');
             EXECUTE format('DROP TABLE embedline_data.%I', pipeline.name || '_lent');
+            EXECUTE format('DROP TRIGGER embedline_signal ON embedline_data.%I', pipeline.name || '_deleted');
         END LOOP;
     END
     $do$

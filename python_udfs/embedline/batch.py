@@ -15,6 +15,7 @@ from embedline.embedders import EmbeddingBlock
 from embedline.errors import EmbedlineError
 from embedline.outbox import ClaimedRow
 from embedline.readability import Readability
+from embedline.pacing import MAX_BATCH_BYTES
 
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
 _LOCAL_REQUEST_ITEMS = 64
@@ -80,6 +81,9 @@ class Batch:
     enqueued_at: str | None = None
     claimed_range: ClaimedRange | None = None
     is_suspect: bool = False
+    # Content that is read of its rows; those beyond it go back, and are counted.
+    max_bytes: int = MAX_BATCH_BYTES
+    deferred_count: int = 0
     # Of a version's lane: the rows of its queue, and whether these are of its backfill.
     queue_ids: list[int] = field(default_factory=list)
     # How its chunks are looked at before they are embedded; None: not at all.

@@ -196,6 +196,9 @@ def storage_statements(plan: CapturePlan) -> list[str]:
             enqueued_at timestamptz NOT NULL DEFAULT now()
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
+        # Without an identity a publication FOR ALL TABLES refuses every DELETE. A key would cost each write an index entry;
+        # this costs nothing but WAL of the workers' deletes, and that only at wal_level logical.
+        f"ALTER TABLE {plan.generated('inbox')} REPLICA IDENTITY FULL",
         f"COMMENT ON TABLE {plan.generated('inbox')} IS 'Changed keys as applications append them; workers take them out'",
         *deletion_statements(plan),
         *claim_statements(plan),
@@ -234,6 +237,21 @@ def storage_statements(plan: CapturePlan) -> list[str]:
         f"COMMENT ON COLUMN {document}.recipe IS '{RECIPE_COMMENT}'",
         *chunk_set_statements(plan, 1),
         *(f"REVOKE ALL ON TABLE {table} FROM public" for table in (plan.generated("inbox"), outbox, document)),
+        *signal_statements(plan),
+    ]
+
+
+def signal_statements(plan: CapturePlan) -> list[str]:
+    """The triggers that tell workers that something waits: whatever queues a key, in whatever way, passes them."""
+    return [
+        f"CREATE TRIGGER embedline_signal AFTER {events} ON {plan.generated(suffix)} FOR EACH STATEMENT"
+        f" EXECUTE FUNCTION embedline._signal_work({quote_literal(plan.name).strip()})"
+        for suffix, events in (
+            ("inbox", "INSERT"),
+            ("outbox", "INSERT OR UPDATE"),
+            ("deleted", "INSERT"),
+            ("lent", "INSERT"),
+        )  # fmt: skip
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -64,6 +65,9 @@ ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)
     AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
     ORDER BY p.pipeline_id
 """
+_SOME_PIPELINES = ACTIVE_PIPELINES.replace(
+    "ORDER BY p.pipeline_id", "AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
+)
 # Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
 _LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
     WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
@@ -72,6 +76,7 @@ _LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
             OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
     ORDER BY v.version_id
 """
+_SOME_LANES = _LANES.replace("ORDER BY v.version_id", "AND v.version_id = ANY ($2) ORDER BY v.version_id")
 # A version beside the serving one has this part of its pipeline's share of the workers.
 _LANE_WEIGHT = 0.5
 
@@ -329,6 +334,19 @@ def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
     """Return a lane for each version that is filled from the chunks of the others' work: of all pipelines or the one named."""
     rows = session.query(_LANES, ["text"], name)
     return [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
+
+
+def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
+    """Return of these pipelines and lanes, by their `lane_id`, what workers serve now."""
+    pipelines, lanes = [i for i in lane_ids if i >= 0], [-i for i in lane_ids if i < 0]
+    found: list[Pipeline] = []
+    if pipelines:
+        rows = session.query(_SOME_PIPELINES, ["text", "bigint[]"], None, pipelines)
+        found += map(pipeline_from_row, rows)
+    if lanes:
+        rows = session.query(_SOME_LANES, ["text", "bigint[]"], None, lanes)
+        found += [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
+    return found
 
 
 def load_versions(session: Session, name: str) -> list[Pipeline]:

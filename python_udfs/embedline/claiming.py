@@ -9,7 +9,7 @@ from typing import Any
 from embedline import backfill, circuit, deletions, inbox, outbox, spending, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline
-from embedline.database import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers
+from embedline.database import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers, read_and_release
 from embedline.dead_letters import note_error
 from embedline.documents import can_hold_source
 from embedline.pacing import LiveShare, Turns
@@ -38,12 +38,15 @@ class Claimant:
         self._had_retries: set[int] = set()
         self._had_suspects: set[int] = set()
         self.is_isolating = False
-        # Whom `claim` was asking when it failed.
+        # Whom `claim` was asking when it failed, and who had nothing when it was asked.
         self.asking: Pipeline | None = None
         # Whether the last `claim` removed what is stored of deleted rows; when to look again at each pipeline, and the
         # seconds since the look before.
         self.has_removed = False
         self._deletions_at: dict[int, tuple[float, float]] = {}
+        self.asked: list[int] = []
+        # Pipelines in whose tables nothing was found to wait by the last claim.
+        self.quiet: list[Pipeline] = []
         # Pipelines whose budget or rate limit lets nothing through at the moment.
         self.out_of_money: set[int] = set()
         # Pipelines whose source cannot be read at the moment.
@@ -66,7 +69,8 @@ class Claimant:
         self.has_removed = False
         by_id = {pipeline.lane_id: pipeline for pipeline in pipelines}
         live = live_workers(self.session)
-        asked: list[int] = []
+        self.asked = asked = list[int]()
+        self.quiet = []
         for lane_id in self._turns.order(list(by_id)):
             self.asking = pipeline = by_id[lane_id]
             batch = None
@@ -84,6 +88,10 @@ class Claimant:
             asked.append(lane_id)
         self.asking = None
         return None
+
+    def order(self, lane_ids: list[int]) -> list[int]:
+        """Return pipelines and lanes in the order of their turns."""
+        return self._turns.order(lane_ids)
 
     def set_live_share(self, share: float) -> None:
         """Go on with another share of live changes."""
@@ -120,9 +128,14 @@ class Claimant:
     def _claim_of(
         self, pipeline: Pipeline, limit: int, live: list[int], is_idle: bool, embed_backfill: bool
     ) -> Batch | None:
+        if self.worker_id is None and not self._may_have_work(pipeline, live):
+            return None
         if not can_hold_source(self.session, pipeline):
             return None
         waiting = self._look(pipeline, live)
+        if not any(waiting.values()):
+            self.quiet.append(pipeline)
+            return None
         if waiting["orphaned"]:
             _take_over(self.session, pipeline)
             waiting = self._look(pipeline, live)
@@ -150,6 +163,14 @@ class Claimant:
                     self._live_share(pipeline).took(backfill=batch.claimed_range is not None)
                 return batch
         return None
+
+    def _may_have_work(self, pipeline: Pipeline, live: list[int]) -> bool:
+        """Look, and give the locks back at once: in one transaction, those of 1,000 pipelines' tables are too many."""
+
+        def look() -> bool:
+            return can_hold_source(self.session, pipeline) and any(self._look(pipeline, live).values())
+
+        return read_and_release(self.session, look)
 
     def _claim_of_version(
         self, lane: Pipeline, limit: int, live: list[int], is_idle: bool, embed_backfill: bool

@@ -16,6 +16,24 @@ from embedline.row_keys import key_json
 
 RETENTION_SETTING = "dead_letter_retention"
 _MAX_ERROR_CHARACTERS = 500
+_NOTE_OF_PIPELINE = """
+    UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id IN (
+        SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
+"""
+_NOTE_OF_VERSION = """
+    UPDATE embedline.version SET last_error = $2 WHERE version_id IN (
+        SELECT version_id FROM embedline.version WHERE version_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
+"""
+_FORGET_OF_PIPELINE = """
+    UPDATE embedline.pipeline_health SET last_error = NULL, last_error_at = NULL WHERE pipeline_id IN (
+        SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 AND last_error = $2
+        FOR NO KEY UPDATE SKIP LOCKED)
+"""
+_FORGET_OF_VERSION = """
+    UPDATE embedline.version SET last_error = NULL WHERE version_id IN (
+        SELECT version_id FROM embedline.version WHERE version_id = $1 AND last_error = $2
+        FOR NO KEY UPDATE SKIP LOCKED)
+"""
 # So much of a key is shown before an error's words.
 _SHOWN_KEY_CHARACTERS = 100
 
@@ -95,6 +113,26 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
     )
 
 
+def note_fault(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show where people look why nothing can be claimed of a pipeline or a version; waits for no lock of another session."""
+    session.query(
+        _NOTE_OF_VERSION if pipeline.is_lane else _NOTE_OF_PIPELINE,
+        ["bigint", "text"],
+        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
+        message.removeprefix("spiexceptions.")[:_MAX_ERROR_CHARACTERS],
+    )
+
+
+def forget_fault(session: Session, pipeline: Pipeline) -> None:
+    """Show no longer what `note_fault` has shown, unless another error has come since it was loaded."""
+    session.query(
+        _FORGET_OF_VERSION if pipeline.is_lane else _FORGET_OF_PIPELINE,
+        ["bigint", "text"],
+        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
+        pipeline.last_error,
+    )
+
+
 def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
     """Do something for one pipeline; return whether it says that there is more to do.
 
@@ -115,16 +153,7 @@ def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) 
 
 def forget_error(session: Session, pipeline: Pipeline) -> None:
     """Take away the error that was shown when the batch was claimed, unless another has come since; waits for nobody."""
-    session.query(
-        """
-        UPDATE embedline.pipeline_health SET last_error = NULL, last_error_at = NULL WHERE pipeline_id IN (
-            SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 AND last_error = $2
-            FOR NO KEY UPDATE SKIP LOCKED)
-        """,
-        ["bigint", "text"],
-        pipeline.pipeline_id,
-        pipeline.last_error,
-    )
+    session.query(_FORGET_OF_PIPELINE, ["bigint", "text"], pipeline.pipeline_id, pipeline.last_error)
 
 
 def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:

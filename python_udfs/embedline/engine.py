@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from embedline import circuit, documents, learning, probe, spending
+from embedline import circuit, documents, inbox, learning, probe, spending
 from embedline.batch import (
     Batch,
     Request,
@@ -46,8 +46,6 @@ from embedline.source import hidden_source
 from embedline.text import repair_text
 from embedline.work import VERSION_WORK, work_of
 
-# Content that a batch holds; what is beyond it goes back to the queue, and one larger row is read alone.
-MAX_BATCH_BYTES = 8 * 1024 * 1024
 # Documents of one write: its transaction stays short.
 _WRITE_DOCUMENTS = 2000
 # A busy row is in an application's hands: look again soon, without charge.
@@ -121,7 +119,7 @@ class Engine:
         self._bury(batch, [_fatal_letter(row) for row in fatal])
         pending = [row for row in batch.rows if row.crash_count < MAX_CRASHES]
         if batch.pipeline.is_lane:
-            VERSION_WORK.read(self.session, batch, pending, MAX_BATCH_BYTES)
+            VERSION_WORK.read(self.session, batch, pending, batch.max_bytes)
             return
         absent: list[Document] = []
         settled: list[ClaimedRow] = []
@@ -138,8 +136,13 @@ class Engine:
                 batch.found.append(Document(row, read.content_hash, read.content, read.prefix))
                 batch.content_bytes += len(read.content or "")
         self._settle_current(batch, settled)
+        batch.deferred_count = len(deferred)
         if deferred:
             self._give_back(batch, deferred, 0.0, charged=False, error=None)
+            if batch.claim_id is not None:
+                gone = {row.key for row in deferred}
+                kept = [row.key for row in batch.rows if row.key not in gone]
+                inbox.narrow_claim(self.session, batch.pipeline, batch.claim_id, kept, self.worker_id)
         self._settle_absent(batch, absent)
         if batch.pipeline.spec.method == "semantic" and batch.pipeline.metered and batch.found:
             self._reserve_sentences(batch)
@@ -265,7 +268,7 @@ class Engine:
         if not rows:
             return
         try:
-            read = documents.read_rows(self.session, batch.pipeline, [row.key for row in rows], MAX_BATCH_BYTES)
+            read = documents.read_rows(self.session, batch.pipeline, [row.key for row in rows], batch.max_bytes)
         except Exception as error:
             if not _is_row_fault(error):
                 raise

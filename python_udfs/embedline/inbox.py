@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from embedline.catalog import Pipeline
 from embedline.database import Session, quote_ident, read_and_release
-from embedline.outbox import ClaimedRow, in_hand_query
+from embedline.outbox import ClaimedRow, Key, in_hand_query, key_columns
 
 # Triggers put up to this many keys into one row.
 KEYS_PER_ROW = 100
@@ -148,6 +148,24 @@ def finish_claim(session: Session, pipeline: Pipeline, claim_id: int, worker_id:
         ["bigint", "integer"],
         claim_id,
         worker_id,
+    )
+
+
+def narrow_claim(
+    session: Session, pipeline: Pipeline, claim_id: int, keys: Sequence[Key], worker_id: int | None
+) -> None:
+    """Leave only these keys in a claim: the others are back in the queue, and other workers may have them at once."""
+    count = len(pipeline.key_columns)
+    assigned = ", ".join(
+        f"{column} = ${3 + i}::text[]::{key_type}[]"
+        for i, (column, key_type) in enumerate(zip(pipeline.quoted_key_columns, pipeline.key_types, strict=True))
+    )
+    session.query(
+        f"UPDATE {pipeline.generated('claim')} SET {assigned} WHERE claim_id = $1 AND claimed_by = $2",
+        ["bigint", "integer", *pipeline.key_parameter_types],
+        claim_id,
+        worker_id,
+        *key_columns(keys, count),
     )
 
 

@@ -37,6 +37,24 @@ _JOBS = """
     SELECT jobname AS name, command FROM cron.job
     WHERE database = current_database() AND starts_with(jobname, $1) ORDER BY jobid
 """
+_UNFINISHED = """
+    SELECT ARRAY(
+        SELECT DISTINCT p.pipeline_id FROM embedline.pipeline AS p
+        JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
+        LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
+        LEFT JOIN pg_class AS c ON c.relnamespace = 'embedline_data'::regnamespace
+            AND c.relname = p.name || '_v' || v.number || '_embedding_idx'
+        LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
+        WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL{builds})
+    )
+"""
+_UNFINISHED_CHECKS = _UNFINISHED.format(builds="")
+_UNFINISHED_BUILDS = _UNFINISHED.format(
+    builds=""" OR v.version_id = p.serving_version_id AND v.state = 'complete' AND v.index_method <> 'none'
+        AND i.indisvalid IS DISTINCT FROM true OR EXISTS (
+            SELECT FROM cron.job AS j WHERE j.database = current_database()
+                AND starts_with(j.jobname, 'embedline index ' || p.name || ' '))"""
+)
 _SCHEDULE = "SELECT cron.schedule($1, '* * * * *', $2)"
 _UNSCHEDULE = "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = current_database() AND jobname = $1"
 
@@ -148,6 +166,12 @@ def _require_cron(session: Session, pipeline: Pipeline) -> None:
             detail="CREATE INDEX CONCURRENTLY cannot run in a function.",
             hint=f"From a shell: embedline build-index {pipeline.name} --version {pipeline.version.number}",
         )
+
+
+def unfinished(session: Session, name: str | None) -> list[int]:
+    """Return the pipelines, or the one named, with an index to be built or a check of one that goes on: one statement for all."""
+    has_cron = session.scalar(_HAS_CRON)
+    return list(session.scalar(_UNFINISHED_BUILDS if has_cron else _UNFINISHED_CHECKS, ["text"], name) or ())
 
 
 def maintain(session: Session, pipeline: Pipeline) -> None:

@@ -161,6 +161,7 @@ class VersionWork:
                 chunk = Chunk(0, 0, len(content), content, bytes(row["digest"]), prefix)
                 batch.found.append(Document(rows[row["ordinality"] - 1], chunks=[chunk]))
                 batch.content_bytes += len(content)
+        batch.deferred_count = len(deferred)
         if deferred:
             self.give_back(session, batch, deferred, 0.0, charged=False, error=None)
 

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 
-from embedline import backfill, circuit, documents, inbox, indexing, version_queue
+from embedline import backfill, circuit, documents, inbox, indexing, signals, version_queue
 from embedline.batch import Batch
-from embedline.catalog import Pipeline, load_active_pipelines, load_lanes
+from embedline.catalog import Pipeline, load_active_pipelines, load_lanes, load_some
 from embedline.claiming import Claimant
 from embedline.database import (
     CHANGED_TABLE,
@@ -29,22 +29,21 @@ from embedline.database import (
     prepare_environment,
     sqlstate_of,
 )
-from embedline.dead_letters import contain
+from embedline.dead_letters import contain, note_fault
 from embedline.engine import Engine, now_and_then
-from embedline.errors import InvalidParameter
+from embedline.errors import EmbedlineError, InvalidParameter
 from embedline.pacing import Turns
-from embedline.resident import ResidentWorker, Step
+from embedline.resident import PASSING_FAULTS, ResidentWorker, Step
 from embedline.settings import load_settings
 from embedline.source import hidden_source
 
 _BATCH_ROWS = 1000
 _POLL_SECONDS = (0.05, 1.0)
-# A poll may cost this share of the time: an outbox full of dead rows (a long transaction pins them) is polled less often.
-_POLL_COST_SHARE = 0.1
+# A poll may take this share of the time, and this of a core: an outbox full of dead rows (a long transaction pins them) is
+# polled less often, and 1,000 pipelines cost no more than one.
+_POLL_COST_SHARE, _POLL_CORE_SHARE = 0.1, 0.02
 # Waits are interrupted so often, to let a cancel through; chunking no more often, for each time is a transaction.
 _CANCEL_SECONDS = 0.1
-# A statement that ran into a lock, a deadlock or a full disk is tried again: the answers are paid for and at hand.
-_PASSING_FAULTS = ("40001", "40P01", "53100", "53200", "53300", "55P03")
 # A claim is given back in so many tries; each waits for up to two seconds. At the end of the CALL it is free anyway.
 _ABANDON_TRIES = 10
 # embed_pending waits no longer for a rate limit: its caller waits, too.
@@ -52,6 +51,8 @@ _PATIENCE_SECONDS = 2.0
 # Objects made before Python looks for cycles: a batch is some ten thousand objects without any, and at the default of 700
 # looking through them again and again took a tenth of a worker's time.
 _COLLECTION_THRESHOLD = 50_000
+# Pipelines that one embed_pending maintains beside those it worked on, and whose signals it takes away.
+_MAINTAINED, _CLEARED = 16, 64
 _CACHE_KEY = "embedline.worker"
 _PLAN_KEY = "embedline.worker_step"
 # Whose turn it is for embed_pending, from one call to the next.
@@ -72,8 +73,11 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
         is_drained = run.embed(max_rows, embed_backfill=True)
         # Another pipeline's backlog keeps no backfill open. Where the sweep that closes one finds rows, they are next.
         is_through = not run.close_backfills() or not is_drained
-    for pipeline in run.pipelines():
+    run.clear_signals()
+    pipelines = run.all_pipelines()
+    for pipeline in run.to_maintain(pipelines):
         indexing.maintain_contained(session, pipeline)
+    for pipeline in pipelines:
         if pipeline.is_hidden and (hidden := hidden_source(session, pipeline.source_oid)):
             session.plpy.warning(f'pipeline "{pipeline.name}" is held back: {hidden}', hint=hidden.hint or "")
         if circuit.is_open(session, pipeline.version.model.model_id):
@@ -104,14 +108,46 @@ class _Run:
         self._examined = 0
         self._batch_rows = _BATCH_ROWS
         self._written = Counter[int]()
+        # Pipelines that failed in this call: they are left alone, and the others go on.
+        self._failed: set[int] = set()
+        self._claimed: Batch | None = None
+        # Those that may have something left, None before the first claim; and those that were embedded.
+        self._left: set[int] | None = None
+        self._worked: set[int] = set()
 
-    def pipelines(self) -> list[Pipeline]:
+    def all_pipelines(self) -> list[Pipeline]:
         """The pipelines that are embedded."""
         # Versions beside the serving ones come last: their backfills can be closed only after those.
-        return [
+        found = [
             *load_active_pipelines(self._session, self._pipeline_name),
             *load_lanes(self._session, self._pipeline_name),
         ]
+        return [pipeline for pipeline in found if pipeline.lane_id not in self._failed]
+
+    def _pipelines_left(self) -> list[Pipeline]:
+        """Those that may have something to claim: of 1,000 pipelines each batch must not load all."""
+        if self._left is None:
+            return self.all_pipelines()
+        return load_some(self._session, self._left - self._failed)
+
+    def to_maintain(self, pipelines: list[Pipeline]) -> list[Pipeline]:
+        """Those that were written to or have something unfinished, and a few others: each call may hold so many locks."""
+        wanted = self._worked | set(indexing.unfinished(self._session, self._pipeline_name))
+        others = [pipeline for pipeline in pipelines if pipeline.pipeline_id not in wanted]
+        some = random.sample(others, min(len(others), _MAINTAINED))
+        return [pipeline for pipeline in pipelines if pipeline.pipeline_id in wanted] + some
+
+    def clear_signals(self) -> None:
+        """Take away the signals of what is embedded; where no resident worker runs, nobody else does.
+
+        Under a stricter isolation others' signals could not be told from those that this transaction cannot see.
+        """
+        if self._session.scalar("SELECT current_setting('transaction_isolation')") != "read committed":
+            return
+        asked = signals.ask(self._session, None, self._pipeline_name)
+        for pipeline in load_some(self._session, [i for i in asked.signalled if i not in self._failed][:_CLEARED]):
+            if documents.can_hold_source(self._session, pipeline):
+                signals.clear(self._session, pipeline, asked.at, asked.live)
 
     @property
     def refusal(self) -> str | None:
@@ -122,26 +158,54 @@ class _Run:
         """Embed until nothing can be claimed (True) or `limit` rows of this call are embedded (False)."""
         # Rows that end as dead letters or need no embedding do not count as embedded, so a run of them must not end the
         # work; ten times max_rows bounds the transaction all the same.
+        self._left = None
         while self.embedded < limit and self._examined < 10 * self._max_rows:
             self._batch_rows = min(_BATCH_ROWS, limit - self.embedded)
-            found = self.pipelines()
+            found = self._pipelines_left()
             # A new session knows of no turns: whoever begins, it must not always be the same.
             random.shuffle(found)
-            batch = self._claimant.claim(found, self._rows, is_idle=True, embed_backfill=embed_backfill)
-            if batch is None and self._claimant.has_removed:
+            self._claimed = None
+            try:
+                # Of a batch that fails the claim is undone, too.
+                with self._session.plpy.subtransaction():
+                    self._claim_and_embed(found, embed_backfill=embed_backfill)
+            except (self._session.plpy.SPIError, EmbedlineError) as error:
+                self._leave_alone(error)
                 continue
-            if batch is None:
+            if self._claimed is None and self._claimant.has_removed:
+                self._left = None
+                continue
+            if self._claimed is None:
                 return True
+        return False
+
+    def _claim_and_embed(self, found: list[Pipeline], *, embed_backfill: bool) -> None:
+        batch = self._claimant.claim(found, self._rows, is_idle=True, embed_backfill=embed_backfill)
+        self._claimed = batch
+        self._left = {pipeline.lane_id for pipeline in found} - set(self._claimant.asked)
+        if batch is not None:
+            self._worked.add(batch.pipeline.pipeline_id)
             self._examined += max(len(batch.rows), 1)
             self.embedded += self._embed_batch(batch)
-        return False
+
+    def _leave_alone(self, error: Exception) -> None:
+        """Say what failed of one pipeline, in its status and as a WARNING, and go on without it."""
+        pipeline = self._claimed.pipeline if self._claimed is not None else self._claimant.asking
+        for future in self._claimed.futures if self._claimed is not None else ():
+            future.cancel()
+        # A serialization failure or a deadlock is the transaction's, not the pipeline's.
+        if pipeline is None or sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
+            raise error
+        self._failed.add(pipeline.lane_id)
+        note_fault(self._session, pipeline, str(error))
+        self._session.plpy.warning(f"embedline, pipeline {pipeline.name}: {error}")
 
     def _rows(self, pipeline: Pipeline) -> int:
         return self._batch_rows
 
     def close_backfills(self) -> bool:
         """Close the backfills that are read through; True where there turns out to be more to do."""
-        open_ones = [p for p in self.pipelines() if p.version.state == "backfilling" and not p.is_hidden]
+        open_ones = [p for p in self.all_pipelines() if p.version.state == "backfilling" and not p.is_hidden]
         return any([self._close(pipeline) for pipeline in open_ones])
 
     def _close(self, pipeline: Pipeline) -> bool:
@@ -177,6 +241,9 @@ def worker_step(session: Session, step: Step, slot: int | None, pipeline_name: s
         session.query("DELETE FROM embedline.worker WHERE worker_id = $1", ["integer"], resident.worker_id)
         del session.cache[_CACHE_KEY]
         return "done"
+    if step == "fault":
+        resident.note_fault(message or "")
+        return "done"
     if step == "abandon" and message:
         resident.note_error(message)
     return resident.step(step)
@@ -190,15 +257,8 @@ def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> str
     # Known to the session before the lock is held: whatever happens next, the end finds what it has to free.
     session.cache[_CACHE_KEY] = ResidentWorker(session, worker_id, pipeline_name)
     session.query("SELECT pg_advisory_lock($1, $2)", ["integer", "integer"], WORKER_LOCK_CLASS, worker_id)
-    session.query(
-        """
-        DELETE FROM embedline.worker AS w WHERE NOT EXISTS (
-            SELECT FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.classid = $1::bigint::oid AND l.objsubid = 2
-                AND l.objid = w.worker_id::bigint::oid)
-        """,
-        ["bigint"],
-        WORKER_LOCK_CLASS,
-    )
+    signals.renew(session)
+    signals.note_dead_workers(session)
     session.query(
         "INSERT INTO embedline.worker (worker_id, slot, pid) VALUES ($1, $2, pg_backend_pid())",
         ["integer", "integer"],
@@ -298,7 +358,7 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
     while True:
         resident.is_ending = resident.is_ending or time.monotonic() >= deadline
         if not resident.is_ending and time.monotonic() >= claim_at and resident.has_room:
-            started = time.monotonic()
+            started, core_started = time.monotonic(), time.process_time()
             state = _claim(plpy, cache, resident)
             if state == "work":
                 _take_in(plpy, cache, resident)
@@ -307,7 +367,11 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
             elif state == "idle":
                 if until_idle and not resident.batches and _step(plpy, cache, "is_waiting") == "no":
                     return
-                pause = max((time.monotonic() - started) / _POLL_COST_SHARE, _POLL_SECONDS[0])
+                pause = max(
+                    (time.monotonic() - started) / _POLL_COST_SHARE,
+                    (time.process_time() - core_started) / _POLL_CORE_SHARE,
+                    _POLL_SECONDS[0],
+                )
                 claim_at = time.monotonic() + min(pause, _POLL_SECONDS[1])
         elif resident.is_report_due:
             resident.is_ending = _step(plpy, cache, "report") == "stop" or resident.is_ending
@@ -334,10 +398,23 @@ def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> str:
         if sqlstate_of(error) in ENDING or pipeline is None:
             raise
         plpy.rollback()
-        resident.put_off(pipeline)
+        resident.undo()
+        resident.failed(pipeline, sqlstate_of(error))
+        _note_fault(plpy, cache, str(error))
         plpy.warning(f"embedline worker, pipeline {pipeline.name}: {error}")
         plpy.commit()
         return "again"
+
+
+def _note_fault(plpy: Plpy, cache: SessionCache, message: str) -> None:
+    """Show in embedline.status why nothing could be claimed of a pipeline; that this fails, too, ends no worker."""
+    try:
+        _step(plpy, cache, "fault", message=message)
+        plpy.commit()
+    except Exception as error:
+        if sqlstate_of(error) in ENDING:
+            raise
+        plpy.rollback()
 
 
 def _rest(plpy: Plpy, resident: ResidentWorker, claim_at: float) -> None:
@@ -399,8 +476,10 @@ def _guarded(
             raise
         plpy.rollback()
         resident.undo()
-        if can_wait and sqlstate in _PASSING_FAULTS and resident.put_off_write():
+        if can_wait and sqlstate in PASSING_FAULTS and resident.put_off_write():
             return
+        if resident.current is not None:
+            resident.count_fault(resident.current.pipeline, sqlstate)
         _abandon(plpy, cache, resident, f"{type(error).__name__}: {error}")
         plpy.warning(f"embedline worker: {error}")
 
@@ -419,7 +498,7 @@ def _abandon(plpy: Plpy, cache: SessionCache, resident: ResidentWorker, message:
                 resident.forget_current()
                 plpy.commit()
                 return
-            if sqlstate not in _PASSING_FAULTS or not tries_left:
+            if sqlstate not in PASSING_FAULTS or not tries_left:
                 raise
             plpy.rollback()
 

@@ -6,6 +6,25 @@ WITH reported AS (
         max(r.held_back_by) AS held_back_by
     FROM embedline.worker AS r
     WHERE r.reported_at > clock_timestamp() - interval '1 minute'
+),
+
+-- Of all pipelines at once: one by one, 1,000 would read the ranges of all of them 1,000 times.
+range_blocks AS (
+    SELECT
+        r.pipeline_id,
+        r.done,
+        (r.end_tid::text::point)[0] - (r.next_tid::text::point)[0] AS blocks
+    FROM embedline.backfill_range AS r
+),
+
+ranges AS (
+    SELECT
+        t.pipeline_id,
+        sum(t.blocks)::bigint AS total,
+        -- A claim may begin and end within one block, so an open range counts as one block at least.
+        coalesce(sum(greatest(t.blocks, 1)) FILTER (WHERE NOT t.done), 0)::bigint AS open
+    FROM range_blocks AS t
+    GROUP BY t.pipeline_id
 )
 
 SELECT
@@ -14,8 +33,8 @@ SELECT
     m.name AS model,
     coalesce(t.state, p.state) AS state,
     c.pending,
-    greatest(b.total - b.open, 0) AS backfill_done,
-    b.total AS backfill_total,
+    coalesce(greatest(b.total - b.open, 0), 0) AS backfill_done,
+    coalesce(b.total, 0) AS backfill_total,
     v.state = 'complete' AS backfill_complete,
     clock_timestamp() - c.oldest_enqueued_at AS oldest_pending_age,
     d.dead_letters,
@@ -50,15 +69,7 @@ LEFT JOIN embedline.circuit AS x ON m.model_id = x.model_id
 CROSS JOIN LATERAL embedline._index_state(p.name || '_v' || v.number || '_embedding_idx') AS i (state)
 CROSS JOIN LATERAL embedline._source_trouble(p.pipeline_id) AS t
 CROSS JOIN LATERAL embedline._pipeline_counts(p.name) AS c
-CROSS JOIN LATERAL (
-    SELECT
-        coalesce(sum(l.blocks), 0)::bigint AS total,
-        -- A claim may begin and end within one block, so an open range counts as one block at least.
-        coalesce(sum(greatest(l.blocks, 1)) FILTER (WHERE NOT r.done), 0)::bigint AS open
-    FROM embedline.backfill_range AS r
-    CROSS JOIN LATERAL (SELECT (r.end_tid::text::point)[0] - (r.next_tid::text::point)[0] AS blocks) AS l
-    WHERE r.pipeline_id = p.pipeline_id
-) AS b
+LEFT JOIN ranges AS b ON p.pipeline_id = b.pipeline_id
 CROSS JOIN LATERAL (
     SELECT count(*) AS dead_letters FROM embedline.dead_letter AS l
     WHERE l.pipeline_id = p.pipeline_id

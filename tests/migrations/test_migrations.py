@@ -295,3 +295,19 @@ def test_a_missing_pg_cron_is_a_notice_and_no_error(empty_database_dsn: str) -> 
 
 def test_the_root_has_no_package_named_alembic() -> None:
     assert not (Path(ROOT) / "alembic" / "__init__.py").exists()
+
+
+def test_an_upgrade_gives_the_tables_of_existing_pipelines_a_replica_identity(
+    database: psycopg.Connection, database_dsn: str
+) -> None:
+    create_pages(database, 5)
+    create_pipeline(database)
+    identity = "SELECT relreplident::text FROM pg_class WHERE oid = 'embedline_data.page_inbox'::regclass"
+    _alembic(database_dsn, "downgrade", "0011")
+    assert scalar(database, identity) == "d"
+    _alembic(database_dsn, "upgrade", "head")
+    assert scalar(database, identity) == "f"
+    database.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    with psycopg.connect(database_dsn, autocommit=True) as session:
+        settle(session)
+    assert scalar(database, "SELECT count(*) FROM page_embedding") == 5

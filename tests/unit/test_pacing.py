@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.pacing import LiveShare, Pace, PacingLimits, Turns
+from embedline.pacing import MAX_BATCH_BYTES, LiveShare, Pace, PacingLimits, Turns
 
 LIMITS = PacingLimits(batch_seconds=1.0, commit_seconds=0.5, min_rows=16, max_rows=4000)
 FAST, SLOW = 0.1, 2.0
@@ -54,6 +54,37 @@ def test_batches_of_before_a_halving_do_not_halve_again() -> None:
     for _ in range(4):
         pace.measured(before, SLOW, FAST)
     assert pace.rows == before // 2
+
+
+def test_a_first_batch_is_bounded_by_the_likely_bytes_of_its_rows() -> None:
+    assert Pace(LIMITS, row_bytes=45).rows == 1000
+    assert Pace(LIMITS, row_bytes=8000).rows == 32
+    assert Pace(LIMITS, row_bytes=100_000).rows == 2
+    assert Pace(LIMITS, row_bytes=10_000_000).rows == 1
+
+
+def test_a_first_batch_is_bounded_by_its_likely_chunks() -> None:
+    assert Pace(LIMITS, row_bytes=8000, chunk_bytes=80).rows == 10
+    assert Pace(LIMITS, row_bytes=8000, chunk_bytes=1000).rows == 32
+
+
+def test_bytes_of_a_batch_double_with_what_was_measured_and_are_bounded() -> None:
+    pace = Pace(LIMITS, row_bytes=2000)
+    first = pace.bytes
+    # The rows are longer than they were taken for: fewer of them filled the batch.
+    pace.measured(8, FAST, FAST, first)
+    assert (pace.bytes, pace.rows) == (2 * first, 16)
+    for _ in range(10):
+        pace.measured(pace.rows, FAST, FAST, pace.bytes)
+    assert pace.bytes == MAX_BATCH_BYTES
+    pace.measured(pace.rows, SLOW, FAST, pace.bytes)
+    assert pace.bytes == MAX_BATCH_BYTES // 2
+
+
+def test_a_wrong_guess_of_the_bytes_counts_no_longer_once_rows_were_seen() -> None:
+    pace = Pace(LIMITS, row_bytes=100_000)
+    pace.measured(2, FAST, FAST, 2 * 50)
+    assert pace.rows == 1000
 
 
 def test_a_batch_that_was_not_full_says_nothing_about_larger_ones() -> None:

@@ -241,17 +241,16 @@ def storage_statements(plan: CapturePlan) -> list[str]:
     ]
 
 
+# Queues of a pipeline, and what puts keys into them.
+_SIGNALLED = (("inbox", "INSERT"), ("outbox", "INSERT OR UPDATE"), ("deleted", "INSERT"), ("lent", "INSERT"))
+
+
 def signal_statements(plan: CapturePlan) -> list[str]:
     """The triggers that tell workers that something waits: whatever queues a key, in whatever way, passes them."""
     return [
         f"CREATE TRIGGER embedline_signal AFTER {events} ON {plan.generated(suffix)} FOR EACH STATEMENT"
         f" EXECUTE FUNCTION embedline._signal_work({quote_literal(plan.name).strip()})"
-        for suffix, events in (
-            ("inbox", "INSERT"),
-            ("outbox", "INSERT OR UPDATE"),
-            ("deleted", "INSERT"),
-            ("lent", "INSERT"),
-        )  # fmt: skip
+        for suffix, events in _SIGNALLED
     ]
 
 

@@ -172,11 +172,11 @@ class _Run:
             except (self._session.plpy.SPIError, EmbedlineError) as error:
                 self._leave_alone(error)
                 continue
-            if self._claimed is None and self._claimant.has_removed:
-                self._left = None
-                continue
             if self._claimed is None:
-                return True
+                if not self._claimant.has_removed:
+                    return True
+                # More may be removed now.
+                self._left = None
         return False
 
     def _claim_and_embed(self, found: list[Pipeline], *, embed_backfill: bool) -> None:

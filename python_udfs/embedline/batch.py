@@ -30,6 +30,8 @@ class Request:
 
     texts: dict[bytes, str]
     future: Future[EmbeddingBlock] | None = None
+    # When it was sent, of time.monotonic.
+    sent_at: float = 0.0
     is_granted: bool = False
     reservation_id: int | None = None
 
@@ -48,7 +50,10 @@ class Request:
 class Unit:
     """Documents that are embedded and written together: one or more requests, one write.
 
-    `is_second_look` marks documents whose vectors were unusable once: if they are again, the documents are given up.
+    `error` is the failure of a request, and `failed` holds the texts of each request that failed. `failures` counts the
+    requests with these texts that failed before in this batch. `verdict` is the answer to a harmless text that a failed unit
+    waits for. Times are of time.monotonic: `sent_at`, when the last request that failed was sent, `failed_at`, when that was
+    seen.
     """
 
     documents: list[Document]
@@ -56,11 +61,17 @@ class Unit:
     requests: list[Request] = field(default_factory=list)
     faults: dict[bytes, str] = field(default_factory=dict)
     error: EmbedlineError | None = None
-    is_second_look: bool = False
+    failed: list[dict[bytes, str]] = field(default_factory=list)
+    failures: int = 0
+    verdict: Future[EmbeddingBlock] | None = None
+    sent_at: float = 0.0
+    failed_at: float = 0.0
 
     @property
     def is_answered(self) -> bool:
-        """Whether every request has come back."""
+        """Whether every request has come back, and the verdict on a failed one."""
+        if self.verdict is not None and not self.verdict.done():
+            return False
         return all(request.is_answered for request in self.requests)
 
 
@@ -96,7 +107,7 @@ class Batch:
     @property
     def futures(self) -> list[Future[EmbeddingBlock]]:
         """Requests in flight. Not those that are done and wait for others of their unit: a wait would end at once."""
-        sent = (request.future for request in self.requests)
+        sent = [request.future for request in self.requests] + [unit.verdict for unit in self.units]
         return [future for future in sent if future is not None and not future.done()]
 
     @property
@@ -174,12 +185,12 @@ def _unit(
 
 
 def halved_requests(unit: Unit) -> list[Request]:
-    """Return requests of half the size for what a unit still lacks; none where a text was refused alone."""
+    """Return requests of half the size for what a unit still lacks; none if each of its texts failed alone."""
+    if all(len(texts) == 1 for texts in unit.failed):
+        return []
     parts: list[dict[bytes, str]] = []
-    for request in unit.requests:
-        texts = [(digest, text) for digest, text in request.texts.items() if digest not in unit.vectors]
-        if texts and len(request.texts) == 1:
-            return []
+    for failed in unit.failed:
+        texts = list(failed.items())
         middle = (len(texts) + 1) // 2
         parts += [dict(texts[:middle]), dict(texts[middle:])]
     return [Request(part) for part in parts if part]

@@ -6,8 +6,10 @@ transaction while a provider works, and has several batches in work at a time.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from embedline import circuit, documents, probe, spending
 from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
@@ -17,12 +19,11 @@ from embedline.database import Session, sqlstate_of
 from embedline.dead_letters import DeadLetter
 from embedline.documents import Document, Vector
 from embedline.embedder_pool import embedder_for, let_cancel_through, sentence_embedder, wait_first
+from embedline.embedders import EmbeddingBlock
 from embedline.errors import (
-    DimensionMismatch,
     EmbedlineError,
     InputRejected,
     InvalidVectors,
-    ModelHostUnavailable,
     ProviderError,
     ProviderMisconfigured,
     TransientProviderError,
@@ -42,12 +43,13 @@ _WRITE_DOCUMENTS = 2000
 _BUSY_SECONDS = 0.1
 # Of rows that were changed while they were in work, beside a long queue.
 _LONG_QUEUE_SECONDS = 5.0
-_MISCONFIGURED_PAUSE_SECONDS = 10.0
+# A provider that refuses everything, a closed account say, is asked so often whether it is well again.
+_REFUSED_PAUSE_SECONDS = 10.0
 _MONEY_SECONDS = 1.0
 # A grant that is waited for is asked for so often: a limit may be lifted meanwhile.
 _GRANT_SECONDS = 5.0
-# Until the answer to a probe is there.
-_PROBE_SECONDS = 0.5
+# What may be a moment's trouble is tried so often before a batch is split.
+_ATTEMPTS_TOGETHER = 2
 # A cancel is looked for so often.
 _CANCEL_SECONDS = 0.1
 
@@ -156,11 +158,13 @@ class Engine:
         for document in problems:
             if isinstance(document.problem, ProviderError):
                 # The chunker asks the model where the meaning changes: a failure there is one of the model.
-                self._give_up_or_retry(batch, Unit([document], error=document.problem))
+                now = time.monotonic()
+                failed = Unit([document], error=document.problem, sent_at=now, failed_at=now)
+                self._judge(batch, failed, document.problem)
         sound = [document for document in batch.found if document.problem is None]
         batch.found = []
         left = spending.tokens_left(self.session, batch.pipeline) if batch.pipeline.metered else None
-        batch.units = pack(batch.pipeline, sound, self._lend(batch, sound), left)
+        batch.units += pack(batch.pipeline, sound, self._lend(batch, sound), left)
         texts = sum(len(request.texts) for request in batch.requests)
         batch.vector_bytes = vector_memory(batch.pipeline, texts)
         self.grant(batch)
@@ -201,8 +205,11 @@ class Engine:
         """Send the requests that were granted; the transaction that reserved them is committed."""
         granted = [request for request in batch.requests if request.is_granted and request.future is None]
         embedder = embedder_for(self.session, batch.pipeline.version.model) if granted else None
+        # One time for all: each says something about the provider that the others met.
+        now = time.monotonic()
         for request in granted:
             if embedder is not None:
+                request.sent_at = now
                 request.future = embedder.submit(list(request.texts.values()), "document")
 
     def write_ready(self, batch: Batch) -> bool:
@@ -222,15 +229,15 @@ class Engine:
     def _write_units(self, batch: Batch, ready: list[Unit]) -> None:
         known: dict[bytes, Vector] = {}
         sound: list[Document] = []
+        # All first: an answer to one unit is evidence for the others.
         for unit in ready:
             self._collect(batch, unit)
+        for unit in ready:
             if unit.error is None:
                 known |= unit.vectors
                 sound += self._without_faults(batch, unit)
-            elif isinstance(unit.error, InputRejected | InvalidVectors):
-                self._halve(batch, unit, unit.error)
             else:
-                self._give_up_or_retry(batch, unit)
+                self._judge(batch, unit, unit.error)
         self._settle_reservations(batch)
         if sound:
             self._write(batch, sound, known)
@@ -300,9 +307,10 @@ class Engine:
 
     def _collect(self, batch: Batch, unit: Unit) -> None:
         """Take over the vectors of a unit's answers, checked and normalised; note the error of a failed one."""
-        from embedline import vectors
-
-        version = batch.pipeline.version
+        if not unit.requests:
+            # Nothing was asked, or the unit waits for the verdict on what has failed.
+            return
+        errors: list[tuple[Request, EmbedlineError]] = []
         for request in unit.requests:
             if request.future is None:
                 continue
@@ -310,27 +318,40 @@ class Engine:
             if error is not None and not isinstance(error, EmbedlineError):
                 raise error
             self._count_tokens(batch, request)
+            if error is None:
+                error = self._take_over(batch, unit, request, request.future.result())
             if error is not None:
-                unit.error = _graver(unit.error, error)
-                continue
-            block = request.future.result()
-            digests = list(request.texts)
-            try:
-                matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
-                vectors.check_shape(matrix, len(digests), version.dimensions)
-            except InvalidVectors as invalid:
-                unit.error = _graver(unit.error, invalid)
-                continue
-            normalise = version.distance != "l2"
-            # A normalised vector fits float16 whatever the model's scale.
-            usable, faults = vectors.usable_vectors(matrix, "vector" if normalise else version.column_type, normalise)
-            unit.vectors.update(zip(digests, usable, strict=True))
-            for index, reason in faults.items():
-                unit.faults[digests[index]] = reason
-                del unit.vectors[digests[index]]
-        batch.answered_at = time.monotonic()
-        if unit.error is None and unit.requests:
-            circuit.close_circuit(self.session, version.model.model_id)
+                errors.append((request, error))
+        batch.answered_at = unit.failed_at = time.monotonic()
+        if errors:
+            unit.error = functools.reduce(_graver, [error for _, error in errors])
+            unit.sent_at = max(request.sent_at for request, _ in errors)
+            lacking = ({d: t for d, t in request.texts.items() if d not in unit.vectors} for request in unit.requests)
+            unit.failed = [texts for texts in lacking if texts]
+        else:
+            circuit.close_circuit(self.session, batch.pipeline.version.model.model_id)
+
+    def _take_over(self, batch: Batch, unit: Unit, request: Request, block: EmbeddingBlock) -> InvalidVectors | None:
+        """Take over the vectors of an answer; return what is wrong with the answer as a whole."""
+        from embedline import vectors
+
+        version = batch.pipeline.version
+        digests = list(request.texts)
+        try:
+            matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
+            vectors.check_shape(matrix, len(digests), version.dimensions)
+        except InvalidVectors as invalid:
+            return invalid
+        normalise = version.distance != "l2"
+        # A normalised vector fits float16 whatever the model's scale.
+        usable, faults = vectors.usable_vectors(matrix, "vector" if normalise else version.column_type, normalise)
+        unit.vectors.update(zip(digests, usable, strict=True))
+        for index, reason in faults.items():
+            unit.faults[digests[index]] = reason
+            del unit.vectors[digests[index]]
+        if len(faults) < len(digests):
+            probe.note_answer(self.session, version.model.model_id, request.sent_at)
+        return None
 
     def _count_tokens(self, batch: Batch, request: Request) -> None:
         """Add up what the answers to a reservation say they cost; None once one does not say."""
@@ -352,25 +373,22 @@ class Engine:
             spending.settle(self.session, reservation_id, batch.tokens_used.pop(reservation_id))
 
     def _without_faults(self, batch: Batch, unit: Unit) -> list[Document]:
-        """Return the documents whose vectors are all usable; the others are asked for once more, then given up."""
+        """Return the documents whose vectors are all usable; the others are asked for once more, then judged."""
         if not unit.faults:
             return unit.documents
         faulty = [d for d in unit.documents if any(chunk.digest in unit.faults for chunk in d.chunks)]
-        if unit.is_second_look:
-            reasons = [next(unit.faults[c.digest] for c in d.chunks if c.digest in unit.faults) for d in faulty]
-            letters = [
-                DeadLetter(d.row, "embed", InvalidVectors.sqlstate, reason, d.content_hash)
-                for d, reason in zip(faulty, reasons, strict=True)
-            ]
-            self._bury(batch, letters)
+        if unit.failures:
+            error = InvalidVectors(next(iter(unit.faults.values())))
+            failed = replace(unit, documents=faulty, requests=[], error=error)
+            self._judge(batch, failed, error)
         else:
-            batch.units.append(self._again(batch, unit, faulty, is_second_look=True))
+            batch.units.append(self._again(batch, unit, faulty))
         return [document for document in unit.documents if document not in faulty]
 
-    def _again(self, batch: Batch, unit: Unit, members: list[Document], *, is_second_look: bool) -> Unit:
+    def _again(self, batch: Batch, unit: Unit, members: list[Document]) -> Unit:
         """Return a unit that asks once more for what the members lack."""
         again = unit_of(batch.pipeline, members, unit.vectors)
-        again.is_second_look = is_second_look
+        again.failures = unit.failures + 1
         return again
 
     # Writing
@@ -423,55 +441,89 @@ class Engine:
 
     # Failures
 
-    def _give_up_or_retry(self, batch: Batch, unit: Unit) -> None:
-        """Put a failed unit's rows back together, or give up those that have been tried often enough."""
-        error = unit.error
+    def _judge(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
+        """Decide whose fault a failure was: the provider's, which charges no row, or that of a text.
+
+        That depends on whether the provider answers something else. Where this is not known the unit stays in the batch until
+        a harmless text is answered. A row is given up only after an answer to what was sent after its last failure.
+        """
+        if _says_nothing_of_texts(error):
+            self._rest(batch, unit, getattr(error, "retry_after", None))
+            return
+        since = unit.failed_at if self._is_last_try(unit, error) else unit.sent_at
+        others = (request.future for request in batch.requests if request.future and request.sent_at >= since)
+        hopeful = (future for future in others if not future.done() or future.exception() is None)
+        verdict = probe.ask(self.session, batch.pipeline.version, since, next(hopeful, None))
+        if verdict.pending is not None:
+            batch.units.append(replace(unit, requests=[], verdict=verdict.pending))
+        elif verdict.health == "sound":
+            self._blame_texts(batch, unit, error)
+        elif isinstance(error, TransientProviderError):
+            wishes = [getattr(e, "retry_after", None) for e in (error, verdict.error)]
+            self._rest(batch, unit, max((wish for wish in wishes if wish is not None), default=None))
+        else:
+            self._rest(batch, unit, _REFUSED_PAUSE_SECONDS)
+
+    def _is_last_try(self, unit: Unit, error: EmbedlineError) -> bool:
+        """Whether a row of the unit is given up if the provider is sound."""
+        if unit.faults and unit.failures:
+            return True
+        is_alone = len(unit.documents) == 1 and not halved_requests(unit)
+        return is_alone and _is_spent(unit, error)
+
+    def _rest(self, batch: Batch, unit: Unit, seconds: float | None) -> None:
+        """Leave the provider alone for a while: it fails whatever it is asked. No row is charged, and none waits longer."""
+        message = _words(unit.error)
+        work_of(batch).note_error(self.session, batch, message)
+        circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, seconds)
+        rows = [document.row for document in unit.documents]
+        self._give_back(batch, rows, 0.0, charged=False, error=message)
+
+    def _blame_texts(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
+        """Look for the text that makes a sound provider fail.
+
+        What may be a moment's trouble is tried once more together, later. What was refused, or fails again, is split by
+        halves until the rows that are the cause stand alone. A text that is refused alone is given up at its second refusal,
+        one that fails in another way after five tries.
+        """
+        if unit.faults and unit.error is not None and unit.failures and not unit.failed:
+            self._bury(batch, [_letter_of_faults(document, unit.faults) for document in unit.documents])
+        elif not _is_about_texts(error) and not unit.failures and _attempts(unit) < _ATTEMPTS_TOGETHER:
+            self._retry(batch, unit, error)
+        elif not self._halve(batch, unit):
+            if _is_spent(unit, error):
+                work_of(batch).note_error(self.session, batch, _words(error))
+                self._bury(batch, [_letter(unit.documents[0], "embed", error)])
+            elif _is_about_texts(error) and unit.failed:
+                batch.units.append(self._again(batch, unit, unit.documents))
+            else:
+                self._retry(batch, unit, error)
+
+    def _retry(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
+        """Put a unit's rows back to be tried together again, soon; the try counts."""
         message = _words(error)
         work_of(batch).note_error(self.session, batch, message)
-        pause, charged = self._consequence(batch, unit, message)
+        wish = getattr(error, "retry_after", None)
+        if wish:
+            # The provider's wait is the model's, not the rows': embedline.resume_model ends it.
+            circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, wish)
         rows = [document.row for document in unit.documents]
-        if charged:
-            spent = [document for document in unit.documents if document.row.attempts >= MAX_ATTEMPTS]
-            self._bury(batch, [_letter(document, "embed", error) for document in spent])
-            rows = [row for row in rows if row.attempts < MAX_ATTEMPTS]
-            pause = backoff_seconds(max((row.attempts for row in rows), default=1), pause)
-        if rows:
-            self._give_back(batch, rows, pause or 0.0, charged=charged, error=message)
+        self._give_back(batch, rows, backoff_seconds(_attempts(unit)), charged=True, error=message)
 
-    def _consequence(self, batch: Batch, unit: Unit, message: str) -> tuple[float | None, bool]:
-        """Return how long a failed unit's rows are to wait, and whether the try counts; open the circuit where it is due."""
-        error, model = unit.error, batch.pipeline.version.model
-        if isinstance(error, ProviderMisconfigured):
-            circuit.open_circuit(self.session, model.model_id, message, _MISCONFIGURED_PAUSE_SECONDS)
-            return _MISCONFIGURED_PAUSE_SECONDS, False
-        if not isinstance(error, TransientProviderError):
-            return None, True
-        # A provider that cannot be reached, or that limits its rate, says nothing about these rows.
-        says_nothing = error.throttled or error.unreachable or isinstance(error, ModelHostUnavailable)
-        if not says_nothing and any(document.row.attempts >= MAX_ATTEMPTS for document in unit.documents):
-            health = probe.health(self.session, model)
-            if health == "unknown":
-                return _PROBE_SECONDS, False
-            says_nothing = health == "failing"
-        if says_nothing:
-            return circuit.open_circuit(self.session, model.model_id, message, error.retry_after), False
-        return error.retry_after, True
-
-    def _halve(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
-        """Split a rejected unit until the rows that are the cause stand alone; those are given up.
+    def _halve(self, batch: Batch, unit: Unit) -> bool:
+        """Split a unit that failed; return False if its only text cannot be split.
 
         The requests of one large document are halved, too: it may be their size that the provider rejects.
         """
         if len(unit.documents) > 1:
             middle = len(unit.documents) // 2
             for part in (unit.documents[:middle], unit.documents[middle:]):
-                batch.units.append(self._again(batch, unit, part, is_second_look=unit.is_second_look))
+                batch.units.append(self._again(batch, unit, part))
         elif smaller := halved_requests(unit):
-            batch.units.append(Unit(unit.documents, unit.vectors, smaller, is_second_look=unit.is_second_look))
-        elif isinstance(error, InputRejected | DimensionMismatch) or unit.is_second_look:
-            self._bury(batch, [_letter(unit.documents[0], "embed", error)])
+            batch.units.append(Unit(unit.documents, unit.vectors, smaller, failures=unit.failures + 1))
         else:
-            batch.units.append(self._again(batch, unit, unit.documents, is_second_look=True))
+            return False
+        return True
 
     def _bury(self, batch: Batch, letters: Sequence[DeadLetter]) -> None:
         if not letters:
@@ -511,6 +563,30 @@ def _is_row_fault(error: Exception) -> bool:
 def _fatal_letter(row: ClaimedRow) -> DeadLetter:
     message = f"the worker died {row.crash_count} times while it had this row"
     return DeadLetter(row, "claim", "EL020", message, None)
+
+
+def _says_nothing_of_texts(error: EmbedlineError) -> bool:
+    """Whether an error is the provider's for certain: it limits its rate, or there is no connection to it."""
+    return isinstance(error, TransientProviderError) and (error.throttled or error.unreachable)
+
+
+def _is_about_texts(error: EmbedlineError) -> bool:
+    """Whether an error is told as one of the texts: from a provider that answers others it is not a moment's trouble."""
+    return isinstance(error, InputRejected | InvalidVectors)
+
+
+def _attempts(unit: Unit) -> int:
+    return max((document.row.attempts for document in unit.documents), default=1)
+
+
+def _is_spent(unit: Unit, error: EmbedlineError) -> bool:
+    """Whether a text that fails alone has failed often enough: a refusal is meant the second time."""
+    return _attempts(unit) >= MAX_ATTEMPTS or (_is_about_texts(error) and unit.failures > 0)
+
+
+def _letter_of_faults(document: Document, faults: Mapping[bytes, str]) -> DeadLetter:
+    reason = next(faults[chunk.digest] for chunk in document.chunks if chunk.digest in faults)
+    return DeadLetter(document.row, "embed", InvalidVectors.sqlstate, reason, document.content_hash)
 
 
 def _letter(document: Document, stage: str, error: EmbedlineError | None) -> DeadLetter:

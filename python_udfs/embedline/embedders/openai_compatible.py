@@ -58,8 +58,6 @@ _MESSAGE_CHARACTERS = 500
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
-# What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
-_AWAY = frozenset({502, 503, 504})
 
 
 class _Response(Protocol):
@@ -291,7 +289,6 @@ class OpenAIEmbedder:
                 detail=detail,
                 retry_after=retry_after(response.headers),
                 throttled=status == 429,
-                unreachable=status in _AWAY,
             )
         if status in _REJECTED:
             return InputRejected(message, detail=detail)

@@ -18,7 +18,8 @@ class Settings(PacingLimits):
     `live_share` is the part of batches that live changes have at most while a backfill has work. The next two are the
     limits at which workers take less on: seconds a replica lags, and the age of the oldest snapshot in transactions.
     `rollback_window_hours` is how long the version that served before is kept after a cutover. `index_recall_target` is the
-    recall@10 for which hnsw.ef_search is chosen.
+    recall@10 for which hnsw.ef_search is chosen. `max_provider_wait_seconds` is how long a model rests at most before it is
+    asked again, whatever its provider says.
     """
 
     live_share: float = 0.8
@@ -26,6 +27,7 @@ class Settings(PacingLimits):
     max_xmin_age: int = 10_000_000
     rollback_window_hours: float = 48.0
     index_recall_target: float = 0.99
+    max_provider_wait_seconds: float = 300.0
 
 
 # Smallest and largest value of each.
@@ -39,6 +41,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_xmin_age": (1, 2_000_000_000),
     "rollback_window_hours": (0, 8760),
     "index_recall_target": (0.5, 1),
+    "max_provider_wait_seconds": (0.1, 86_400),
 }
 _WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
 

@@ -44,6 +44,7 @@ embedline.alter_pipeline(
 embedline.drop_pipeline(text),
 embedline.pause_pipeline(text),
 embedline.resume_pipeline(text),
+embedline.resume_model(text),
 embedline.refresh_pipeline(text),
 embedline.index_statement(text, integer, text),
 embedline.build_vector_index(text, integer),

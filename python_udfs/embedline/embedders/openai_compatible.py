@@ -52,6 +52,8 @@ _CLOSE_SECONDS = 1.0
 _MAX_RETRY_AFTER = 86_400.0
 # Where the provider limits its rate and does not say for how long.
 _PAUSE_SECONDS = 0.5
+# A session asks no more for so long at most after a rate limit; the circuit breaker, which can be closed, knows the rest.
+_LONGEST_PAUSE_SECONDS = 1.0
 # Causes with which the request never left: the HTTP library's own names.
 _UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
 _MESSAGE_CHARACTERS = 500
@@ -90,7 +92,8 @@ class OpenAIEmbedder:
         self._thread: threading.Thread | None = None
         self._client: openai.AsyncOpenAI | None = None
         self._slots: asyncio.Semaphore | None = None
-        self._resume_at = 0.0
+        # The last rate limit: when it was met, until when the provider asks to wait, and until when this session does.
+        self._limited_at = self._wanted_until = self._resume_at = 0.0
 
     # The main thread
 
@@ -101,7 +104,8 @@ class OpenAIEmbedder:
             done.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
             return done
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
-        return asyncio.run_coroutine_threadsafe(self._embed([prefix + text for text in texts]), self._running_loop())
+        embedding = self._embed([prefix + text for text in texts], time.monotonic())
+        return asyncio.run_coroutine_threadsafe(embedding, self._running_loop())
 
     def probe(self) -> Future[ModelInfo]:
         """Embed one short text to learn the dimensions."""
@@ -148,7 +152,7 @@ class OpenAIEmbedder:
             await client.close()
 
     async def _probe(self) -> ModelInfo:
-        block = await self._embed([f"{self._config.document_prefix}probe"])
+        block = await self._embed([f"{self._config.document_prefix}probe"], time.monotonic())
         options = self._config.options
         default = _OPENAI_MAX_TOKENS if self._config.model in _OPENAI_MODELS else None
         identity = [self._config.provider, self._address, self._config.model, block.dimensions]
@@ -159,12 +163,13 @@ class OpenAIEmbedder:
             fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         )
 
-    async def _embed(self, texts: list[str]) -> EmbeddingBlock:
+    async def _embed(self, texts: list[str], submitted_at: float) -> EmbeddingBlock:
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
-            if (wait := self._resume_at - time.monotonic()) > 0:
-                # What one request was told about the rate holds for all that wait behind it.
+            # What one request was told about the rate holds for all that wait behind it.
+            until = self._wanted_until if submitted_at <= self._limited_at else self._resume_at
+            if (wait := until - time.monotonic()) > 0:
                 message = f"{self._address} limits its rate"
                 refusal = TransientProviderError(message, retry_after=wait, throttled=True)
                 refusal.is_refusal = True
@@ -175,7 +180,9 @@ class OpenAIEmbedder:
             except TransientProviderError as error:
                 if error.throttled:
                     pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
-                    self._resume_at = max(self._resume_at, time.monotonic() + pause)
+                    self._limited_at = time.monotonic()
+                    self._wanted_until = self._limited_at + pause
+                    self._resume_at = self._limited_at + min(pause, _LONGEST_PAUSE_SECONDS)
                 raise
         return read_answer(content, len(texts), self._config.dimensions, lambda text: redact(text, key))
 

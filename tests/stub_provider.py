@@ -73,8 +73,9 @@ class StubProvider:
         """Set `latency` (s), `fault_share` (0 to 1), `faults` (of FAULTS), `poison` (texts with it are answered 400).
 
         `rules` are looked through for each request, and the first that fits decides: {"match": a part of one of its texts,
-        "over": characters, "texts_over": texts, "times": requests for which the rule holds, "latency": s, "status",
-        "headers", "body"} or with "answer" in place of the status: "nan", "inf" or "zero" as the vectors of the texts that
+        "over": characters, "longer": characters of one of its texts, "texts_over": texts, "times": requests for which the rule
+        holds, "latency": s, "status", "headers", "body"} or with "answer" in place of the status: "nan", "inf" or "zero" as the
+        vectors of the texts that
         match, "few" or "more" vectors, "reversed" order, "narrow" vectors, lists of "floats", "html", a body that is "cut",
         "silence", a connection that is "closed" without an answer.
         """
@@ -239,6 +240,7 @@ class _Server:
                 and len(texts) > rule.get("texts_over", 0)
                 and ("match" not in rule or any(rule["match"] in text for text in texts))
                 and sum(map(len, texts)) > rule.get("over", -1)
+                and max(map(len, texts)) > rule.get("longer", -1)
             ):
                 if "times" in rule:
                     rule["times"] -= 1

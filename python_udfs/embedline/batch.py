@@ -14,6 +14,7 @@ from embedline.documents import Document, Vector
 from embedline.embedders import EmbeddingBlock
 from embedline.errors import EmbedlineError
 from embedline.outbox import ClaimedRow
+from embedline.request_size import Split
 
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
 _LOCAL_REQUEST_ITEMS = 64
@@ -51,9 +52,10 @@ class Unit:
     """Documents that are embedded and written together: one or more requests, one write.
 
     `error` is the failure of a request, and `failed` holds the texts of each request that failed. `failures` counts the
-    requests with these texts that failed before in this batch. `verdict` is the answer to a harmless text that a failed unit
-    waits for. Times are of time.monotonic: `sent_at`, when the last request that failed was sent, `failed_at`, when that was
-    seen.
+    requests with these texts that failed before in this batch, and `split` the sizes of all parts of the first one that was
+    refused. `cut_sizes` are the estimated sizes of texts that were refused as too long and are asked for in halves. `verdict`
+    is the answer to a harmless text that a failed unit waits for. Times are of time.monotonic: `sent_at`, when the last
+    request that failed was sent, `failed_at`, when that was seen.
     """
 
     documents: list[Document]
@@ -63,6 +65,8 @@ class Unit:
     error: EmbedlineError | None = None
     failed: list[dict[bytes, str]] = field(default_factory=list)
     failures: int = 0
+    split: Split | None = None
+    cut_sizes: frozenset[int] = frozenset()
     verdict: Future[EmbeddingBlock] | None = None
     sent_at: float = 0.0
     failed_at: float = 0.0
@@ -123,10 +127,10 @@ class Batch:
 
 def request_items(pipeline: Pipeline) -> int:
     """Inputs that one request of the pipeline's model may carry."""
-    config = pipeline.version.model.config
-    if config.provider == "sentence-transformers":
-        return min(config.max_batch_items, _LOCAL_REQUEST_ITEMS)
-    return config.max_batch_items
+    model = pipeline.version.model
+    if model.config.provider == "sentence-transformers":
+        return min(model.request_items, _LOCAL_REQUEST_ITEMS)
+    return model.request_items
 
 
 def vector_memory(pipeline: Pipeline, count: int) -> int:
@@ -145,14 +149,19 @@ def likely_tokens(text: str) -> int:
 
 
 def pack(
-    pipeline: Pipeline, found: Iterable[Document], known: Mapping[bytes, Vector], tokens_left: int | None = None
+    pipeline: Pipeline,
+    found: Iterable[Document],
+    known: Mapping[bytes, Vector],
+    tokens_left: int | None = None,
+    first_items: int | None = None,
 ) -> list[Unit]:
     """Group documents into units of about one request each; a document is never split over two units.
 
-    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget.
+    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget. The first unit
+    may have requests of `first_items`, which is more than the model is known to take.
     """
     units: list[Unit] = []
-    items, most = request_items(pipeline), _request_tokens(pipeline, tokens_left)
+    items, most = first_items or request_items(pipeline), _request_tokens(pipeline, tokens_left)
     members: list[Document] = []
     texts: dict[bytes, str] = {}
     tokens = 0
@@ -162,6 +171,7 @@ def pack(
         if members and (len(texts) + len(wanted) > items or tokens + size > most):
             units.append(_unit(members, texts, known, _split(texts, tokens, items, most)))
             members, texts, tokens = [], {}, 0
+            items = request_items(pipeline)
         members.append(document)
         texts |= wanted
         tokens += size

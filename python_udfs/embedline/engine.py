@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from embedline import circuit, documents, probe, spending
+from embedline import circuit, documents, probe, request_size, spending
 from embedline.batch import Batch, Request, Unit, halved_requests, likely_tokens, pack, unit_of, vector_memory
 from embedline.catalog import ChunkSet
-from embedline.chunking import Chunker, make_chunker
+from embedline.chunking import Chunker, cut_chunks, estimated_size, halves, make_chunker
 from embedline.database import Session, sqlstate_of
 from embedline.dead_letters import DeadLetter
 from embedline.documents import Document, Vector
@@ -30,6 +30,7 @@ from embedline.errors import (
     UnusableText,
 )
 from embedline.outbox import ClaimedRow
+from embedline.request_size import Split
 from embedline.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
 from embedline.source import hidden_source
 from embedline.text import repair_text
@@ -164,7 +165,10 @@ class Engine:
         sound = [document for document in batch.found if document.problem is None]
         batch.found = []
         left = spending.tokens_left(self.session, batch.pipeline) if batch.pipeline.metered else None
-        batch.units += pack(batch.pipeline, sound, self._lend(batch, sound), left)
+        sound, known = self._cut_long_texts(batch, sound)
+        wanted = {chunk.digest for document in sound for chunk in document.chunks} - known.keys()
+        trial = request_size.size_to_try(self.session, batch.pipeline.version.model, len(wanted))
+        batch.units += pack(batch.pipeline, sound, known, left, trial)
         texts = sum(len(request.texts) for request in batch.requests)
         batch.vector_bytes = vector_memory(batch.pipeline, texts)
         self.grant(batch)
@@ -238,6 +242,8 @@ class Engine:
                 sound += self._without_faults(batch, unit)
             else:
                 self._judge(batch, unit, unit.error)
+        splits = {unit.split for unit in ready if unit.split is not None} - {unit.split for unit in batch.units}
+        request_size.remember(self.session, batch.pipeline.version.model, splits)
         self._settle_reservations(batch)
         if sound:
             self._write(batch, sound, known)
@@ -287,6 +293,26 @@ class Engine:
             cache[key] = make_chunker(chunk_set.spec, tokenizer, sentence_embedder(self.session, pipeline.version))
         return cache[key]
 
+    def _cut_long_texts(self, batch: Batch, found: list[Document]) -> tuple[list[Document], dict[bytes, Vector]]:
+        """Return the documents and the vectors known of their chunks, with unknown chunks cut that would be refused as too long.
+
+        What is known stays whole, so that an edit elsewhere in a document changes none of its chunks.
+        """
+        known = self._lend(batch, found)
+        limit = batch.pipeline.version.model.text_size_refused
+        while limit is not None and not batch.pipeline.is_lane:
+            cut = {}
+            for place, document in enumerate(found):
+                unknown = (chunk for chunk in document.chunks if chunk.digest not in known)
+                long = {c.digest for c in unknown if estimated_size(c.embedded_text) >= limit and halves(c)}
+                if long:
+                    cut[place] = replace(document, chunks=cut_chunks(document.chunks, long) or document.chunks)
+            if not cut:
+                break
+            found = [cut.get(place, document) for place, document in enumerate(found)]
+            known |= self._lend(batch, list(cut.values()))
+        return found, known
+
     def _lend(self, batch: Batch, found: list[Document]) -> dict[bytes, Vector]:
         digests = list(dict.fromkeys(chunk.digest for document in found for chunk in document.chunks))
         return documents.lend_vectors(self.session, batch.pipeline, digests)
@@ -329,7 +355,13 @@ class Engine:
             lacking = ({d: t for d, t in request.texts.items() if d not in unit.vectors} for request in unit.requests)
             unit.failed = [texts for texts in lacking if texts]
         else:
-            circuit.close_circuit(self.session, batch.pipeline.version.model.model_id)
+            model = batch.pipeline.version.model
+            circuit.close_circuit(self.session, model.model_id)
+            sizes = {len(request.texts) for request in unit.requests}
+            request_size.note_passed(self.session, model, max(sizes))
+            request_size.note_too_long(self.session, model, unit.cut_sizes)
+            if unit.split is not None:
+                unit.split.passed |= sizes
 
     def _take_over(self, batch: Batch, unit: Unit, request: Request, block: EmbeddingBlock) -> InvalidVectors | None:
         """Take over the vectors of an answer; return what is wrong with the answer as a whole."""
@@ -388,7 +420,7 @@ class Engine:
     def _again(self, batch: Batch, unit: Unit, members: list[Document]) -> Unit:
         """Return a unit that asks once more for what the members lack."""
         again = unit_of(batch.pipeline, members, unit.vectors)
-        again.failures = unit.failures + 1
+        again.failures, again.split, again.cut_sizes = unit.failures + 1, unit.split, unit.cut_sizes
         return again
 
     # Writing
@@ -474,6 +506,7 @@ class Engine:
     def _rest(self, batch: Batch, unit: Unit, seconds: float | None) -> None:
         """Leave the provider alone for a while: it fails whatever it is asked. No row is charged, and none waits longer."""
         message = _words(unit.error)
+        _spoil(unit)
         work_of(batch).note_error(self.session, batch, message)
         circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, seconds)
         rows = [document.row for document in unit.documents]
@@ -491,7 +524,10 @@ class Engine:
         elif not _is_about_texts(error) and not unit.failures and _attempts(unit) < _ATTEMPTS_TOGETHER:
             self._retry(batch, unit, error)
         elif not self._halve(batch, unit):
+            if _is_spent(unit, error) and self._cut(batch, unit, error):
+                return
             if _is_spent(unit, error):
+                _spoil(unit)
                 work_of(batch).note_error(self.session, batch, _words(error))
                 self._bury(batch, [_letter(unit.documents[0], "embed", error)])
             elif _is_about_texts(error) and unit.failed:
@@ -502,6 +538,7 @@ class Engine:
     def _retry(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
         """Put a unit's rows back to be tried together again, soon; the try counts."""
         message = _words(error)
+        _spoil(unit)
         work_of(batch).note_error(self.session, batch, message)
         wish = getattr(error, "retry_after", None)
         if wish:
@@ -510,17 +547,45 @@ class Engine:
         rows = [document.row for document in unit.documents]
         self._give_back(batch, rows, backoff_seconds(_attempts(unit)), charged=True, error=message)
 
+    def _cut(self, batch: Batch, unit: Unit, error: EmbedlineError) -> bool:
+        """Ask for texts that were refused alone in halves, which become chunks of their own; return False if that cannot be.
+
+        A version that is filled from the chunks takes them as they are: they are those of other versions, too.
+        """
+        if not isinstance(error, InputRejected) or not unit.failed or batch.pipeline.is_lane:
+            return False
+        refused = {digest: text for texts in unit.failed for digest, text in texts.items()}
+        chunks = cut_chunks(unit.documents[0].chunks, refused)
+        if chunks is None:
+            return False
+        # The requests around it were refused for this text and not for their size.
+        _spoil(unit)
+        document = replace(unit.documents[0], chunks=chunks)
+        again = unit_of(batch.pipeline, [document], unit.vectors | self._lend(batch, [document]))
+        again.failures, again.split = unit.failures + 1, unit.split
+        sizes = {estimated_size(text) for text in refused.values()} if error.is_too_long else set()
+        again.cut_sizes = unit.cut_sizes | sizes
+        batch.units.append(again)
+        return True
+
     def _halve(self, batch: Batch, unit: Unit) -> bool:
         """Split a unit that failed; return False if its only text cannot be split.
 
         The requests of one large document are halved, too: it may be their size that the provider rejects.
         """
+        if isinstance(unit.error, InputRejected):
+            split = unit.split or Split()
+            split.refused |= {len(texts) for texts in unit.failed if len(texts) > 1}
+            unit = replace(unit, split=split)
         if len(unit.documents) > 1:
             middle = len(unit.documents) // 2
             for part in (unit.documents[:middle], unit.documents[middle:]):
                 batch.units.append(self._again(batch, unit, part))
         elif smaller := halved_requests(unit):
-            batch.units.append(Unit(unit.documents, unit.vectors, smaller, failures=unit.failures + 1))
+            failures = unit.failures + 1
+            parts = Unit(unit.documents, unit.vectors, smaller, failures=failures, split=unit.split)
+            parts.cut_sizes = unit.cut_sizes
+            batch.units.append(parts)
         else:
             return False
         return True
@@ -577,6 +642,11 @@ def _is_about_texts(error: EmbedlineError) -> bool:
 
 def _attempts(unit: Unit) -> int:
     return max((document.row.attempts for document in unit.documents), default=1)
+
+
+def _spoil(unit: Unit) -> None:
+    if unit.split is not None:
+        unit.split.is_spoilt = True
 
 
 def _is_spent(unit: Unit, error: EmbedlineError) -> bool:

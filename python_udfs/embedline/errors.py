@@ -113,6 +113,8 @@ class InputRejected(ProviderError):
     """The embedding provider rejected the input; a smaller part of it may be accepted."""
 
     sqlstate = "EL012"
+    # Whether the provider says that the input is too long.
+    is_too_long = False
 
 
 class ProviderMisconfigured(ProviderError):

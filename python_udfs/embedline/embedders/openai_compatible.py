@@ -57,9 +57,17 @@ _LONGEST_PAUSE_SECONDS = 1.0
 # Causes with which the request never left: the HTTP library's own names.
 _UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
 _MESSAGE_CHARACTERS = 500
+# An error's body is read no further.
+_READ_CHARACTERS = 4000
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
+# What servers say of a text that is too long, some of them with status 500: vLLM, TEI, Ollama, llama.cpp, OpenAI.
+_TOO_LONG = re.compile(
+    r"context (?:length|size|window)|sequence length|too (?:long|large|many tokens)|token limit|physical batch size"
+    r"|(?:max|limit|exceed|less than|longer|at most)[^.]{0,40}\b(?:tokens|length)|tokens[^.]{0,40}(?:max|limit|exceed)",
+    re.IGNORECASE,
+)
 
 
 class _Response(Protocol):
@@ -290,6 +298,13 @@ class OpenAIEmbedder:
             # OpenAI says so where the account is out of money: waiting a second does not help.
             hint = "Top up the provider's account, or raise its spending limit."
             return ProviderMisconfigured(message, detail=detail, hint=hint)
+        is_too_long = status == 413 or (
+            (status in _REJECTED or status >= 500) and _TOO_LONG.search(response.text[:_READ_CHARACTERS]) is not None
+        )
+        if is_too_long:
+            rejected = InputRejected(message, detail=detail)
+            rejected.is_too_long = True
+            return rejected
         if status in _TRANSIENT or status >= 500:
             return TransientProviderError(
                 message,

@@ -490,11 +490,11 @@ class Engine:
             batch.units.append(replace(unit, requests=[], verdict=verdict.pending))
         elif verdict.health == "sound":
             self._blame_texts(batch, unit, error)
-        elif isinstance(error, TransientProviderError):
+        elif isinstance(verdict.error, InputRejected | ProviderMisconfigured):
+            self._rest(batch, unit, _REFUSED_PAUSE_SECONDS)
+        else:
             wishes = [getattr(e, "retry_after", None) for e in (error, verdict.error)]
             self._rest(batch, unit, max((wish for wish in wishes if wish is not None), default=None))
-        else:
-            self._rest(batch, unit, _REFUSED_PAUSE_SECONDS)
 
     def _is_last_try(self, unit: Unit, error: EmbedlineError) -> bool:
         """Whether a row of the unit is given up if the provider is sound."""

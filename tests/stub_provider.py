@@ -32,6 +32,8 @@ _VECTORS = 4096
 FAULTS = ("429", "500", "timeout", "short", "nan")
 # What a rule may answer besides a status: wrong vectors for the texts that it matches, wrong answers as a whole.
 _WRONG_VALUES = {"nan": float("nan"), "inf": float("inf"), "zero": 0.0}
+# In place of headers: the connection is closed without an answer.
+_CLOSED = b"closed"
 # Headers of an answer that ends before it is whole.
 _CUT = b"Connection: close\r\n"
 
@@ -71,10 +73,11 @@ class StubProvider:
         """Set `latency` (s), `fault_share` (0 to 1), `faults` (of FAULTS), `poison` (texts with it are answered 400).
 
         `rules` are looked through for each request, and the first that fits decides: {"match": a part of one of its texts,
-        "over": characters, "texts_over": texts, "times": requests for which the rule holds, "latency": s, "status",
-        "headers", "body"} or with "answer" in place of the status: "nan", "inf" or "zero" as the vectors of the texts that
+        "over": characters, "longer": characters of one of its texts, "texts_over": texts, "times": requests for which the rule
+        holds, "latency": s, "status", "headers", "body"} or with "answer" in place of the status: "nan", "inf" or "zero" as the
+        vectors of the texts that
         match, "few" or "more" vectors, "reversed" order, "narrow" vectors, lists of "floats", "html", a body that is "cut",
-        "silence".
+        "silence", a connection that is "closed" without an answer.
         """
         self._call("/behave", json.dumps(behaviour).encode())
 
@@ -146,6 +149,8 @@ class _Server:
                     status, answer, extra = await self.answer(lines[0].split(" ")[1], body)
                 finally:
                     self.in_flight -= 1
+                if extra == _CLOSED:
+                    break
                 length = len(answer) * 2 if extra == _CUT else len(answer)
                 writer.write(
                     b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n"
@@ -235,6 +240,7 @@ class _Server:
                 and len(texts) > rule.get("texts_over", 0)
                 and ("match" not in rule or any(rule["match"] in text for text in texts))
                 and sum(map(len, texts)) > rule.get("over", -1)
+                and max(map(len, texts)) > rule.get("longer", -1)
             ):
                 if "times" in rule:
                     rule["times"] -= 1
@@ -254,6 +260,8 @@ class _Server:
         answer = rule.get("answer")
         if answer == "silence":
             await asyncio.sleep(30)
+        if answer == "closed":
+            return 500, b"", _CLOSED
         if answer == "html":
             return 200, b"<html>Welcome to our proxy</html>", b""
         vectors = [vector_of(text, self.dimensions) for text in texts]

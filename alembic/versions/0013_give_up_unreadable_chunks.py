@@ -5,7 +5,7 @@ What: comments of embedline.version_dead_letter. Lock: SHARE UPDATE EXCLUSIVE on
 before respects them.
 
 Revision ID: 0013
-Revises: 0011
+Revises: 0012
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0013"
-down_revision = "0011"
+down_revision = "0012"
 branch_labels = None
 depends_on = None
 

@@ -5,7 +5,7 @@ inbox and outbox that write to it. Lock: ACCESS EXCLUSIVE on each inbox, SHARE R
 How long: under a second. Undo: `alembic downgrade` to the revision before.
 
 Revision ID: 0014
-Revises: 0011
+Revises: 0013
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0014"
-down_revision = "0011"
+down_revision = "0013"
 branch_labels = None
 depends_on = None
 

@@ -2,10 +2,10 @@
 
 What: embedline.pipeline gets source_name, filled from the sources, and is_resting. Lock: ACCESS EXCLUSIVE on
 embedline.pipeline for an instant (columns with a constant default are no rewrite); the replay that follows writes the
-functions of existing pipelines again. How long: under a second. Undo: `alembic downgrade 0011`.
+functions of existing pipelines again. How long: under a second. Undo: `alembic downgrade 0014`.
 
 Revision ID: 0015
-Revises: 0011
+Revises: 0014
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "0015"
-down_revision = "0011"
+down_revision = "0014"
 branch_labels = None
 depends_on = None
 

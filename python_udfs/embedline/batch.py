@@ -14,8 +14,9 @@ from embedline.documents import Document, Vector
 from embedline.embedders import EmbeddingBlock
 from embedline.errors import EmbedlineError
 from embedline.outbox import ClaimedRow
-from embedline.readability import Readability
 from embedline.pacing import MAX_BATCH_BYTES
+from embedline.readability import Readability
+from embedline.request_size import Split
 
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
 _LOCAL_REQUEST_ITEMS = 64
@@ -36,6 +37,8 @@ class Request:
 
     texts: dict[bytes, str]
     future: Future[EmbeddingBlock] | None = None
+    # When it was sent, of time.monotonic.
+    sent_at: float = 0.0
     is_granted: bool = False
     reservation_id: int | None = None
 
@@ -54,7 +57,11 @@ class Request:
 class Unit:
     """Documents that are embedded and written together: one or more requests, one write.
 
-    `is_second_look` marks documents whose vectors were unusable once: if they are again, the documents are given up.
+    `error` is the failure of a request, and `failed` holds the texts of each request that failed. `failures` counts the
+    requests with these texts that failed before in this batch, and `split` the sizes of all parts of the first one that was
+    refused. `cut_sizes` are the estimated sizes of texts that were refused as too long and are asked for in halves. `verdict`
+    is the answer to a harmless text that a failed unit waits for. Times are of time.monotonic: `sent_at`, when the last
+    request that failed was sent, `failed_at`, when that was seen.
     """
 
     documents: list[Document]
@@ -62,11 +69,19 @@ class Unit:
     requests: list[Request] = field(default_factory=list)
     faults: dict[bytes, str] = field(default_factory=dict)
     error: EmbedlineError | None = None
-    is_second_look: bool = False
+    failed: list[dict[bytes, str]] = field(default_factory=list)
+    failures: int = 0
+    split: Split | None = None
+    cut_sizes: frozenset[int] = frozenset()
+    verdict: Future[EmbeddingBlock] | None = None
+    sent_at: float = 0.0
+    failed_at: float = 0.0
 
     @property
     def is_answered(self) -> bool:
-        """Whether every request has come back."""
+        """Whether every request has come back, and the verdict on a failed one."""
+        if self.verdict is not None and not self.verdict.done():
+            return False
         return all(request.is_answered for request in self.requests)
 
 
@@ -109,7 +124,7 @@ class Batch:
     @property
     def futures(self) -> list[Future[EmbeddingBlock]]:
         """Requests in flight. Not those that are done and wait for others of their unit: a wait would end at once."""
-        sent = (request.future for request in self.requests)
+        sent = [request.future for request in self.requests] + [unit.verdict for unit in self.units]
         return [future for future in sent if future is not None and not future.done()]
 
     @property
@@ -125,10 +140,10 @@ class Batch:
 
 def request_items(pipeline: Pipeline) -> int:
     """Inputs that one request of the pipeline's model may carry."""
-    config = pipeline.version.model.config
-    if config.provider == "sentence-transformers":
-        return min(config.max_batch_items, _LOCAL_REQUEST_ITEMS)
-    return config.max_batch_items
+    model = pipeline.version.model
+    if model.config.provider == "sentence-transformers":
+        return min(model.request_items, _LOCAL_REQUEST_ITEMS)
+    return model.request_items
 
 
 def vector_memory(pipeline: Pipeline, count: int) -> int:
@@ -155,14 +170,19 @@ def plausible_tokens(counted: int | None, texts: Collection[str], prefix: str) -
 
 
 def pack(
-    pipeline: Pipeline, found: Iterable[Document], known: Mapping[bytes, Vector], tokens_left: int | None = None
+    pipeline: Pipeline,
+    found: Iterable[Document],
+    known: Mapping[bytes, Vector],
+    tokens_left: int | None = None,
+    first_items: int | None = None,
 ) -> list[Unit]:
     """Group documents into units of about one request each; a document is never split over two units.
 
-    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget.
+    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget. The first unit
+    may have requests of `first_items`, which is more than the model is known to take.
     """
     units: list[Unit] = []
-    items, most = request_items(pipeline), _request_tokens(pipeline, tokens_left)
+    items, most = first_items or request_items(pipeline), _request_tokens(pipeline, tokens_left)
     members: list[Document] = []
     texts: dict[bytes, str] = {}
     tokens = 0
@@ -172,6 +192,7 @@ def pack(
         if members and (len(texts) + len(wanted) > items or tokens + size > most):
             units.append(_unit(members, texts, known, _split(texts, tokens, items, most)))
             members, texts, tokens = [], {}, 0
+            items = request_items(pipeline)
         members.append(document)
         texts |= wanted
         tokens += size
@@ -195,12 +216,12 @@ def _unit(
 
 
 def halved_requests(unit: Unit) -> list[Request]:
-    """Return requests of half the size for what a unit still lacks; none where a text was refused alone."""
+    """Return requests of half the size for what a unit still lacks; none if each of its texts failed alone."""
+    if all(len(texts) == 1 for texts in unit.failed):
+        return []
     parts: list[dict[bytes, str]] = []
-    for request in unit.requests:
-        texts = [(digest, text) for digest, text in request.texts.items() if digest not in unit.vectors]
-        if texts and len(request.texts) == 1:
-            return []
+    for failed in unit.failed:
+        texts = list(failed.items())
         middle = (len(texts) + 1) // 2
         parts += [dict(texts[:middle]), dict(texts[middle:])]
     return [Request(part) for part in parts if part]

@@ -16,7 +16,7 @@ _MODEL_COLUMNS = """
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
     m.base_url, m.api_key_env, m.document_prefix, m.query_prefix, m.max_batch_items,
     m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.learned, m.fingerprint AS model_fingerprint,
-    m.probed_fingerprint
+    m.probed_fingerprint, m.batch_items, m.batch_items_refused, m.text_size_refused
 """
 
 _CHUNK_SET_COLUMNS = """
@@ -87,13 +87,21 @@ _OPERATOR_CLASSES = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l
 
 @dataclass(frozen=True)
 class Model:
-    """A row of embedline.model."""
+    """A row of embedline.model; see the comments of its columns."""
 
     model_id: int
     config: ModelConfig
     max_tokens: int | None
     fingerprint: str
     probed_fingerprint: str | None = None
+    batch_items: int | None = None
+    batch_items_refused: int | None = None
+    text_size_refused: int | None = None
+
+    @property
+    def request_items(self) -> int:
+        """Texts that a request may carry: as many as declared, or fewer if the provider refused so many."""
+        return min(self.config.max_batch_items, self.batch_items or self.config.max_batch_items)
 
 
 @dataclass(frozen=True)
@@ -491,4 +499,7 @@ def _model_from_row(row: dict[str, object]) -> Model:
         max_tokens=None if max_tokens is None else int(str(max_tokens)),
         fingerprint=str(row["model_fingerprint"]),
         probed_fingerprint=_optional(row["probed_fingerprint"]),
+        batch_items=_number(row["batch_items"]),
+        batch_items_refused=_number(row["batch_items_refused"]),
+        text_size_refused=_number(row["text_size_refused"]),
     )

@@ -101,7 +101,7 @@ def sentence_embedder(session: Session, version: Version) -> EmbedSentences:
         from embedline import vectors
 
         embedder = embedder_for(session, version.model)
-        size = version.model.config.max_batch_items
+        size = version.model.request_items
         parts = [embedder.submit(sentences[i : i + size], "document") for i in range(0, len(sentences), size)]
         blocks = [wait_result(part, on_wait) for part in parts]
         data = b"".join(block.data for block in blocks)

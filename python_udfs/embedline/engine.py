@@ -6,10 +6,12 @@ transaction while a provider works, and has several batches in work at a time.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from embedline import circuit, documents, inbox, learning, probe, spending
+from embedline import circuit, documents, inbox, learning, probe, request_size, spending
 from embedline.batch import (
     Batch,
     Request,
@@ -22,17 +24,16 @@ from embedline.batch import (
     vector_memory,
 )
 from embedline.catalog import ChunkSet
-from embedline.chunking import Chunker, make_chunker
+from embedline.chunking import Chunker, cut_chunks, estimated_size, halves, make_chunker
 from embedline.database import Session, sqlstate_of
 from embedline.dead_letters import DeadLetter
 from embedline.documents import NO_VECTOR, Document, Vector
 from embedline.embedder_pool import embedder_for, let_cancel_through, sentence_embedder, wait_first
+from embedline.embedders import EmbeddingBlock
 from embedline.errors import (
-    DimensionMismatch,
     EmbedlineError,
     InputRejected,
     InvalidVectors,
-    ModelHostUnavailable,
     ProviderError,
     ProviderMisconfigured,
     TransientProviderError,
@@ -40,6 +41,7 @@ from embedline.errors import (
 )
 from embedline.outbox import ClaimedRow
 from embedline.readability import Readability, mark_unreadable, readability
+from embedline.request_size import Split
 from embedline.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
 from embedline.settings import load_settings
 from embedline.source import hidden_source
@@ -52,12 +54,13 @@ _WRITE_DOCUMENTS = 2000
 _BUSY_SECONDS = 0.1
 # Of rows that were changed while they were in work, beside a long queue.
 _LONG_QUEUE_SECONDS = 5.0
-_MISCONFIGURED_PAUSE_SECONDS = 10.0
+# A provider that refuses everything, a closed account say, is asked so often whether it is well again.
+_REFUSED_PAUSE_SECONDS = 10.0
 _MONEY_SECONDS = 1.0
 # A grant that is waited for is asked for so often: a limit may be lifted meanwhile.
 _GRANT_SECONDS = 5.0
-# Until the answer to a probe is there.
-_PROBE_SECONDS = 0.5
+# What may be a moment's trouble is tried so often before a batch is split.
+_ATTEMPTS_TOGETHER = 2
 # A cancel is looked for so often.
 _CANCEL_SECONDS = 0.1
 
@@ -150,11 +153,11 @@ class Engine:
     def chunk(self, batch: Batch, breathe: Callable[[], None]) -> None:
         """Repair and chunk what was read. Touches no table: the resident worker holds no transaction meanwhile."""
         if batch.found and not batch.pipeline.is_lane:
-            self._cut(batch, breathe)
+            self._chunk_documents(batch, breathe)
         if batch.readability is not None:
             mark_unreadable(batch.found, batch.readability, breathe)
 
-    def _cut(self, batch: Batch, breathe: Callable[[], None]) -> None:
+    def _chunk_documents(self, batch: Batch, breathe: Callable[[], None]) -> None:
         chunker = self._chunker(batch, batch.pipeline.chunk_set)
         others = {chunk_set.number: self._chunker(batch, chunk_set) for chunk_set in batch.pipeline.other_sets}
         for document in batch.found:
@@ -176,13 +179,16 @@ class Engine:
         for document in problems:
             if isinstance(document.problem, ProviderError):
                 # The chunker asks the model where the meaning changes: a failure there is one of the model.
-                self._give_up_or_retry(batch, Unit([document], error=document.problem))
+                now = time.monotonic()
+                failed = Unit([document], error=document.problem, sent_at=now, failed_at=now)
+                self._judge(batch, failed, document.problem)
         sound = [document for document in batch.found if document.problem is None]
         batch.found = []
         left = spending.tokens_left(self.session, batch.pipeline) if batch.pipeline.metered else None
-        # What is given up needs no vector, so no provider is asked for it.
-        given_up = {digest: NO_VECTOR for document in sound for digest in document.unreadable}
-        batch.units = pack(batch.pipeline, sound, self._lend(batch, sound) | given_up, left)
+        sound, known = self._cut_long_texts(batch, sound)
+        wanted = {chunk.digest for document in sound for chunk in document.chunks} - known.keys()
+        trial = request_size.size_to_try(self.session, batch.pipeline.version.model, len(wanted))
+        batch.units += pack(batch.pipeline, sound, known, left, trial)
         texts = sum(len(request.texts) for request in batch.requests)
         batch.vector_bytes = vector_memory(batch.pipeline, texts)
         self.grant(batch)
@@ -223,8 +229,11 @@ class Engine:
         """Send the requests that were granted; the transaction that reserved them is committed."""
         granted = [request for request in batch.requests if request.is_granted and request.future is None]
         embedder = embedder_for(self.session, batch.pipeline.version.model) if granted else None
+        # One time for all: each says something about the provider that the others met.
+        now = time.monotonic()
         for request in granted:
             if embedder is not None:
+                request.sent_at = now
                 request.future = embedder.submit(list(request.texts.values()), "document")
 
     def write_ready(self, batch: Batch) -> bool:
@@ -244,15 +253,17 @@ class Engine:
     def _write_units(self, batch: Batch, ready: list[Unit]) -> None:
         known: dict[bytes, Vector] = {}
         sound: list[Document] = []
+        # All first: an answer to one unit is evidence for the others.
         for unit in ready:
             self._collect(batch, unit)
+        for unit in ready:
             if unit.error is None:
                 known |= unit.vectors
                 sound += self._without_faults(batch, unit)
-            elif isinstance(unit.error, InputRejected | InvalidVectors):
-                self._halve(batch, unit, unit.error)
             else:
-                self._give_up_or_retry(batch, unit)
+                self._judge(batch, unit, unit.error)
+        splits = {unit.split for unit in ready if unit.split is not None} - {unit.split for unit in batch.units}
+        request_size.remember(self.session, batch.pipeline.version.model, splits)
         self._settle_reservations(batch)
         if sound:
             self._write(batch, sound, known)
@@ -312,6 +323,27 @@ class Engine:
         tokenizer = cache[model_id]
         return None if tokenizer is None else readability(tokenizer, load_settings(self.session).unknown_token_share)
 
+    def _cut_long_texts(self, batch: Batch, found: list[Document]) -> tuple[list[Document], dict[bytes, Vector]]:
+        """Return the documents and the vectors known of their chunks, with unknown chunks cut that would be refused as too long.
+
+        What is known stays whole, so that an edit elsewhere in a document changes none of its chunks. What is given up needs
+        no vector, so no provider is asked for it.
+        """
+        known = self._lend(batch, found) | {digest: NO_VECTOR for document in found for digest in document.unreadable}
+        limit = batch.pipeline.version.model.text_size_refused
+        while limit is not None and not batch.pipeline.is_lane:
+            cut = {}
+            for place, document in enumerate(found):
+                unknown = (chunk for chunk in document.chunks if chunk.digest not in known)
+                long = {c.digest for c in unknown if estimated_size(c.embedded_text) >= limit and halves(c)}
+                if long:
+                    cut[place] = replace(document, chunks=cut_chunks(document.chunks, long) or document.chunks)
+            if not cut:
+                break
+            found = [cut.get(place, document) for place, document in enumerate(found)]
+            known |= self._lend(batch, list(cut.values()))
+        return found, known
+
     def _lend(self, batch: Batch, found: list[Document]) -> dict[bytes, Vector]:
         digests = list(dict.fromkeys(chunk.digest for document in found for chunk in document.chunks))
         return documents.lend_vectors(self.session, batch.pipeline, digests)
@@ -332,9 +364,10 @@ class Engine:
 
     def _collect(self, batch: Batch, unit: Unit) -> None:
         """Take over the vectors of a unit's answers, checked and normalised; note the error of a failed one."""
-        from embedline import vectors
-
-        version = batch.pipeline.version
+        if not unit.requests:
+            # Nothing was asked, or the unit waits for the verdict on what has failed.
+            return
+        errors: list[tuple[Request, EmbedlineError]] = []
         for request in unit.requests:
             if request.future is None:
                 continue
@@ -342,29 +375,48 @@ class Engine:
             if error is not None and not isinstance(error, EmbedlineError):
                 raise error
             self._count_tokens(batch, request)
+            if error is None:
+                error = self._take_over(batch, unit, request, request.future.result())
             if error is not None:
-                unit.error = _graver(unit.error, error)
-                continue
-            block = request.future.result()
-            if remark := learning.keep(self.session, batch.pipeline, block.learned):
-                work_of(batch).note_error(self.session, batch, remark)
-            digests = list(request.texts)
-            try:
-                matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
-                vectors.check_shape(matrix, len(digests), version.dimensions)
-            except InvalidVectors as invalid:
-                unit.error = _graver(unit.error, invalid)
-                continue
-            normalise = version.distance != "l2"
-            # A normalised vector fits float16 whatever the model's scale.
-            usable, faults = vectors.usable_vectors(matrix, "vector" if normalise else version.column_type, normalise)
-            unit.vectors.update(zip(digests, usable, strict=True))
-            for index, reason in faults.items():
-                unit.faults[digests[index]] = reason
-                del unit.vectors[digests[index]]
-        batch.answered_at = time.monotonic()
-        if unit.error is None and unit.requests:
-            circuit.close_circuit(self.session, version.model.model_id)
+                errors.append((request, error))
+        batch.answered_at = unit.failed_at = time.monotonic()
+        if errors:
+            unit.error = functools.reduce(_graver, [error for _, error in errors])
+            unit.sent_at = max(request.sent_at for request, _ in errors)
+            lacking = ({d: t for d, t in request.texts.items() if d not in unit.vectors} for request in unit.requests)
+            unit.failed = [texts for texts in lacking if texts]
+        else:
+            model = batch.pipeline.version.model
+            circuit.close_circuit(self.session, model.model_id)
+            sizes = {len(request.texts) for request in unit.requests}
+            request_size.note_passed(self.session, model, max(sizes))
+            request_size.note_too_long(self.session, model, unit.cut_sizes)
+            if unit.split is not None:
+                unit.split.passed |= sizes
+
+    def _take_over(self, batch: Batch, unit: Unit, request: Request, block: EmbeddingBlock) -> InvalidVectors | None:
+        """Take over the vectors of an answer; return what is wrong with the answer as a whole."""
+        from embedline import vectors
+
+        version = batch.pipeline.version
+        if remark := learning.keep(self.session, batch.pipeline, block.learned):
+            work_of(batch).note_error(self.session, batch, remark)
+        digests = list(request.texts)
+        try:
+            matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
+            vectors.check_shape(matrix, len(digests), version.dimensions)
+        except InvalidVectors as invalid:
+            return invalid
+        normalise = version.distance != "l2"
+        # A normalised vector fits float16 whatever the model's scale.
+        usable, faults = vectors.usable_vectors(matrix, "vector" if normalise else version.column_type, normalise)
+        unit.vectors.update(zip(digests, usable, strict=True))
+        for index, reason in faults.items():
+            unit.faults[digests[index]] = reason
+            del unit.vectors[digests[index]]
+        if len(faults) < len(digests):
+            probe.note_answer(self.session, version.model.model_id, request.sent_at)
+        return None
 
     def _count_tokens(self, batch: Batch, request: Request) -> None:
         """Add up what the answers to a reservation say they cost; None once one does not say, or cannot be right."""
@@ -388,25 +440,22 @@ class Engine:
             spending.settle(self.session, reservation_id, batch.tokens_used.pop(reservation_id))
 
     def _without_faults(self, batch: Batch, unit: Unit) -> list[Document]:
-        """Return the documents whose vectors are all usable; the others are asked for once more, then given up."""
+        """Return the documents whose vectors are all usable; the others are asked for once more, then judged."""
         if not unit.faults:
             return unit.documents
         faulty = [d for d in unit.documents if any(chunk.digest in unit.faults for chunk in d.chunks)]
-        if unit.is_second_look:
-            reasons = [next(unit.faults[c.digest] for c in d.chunks if c.digest in unit.faults) for d in faulty]
-            letters = [
-                DeadLetter(d.row, "embed", InvalidVectors.sqlstate, reason, d.content_hash)
-                for d, reason in zip(faulty, reasons, strict=True)
-            ]
-            self._bury(batch, letters)
+        if unit.failures:
+            error = InvalidVectors(next(iter(unit.faults.values())))
+            failed = replace(unit, documents=faulty, requests=[], error=error)
+            self._judge(batch, failed, error)
         else:
-            batch.units.append(self._again(batch, unit, faulty, is_second_look=True))
+            batch.units.append(self._again(batch, unit, faulty))
         return [document for document in unit.documents if document not in faulty]
 
-    def _again(self, batch: Batch, unit: Unit, members: list[Document], *, is_second_look: bool) -> Unit:
+    def _again(self, batch: Batch, unit: Unit, members: list[Document]) -> Unit:
         """Return a unit that asks once more for what the members lack."""
         again = unit_of(batch.pipeline, members, unit.vectors)
-        again.is_second_look = is_second_look
+        again.failures, again.split, again.cut_sizes = unit.failures + 1, unit.split, unit.cut_sizes
         return again
 
     # Writing
@@ -459,55 +508,122 @@ class Engine:
 
     # Failures
 
-    def _give_up_or_retry(self, batch: Batch, unit: Unit) -> None:
-        """Put a failed unit's rows back together, or give up those that have been tried often enough."""
-        error = unit.error
-        message = _words(error)
+    def _judge(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
+        """Decide whose fault a failure was: the provider's, which charges no row, or that of a text.
+
+        That depends on whether the provider answers something else. Where this is not known the unit stays in the batch until
+        a harmless text is answered. A row is given up only after an answer to what was sent after its last failure.
+        """
+        if _says_nothing_of_texts(error):
+            self._rest(batch, unit, getattr(error, "retry_after", None))
+            return
+        since = unit.failed_at if self._is_last_try(unit, error) else unit.sent_at
+        others = (request.future for request in batch.requests if request.future and request.sent_at >= since)
+        hopeful = (future for future in others if not future.done() or future.exception() is None)
+        verdict = probe.ask(self.session, batch.pipeline.version, since, next(hopeful, None))
+        if verdict.pending is not None:
+            batch.units.append(replace(unit, requests=[], verdict=verdict.pending))
+        elif verdict.health == "sound":
+            self._blame_texts(batch, unit, error)
+        elif isinstance(verdict.error, InputRejected | ProviderMisconfigured):
+            self._rest(batch, unit, _REFUSED_PAUSE_SECONDS)
+        else:
+            wishes = [getattr(e, "retry_after", None) for e in (error, verdict.error)]
+            self._rest(batch, unit, max((wish for wish in wishes if wish is not None), default=None))
+
+    def _is_last_try(self, unit: Unit, error: EmbedlineError) -> bool:
+        """Whether a row of the unit is given up if the provider is sound."""
+        if unit.faults and unit.failures:
+            return True
+        is_alone = len(unit.documents) == 1 and not halved_requests(unit)
+        return is_alone and _is_spent(unit, error)
+
+    def _rest(self, batch: Batch, unit: Unit, seconds: float | None) -> None:
+        """Leave the provider alone for a while: it fails whatever it is asked. No row is charged, and none waits longer."""
+        message = _words(unit.error)
+        _spoil(unit)
         work_of(batch).note_error(self.session, batch, message)
-        pause, charged = self._consequence(batch, unit, message)
+        circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, seconds)
         rows = [document.row for document in unit.documents]
-        if charged:
-            spent = [document for document in unit.documents if document.row.attempts >= MAX_ATTEMPTS]
-            self._bury(batch, [_letter(document, "embed", error) for document in spent])
-            rows = [row for row in rows if row.attempts < MAX_ATTEMPTS]
-            pause = backoff_seconds(max((row.attempts for row in rows), default=1), pause)
-        if rows:
-            self._give_back(batch, rows, pause or 0.0, charged=charged, error=message)
+        self._give_back(batch, rows, 0.0, charged=False, error=message)
 
-    def _consequence(self, batch: Batch, unit: Unit, message: str) -> tuple[float | None, bool]:
-        """Return how long a failed unit's rows are to wait, and whether the try counts; open the circuit where it is due."""
-        error, model = unit.error, batch.pipeline.version.model
-        if isinstance(error, ProviderMisconfigured):
-            circuit.open_circuit(self.session, model.model_id, message, _MISCONFIGURED_PAUSE_SECONDS)
-            return _MISCONFIGURED_PAUSE_SECONDS, False
-        if not isinstance(error, TransientProviderError):
-            return None, True
-        # A provider that cannot be reached, or that limits its rate, says nothing about these rows.
-        says_nothing = error.throttled or error.unreachable or isinstance(error, ModelHostUnavailable)
-        if not says_nothing and any(document.row.attempts >= MAX_ATTEMPTS for document in unit.documents):
-            health = probe.health(self.session, model)
-            if health == "unknown":
-                return _PROBE_SECONDS, False
-            says_nothing = health == "failing"
-        if says_nothing:
-            return circuit.open_circuit(self.session, model.model_id, message, error.retry_after), False
-        return error.retry_after, True
+    def _blame_texts(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
+        """Look for the text that makes a sound provider fail.
 
-    def _halve(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
-        """Split a rejected unit until the rows that are the cause stand alone; those are given up.
+        What may be a moment's trouble is tried once more together, later. What was refused, or fails again, is split by
+        halves until the rows that are the cause stand alone. A text that is refused alone is given up at its second refusal,
+        one that fails in another way after five tries.
+        """
+        if unit.faults and unit.error is not None and unit.failures and not unit.failed:
+            self._bury(batch, [_letter_of_faults(document, unit.faults) for document in unit.documents])
+        elif not _is_about_texts(error) and not unit.failures and _attempts(unit) < _ATTEMPTS_TOGETHER:
+            self._retry(batch, unit, error)
+        elif not self._halve(batch, unit):
+            if _is_spent(unit, error) and self._cut(batch, unit, error):
+                return
+            if _is_spent(unit, error):
+                _spoil(unit)
+                work_of(batch).note_error(self.session, batch, _words(error))
+                self._bury(batch, [_letter(unit.documents[0], "embed", error)])
+            elif _is_about_texts(error) and unit.failed:
+                batch.units.append(self._again(batch, unit, unit.documents))
+            else:
+                self._retry(batch, unit, error)
+
+    def _retry(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
+        """Put a unit's rows back to be tried together again, soon; the try counts."""
+        message = _words(error)
+        _spoil(unit)
+        work_of(batch).note_error(self.session, batch, message)
+        wish = getattr(error, "retry_after", None)
+        if wish:
+            # The provider's wait is the model's, not the rows': embedline.resume_model ends it.
+            circuit.open_circuit(self.session, batch.pipeline.version.model.model_id, message, wish)
+        rows = [document.row for document in unit.documents]
+        self._give_back(batch, rows, backoff_seconds(_attempts(unit)), charged=True, error=message)
+
+    def _cut(self, batch: Batch, unit: Unit, error: EmbedlineError) -> bool:
+        """Ask for texts that were refused alone in halves, which become chunks of their own; return False if that cannot be.
+
+        A version that is filled from the chunks takes them as they are: they are those of other versions, too.
+        """
+        if not isinstance(error, InputRejected) or not unit.failed or batch.pipeline.is_lane:
+            return False
+        refused = {digest: text for texts in unit.failed for digest, text in texts.items()}
+        chunks = cut_chunks(unit.documents[0].chunks, refused)
+        if chunks is None:
+            return False
+        # The requests around it were refused for this text and not for their size.
+        _spoil(unit)
+        document = replace(unit.documents[0], chunks=chunks)
+        again = unit_of(batch.pipeline, [document], unit.vectors | self._lend(batch, [document]))
+        again.failures, again.split = unit.failures + 1, unit.split
+        sizes = {estimated_size(text) for text in refused.values()} if error.is_too_long else set()
+        again.cut_sizes = unit.cut_sizes | sizes
+        batch.units.append(again)
+        return True
+
+    def _halve(self, batch: Batch, unit: Unit) -> bool:
+        """Split a unit that failed; return False if its only text cannot be split.
 
         The requests of one large document are halved, too: it may be their size that the provider rejects.
         """
+        if isinstance(unit.error, InputRejected):
+            split = unit.split or Split()
+            split.refused |= {len(texts) for texts in unit.failed if len(texts) > 1}
+            unit = replace(unit, split=split)
         if len(unit.documents) > 1:
             middle = len(unit.documents) // 2
             for part in (unit.documents[:middle], unit.documents[middle:]):
-                batch.units.append(self._again(batch, unit, part, is_second_look=unit.is_second_look))
+                batch.units.append(self._again(batch, unit, part))
         elif smaller := halved_requests(unit):
-            batch.units.append(Unit(unit.documents, unit.vectors, smaller, is_second_look=unit.is_second_look))
-        elif isinstance(error, InputRejected | DimensionMismatch) or unit.is_second_look:
-            self._bury(batch, [_letter(unit.documents[0], "embed", error)])
+            failures = unit.failures + 1
+            parts = Unit(unit.documents, unit.vectors, smaller, failures=failures, split=unit.split)
+            parts.cut_sizes = unit.cut_sizes
+            batch.units.append(parts)
         else:
-            batch.units.append(self._again(batch, unit, unit.documents, is_second_look=True))
+            return False
+        return True
 
     def _bury(self, batch: Batch, letters: Sequence[DeadLetter]) -> None:
         if not letters:
@@ -547,6 +663,35 @@ def _is_row_fault(error: Exception) -> bool:
 def _fatal_letter(row: ClaimedRow) -> DeadLetter:
     message = f"the worker died {row.crash_count} times while it had this row"
     return DeadLetter(row, "claim", "EL020", message, None)
+
+
+def _says_nothing_of_texts(error: EmbedlineError) -> bool:
+    """Whether an error is the provider's for certain: it limits its rate, or there is no connection to it."""
+    return isinstance(error, TransientProviderError) and (error.throttled or error.unreachable)
+
+
+def _is_about_texts(error: EmbedlineError) -> bool:
+    """Whether an error is told as one of the texts: from a provider that answers others it is not a moment's trouble."""
+    return isinstance(error, InputRejected | InvalidVectors)
+
+
+def _attempts(unit: Unit) -> int:
+    return max((document.row.attempts for document in unit.documents), default=1)
+
+
+def _spoil(unit: Unit) -> None:
+    if unit.split is not None:
+        unit.split.is_spoilt = True
+
+
+def _is_spent(unit: Unit, error: EmbedlineError) -> bool:
+    """Whether a text that fails alone has failed often enough: a refusal is meant the second time."""
+    return _attempts(unit) >= MAX_ATTEMPTS or (_is_about_texts(error) and unit.failures > 0)
+
+
+def _letter_of_faults(document: Document, faults: Mapping[bytes, str]) -> DeadLetter:
+    reason = next(faults[chunk.digest] for chunk in document.chunks if chunk.digest in faults)
+    return DeadLetter(document.row, "embed", InvalidVectors.sqlstate, reason, document.content_hash)
 
 
 def _letter(document: Document, stage: str, error: EmbedlineError | None) -> DeadLetter:

@@ -93,8 +93,8 @@ class ProviderError(EmbedlineError):
 class TransientProviderError(ProviderError):
     """The embedding provider is unavailable for now; the same request may succeed later.
 
-    `retry_after` is the provider's own wish in seconds, where it gave one. `throttled` marks a rate limit and
-    `unreachable` that there was no connection, or nobody behind the gateway: neither burns a try.
+    `retry_after` is the provider's own wish in seconds, if it gave one. `throttled` marks a rate limit and `unreachable`
+    that there was no connection: neither is about the texts. Of any other failure an answer to a harmless text decides.
     """
 
     sqlstate = "EL011"
@@ -119,10 +119,12 @@ class InputRejected(ProviderError):
     """The embedding provider rejected the input; a smaller part of it may be accepted."""
 
     sqlstate = "EL012"
+    # Whether the provider says that the input is too long.
+    is_too_long = False
 
 
 class ProviderMisconfigured(ProviderError):
-    """The embedding provider refuses every request: wrong address, key or model name."""
+    """The embedding provider refuses the request: wrong address, key or model name."""
 
     sqlstate = "EL013"
 

@@ -18,7 +18,7 @@ from typing import Any
 from embedline import storage_size
 from embedline.alteration import plan_in_use
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
-from embedline.chunking import Chunk, ChunkingSpec, make_chunker
+from embedline.chunking import Chunk, ChunkingSpec, average_tokens, make_chunker
 from embedline.database import (
     Session,
     entry_point,
@@ -264,7 +264,7 @@ def _count_tokens(tokenizer: str | None, texts: Sequence[str]) -> float:
     if not texts:
         return 0.0
     if tokenizer is None:
-        return sum(map(len, texts)) / _CHARACTERS_PER_TOKEN
+        return sum(map(average_tokens, texts))
     encoded = _tokenizer(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
     return float(sum(len(encoding) for encoding in encoded))
 

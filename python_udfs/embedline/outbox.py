@@ -201,7 +201,7 @@ def give_back(
         session.query(
             f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, attempts, crash_count, not_before, last_error, of_backfill,"
             " enqueued_at)"
-            f" SELECT k.*, clock_timestamp() + make_interval(secs => ${count + 3}), ${count + 4}, ${count + 5},"
+            f" SELECT k.*, (SELECT clock_timestamp()) + make_interval(secs => ${count + 3}), ${count + 4}, ${count + 5},"
             f" coalesce(${count + 6}::timestamptz, now())"
             f" FROM unnest({pipeline.key_arrays()}, ${count + 1}, ${count + 2}) AS k",
             [*pipeline.key_parameter_types, "smallint[]", "smallint[]", "double precision", "text", "boolean", "text"],
@@ -218,7 +218,7 @@ def give_back(
         session.query(
             f"""
             UPDATE {pipeline.outbox} AS o SET claimed_by = NULL, attempts = g.attempts,
-                last_error = coalesce($4, o.last_error), not_before = clock_timestamp() + make_interval(secs => $3)
+                last_error = coalesce($4, o.last_error), not_before = (SELECT clock_timestamp()) + make_interval(secs => $3)
             FROM unnest($1, $2) AS g (outbox_id, attempts) WHERE o.outbox_id = g.outbox_id
             """,
             ["bigint[]", "smallint[]", "double precision", "text"],

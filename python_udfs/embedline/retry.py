@@ -27,8 +27,9 @@ def backoff_seconds(attempts: int, retry_after: float | None = None, *, draw: fl
 def circuit_seconds(failures: int, retry_after: float | None = None) -> float:
     """Return how long a model stays untried after `failures` earlier provider-wide failures in a row.
 
-    What the provider asks for, but 50 ms at least; without its wish 0.5 s doubling to 60 s.
+    What the provider asks for, but 50 ms at least, doubling to 60 s as long as that does not help; without its wish 0.5 s
+    doubling to 60 s.
     """
     if retry_after is not None:
-        return max(retry_after, 0.05)
+        return max(retry_after, min(0.05 * 2.0 ** min(max(failures, 0), 11), 60.0))
     return float(min(0.5 * 2.0 ** min(max(failures, 0), 10), 60.0))

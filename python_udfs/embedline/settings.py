@@ -19,7 +19,8 @@ class Settings(PacingLimits):
     limits at which workers take less on: seconds a replica lags, and the age of the oldest snapshot in transactions.
     `rollback_window_hours` is how long the version that served before is kept after a cutover. `index_recall_target` is the
     recall@10 for which hnsw.ef_search is chosen. `unknown_token_share` is the largest share of tokens unknown to the model
-    with which a chunk is embedded.
+    with which a chunk is embedded. `max_provider_wait_seconds` is how long a model rests at most before it is asked again,
+    whatever its provider says.
     """
 
     live_share: float = 0.8
@@ -28,6 +29,7 @@ class Settings(PacingLimits):
     rollback_window_hours: float = 48.0
     index_recall_target: float = 0.99
     unknown_token_share: float = 0.5
+    max_provider_wait_seconds: float = 300.0
 
 
 # Smallest and largest value of each.
@@ -42,6 +44,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "rollback_window_hours": (0, 8760),
     "index_recall_target": (0.5, 1),
     "unknown_token_share": (0, 1),
+    "max_provider_wait_seconds": (0.1, 86_400),
 }
 _WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
 

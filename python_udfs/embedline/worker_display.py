@@ -164,7 +164,8 @@ def troubles(execute: Execute, tasks: Sequence[Task]) -> list[str]:
     if execute(_READABLE.format(table="'embedline.circuit'"))[0][0]:
         found += [
             f'model "{model}" is left alone for now, since its provider fails: {error}\n'
-            "HINT: SELECT * FROM embedline.circuit; says until when. Then run the worker again."
+            "HINT: SELECT * FROM embedline.circuit; says until when."
+            f" SELECT embedline.resume_model({quote_literal(model)}); ends the wait. Then run the worker again."
             for model, error in execute(_CIRCUITS)
         ]
     return found

@@ -45,6 +45,7 @@ embedline.alter_pipeline(
 embedline.drop_pipeline(text),
 embedline.pause_pipeline(text),
 embedline.resume_pipeline(text),
+embedline.resume_model(text),
 embedline.refresh_pipeline(text),
 embedline.move_pipeline(text, regclass),
 embedline.alter_source(regclass, text),

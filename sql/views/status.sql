@@ -59,7 +59,8 @@ SELECT
     END AS backfill_percent,
     ir.ef_search,
     ir.recall AS index_recall,
-    t.remedy
+    t.remedy,
+    least(m.max_batch_items, m.batch_items) AS request_items
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
@@ -99,5 +100,6 @@ COMMENT ON COLUMN embedline.status.verified_at IS 'When embedline.verify last lo
 COMMENT ON COLUMN embedline.status.unrepaired IS 'What it found and did not put right';
 COMMENT ON COLUMN embedline.status.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL: not measured yet, 100 is used';
 COMMENT ON COLUMN embedline.status.index_recall IS 'Lowest recall@10 of the kinds of queries that the index was measured with';
+COMMENT ON COLUMN embedline.status.request_items IS 'Texts that a request carries at most: max_batch_items of the model, or what passed where the provider refused more';
 COMMENT ON COLUMN embedline.status.index_state IS
 'none, after backfill, waiting (SELECT embedline.index_statement(pipeline) builds it by hand), building, invalid, valid';

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from conftest import StartCluster
+from embedline.probe import PROBE_TEXT
 from stub_provider import StubProvider
 from support import create_pipeline, data_count, queued, scalar, settle, wait_until
 from working import (
@@ -32,6 +33,11 @@ def page(stub_database: psycopg.Connection, stub: StubProvider) -> psycopg.Conne
     create_stub_pipeline(stub_database)
     settle(stub_database)
     return stub_database
+
+
+def paid_for(stub: StubProvider) -> set[int]:
+    """Return how often the texts were embedded, but for the harmless one."""
+    return {count for text, count in stub.texts_seen().items() if text != PROBE_TEXT}
 
 
 ONCE = {
@@ -90,7 +96,8 @@ def test_what_is_always_wrong_about_one_row_is_given_up_with_its_reason(
 
 
 def test_the_dead_letter_has_the_providers_own_words(page: psycopg.Connection, stub: StubProvider) -> None:
-    stub.behave(rules=[{"status": 400, "body": '{"error": {"message": "this input is too strange for us"}}'}])
+    refusal = '{"error": {"message": "this input is too strange for us"}}'
+    stub.behave(rules=[{"status": 400, "body": refusal, "match": "row 1 "}])
     insert_rows(page, 1, 1)
     work_until_idle(page)
     assert "too strange for us" in dead_letters(page)[1][2]
@@ -153,7 +160,8 @@ def test_a_gateway_with_nobody_behind_it_is_charged_to_no_row(
             # The breaker's pauses double up to a minute; the test does not wait for them.
             page.execute("UPDATE embedline.circuit SET open_until = now()")
             page.execute("UPDATE embedline_data.page_outbox SET not_before = now() WHERE claimed_by IS NULL")
-            assert scalar(page, "SELECT coalesce(max(attempts), 0) FROM embedline_data.page_outbox") <= 1
+            # The try in work, and one whose failure was the last: by then the harmless text is answered.
+            assert scalar(page, "SELECT coalesce(max(attempts), 0) FROM embedline_data.page_outbox") <= 2
             return bool(scalar(page, "SELECT pending = 0 FROM embedline.status"))
 
         # Seven in a row: five tries would have been used up.
@@ -161,7 +169,7 @@ def test_a_gateway_with_nobody_behind_it_is_charged_to_no_row(
     assert stub.counts()["rules"] == 7
     assert dead_letters(page) == {}
     assert assert_all_settled(page, stub.dimensions) == 20
-    assert set(stub.texts_seen().values()) == {1}
+    assert paid_for(stub) == {1}
 
 
 def test_a_document_of_600_000_tokens_is_sent_in_requests_that_the_model_takes(
@@ -193,7 +201,7 @@ def test_a_document_whose_request_is_refused_is_split_until_the_provider_takes_i
     work_until_idle(page)
     assert dead_letters(page) == {}
     assert data_count(page, "page_v1") == data_count(page, "page_chunk") > 20
-    assert set(stub.texts_seen().values()) == {1}
+    assert paid_for(stub) == {1}
 
 
 def test_a_document_in_many_requests_neither_burns_the_processor_nor_hides_a_cancel(
@@ -276,7 +284,8 @@ def test_an_error_text_with_the_key_is_shown_nowhere(start_cluster: StartCluster
         create_stub_pipeline(connection, rows=3)
         words = f"Incorrect API key {KEY}, header 'Authorization: Bearer {KEY}'"
         for status in (400, 401, 429, 500):
-            stub.behave(rules=[{"status": status, "body": json.dumps({"error": {"message": words}})}])
+            refusal = {"status": status, "body": json.dumps({"error": {"message": words}}), "match": f"row {status} "}
+            stub.behave(rules=[refusal])
             insert_rows(connection, status, status)
             connection.execute("DELETE FROM embedline.circuit")
             connection.execute("SELECT embed_pending(1000)")

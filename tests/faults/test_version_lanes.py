@@ -202,7 +202,7 @@ def test_dead_letters_of_a_version_can_be_tried_again(
     assert _assert_exact(page, stub, other) == ROWS + 9
 
 
-@pytest.mark.parametrize("rule", [{"status": 400}, {"answer": "narrow"}])
+@pytest.mark.parametrize("rule", [{"status": 400, "match": "row"}, {"answer": "narrow", "match": "row"}])
 def test_a_version_with_everything_quarantined_is_never_accepted(
     page: psycopg.Connection, stub: StubProvider, rule: dict[str, Any]
 ) -> None:

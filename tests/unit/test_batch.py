@@ -22,7 +22,8 @@ VECTOR = np.zeros(2, dtype=np.float32)
 def pipeline(items: int = 10, tokens: int = 1000, provider: str = "openai") -> Any:
     """Return what packing asks a pipeline for: its model's limits."""
     config = SimpleNamespace(provider=provider, max_batch_items=items, max_batch_tokens=tokens)
-    return SimpleNamespace(version=SimpleNamespace(model=SimpleNamespace(config=config), dimensions=2))
+    model = SimpleNamespace(config=config, request_items=items)
+    return SimpleNamespace(version=SimpleNamespace(model=model, dimensions=2))
 
 
 def document(number: int, texts: list[str]) -> Document:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from embedline.chunking.chunk import Chunk, Chunker, content_digest, whole_text
 from embedline.chunking.factory import make_chunker, recursive_chunker
-from embedline.chunking.measure import CHARACTERS_PER_TOKEN
+from embedline.chunking.halves import cut_chunks, halves
+from embedline.chunking.measure import CHARACTERS_PER_TOKEN, average_tokens, estimated_size
 from embedline.chunking.semantic import EmbedSentences
 from embedline.chunking.spec import METHODS, ChunkingSpec, chunking_spec
 
@@ -19,8 +20,12 @@ __all__ = [
     "Chunker",
     "ChunkingSpec",
     "EmbedSentences",
+    "average_tokens",
     "chunking_spec",
     "content_digest",
+    "cut_chunks",
+    "estimated_size",
+    "halves",
     "make_chunker",
     "recursive_chunker",
     "whole_text",

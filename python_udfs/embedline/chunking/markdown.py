@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from embedline.chunking.chunk import OnPiece, Span, closed_spans
 from embedline.chunking.measure import Measure
 from embedline.chunking.measured import Room, cut_to
-from embedline.chunking.recursive import pieces, split_piece, split_recursively
+from embedline.chunking.recursive import pieces, split_piece, split_recursively, within
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -60,6 +60,7 @@ def markdown_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -
         parts = split_piece(splitter, piece, lambda piece: plainly(piece, capacity))
         found += [(start + at, start + at + len(content)) for at, content in parts]
         on_piece()
+    found = within(measure, text, found, capacity)
     starts = [heading.start for heading in headings]
     return [(span, prefixes[_path_above(text, span, headings, starts)]) for span in closed_spans(text, found)]
 

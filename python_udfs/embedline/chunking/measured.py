@@ -43,15 +43,16 @@ class MeasuredChunker:
     def __call__(self, text: str, on_piece: OnPiece = nothing, prefix: str = "") -> list[Chunk]:
         if not text:
             return []
-        capacity = self.measure.capacity(self.tokens)
-        if self.measure.surely_fits(prefix + text if prefix else text, capacity):
+        measure = self.measure.suited_to(prefix + text)
+        capacity = measure.capacity(self.tokens)
+        if measure.surely_fits(prefix + text if prefix else text, capacity):
             return whole_text(text, prefix=prefix)
-        prefix, taken = cut_to(self.measure, prefix, capacity // 2)
+        prefix, taken = cut_to(measure, prefix, capacity // 2)
         room = max(capacity - taken - (_SEAM if prefix else 0), 1)
-        if len(text) <= room * _CHARACTERS_PER_UNIT and self.measure.sizes([text])[0] <= room:
+        if len(text) <= room * _CHARACTERS_PER_UNIT and measure.sizes([text])[0] <= room:
             return whole_text(text, prefix=prefix)
-        overlap = self.measure.capacity(self.overlap) * room // capacity
-        parts = self.split(self.measure, text, Room(room, overlap, capacity // 2 - taken), on_piece)
+        overlap = measure.capacity(self.overlap) * room // capacity
+        parts = self.split(measure, text, Room(room, overlap, capacity // 2 - taken), on_piece)
         return [chunk_of(text, i, span, prefix + own_prefix) for i, (span, own_prefix) in enumerate(parts)]
 
 

@@ -32,7 +32,7 @@ def split_recursively(measure: Measure, text: str, capacity: int, overlap: int, 
         parts = split_piece(splitter, piece, lambda piece: halved(measure, piece, capacity))
         found += [(start + at, start + at + len(content)) for at, content in parts]
         on_piece()
-    return closed_spans(text, _within(measure, text, found, capacity))
+    return closed_spans(text, within(measure, text, found, capacity))
 
 
 def split_piece(
@@ -61,11 +61,11 @@ def halved(measure: Measure, piece: str, capacity: int) -> list[tuple[int, str]]
     """Return chunks of up to `capacity` without a look at boundaries other than those of characters."""
     return [
         (start, piece[start:end])
-        for start, end in _within(measure, piece, [(0, len(piece))], capacity, trusts_ascii=False)
+        for start, end in within(measure, piece, [(0, len(piece))], capacity, trusts_ascii=False)
     ]
 
 
-def _within(
+def within(
     measure: Measure, text: str, spans: Sequence[Span], capacity: int, *, trusts_ascii: bool = True
 ) -> list[Span]:
     """Return the spans with those cut that are larger than `capacity` after all.

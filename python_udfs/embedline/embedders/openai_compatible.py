@@ -59,9 +59,13 @@ _CLOSE_SECONDS = 1.0
 _MAX_RETRY_AFTER = 86_400.0
 # Where the provider limits its rate and does not say for how long.
 _PAUSE_SECONDS = 0.5
+# A session asks no more for so long at most after a rate limit; the circuit breaker, which can be closed, knows the rest.
+_LONGEST_PAUSE_SECONDS = 1.0
 # Causes with which the request never left: the HTTP library's own names.
 _UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
 _MESSAGE_CHARACTERS = 500
+# An error's body is read no further.
+_READ_CHARACTERS = 4000
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
@@ -70,6 +74,12 @@ ENCODINGS = ("base64", "float", "none")
 _ENCODING_WORDS = re.compile(r"encoding[_ -]?format|base64", re.IGNORECASE)
 # What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
 _AWAY = frozenset({502, 503, 504})
+# What servers say of a text that is too long, some of them with status 500: vLLM, TEI, Ollama, llama.cpp, OpenAI.
+_TOO_LONG = re.compile(
+    r"context (?:length|size|window)|sequence length|too (?:long|large|many tokens)|token limit|physical batch size"
+    r"|(?:max|limit|exceed|less than|longer|at most)[^.]{0,40}\b(?:tokens|length)|tokens[^.]{0,40}(?:max|limit|exceed)",
+    re.IGNORECASE,
+)
 
 
 class _Response(Protocol):
@@ -105,7 +115,8 @@ class OpenAIEmbedder:
         self._thread: threading.Thread | None = None
         self._client: openai.AsyncOpenAI | None = None
         self._slots: asyncio.Semaphore | None = None
-        self._resume_at = 0.0
+        # The last rate limit: when it was met, until when the provider asks to wait, and until when this session does.
+        self._limited_at = self._wanted_until = self._resume_at = 0.0
         self._keeps_order = "order" not in config.learned
         self._encoding = config.options.get("encoding_format") or config.learned.get("encoding_format", ENCODINGS[0])
 
@@ -118,9 +129,8 @@ class OpenAIEmbedder:
             done.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
             return done
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
-        return asyncio.run_coroutine_threadsafe(
-            self._embed([prefix + text for text in texts], kind), self._running_loop()
-        )
+        embedding = self._embed([prefix + text for text in texts], kind, time.monotonic())
+        return asyncio.run_coroutine_threadsafe(embedding, self._running_loop())
 
     def probe(self) -> Future[ModelInfo]:
         """Embed one short text to learn the dimensions; one more as a query if queries have a body of their own."""
@@ -167,10 +177,10 @@ class OpenAIEmbedder:
             await client.close()
 
     async def _probe(self) -> ModelInfo:
-        block = await self._embed([f"{self._config.document_prefix}probe"], "document", is_probe=True)
+        block = await self._embed([f"{self._config.document_prefix}probe"], "document", time.monotonic(), is_probe=True)
         options = self._config.options
         if options.get("query_body"):
-            query = await self._embed([f"{self._config.query_prefix}probe"], "query")
+            query = await self._embed([f"{self._config.query_prefix}probe"], "query", time.monotonic())
             if query.dimensions != block.dimensions:
                 detail = f"Documents have {block.dimensions} dimensions, queries {query.dimensions}."
                 raise DimensionMismatch("documents and queries have different dimensions", detail=detail)
@@ -187,12 +197,15 @@ class OpenAIEmbedder:
             learned={name: value for name, value in block.learned.items() if name == "encoding_format"},
         )
 
-    async def _embed(self, texts: list[str], kind: Kind, *, is_probe: bool = False) -> EmbeddingBlock:
+    async def _embed(
+        self, texts: list[str], kind: Kind, submitted_at: float, *, is_probe: bool = False
+    ) -> EmbeddingBlock:
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
-            if (wait := self._resume_at - time.monotonic()) > 0:
-                # What one request was told about the rate holds for all that wait behind it.
+            # What one request was told about the rate holds for all that wait behind it.
+            until = self._wanted_until if submitted_at <= self._limited_at else self._resume_at
+            if (wait := until - time.monotonic()) > 0:
                 message = f"{self._address} limits its rate"
                 refusal = TransientProviderError(message, retry_after=wait, throttled=True)
                 refusal.is_refusal = True
@@ -203,7 +216,9 @@ class OpenAIEmbedder:
             except TransientProviderError as error:
                 if error.throttled:
                     pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
-                    self._resume_at = max(self._resume_at, time.monotonic() + pause)
+                    self._limited_at = time.monotonic()
+                    self._wanted_until = self._limited_at + pause
+                    self._resume_at = self._limited_at + min(pause, _LONGEST_PAUSE_SECONDS)
                 raise
 
     async def _ask(self, texts: list[str], kind: Kind, key: str | None, *, is_probe: bool) -> EmbeddingBlock:
@@ -371,13 +386,19 @@ class OpenAIEmbedder:
             # OpenAI says so where the account is out of money: waiting a second does not help.
             hint = "Top up the provider's account, or raise its spending limit."
             return ProviderMisconfigured(message, detail=detail, hint=hint)
+        is_too_long = status == 413 or (
+            (status in _REJECTED or status >= 500) and _TOO_LONG.search(response.text[:_READ_CHARACTERS]) is not None
+        )
+        if is_too_long:
+            rejected = InputRejected(message, detail=detail)
+            rejected.is_too_long = True
+            return rejected
         if status in _TRANSIENT or status >= 500:
             return TransientProviderError(
                 message,
                 detail=detail,
                 retry_after=retry_after(response.headers),
                 throttled=status == 429,
-                unreachable=status in _AWAY,
             )
         if status in _REJECTED:
             return InputRejected(message, detail=detail)

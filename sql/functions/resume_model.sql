@@ -1,0 +1,13 @@
+-- Ask a model again now that is left alone because its provider failed or asked to wait.
+CREATE OR REPLACE FUNCTION embedline.resume_model(name text)
+RETURNS bigint
+LANGUAGE plpython3u
+VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+    from embedline import circuit
+    return circuit.resume_model(plpy, GD, name)
+$python$;
+
+COMMENT ON FUNCTION embedline.resume_model(text) IS 'Ask a model again now that is left alone; returns how many rows and chunks no longer wait for their next try.';

@@ -524,3 +524,40 @@ def test_a_base_url_that_is_no_web_address_is_refused() -> None:
     for url in ("file:///etc/passwd", "localhost:8080", "https://"):
         with pytest.raises(ProviderMisconfigured):
             OpenAIEmbedder(ModelConfig(name="m", provider="openai", model="x", base_url=url))
+
+
+# Encodings
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "asked"),
+    [
+        (400, '{"error": {"message": "base64 is not supported"}}', 3),
+        (500, '{"error": "encoding_format"}', 3),
+        (200, '{"error": "base64 is not supported"}', 3),
+        # A page with an image in it, a rate limit, a gateway: nothing that another encoding would change.
+        (200, "<html><img src='data:image/png;base64,AAAA'></html>", 1),
+        (429, '{"error": "base64"}', 1),
+        (503, '{"error": "base64"}', 1),
+        (400, '{"error": {"message": "too long"}}', 1),
+    ],
+)
+def test_only_a_refusal_of_the_encoding_is_asked_again(
+    server: HTTPServer, make_embedder: MakeEmbedder, status: int, body: str, asked: int
+) -> None:
+    server.expect_request(PATH).respond_with_data(body, status=status, content_type="application/json")
+    error = fail(make_embedder())
+    assert len(server.log) == asked
+    if status == 400:
+        assert isinstance(error, InputRejected)
+
+
+def test_a_line_that_breaks_at_the_second_try_is_not_held_against_the_texts(
+    server: HTTPServer, make_embedder: MakeEmbedder
+) -> None:
+    refusal = {"error": {"message": "base64 is not supported"}}
+    server.expect_ordered_request(PATH).respond_with_json(refusal, status=400)
+    server.expect_ordered_request(PATH).respond_with_data("busy", status=503)
+    error = fail(make_embedder())
+    assert isinstance(error, TransientProviderError)
+    assert error.unreachable

@@ -71,6 +71,7 @@ _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
 # Encodings that answers are asked for in, the compact one first; "none" sends no encoding_format at all.
 ENCODINGS = ("base64", "float", "none")
+_NO_VECTORS = "the provider's answer holds no vectors"
 _ENCODING_WORDS = re.compile(r"encoding[_ -]?format|base64", re.IGNORECASE)
 # What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
 _AWAY = frozenset({502, 503, 504})
@@ -230,12 +231,10 @@ class OpenAIEmbedder:
             try:
                 block = self._read(await self._post(texts, kind, key, encoding), len(texts), key)
             except ProviderError as error:
-                if refusal is not None and isinstance(error, TransientProviderError):
-                    # The first refusal would be held against the texts; this one passes.
-                    raise
-                refusal = refusal or error
                 if encoding == encodings[-1] or not _is_about_encoding(error, is_probe=is_probe):
-                    raise refusal from None
+                    # The first refusal says most, but it would be held against the texts. What passes is told as that.
+                    raise error if isinstance(error, TransientProviderError) else refusal or error from None
+                refusal = refusal or error
             else:
                 if not is_fixed and encoding != ENCODINGS[0]:
                     # A request of before may yet be answered in the encoding of before.
@@ -411,11 +410,10 @@ class OpenAIEmbedder:
 
 def _is_about_encoding(error: ProviderError, *, is_probe: bool) -> bool:
     """Return True for a refusal that names the encoding, or that nothing about a probe's harmless text explains."""
-    if isinstance(error, TransientProviderError):
-        if error.throttled or error.unreachable:
-            return False
-    elif not error.is_refusal:
-        # Vectors came, and were paid for.
+    if isinstance(error, TransientProviderError) and (error.throttled or error.unreachable):
+        return False
+    # Some servers refuse with status 200. Whatever else came without a refusal may have been paid for.
+    if not error.is_refusal and error.message != _NO_VECTORS:
         return False
     if _ENCODING_WORDS.search(error.detail or ""):
         return True
@@ -512,7 +510,7 @@ def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int 
     items = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(items, list):
         text = clean(_error_text(content[:4096].decode(errors="replace")))
-        raise TransientProviderError("the provider's answer holds no vectors", detail=text)
+        raise TransientProviderError(_NO_VECTORS, detail=text)
     usage = answer.get("usage")
     counts = [usage.get("total_tokens"), usage.get("prompt_tokens")] if isinstance(usage, dict) else []
     # No text has no tokens: 0 stands for "not counted".

@@ -45,7 +45,7 @@ _UNFINISHED = """
         LEFT JOIN pg_class AS c ON c.relnamespace = 'embedline_data'::regnamespace
             AND c.relname = p.name || '_v' || v.number || '_embedding_idx'
         LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
-        WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL{builds})
+        WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL{builds})
     )
 """
 _UNFINISHED_CHECKS = _UNFINISHED.format(builds="")

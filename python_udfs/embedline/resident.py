@@ -54,7 +54,7 @@ _END = object()
 _IS_WAITING = """
     WITH served AS MATERIALIZED (
         SELECT p.pipeline_id, p.name FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source
-        WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1)
+        WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
     )
     SELECT EXISTS (
         SELECT FROM embedline.version_queue AS q JOIN embedline.version AS v ON v.version_id = q.version_id
@@ -68,7 +68,7 @@ _DEPTHS = """
     SELECT DISTINCT m.model_id, m.provider, m.concurrency
     FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
     JOIN embedline.model AS m ON m.model_id = v.model_id
-    WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1)
+    WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
 """
 # A batch may hold its claim this long while a rate limit lets it through little by little.
 _PATIENCE_SECONDS = 60.0

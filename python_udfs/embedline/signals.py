@@ -34,7 +34,7 @@ _ASK = f"""
         WHERE s.due_at <= (SELECT at FROM asked) GROUP BY s.pipeline
     ), named AS MATERIALIZED (
         SELECT p.pipeline_id FROM signalled AS s JOIN embedline.pipeline AS p ON p.name = s.pipeline
-        WHERE p.state = 'active' AND ($2 IS NULL OR p.name = $2)
+        WHERE p.state = 'active' AND NOT p.is_resting AND ($2 IS NULL OR p.name = $2)
     )
     SELECT (SELECT at::text FROM asked) AS asked_at, ARRAY(SELECT worker_id FROM live) AS live,
         (SELECT w.stop_requested FROM embedline.worker AS w WHERE w.worker_id = $1) AS is_to_stop,
@@ -44,19 +44,20 @@ _ASK = f"""
         ARRAY(
             SELECT CASE WHEN v.version_id = p.serving_version_id THEN p.pipeline_id ELSE -v.version_id END
             FROM embedline.version AS v JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
-            WHERE v.state = 'backfilling' AND p.state = 'active' AND ($2 IS NULL OR p.name = $2)
+            WHERE v.state = 'backfilling' AND p.state = 'active' AND NOT p.is_resting AND ($2 IS NULL OR p.name = $2)
             UNION
             SELECT -q.version_id FROM embedline.version_queue AS q
             JOIN embedline.version AS v ON v.version_id = q.version_id
             JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
-            WHERE p.state = 'active' AND ($2 IS NULL OR p.name = $2)
+            WHERE p.state = 'active' AND NOT p.is_resting AND ($2 IS NULL OR p.name = $2)
                 AND CASE WHEN q.claimed_by IS NULL THEN q.first_id IS NOT NULL OR q.not_before <= (SELECT at FROM asked)
                     ELSE q.claimed_by NOT IN (SELECT worker_id FROM live) END
         ) AS filling
 """
 _ALL = """
     SELECT ARRAY(
-        SELECT p.pipeline_id FROM embedline.pipeline AS p WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1)
+        SELECT p.pipeline_id FROM embedline.pipeline AS p
+        WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
     ) AS pipeline_ids
 """
 # The row that stands for all others is never due.

@@ -18,7 +18,7 @@ from embedline.chunking import (
     make_chunker,
 )
 
-# Tokens that each text has in cl100k_base, OpenAI's vocabulary, or more: the estimate must not be far below.
+# Tokens a character that each text may have at most: the estimate must not be far below.
 TEXTS = {
     "English": ("The database writes its pages to disk and reads them again.", 1 / 4),
     "Chinese": ("数据库把数据写入磁盘，然后读取它们。", 1.0),

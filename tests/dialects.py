@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embedline.probe import PROBE_TEXT
 from stub_provider import vector_of
 
 Vector = npt.NDArray[np.float32]
@@ -41,7 +42,10 @@ def plain_usage(texts: list[str]) -> object:
 
 @dataclass
 class Dialect:
-    """What an endpoint's answers are like. `requests` are the bodies that came, `paid` the texts that it embedded."""
+    """What an endpoint's answers are like. `requests` are the bodies that came, `paid` the texts that it embedded.
+
+    `spares_probe`: a harmless text is answered as it should be, so that the fault is the texts'.
+    """
 
     dimensions: int = 8
     refuse: Callable[[Body], tuple[int, object] | None] = lambda _: None
@@ -49,6 +53,7 @@ class Dialect:
     encode: Callable[[Vector, Body], object] = as_asked
     shape: Callable[[list[Body]], list[Any]] = lambda items: items
     usage: Callable[[list[str]], object] = plain_usage
+    spares_probe: bool = False
     url: str = ""
     requests: list[Body] = field(default_factory=list)
     paid: list[str] = field(default_factory=list)
@@ -61,11 +66,14 @@ class Dialect:
         texts = body["input"]
         self.paid += texts
         vectors = [self.embed(text, body) if self.embed else vector_of(text, self.dimensions) for text in texts]
+        is_spared = self.spares_probe and texts == [PROBE_TEXT]
+        encode = as_asked if is_spared else self.encode
         items = [
-            {"object": "embedding", "index": index, "embedding": self.encode(vector, body)}
+            {"object": "embedding", "index": index, "embedding": encode(vector, body)}
             for index, vector in enumerate(vectors)
         ]
-        answer = {"object": "list", "data": self.shape(items), "model": body["model"], "usage": self.usage(texts)}
+        data = items if is_spared else self.shape(items)
+        answer = {"object": "list", "data": data, "model": body["model"], "usage": self.usage(texts)}
         return 200, {name: value for name, value in answer.items() if value is not None}
 
     def forget(self) -> None:

@@ -114,6 +114,13 @@ DOWNGRADE = (
                 pipeline.name || '_hidden');
             EXECUTE format('DROP TABLE embedline_data.%I', pipeline.name || '_lent');
             EXECUTE format('DROP TRIGGER embedline_signal ON embedline_data.%I', pipeline.name || '_deleted');
+            -- Revisions before drop what it calls. Until the replay, triggers hide every new row: the look for it fails.
+            FOR stored IN
+                SELECT f.oid::regprocedure::text FROM pg_catalog.pg_proc AS f
+                WHERE f.pronamespace = 'embedline_data'::regnamespace AND f.proname = pipeline.name || '_foreign'
+            LOOP
+                EXECUTE format('DROP FUNCTION %s', stored);
+            END LOOP;
         END LOOP;
     END
     $do$

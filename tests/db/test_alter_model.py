@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -421,14 +423,20 @@ def test_the_same_holds_for_a_version_that_is_being_filled(
         assert float(np.dot(vector, vector_of(text, DIMENSIONS))) < 0
 
 
-def test_a_local_model_may_move_to_another_directory(module_database: psycopg.Connection, tmp_path: Any) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that the server's OS user can read, which pytest's tmp_path is not."""
+    with tempfile.TemporaryDirectory(prefix="embedline-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_local_model_may_move_to_another_directory(module_database: psycopg.Connection, open_folder: Path) -> None:
     db = module_database
-    shutil.copytree(MODELS / "static-256", tmp_path / "moved")
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    shutil.copytree(MODELS / "static-256", open_folder / "moved")
     db.execute("SELECT embedline.create_model('here', 'sentence-transformers', %s)", (str(MODELS / "static-256"),))
     before = scalar(db, "SELECT fingerprint FROM embedline.model WHERE name = 'here'")
-    db.execute("SELECT embedline.alter_model('here', model => %s)", (str(tmp_path / "moved"),))
+    db.execute("SELECT embedline.alter_model('here', model => %s)", (str(open_folder / "moved"),))
     assert scalar(db, "SELECT fingerprint FROM embedline.model WHERE name = 'here'") == before
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="decides its vectors"):
         db.execute("""SELECT embedline.alter_model('here', options => '{"precision": "int8"}')""")

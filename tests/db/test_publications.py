@@ -49,5 +49,6 @@ def test_a_publication_of_all_tables_stops_neither_capture_nor_workers(
     assert database.execute(status).fetchall() == [(0, None)]
     assert scalar(database, "SELECT count(*) FROM page_embedding") == 15
     database.execute("TRUNCATE page")
+    settle(database)
     assert scalar(database, "SELECT count(*) FROM embedline_data.page_chunk") == 0
     database.execute("SELECT embedline.drop_pipeline('page')")

@@ -163,6 +163,7 @@ def test_another_number_of_vectors_than_texts_stays_an_error(
 ) -> None:
     create_model(db, endpoint)
     create_pages(db)
+    endpoint.spares_probe = True
     endpoint.shape = lambda items: change(indexes(lambda *_: None)(items))
     settle(db)
     assert {letter[1] for letter in dead_letters(db).values()} == {"EL014"}
@@ -325,7 +326,7 @@ def test_base64_of_another_encoding_is_refused_with_the_way_out(db: psycopg.Conn
 def test_base64_of_a_wrong_length_is_a_clear_error(
     db: psycopg.Connection, encode: Callable[[Any], str], code: str, words: str
 ) -> None:
-    with serving(Dialect(dimensions=256)) as endpoint:
+    with serving(Dialect(dimensions=256, spares_probe=True)) as endpoint:
         create_model(db, endpoint)
         create_pages(db, 3)
         endpoint.encode = lambda vector, _: encode(vector)

@@ -88,7 +88,7 @@ def test_an_error_of_a_claim_is_gone_once_nothing_waits_any_more(page: psycopg.C
     _break(page, "page_inbox", "DELETE")
     with working(page):
         wait_until(lambda: scalar(page, _ERROR, ("page",)), what="the error is shown")
-        page.execute("TRUNCATE page")
+        page.execute("TRUNCATE embedline_data.page_inbox")
         wait_until(lambda: scalar(page, _ERROR, ("page",)) is None, 30, "the error is gone")
 
 

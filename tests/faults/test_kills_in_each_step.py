@@ -36,11 +36,11 @@ LIVE = {
     "embed": Hold(None, 2 * IN_FLIGHT * REQUEST, _first_is_written),
     # What is answered while the write waits is lost with it.
     "write": Hold("LOCK TABLE embedline_data.page_chunk IN SHARE MODE", ROWS, is_embedding),
-    "finish": Hold("LOCK TABLE embedline_data.page_claim IN SHARE MODE", IN_FLIGHT * REQUEST, is_embedding),
+    "finish": Hold("LOCK TABLE embedline_data.page_claim IN SHARE MODE", 2 * IN_FLIGHT * REQUEST, is_embedding),
 }
 BACKFILL = LIVE | {
     "claim": Hold("LOCK TABLE embedline.backfill_range IN SHARE MODE", 0),
-    "finish": Hold("LOCK TABLE embedline.backfill_range IN SHARE MODE", IN_FLIGHT * REQUEST, is_embedding),
+    "finish": Hold("LOCK TABLE embedline.backfill_range IN SHARE MODE", 2 * IN_FLIGHT * REQUEST, is_embedding),
 }
 
 

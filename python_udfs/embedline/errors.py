@@ -98,6 +98,8 @@ class TransientProviderError(ProviderError):
     """
 
     sqlstate = "EL011"
+    # Whether a gateway or an overloaded server said so, whatever was asked: another form of the request changes nothing.
+    is_gateway = False
 
     def __init__(
         self,

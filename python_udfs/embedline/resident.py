@@ -95,6 +95,7 @@ class ResidentWorker:
         self._looked_at: set[int] = set()
         # Models of the pipelines, and how many requests each works on at a time.
         self._depths: dict[int, int] = {}
+        self._providers: set[str] = set()
         # When idle, and at the latest.
         self._maintain_at, self._overdue_at = 0.0, time.monotonic() + _MAINTENANCE_SECONDS
         # Pipelines to maintain: those written to, and a round of all.
@@ -248,7 +249,7 @@ class ResidentWorker:
         self._touched -= set(due)
         if due:
             self._visit_at = now + _ROUND_COST * (time.monotonic() - started) / len(due)
-        keep_warm(session, {pipeline.version.model.config.provider for pipeline in self._known.values()})
+        keep_warm(session, self._providers)
 
     def _measure(self) -> bool:
         """Take some steps of measuring an index that was not measured yet; return True if there are more.
@@ -563,10 +564,9 @@ class ResidentWorker:
             self.settings, self._paces = settings, {}
             self.claimant.set_live_share(settings.live_share)
         # Whose model has room is asked of these: a pipeline may have come while all others' models are busy.
-        self._depths = {
-            int(row["model_id"]): _depth(str(row["provider"]), int(row["concurrency"]))
-            for row in session.query(_DEPTHS, ["text"], self.pipeline_name)
-        }
+        models = session.query(_DEPTHS, ["text"], self.pipeline_name)
+        self._depths = {int(row["model_id"]): _depth(str(row["provider"]), int(row["concurrency"])) for row in models}
+        self._providers = {str(row["provider"]) for row in models}
         self._held_back_by = pressure.held_back_by(session, settings)
         if self._held_back_by is not None:
             for pace in self._paces.values():

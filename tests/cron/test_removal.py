@@ -31,4 +31,4 @@ def test_base_is_reached_under_scheduled_workers(cron_cluster: Cluster) -> None:
         assert scalar(connection, "SELECT to_regnamespace('embedline') IS NULL") is True
         assert scalar(connection, "SELECT count(*) FROM page") == 7000
         running = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'CALL embedline%'"
-        wait_until(lambda: scalar(connection, running) == 0, 30, "the workers have ended")
+        wait_until(lambda: scalar(connection, running) == 0, 60, "the workers have ended")

@@ -560,4 +560,4 @@ def test_a_line_that_breaks_at_the_second_try_is_not_held_against_the_texts(
     server.expect_ordered_request(PATH).respond_with_data("busy", status=503)
     error = fail(make_embedder())
     assert isinstance(error, TransientProviderError)
-    assert error.unreachable
+    assert "503" in error.message

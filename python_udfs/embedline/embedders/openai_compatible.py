@@ -393,12 +393,14 @@ class OpenAIEmbedder:
             rejected.is_too_long = True
             return rejected
         if status in _TRANSIENT or status >= 500:
-            return TransientProviderError(
+            error = TransientProviderError(
                 message,
                 detail=detail,
                 retry_after=retry_after(response.headers),
                 throttled=status == 429,
             )
+            error.is_gateway = status in _AWAY
+            return error
         if status in _REJECTED:
             return InputRejected(message, detail=detail)
         if 300 <= status < 400:
@@ -410,7 +412,7 @@ class OpenAIEmbedder:
 
 def _is_about_encoding(error: ProviderError, *, is_probe: bool) -> bool:
     """Return True for a refusal that names the encoding, or that nothing about a probe's harmless text explains."""
-    if isinstance(error, TransientProviderError) and (error.throttled or error.unreachable):
+    if isinstance(error, TransientProviderError) and (error.throttled or error.unreachable or error.is_gateway):
         return False
     # Some servers refuse with status 200. Whatever else came without a refusal may have been paid for.
     if not error.is_refusal and error.message != _NO_VECTORS:

@@ -95,6 +95,8 @@ class Batch:
     # When the oldest change of a claim of the inbox was made.
     enqueued_at: str | None = None
     claimed_range: ClaimedRange | None = None
+    # When a write was last tried.
+    written_at: float = 0.0
     is_suspect: bool = False
     # Content that is read of its rows; those beyond it go back, and are counted.
     max_bytes: int = MAX_BATCH_BYTES
@@ -115,6 +117,11 @@ class Batch:
     answered_at: float = 0.0
     longest_write: float = 0.0
     tokens_used: dict[int, int | None] = field(default_factory=dict)
+
+    @property
+    def first_requests(self) -> int:
+        """Requests without an answer, of texts that have not failed before."""
+        return sum(not request.is_answered for unit in self.units if not unit.failures for request in unit.requests)
 
     @property
     def requests(self) -> Iterator[Request]:

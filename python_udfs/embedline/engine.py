@@ -59,6 +59,8 @@ _REFUSED_PAUSE_SECONDS = 10.0
 _MONEY_SECONDS = 1.0
 # A grant that is waited for is asked for so often: a limit may be lifted meanwhile.
 _GRANT_SECONDS = 5.0
+# Seconds until rows are tried again whose batch would have been one too many to be searched, and how long a search counts.
+_PUT_OFF_SECONDS, _SEARCH_SECONDS = 1.0, 60.0
 # What may be a moment's trouble is tried so often before a batch is split.
 _ATTEMPTS_TOGETHER = 2
 # A cancel is looked for so often.
@@ -77,6 +79,8 @@ class Engine:
         self._patience = patience
         # Why requests were last refused a grant; None while none was.
         self.refusal: str | None = None
+        # Batches in which the text that fails is looked for, and when that began.
+        self._searched: dict[Batch, float] = {}
 
     def run(self, batch: Batch, is_over: Callable[[], bool] = lambda: False) -> None:
         """Take a batch through all steps inside the caller's transaction; the statement stays cancellable.
@@ -226,8 +230,17 @@ class Engine:
             self._give_back(batch, rows, _MONEY_SECONDS, charged=False, error=reason)
 
     def start(self, batch: Batch) -> None:
-        """Send the requests that were granted; the transaction that reserved them is committed."""
-        granted = [request for request in batch.requests if request.is_granted and request.future is None]
+        """Send the requests that were granted; the transaction that reserved them is committed.
+
+        Of a search a few at a time: they are asked for in the order in which they are sent, new rows after them.
+        """
+        granted = [
+            r for unit in batch.units if not unit.failures for r in unit.requests if r.is_granted and not r.future
+        ]
+        searching = [request for unit in batch.units if unit.failures for request in unit.requests]
+        sent = sum(request.future is not None and not request.is_answered for request in searching)
+        places = max(batch.pipeline.version.model.config.concurrency, 1) - sent
+        granted += [r for r in searching if r.is_granted and r.future is None][: max(places, 0)]
         embedder = embedder_for(self.session, batch.pipeline.version.model) if granted else None
         # One time for all: each says something about the provider that the others met.
         now = time.monotonic()
@@ -558,6 +571,8 @@ class Engine:
             self._bury(batch, [_letter_of_faults(document, unit.faults) for document in unit.documents])
         elif not _is_about_texts(error) and not unit.failures and _attempts(unit) < _ATTEMPTS_TOGETHER:
             self._retry(batch, unit, error)
+        elif not unit.failures and not self._may_search(batch, unit):
+            self._put_off(batch, unit, error)
         elif not self._halve(batch, unit):
             if _is_spent(unit, error) and self._cut(batch, unit, error):
                 return
@@ -569,6 +584,34 @@ class Engine:
                 batch.units.append(self._again(batch, unit, unit.documents))
             else:
                 self._retry(batch, unit, error)
+
+    def _may_search(self, batch: Batch, unit: Unit) -> bool:
+        """Return True unless as many batches of the model are searched as a quarter of what it works on at a time.
+
+        A search sends two requests for each text that fails, and rows that are new would wait behind them.
+        """
+        if sum(len(request.texts) for request in unit.requests) < 2:
+            return True
+        now, model = time.monotonic(), batch.pipeline.version.model
+        # What was abandoned in its search is forgotten after a while.
+        self._searched = {
+            other: at
+            for other, at in self._searched.items()
+            if now - at < _SEARCH_SECONDS and any(unit.failures for unit in other.units)
+        }
+        others = [b for b in self._searched if b.pipeline.version.model.model_id == model.model_id and b is not batch]
+        if len(others) >= max(model.config.concurrency // 4, 1):
+            return False
+        self._searched[batch] = now
+        return True
+
+    def _put_off(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
+        """Put a unit's rows back to be searched later; nothing of it was paid for, and the try does not count."""
+        message = _words(error)
+        _spoil(unit)
+        work_of(batch).note_error(self.session, batch, message)
+        rows = [document.row for document in unit.documents]
+        self._give_back(batch, rows, _PUT_OFF_SECONDS, charged=False, error=message)
 
     def _retry(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
         """Put a unit's rows back to be tried together again, soon; the try counts."""

@@ -472,10 +472,12 @@ class ResidentWorker:
     def _write(self) -> bool:
         now = time.monotonic()
         self._before = [(batch, list(batch.units), dict(batch.tokens_used)) for batch in self.batches]
-        for batch in self.batches:
+        # Least lately written first: answers to one batch, which come all the time, must not keep another from being written.
+        for batch in sorted(self.batches, key=lambda batch: batch.written_at):
             if not self._has_work(batch, now):
                 continue
             self.current = batch
+            batch.written_at = now
             if not self._can_write(batch.pipeline):
                 batch.write_at = now + _PUT_OFF_SECONDS[0]
                 continue
@@ -504,10 +506,9 @@ class ResidentWorker:
         for batch in self.batches:
             model_id = batch.pipeline.version.model.model_id
             batches[model_id] += 1
-            waiting[model_id] += max(
-                sum(not request.is_answered for request in batch.requests), 1 if batch is self.current else 0
-            )
-        # As many requests again wait behind those in work: the provider never runs dry while the next batch is read.
+            waiting[model_id] += max(batch.first_requests, 1 if batch is self.current else 0)
+        # As many requests again wait behind those in work: the provider never runs dry while the next batch is read. Batches
+        # that are searched for the text that fails do not count: they would keep new rows out for as long as that takes.
         return [i for i, depth in self._depths.items() if waiting[i] < 2 * depth and batches[i] <= depth]
 
     def _with_room(self, pipelines: list[Pipeline]) -> list[Pipeline]:

@@ -31,7 +31,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.embedders.answers import UnknownOrder, mistaken_encoding, text_numbers
 from embedline.embedders.options import given_bodies, request_body
-from embedline.embedders.tls import tls_context, untrusted
+from embedline.embedders.tls import no_authorities, tls_context, untrusted
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -330,8 +330,11 @@ class OpenAIEmbedder:
         return self._client
 
     def _verification(self) -> ssl.SSLContext | bool:
-        is_https = self._url.startswith("https:")
-        return (tls_context(self._config, os.environ) if is_https else None) or True
+        if not self._url.startswith("https:"):
+            # Redirects are refused, so no certificate is ever looked at. Reading the system's authorities takes 0.1 s, in
+            # a thread that a backend which is ended meanwhile must not have inside OpenSSL.
+            return no_authorities()
+        return tls_context(self._config, os.environ) or True
 
     def _limits(self) -> Any:
         import openai

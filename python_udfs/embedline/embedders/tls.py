@@ -42,6 +42,13 @@ def tls_context(config: ModelConfig, environment: Mapping[str, str]) -> ssl.SSLC
     return None
 
 
+def no_authorities() -> ssl.SSLContext:
+    """Return a context that trusts no certificate, for connections without TLS."""
+    import ssl
+
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 def untrusted(config: ModelConfig, address: str, error: BaseException) -> ProviderMisconfigured | None:
     """Return the error of a certificate that was refused, None for another error of a connection."""
     import ssl

@@ -1,6 +1,6 @@
 """Around a statement of the user's that changes a source: what stands in its way is taken away before, and put back after.
 
-The statement itself runs between the two in the SQL function alter_source, with the rights of whoever calls that: nothing
+The statement itself runs between the two in the SQL function alter_source, with the rights of its caller: nothing
 here runs any text of theirs. What was taken away is kept in the session, for the transaction that did so.
 """
 

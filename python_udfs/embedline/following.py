@@ -141,7 +141,7 @@ def _reshape(session: Session, pipeline: Pipeline) -> None:
 
 @contextmanager
 def being_reshaped(session: Session, names: Sequence[str]) -> Iterator[None]:
-    """For the length of a block, leave these pipelines to whoever is changing them: event triggers follow none of them."""
+    """For the length of a block, keep event triggers from following these pipelines."""
     begin_reshaping(session, names)
     yield
     end_reshaping(session, names)

@@ -663,7 +663,7 @@ def require_control(session: Session, name: str) -> None:
         """
         SELECT coalesce(
             pg_has_role($2, c.relowner, 'USAGE'),
-            -- Of a source that is gone nobody is the owner: whoever made the pipeline may take it away, or to another table.
+            -- A source that is gone has no owner: the role that made the pipeline may drop it, or move it to another table.
             (SELECT pg_has_role($2, r.oid, 'USAGE') FROM pg_roles AS r WHERE r.rolname = p.created_by),
             (SELECT rolsuper FROM pg_roles WHERE rolname = $2))
         FROM embedline.pipeline AS p LEFT JOIN pg_class AS c ON c.oid = p.source WHERE p.name = $1

@@ -25,7 +25,7 @@ Step = Literal["begin", "claim", "fault", "is_waiting", "report", "read", "submi
 
 # A statement that ran into a lock, a deadlock or a full disk is tried again: the answers are paid for and at hand.
 PASSING_FAULTS = ("40001", "40P01", "53100", "53200", "53300", LOCK_NOT_AVAILABLE)
-# Faults of a pipeline in a row after which `until_idle` does not wait for it: nobody knows that it will ever pass.
+# Faults of a pipeline in a row after which `until_idle` does not wait for it: no one can tell that it will ever pass.
 _LASTING_FAULTS = 3
 
 # What all batches in work may take; one more is claimed only below this.
@@ -345,7 +345,7 @@ class ResidentWorker:
     def is_waiting(self) -> bool:
         """Whether rows are queued that will be embedded without anybody's doing: not those that a budget holds back.
 
-        Nor those that nobody may read, nor those of a pipeline that fails again and again.
+        Nor those that may not be read, nor those of a pipeline that fails again and again.
         """
         failing = {lane_id for lane_id, count in self._faults.items() if count >= _LASTING_FAULTS}
         unable = self.claimant.out_of_money | self.claimant.hidden | failing
@@ -499,7 +499,7 @@ class ResidentWorker:
         return False
 
     def _models_with_room(self) -> list[int]:
-        """Return the models that are not busy with what they have: a slow provider holds nobody else up."""
+        """Return the models that are not busy with what they have: a slow provider holds up no other."""
         if sum(batch.memory for batch in self.batches) >= _MEMORY:
             return []
         waiting, batches = Counter[int](), Counter[int]()

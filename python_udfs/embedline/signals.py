@@ -129,7 +129,7 @@ def renew(session: Session) -> None:
 
 
 def note_dead_workers(session: Session) -> None:
-    """Forget workers that are gone, and have every pipeline looked at: whatever they had in hand is free."""
+    """Forget workers that are gone, and have every pipeline looked at: whatever they had in flight is free."""
     session.query(_NOTE_DEAD)
 
 

@@ -138,7 +138,7 @@ class _Run:
         return [pipeline for pipeline in pipelines if pipeline.pipeline_id in wanted] + some
 
     def clear_signals(self) -> None:
-        """Take away the signals of what is embedded; where no resident worker runs, nobody else does.
+        """Take away the signals of what is embedded; without a resident worker no other session does.
 
         Under a stricter isolation others' signals could not be told from those that this transaction cannot see.
         """

@@ -1,4 +1,4 @@
-"""What goes wrong before a batch is there: it is shown in the pipeline's status, and nobody else waits for it."""
+"""What goes wrong before a batch is there: it is shown in the pipeline's status, and no other pipeline waits for it."""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ class Attempt:
             subprocess.run([*git, "clone", "--quiet", "--no-hardlinks", str(ROOT), str(clone)], check=True)
         subprocess.run([*git, "-C", str(clone), "fetch", "--quiet", str(ROOT), head()], check=True)
         subprocess.run([*git, "-C", str(clone), "checkout", "--quiet", "--force", "--detach", head()], check=True)
-        self._as_root(f"chown -R {self.account}: {_CLONES[self.user]}")
+        # But for the cluster of a run before, which belongs to the server's user.
+        folder = _CLONES[self.user]
+        self._as_root(f"find {folder} -path {folder}/.postgres -prune -o -exec chown -h {self.account}: {{}} +")
 
     def shell(self) -> int:
         """Let a person work in the clone, as the user; return the shell's exit status."""

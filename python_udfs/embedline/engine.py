@@ -229,6 +229,22 @@ class Engine:
             work_of(batch).note_error(self.session, batch, reason)
             self._give_back(batch, rows, _MONEY_SECONDS, charged=False, error=reason)
 
+    def has_search(self, batch: Batch) -> bool:
+        """Return True if `end_search` would release something."""
+        return any(_is_unsent_search(unit) for unit in batch.units)
+
+    def end_search(self, batch: Batch) -> bool:
+        """Release the units that are searched for a text that fails and of which nothing is sent; True if there were any.
+
+        A search of 1,000 rows that all fail takes most of a minute, for which a worker that is to end would stay.
+        """
+        unsent = [unit for unit in batch.units if _is_unsent_search(unit)]
+        batch.units = [unit for unit in batch.units if unit not in unsent]
+        rows = [document.row for unit in unsent for document in unit.documents]
+        if rows:
+            self._give_back(batch, rows, 0.0, charged=False, error="the worker ended while it looked for what fails")
+        return bool(unsent)
+
     def start(self, batch: Batch) -> None:
         """Send the requests that were granted; the transaction that reserved them is committed.
 
@@ -590,7 +606,8 @@ class Engine:
 
         A search sends two requests for each text that fails, and rows that are new would wait behind them.
         """
-        if sum(len(request.texts) for request in unit.requests) < 2:
+        # Its requests are gone by now if it has waited for a verdict; what failed of them is not.
+        if len(unit.documents) < 2 and sum(len(texts) for texts in unit.failed) < 2:
             return True
         now, model = time.monotonic(), batch.pipeline.version.model
         # What was abandoned in its search is forgotten after a while.
@@ -696,6 +713,11 @@ def now_and_then(breathe: Callable[[], None]) -> Callable[[], None]:
             last = time.monotonic()
 
     return rarely
+
+
+def _is_unsent_search(unit: Unit) -> bool:
+    """Return True for a part of a failed unit that is to be asked for again and is not sent; one may wait for a verdict."""
+    return unit.failures > 0 and unit.verdict is None and not any(request.future for request in unit.requests)
 
 
 def _is_row_fault(error: Exception) -> bool:

@@ -151,6 +151,7 @@ class ResidentWorker:
             not batch.units
             or any(unit.is_answered for unit in batch.units)
             or (bool(batch.ungranted) and (self.is_ending or batch.grant_at <= now))
+            or (self.is_ending and self.engine.has_search(batch))
         )
 
     def claim(self) -> str:
@@ -485,6 +486,8 @@ class ResidentWorker:
             if batch.ungranted and self.is_ending:
                 self.engine.give_back_waiting(batch, "the worker ended while a rate limit held the row back")
                 wrote = True
+            if self.is_ending:
+                wrote = self.engine.end_search(batch) or wrote
             if batch.ungranted and batch.grant_at <= now:
                 self.engine.grant(batch)
                 wrote = True

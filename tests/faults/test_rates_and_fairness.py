@@ -162,6 +162,28 @@ def test_rows_that_fail_again_and_again_do_not_starve_new_ones(
             assert seconds_until_found(stub_database, first) < 3
 
 
+def test_a_worker_that_is_to_end_looks_no_longer_for_what_fails(
+    stub_database: psycopg.Connection, stub: StubProvider
+) -> None:
+    create_stub_model(stub_database, stub, max_batch_items=100)
+    create_stub_pipeline(stub_database)
+    stub.behave(rules=[{"status": 500, "match": "bad row"}])
+    stub_database.execute("INSERT INTO page SELECT g, 'bad row ' || g FROM generate_series(1, 1000) AS g")
+    with working(stub_database) as (worker,):
+        # All of them fail: to look for each takes two thousand requests.
+        failed = 0
+        while failed < 60:
+            stub_database.execute("UPDATE embedline_data.page_outbox SET not_before = now() WHERE claimed_by IS NULL")
+            failed += stub.counts().get("rules", 0)
+        worker.stop(stub_database)
+        worker.join()
+    # To look through all of them takes about two thousand.
+    assert stub.counts().get("rules", 0) < 600
+    assert scalar(stub_database, "SELECT count(*) FROM embedline_data.page_outbox WHERE claimed_by IS NOT NULL") == 0
+    assert scalar(stub_database, "SELECT pending FROM embedline.status") == 1000
+    assert scalar(stub_database, "SELECT count(*) FROM embedline.dead_letter") == 0
+
+
 def test_retries_and_new_changes_take_turns_in_every_pipeline(
     small_batches: psycopg.Connection, stub: StubProvider
 ) -> None:

@@ -7,7 +7,7 @@ import gc
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 
@@ -113,6 +113,8 @@ class _Run:
         self._claimed: Batch | None = None
         # Those that may have something left, None before the first claim; and those that were embedded.
         self._left: set[int] | None = None
+        # The versions beside the serving one, by pipeline: its new chunks wait for them.
+        self._lanes = defaultdict[int, set[int]](set)
         self._worked: set[int] = set()
 
     def all_pipelines(self) -> list[Pipeline]:
@@ -122,6 +124,9 @@ class _Run:
             *load_active_pipelines(self._session, self._pipeline_name),
             *load_lanes(self._session, self._pipeline_name),
         ]
+        for pipeline in found:
+            if pipeline.is_lane:
+                self._lanes[pipeline.pipeline_id].add(pipeline.lane_id)
         return [pipeline for pipeline in found if pipeline.lane_id not in self._failed]
 
     def _pipelines_left(self) -> list[Pipeline]:
@@ -187,6 +192,8 @@ class _Run:
             self._worked.add(batch.pipeline.pipeline_id)
             self._examined += max(len(batch.rows), 1)
             self.embedded += self._embed_batch(batch)
+            # Asked before, they had nothing; rows that were cut just now are theirs to embed, too.
+            self._left |= self._lanes[batch.pipeline.pipeline_id]
 
     def _leave_alone(self, error: Exception) -> None:
         """Say what failed of one pipeline, in its status and as a WARNING, and go on without it."""

@@ -507,3 +507,13 @@ def test_a_view_that_is_made_anew_has_the_rights_it_had_and_no_others(
     assert kept in acl
     assert other not in acl
     pages.execute(sql.SQL("ALTER DEFAULT PRIVILEGES REVOKE SELECT ON TABLES FROM {}").format(sql.Identifier(other)))
+
+
+def test_one_call_embeds_chunks_of_a_version_that_it_cut_itself(pages: psycopg.Connection) -> None:
+    # Whose turn comes first is drawn; a version that was asked before its chunks were there is asked again.
+    for chunk_tokens in range(22, 28):
+        number = add_version(pages, "static-64", chunk_tokens=chunk_tokens)
+        assert scalar(pages, "SELECT embed_pending(1000)") > 40
+        assert scalar(pages, "SELECT sum(missing) FROM embedline.versions") == 0
+        assert versions(pages, "state")[number] == "complete"
+        pages.execute("SELECT embedline.drop_embedding_version('page', %s)", [number])

@@ -142,9 +142,9 @@ def test_an_upgrade_killed_after_each_phase_is_run_again_from_its_start(
 
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Connection, kill: str) -> None:
-    add_version(page, "new", backfill_rate=400)
+    add_version(page, "new", backfill_rate=150)
     with Worker(own_cluster.dsn()) as worker:
-        wait_until(lambda: data_count(page, "page_v2") > 300, 30, "the fill is under way")
+        wait_until(lambda: data_count(page, "page_v2") > 100, 30, "the fill is under way")
         page.execute("DELETE FROM page WHERE id > %s", (ROWS - 10,))
         if kill == "backend":
             kill_backend(worker.pid, page)

@@ -7,30 +7,30 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from embedline import capture, routing
+from embedline import capture
+from embedline.backfill import insert_ranges
 from embedline.capture import CapturePlan, SourceExpression
 from embedline.catalog import Pipeline, load_pipeline, load_versions
 from embedline.chunking import ChunkingSpec
-from embedline.database import Session, as_mapping, data_name, entry_point
+from embedline.database import Session, as_mapping, bound_lock_wait, data_name, entry_point
 from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
 from embedline.pipelines import (
     EXPRESSIONS,
-    bound_lock_wait,
     check_weight,
     create_functions,
     current_plan,
     deparsed,
     generated_functions,
-    insert_ranges,
     load_alone,
     needs_row_triggers,
     recipe_stamp,
-    require_control,
     rewrite_trigger_functions,
     spec_for,
     use_row_triggers,
     version_fingerprint,
 )
+from embedline.rights import require_control
+from embedline.routing import refresh_views, write_serving_function
 from embedline.search_functions import create_search_functions
 from embedline.source import Source
 
@@ -309,13 +309,13 @@ def regenerate_pipelines(session: Session) -> None:
             # What was written through the parent until now: the next sweep finds it.
             restart_sweep(session, pipeline)
         try:
-            routing.refresh_views(session, pipeline, plan, source)
+            refresh_views(session, pipeline, plan, source)
         except DependentObjects as error:
             # A view as it was before serves as well; an upgrade must not fail because of what users built on it.
             session.plpy.notice(
                 f'views of pipeline "{pipeline.name}" stay as they are: {error}', detail=error.detail or ""
             )
-        routing.write_serving_function(session, plan, pipeline.version.number)
+        write_serving_function(session, plan, pipeline.version.number)
         for version in load_versions(session, pipeline.name):
             create_search_functions(session, version, plan, source)
     for row in session.query(_FOREIGN_KEY_TYPES):

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embedline import capture
-from embedline.database import Session, entry_point, quote_ident, retry_locked
+from embedline.database import Session, bound_lock_wait, entry_point, retry_locked
 from embedline.errors import NotFound, NotReady
 from embedline.following import begin_reshaping, end_reshaping
-from embedline.pipelines import bound_lock_wait, load_alone, require_control, source_oid
+from embedline.pipelines import load_alone, source_oid
 from embedline.reshaping import Reshaping
+from embedline.rights import require_control
+from embedline.sql_text import quote_ident
 
 # In GD: what was taken away, by the number of the source.
 _TAKEN = "embedline.taken_away"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedline.capture import DEFINER, CapturePlan, SourceExpression, content_hash_sql
-from embedline.database import quote_ident, quote_literal
+from embedline.sql_text import quote_ident, quote_literal
 
 
 def audit_function_statements(plan: CapturePlan) -> list[str]:

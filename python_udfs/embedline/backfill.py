@@ -243,3 +243,40 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     for table in (pipeline.document, pipeline.chunk, pipeline.vectors):
         session.execute(f"ANALYZE (SKIP_LOCKED) {table}")
     return False
+
+
+def restart_backfill(session: Session, pipeline: Pipeline) -> None:
+    """Have the backfill read the whole source again: it settles at no cost whatever is as it should be."""
+    # A range in a worker's hands is finished by it; waiting for its row could be waiting for a long embed_pending.
+    session.query(
+        "DELETE FROM embedline.backfill_range WHERE range_id IN ("
+        "SELECT range_id FROM embedline.backfill_range WHERE pipeline_id = $1 FOR UPDATE SKIP LOCKED)",
+        ["bigint"],
+        pipeline.pipeline_id,
+    )
+    insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
+    session.query(
+        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
+        ["bigint"],
+        pipeline.version.version_id,
+    )
+
+
+# 128 blocks are 1 MB: a claim's worth of work, and 1,000 ranges for a table of 1 GB.
+_BLOCKS_PER_RANGE = 128
+_INSERT_RANGES = """
+    INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
+    SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid, format('(%s,0)', least(b + $3, size.blocks))::tid
+    FROM (
+        SELECT $2::oid AS relid UNION SELECT relid FROM pg_partition_tree($2::oid::regclass) WHERE isleaf
+    ) AS leaf
+    JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
+    CROSS JOIN LATERAL (
+        SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
+    CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
+"""
+
+
+def insert_ranges(session: Session, pipeline_id: int, source_oid: int) -> None:
+    """Write a backfill row for each range of blocks that the source has now."""
+    session.query(_INSERT_RANGES, ["bigint", "bigint", "bigint"], pipeline_id, source_oid, _BLOCKS_PER_RANGE)

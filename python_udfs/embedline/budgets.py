@@ -12,9 +12,11 @@ from decimal import Decimal
 from typing import Literal
 
 from embedline.catalog import load_model, load_pipeline
-from embedline.database import Session, entry_point, quote_literal
+from embedline.database import Session, entry_point
 from embedline.errors import InvalidParameter, NotFound
-from embedline.models import caller, check_price
+from embedline.models import check_price
+from embedline.rights import caller
+from embedline.sql_text import quote_literal
 
 PERIODS = ("day", "month")
 TOKENS_PER_PRICE = 1_000_000

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident, sqlstate_of
+from embedline.database import Session, sqlstate_of
 from embedline.errors import InvalidParameter, NotReady, UnusableText
 from embedline.known_items import known_item_queries
 from embedline.nearest import version_view
 from embedline.ranking import key_expression
+from embedline.sql_text import quote_ident
 from embedline.text import repair_text
 
 # Places in the range of chunk_id that are looked at for each known item: two places may have the same next chunk.

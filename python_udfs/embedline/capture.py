@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embedline.catalog import chunk_table_suffix
-from embedline.database import EXPRESSION_SCHEMA, data_name, quote_ident, quote_literal
+from embedline.database import EXPRESSION_SCHEMA, data_name
+from embedline.sql_text import quote_ident, quote_literal
 
 # The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
 CODE_VERSION = 7

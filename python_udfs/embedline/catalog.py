@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from embedline.chunking import ChunkingSpec
-from embedline.database import SEARCH_SCHEMA, Session, as_list, as_mapping, data_name, quote_ident
+from embedline.database import SEARCH_SCHEMA, Session, as_list, as_mapping, data_name
 from embedline.embedders import ModelConfig
 from embedline.errors import NotFound
 from embedline.source import HIDDEN
+from embedline.sql_text import quote_ident
 
 _MODEL_COLUMNS = """
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,

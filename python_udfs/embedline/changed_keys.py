@@ -12,9 +12,10 @@ from typing import Any
 
 from embedline.capture import DEFINER, CapturePlan, KeyColumn, hidden_index_statement
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident, read_and_release
+from embedline.database import Session, read_and_release
 from embedline.pipelines import KEY, key_of, load_key
 from embedline.source import Source
+from embedline.sql_text import quote_ident
 
 # Documents or chunks up to which a command that changes the key is followed by itself: 20,000 took 2.8 s on 2 busy cores.
 # Beyond that the command would hold its lock on the source for too long, and the status says what to run.

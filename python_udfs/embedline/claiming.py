@@ -10,8 +10,8 @@ from embedline import backfill, circuit, deletions, inbox, outbox, spending, ver
 from embedline.batch import Batch
 from embedline.catalog import Pipeline
 from embedline.database import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers, read_and_release
-from embedline.dead_letters import note_error
 from embedline.documents import can_hold_source
+from embedline.health import note_error
 from embedline.pacing import LiveShare, Turns
 from embedline.retry import ROWS_PER_CLAIM_AFTER_CRASHES
 from embedline.source import hidden_source

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident, vector_schema
+from embedline.database import Session, vector_schema
 from embedline.errors import NotReady
+from embedline.sql_text import quote_ident
 from embedline.version_queue import FRESH
 
 # Keys of quarantined rows that an error names.

@@ -11,13 +11,15 @@ import contextlib
 import time
 from functools import partial
 
-from embedline import circuit, coverage, routing, version_queue
+from embedline import circuit, coverage, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_version
 from embedline.database import Session, entry_point, hold_source, prepare_environment, retry_locked
 from embedline.engine import Engine
 from embedline.errors import NotReady
-from embedline.pipelines import current_plan, load_alone, require_control
+from embedline.pipelines import current_plan, load_alone
+from embedline.rights import require_control
+from embedline.routing import LetGo, await_view, require_swappable, show_version, write_serving_function
 
 # So long a version may take to embed what was written in the last moments.
 _CUTOVER_SECONDS, _ROLLBACK_SECONDS = 2.0, 2.0
@@ -84,9 +86,9 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
     coverage.require_complete(target)
     coverage.require_index(session, target)
     evaluation_id, override_reason = _require_gate(session, target, override_reason)
-    routing.require_swappable(session, target)
+    require_swappable(session, target)
     _require_no_older_snapshot(session, target)
-    routing.await_view(session, target)
+    await_view(session, target)
     # From here on a TRUNCATE waits for this transaction, and every other writer behind it: whatever may take long is done.
     hold_source(session, target.source_oid)
     coverage.require_coverage(session, target)
@@ -113,8 +115,8 @@ def rollback(session: Session, name: str) -> int:
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{name}'; lists the versions.",
         )
     target = load_version(session, name, number)
-    routing.require_swappable(session, target)
-    routing.await_view(session, target)
+    require_swappable(session, target)
+    await_view(session, target)
     hold_source(session, target.source_oid)
     left = _catch_up(session, target, _ROLLBACK_SECONDS)
     if left:
@@ -161,10 +163,10 @@ def _require_gate(session: Session, target: Pipeline, override_reason: str | Non
 def _is_empty(session: Session, target: Pipeline) -> bool:
     """Look at the pipeline's tables behind the source, as a TRUNCATE locks them, and let all go: there is more to wait for."""
     found = False
-    with contextlib.suppress(routing.LetGo), session.plpy.subtransaction():
+    with contextlib.suppress(LetGo), session.plpy.subtransaction():
         hold_source(session, target.source_oid)
         found = coverage.is_empty(session, target)
-        raise routing.LetGo
+        raise LetGo
     return found
 
 
@@ -221,9 +223,9 @@ def _swap(
         # Everybody has it now; whoever was kept back on purpose stays so.
         for table in ("embedline.traffic", "embedline.traffic_tenant"):
             session.query(f"DELETE FROM {table} WHERE version_id = $1", ["bigint"], target.version.version_id)
-    routing.write_serving_function(session, plan, target.version.number)
+    write_serving_function(session, plan, target.version.number)
     started = time.monotonic()
-    show = partial(routing.show_version, session, target, plan, source)
+    show = partial(show_version, session, target, plan, source)
     retry_locked(session, show, "the routing view", _SWAP_SECONDS)
     session.query(
         "UPDATE embedline.cutover SET swap_seconds = $2 WHERE cutover_id = $1",

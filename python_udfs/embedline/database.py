@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -12,18 +13,21 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import embedline
-from embedline.errors import EmbedlineError, InvalidParameter, NotReady, VersionSkew
+from embedline.errors import (
+    EmbedlineError,
+    InvalidParameter,
+    NotReady,
+    VersionSkew,
+)
+from embedline.sql_text import quote_ident, quote_literal
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
 # GD, the dictionary that PL/Python shares between the functions of a session.
 SessionCache = dict[str, Any]
-
 # A try for a strong lock: below what a reader notices; and the pause before the next, in seconds.
 _LOCK_TRY = "10ms"
 _LOCK_PAUSE_SECONDS = (0.01, 0.04)
-
 # Who holds locks: sessions, and transactions that were prepared for a two-phase commit, of which no session is left.
 _SESSIONS = "SELECT pid, state, xact_start, query FROM pg_stat_activity WHERE state <> 'idle' ORDER BY xact_start;"
 _PREPARED = """
@@ -37,7 +41,6 @@ _PREPARED = """
 """
 # Plans that a session keeps. A pipeline has some 25 of 20 kB: a worker that served 1,000 pipelines grew by 600 MB.
 _MAX_PLANS = 2000
-
 # SQLSTATEs that are handled in more than one place.
 LOCK_NOT_AVAILABLE = "55P03"
 UNDEFINED_TABLE = "42P01"
@@ -51,15 +54,12 @@ ENDING = ("57014", "57P01", "57P02", "57P03")
 _CALLERS_OWN = ("25", "40", "42501", "55P03", "57")
 # In GD: how many of our functions are running inside each other.
 _DEPTH = "embedline.depth"
-
 # In GD: the number of pgvector's type.
 _VECTOR_TYPE = "embedline.vector_type"
-
 # Schema of the functions of users' expressions. The sources' owners may name these, and nothing in embedline_data.
 EXPRESSION_SCHEMA = "embedline_expression"
 # Schema of the generated functions that rank a version's chunks. Readers may name these, and nothing in embedline_data.
 SEARCH_SCHEMA = "embedline_search"
-
 # First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
 WORKER_LOCK_CLASS = 1164797804
 # First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").
@@ -229,17 +229,6 @@ def hold_source(session: Session, source_oid: int) -> None:
     retry_locked(session, lambda: session.execute(f"LOCK TABLE ONLY {name} IN ROW SHARE MODE"), "the source")
 
 
-def quote_ident(name: str) -> str:
-    """Return `name` as a quoted SQL identifier: the one place where identifiers enter statements."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def quote_literal(text: str) -> str:
-    """Return `text` as an SQL string constant, for utility statements that take no parameters."""
-    escaped = text.replace("'", "''")
-    return " E'" + escaped.replace("\\", "\\\\") + "'" if "\\" in text else f"'{escaped}'"
-
-
 def data_name(name: str) -> str:
     """Return the qualified, quoted name of a generated object."""
     return "embedline_data." + quote_ident(name)
@@ -359,7 +348,6 @@ def prepare_environment() -> None:
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
     """Return a jsonb value, which PL/Python hands over as text, as a mapping."""
-    import json
 
     loaded = json.loads(value) if isinstance(value, str) else value
     return loaded if isinstance(loaded, dict) else {}
@@ -367,7 +355,6 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
 def as_list(value: Any) -> list[Any]:
     """Return a jsonb array, which PL/Python hands over as text, as a list; NULL as none."""
-    import json
 
     loaded = json.loads(value) if isinstance(value, str) else value
     return loaded if isinstance(loaded, list) else []
@@ -405,3 +392,8 @@ def live_workers(session: Session) -> list[int]:
         WORKER_LOCK_CLASS,
     )
     return [int(row["worker_id"]) for row in rows]
+
+
+def bound_lock_wait(session: Session) -> None:
+    # A CREATE TRIGGER that waits makes every later write wait behind it: better to fail and be run again.
+    session.execute("SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'")

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedline import row_keys
 from embedline.catalog import Pipeline, load_pipeline
-from embedline.database import ENDING, Session, entry_point, sqlstate_of
-from embedline.errors import EmbedlineError, InvalidParameter, NotFound
+from embedline.database import Session, entry_point, sqlstate_of
+from embedline.errors import InvalidParameter, NotFound
+from embedline.health import MAX_ERROR_CHARACTERS, note_error
 from embedline.outbox import ClaimedRow, Key, key_columns
-from embedline.pipelines import require_control
+from embedline.rights import require_control
 from embedline.row_keys import key_json
 
 RETENTION_SETTING = "dead_letter_retention"
-_MAX_ERROR_CHARACTERS = 500
-_NOTE_OF_PIPELINE = """
-    UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id IN (
-        SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
-"""
-_NOTE_OF_VERSION = """
-    UPDATE embedline.version SET last_error = $2 WHERE version_id IN (
-        SELECT version_id FROM embedline.version WHERE version_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
-"""
-_FORGET_OF_PIPELINE = """
-    UPDATE embedline.pipeline_health SET last_error = NULL, last_error_at = NULL WHERE pipeline_id IN (
-        SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 AND last_error = $2
-        FOR NO KEY UPDATE SKIP LOCKED)
-"""
-_FORGET_OF_VERSION = """
-    UPDATE embedline.version SET last_error = NULL WHERE version_id IN (
-        SELECT version_id FROM embedline.version WHERE version_id = $1 AND last_error = $2
-        FOR NO KEY UPDATE SKIP LOCKED)
-"""
 # So much of a key is shown before an error's words.
 _SHOWN_KEY_CHARACTERS = 100
 
@@ -87,7 +69,7 @@ def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) ->
         [key_json(pipeline, letter.row.key) for letter in letters],
         [letter.stage for letter in letters],
         [letter.error_code for letter in letters],
-        [letter.message[:_MAX_ERROR_CHARACTERS] for letter in letters],
+        [letter.message[:MAX_ERROR_CHARACTERS] for letter in letters],
         hashes,
         [letter.row.attempts for letter in letters],
     )
@@ -101,59 +83,6 @@ def _digest(key: str) -> str:
     Written so because convert_to is not immutable; the backslashes are those of the escape format of bytea.
     """
     return rf"sha256(replace(({key})::text, E'\\', E'\\\\')::bytea)"
-
-
-def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
-    """Show an error of the pipeline in embedline.status."""
-    session.query(
-        "UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id = $1",
-        ["bigint", "text"],
-        pipeline.pipeline_id,
-        message[:_MAX_ERROR_CHARACTERS],
-    )
-
-
-def note_fault(session: Session, pipeline: Pipeline, message: str) -> None:
-    """Show where people look why nothing can be claimed of a pipeline or a version; waits for no lock of another session."""
-    session.query(
-        _NOTE_OF_VERSION if pipeline.is_lane else _NOTE_OF_PIPELINE,
-        ["bigint", "text"],
-        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
-        message.removeprefix("spiexceptions.")[:_MAX_ERROR_CHARACTERS],
-    )
-
-
-def forget_fault(session: Session, pipeline: Pipeline) -> None:
-    """Show no longer what `note_fault` has shown, unless another error has come since it was loaded."""
-    session.query(
-        _FORGET_OF_VERSION if pipeline.is_lane else _FORGET_OF_PIPELINE,
-        ["bigint", "text"],
-        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
-        pipeline.last_error,
-    )
-
-
-def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
-    """Do something for one pipeline; return whether it says that there is more to do.
-
-    Where the database or we refuse it, the pipeline's status and a WARNING say so, and the others go on. Any other exception
-    is a fault in the code, which nothing hides.
-    """
-    try:
-        with session.plpy.subtransaction():
-            return bool(action())
-    except (session.plpy.SPIError, EmbedlineError) as error:
-        # A serialization failure or a deadlock is the transaction's, not the pipeline's.
-        if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
-            raise
-        note_error(session, pipeline, str(error))
-        session.plpy.warning(f"embedline, pipeline {pipeline.name}: {error}")
-        return False
-
-
-def forget_error(session: Session, pipeline: Pipeline) -> None:
-    """Take away the error that was shown when the batch was claimed, unless another has come since; waits for nobody."""
-    session.query(_FORGET_OF_PIPELINE, ["bigint", "text"], pipeline.pipeline_id, pipeline.last_error)
 
 
 def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:

@@ -20,16 +20,16 @@ from embedline.database import (
     LOCK_NOT_AVAILABLE,
     VERSIONS_LOCK_CLASS,
     Session,
-    quote_ident,
-    quote_literal,
     read_and_release,
     sqlstate_of,
     vector_schema,
 )
-from embedline.dead_letters import forget_dead_letters, note_error
+from embedline.dead_letters import forget_dead_letters
 from embedline.errors import EmbedlineError, UnreadableText
+from embedline.health import note_error
 from embedline.outbox import ClaimedRow, Key, key_columns
 from embedline.readability import message_of
+from embedline.sql_text import quote_ident, quote_literal
 
 Vector = npt.NDArray[np.float32]
 

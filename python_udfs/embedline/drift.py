@@ -13,12 +13,14 @@ from uuid import UUID
 
 import numpy as np
 
-from embedline import circuit, reach, row_keys, spending, vectors
+from embedline import circuit, row_keys, spending, vectors
 from embedline.catalog import Pipeline
-from embedline.database import Session, as_mapping, hold_source, quote_ident, read_and_release, vector_schema
+from embedline.database import Session, as_mapping, hold_source, read_and_release, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.embedders import Embedder, ModelConfig
 from embedline.errors import InvalidVectors, ProviderError
+from embedline.exact_rows import keep_exact
+from embedline.sql_text import quote_ident
 from embedline.vectors import FloatMatrix
 
 MAX_SAMPLE = 1000
@@ -217,7 +219,7 @@ def replace_vectors(session: Session, pipeline: Pipeline, foreign: Sequence[Stor
     )
     # Copies of the vectors before are ranked no more, and the new ones exactly until they are looked at.
     changed = rows[0]["chunk_ids"] or []
-    reach.keep_exact(session, pipeline, changed, [None] * len(changed))
+    keep_exact(session, pipeline, changed, [None] * len(changed))
     return int(rows[0]["replaced"])
 
 

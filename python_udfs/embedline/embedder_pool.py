@@ -7,16 +7,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from embedline.catalog import Model, Version
+from embedline.catalog import Model
 from embedline.database import Session
 from embedline.embedders import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo, create_embedder
 
 if TYPE_CHECKING:
-    from embedline.chunking import EmbedSentences
-    from embedline.vectors import FloatMatrix
+    pass
+
 
 T = TypeVar("T")
-
 _POLL_SECONDS = 0.1
 
 
@@ -92,19 +91,3 @@ def wait_result(future: Future[T], on_wait: Callable[[], None]) -> T:
     """Return the future's result (or raise its error), calling `on_wait` about every 0.1 s."""
     wait_first([future], on_wait)
     return future.result()
-
-
-def sentence_embedder(session: Session, version: Version) -> EmbedSentences:
-    """Return what the semantic chunker asks for sentences' vectors: one float32 row for each, not normalised."""
-
-    def embed(sentences: Sequence[str], on_wait: Callable[[], None]) -> FloatMatrix:
-        from embedline import vectors
-
-        embedder = embedder_for(session, version.model)
-        size = version.model.request_items
-        parts = [embedder.submit(sentences[i : i + size], "document") for i in range(0, len(sentences), size)]
-        blocks = [wait_result(part, on_wait) for part in parts]
-        data = b"".join(block.data for block in blocks)
-        return vectors.matrix_from_bytes(data, len(sentences), version.dimensions)
-
-    return embed

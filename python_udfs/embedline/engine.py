@@ -28,7 +28,7 @@ from embedline.chunking import Chunker, cut_chunks, estimated_size, halves, make
 from embedline.database import Session, sqlstate_of
 from embedline.dead_letters import DeadLetter
 from embedline.documents import NO_VECTOR, Document, Vector
-from embedline.embedder_pool import embedder_for, let_cancel_through, sentence_embedder, wait_first
+from embedline.embedder_pool import embedder_for, let_cancel_through, wait_first
 from embedline.embedders import EmbeddingBlock
 from embedline.errors import (
     EmbedlineError,
@@ -43,6 +43,7 @@ from embedline.outbox import ClaimedRow
 from embedline.readability import Readability, mark_unreadable, readability
 from embedline.request_size import Split
 from embedline.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
+from embedline.sentence_embedder import sentence_embedder
 from embedline.settings import load_settings
 from embedline.source import hidden_source
 from embedline.text import repair_text

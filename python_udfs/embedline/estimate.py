@@ -19,19 +19,12 @@ from embedline import storage_size
 from embedline.alteration import plan_in_use
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
 from embedline.chunking import Chunk, ChunkingSpec, average_tokens, make_chunker
-from embedline.database import (
-    Session,
-    entry_point,
-    prepare_environment,
-    quote_ident,
-    quote_literal,
-    require_given,
-    sqlstate_of,
-)
+from embedline.database import Session, entry_point, prepare_environment, require_given, sqlstate_of
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import InvalidParameter, NotFound, UnusableText
 from embedline.expression import require_single_expression
 from embedline.sampling import Amount, Sample
+from embedline.sql_text import quote_ident, quote_literal
 from embedline.table_sample import Subject, draw
 from embedline.text import repair_text
 

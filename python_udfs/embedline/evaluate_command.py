@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from embedline.database import quote_literal
 from embedline.index_build import Execute, PsycopgClient
 from embedline.live_display import Line, shown
+from embedline.sql_text import quote_literal
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 2}
 # 1 and 2 are verdicts here: what cannot be measured, or is asked for wrongly, has a code of its own.

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from embedline import fidelity, gate, gate_report, progress
+from embedline import gate, gate_report, progress
 from embedline.canaries import QuerySet, load_queries
 from embedline.catalog import Pipeline, Version, load_pipeline, load_version
 from embedline.coverage import missing_chunks
 from embedline.database import Session, entry_point, prepare_environment, require_given
 from embedline.errors import InvalidParameter, NotReady
-from embedline.fidelity import Fidelity
+from embedline.fidelity import Fidelity, measure, require_index
 from embedline.gate import FloatArray, Verdict
 from embedline.gate_report import Row
 from embedline.ranking import DocumentSearch, QueryVectors, embed_queries, embedding_seconds, rank_all
@@ -104,14 +104,14 @@ def _evaluate(session: Session, new: Pipeline, canaries: str | None, options: Ga
             f'version {old.version.number} of pipeline "{pipeline_name}", which serves, is not complete: its rows are read again',
             hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline_name}'; shows how far it is.",
         )
-    fidelity.require_index(session, new)
+    require_index(session, new)
     if not any(_counted(session, version)["chunks"] for version in (old, new)):
         return [_NOTHING.as_dict()]
     versions = [new] if new.version.version_id == old.version.version_id else [old, new]
     progress.report(session, "reading the queries", 0, None)
     queries = load_queries(session, versions, canaries, options.query_count, options.breakdown, seed)
     subjects = _ask(session, versions, queries, k)
-    measured = fidelity.measure(session, new, subjects[-1].vectors, k, options.min_recall, seed)
+    measured = measure(session, new, subjects[-1].vectors, k, options.min_recall, seed)
     quality, rows = _compare(subjects, queries, options)
     verdict = gate_report.overall(measured.verdict, quality)
     note = (

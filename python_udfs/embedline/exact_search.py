@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from embedline import progress, vectors
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident, vector_schema
+from embedline.database import Session, vector_schema
 from embedline.nearest import version_view
 from embedline.ranking import QueryVectors, key_expression
+from embedline.sql_text import quote_ident
 from embedline.vectors import FloatMatrix
 
 # Vectors read at a time: 384 dimensions take 12 MB, the distances of 200 queries 13 MB.

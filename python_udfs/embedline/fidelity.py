@@ -22,12 +22,11 @@ from embedline.exact_search import nearest_distances
 from embedline.gate import Verdict
 from embedline.nearest import Ranker
 from embedline.ranking import QueryVectors
+from embedline.recall import recall_by_distance
 from embedline.vector_index import VectorIndex
 
 # Queries measured at most: the mean's standard error is then below 0.01 (a query's recall has a deviation of about 0.1).
 MAX_QUERIES = 200
-# Two distances are the same within this: pgvector adds up in float32.
-_SAME_DISTANCE = 1e-5
 # Tried for the advice where the index is too poor.
 _EF_SEARCHES = (80, 160, 320, 640, 1000)
 
@@ -139,14 +138,6 @@ def _ask(ranker: Ranker, sample: _Sample) -> tuple[npt.NDArray[np.float64], list
         seconds.append(time.perf_counter() - began)
         recalls[position] = recall_by_distance([row["distance"] for row in rows], sample.exact[position])
     return recalls, seconds
-
-
-def recall_by_distance(found: Sequence[float], exact: npt.NDArray[np.float64]) -> float:
-    """Return the share of the nearest that were found; `exact` are their distances, in order."""
-    if len(exact) == 0:
-        return 1.0
-    farthest = exact[-1] + _SAME_DISTANCE * (1 + abs(exact[-1]))
-    return min(sum(bool(distance <= farthest) for distance in found), len(exact)) / len(exact)
 
 
 def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample, min_recall: float) -> str:

@@ -10,29 +10,30 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from embedline import capture, routing
+from embedline import capture
 from embedline.alteration import plan_in_use, replace_functions, restart_sweep
 from embedline.capture import CapturePlan
 from embedline.catalog import Pipeline, chunk_table_suffix, load_versions
 from embedline.changed_keys import KeyNow, has_key, has_primary_key, is_small
-from embedline.database import ENDING, Session, entry_point, quote_ident, retry_locked, sqlstate_of
+from embedline.database import ENDING, Session, bound_lock_wait, entry_point, retry_locked, sqlstate_of
 from embedline.errors import EmbedlineError
 from embedline.pipelines import (
     BEFORE_UPDATE,
-    bound_lock_wait,
     chunk_set_numbers,
     current_plan,
     generated_functions,
     grant_tables,
     load_alone,
     needs_row_triggers,
-    require_control,
     rewrite_trigger_functions,
     use_row_triggers,
 )
 from embedline.reshaping import Reshaping, load_source_now
+from embedline.rights import require_control
+from embedline.routing import refresh_views, write_serving_function
 from embedline.search_functions import create_search_functions, revoke_search_functions
 from embedline.source import Source
+from embedline.sql_text import quote_ident
 
 # Who owns the functions; where REASSIGN OWNED gave them to the source's owner, this lacks the rights that they need.
 _OWNER = """
@@ -74,8 +75,8 @@ def refresh_pipeline(session: Session, name: str) -> None:
         _reshape(session, pipeline)
         return
     plan, source = _follow(session, pipeline)
-    routing.refresh_views(session, pipeline, plan, source)
-    routing.write_serving_function(session, plan, pipeline.version.number)
+    refresh_views(session, pipeline, plan, source)
+    write_serving_function(session, plan, pipeline.version.number)
     _write_search_functions(session, pipeline, plan, source)
     _refresh_update_trigger(session, plan, source)
     accept_source(session, name)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident, read_and_release
+from embedline.database import Session, read_and_release
 from embedline.outbox import ClaimedRow, Key, in_hand_query, key_columns
+from embedline.sql_text import quote_ident
 
 # Triggers put up to this many keys into one row.
 KEYS_PER_ROW = 100

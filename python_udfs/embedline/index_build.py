@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from embedline.database import quote_literal
 from embedline.errors import EmbedlineError
+from embedline.sql_text import quote_literal
 
 if TYPE_CHECKING:
     import psycopg

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 
-from embedline import reach
-from embedline.catalog import Pipeline, load_pipeline, load_version, load_versions
+from embedline.catalog import Pipeline, load_pipeline, load_version
 from embedline.coverage import require_coverage, require_usable_vectors
-from embedline.database import Session, entry_point, vector_schema
-from embedline.dead_letters import contain
+from embedline.database import Session, bound_lock_wait, entry_point
 from embedline.errors import InvalidParameter
-from embedline.pipelines import bound_lock_wait, require_control
+from embedline.index_jobs import index_job
 from embedline.preflight import BuildSettings, Need, choose, look_at_machine
-from embedline.schedule import index_job
+from embedline.rights import require_control
 from embedline.storage_size import hnsw_build_memory, hnsw_bytes
 from embedline.vector_index import (
     VectorIndex,
@@ -24,7 +22,6 @@ from embedline.vector_index import (
     find_index,
     index_state,
     load_indexes,
-    own_index,
 )
 
 # pgvector's default of the index option.
@@ -32,31 +29,8 @@ _DEFAULT_M = 16
 # First key of the session advisory lock that builds on one table exclude each other by ("Emi1"); the second is the table's oid.
 _BUILD_LOCK_CLASS = 1164798257
 _TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
-_HAS_CRON = "SELECT to_regclass('cron.job') IS NOT NULL"
-_JOBS = """
-    SELECT jobname AS name, command FROM cron.job
-    WHERE database = current_database() AND starts_with(jobname, $1) ORDER BY jobid
-"""
-_UNFINISHED = """
-    SELECT ARRAY(
-        SELECT DISTINCT p.pipeline_id FROM embedline.pipeline AS p
-        JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
-        LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
-        LEFT JOIN pg_class AS c ON c.relnamespace = 'embedline_data'::regnamespace
-            AND c.relname = p.name || '_v' || v.number || '_embedding_idx'
-        LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
-        WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL{builds})
-    )
-"""
-_UNFINISHED_CHECKS = _UNFINISHED.format(builds="")
-_UNFINISHED_BUILDS = _UNFINISHED.format(
-    builds=""" OR v.version_id = p.serving_version_id AND v.state = 'complete' AND v.index_method <> 'none'
-        AND i.indisvalid IS DISTINCT FROM true OR EXISTS (
-            SELECT FROM cron.job AS j WHERE j.database = current_database()
-                AND starts_with(j.jobname, 'embedline index ' || p.name || ' '))"""
-)
-_SCHEDULE = "SELECT cron.schedule($1, '* * * * *', $2)"
-_UNSCHEDULE = "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = current_database() AND jobname = $1"
+HAS_CRON = "SELECT to_regclass('cron.job') IS NOT NULL"
+SCHEDULE = "SELECT cron.schedule($1, '* * * * *', $2)"
 
 
 def build_settings(
@@ -109,11 +83,11 @@ def index_plan(
     })  # fmt: skip
 
 
-def _job(pipeline: Pipeline, index: VectorIndex) -> str:
+def job(pipeline: Pipeline, index: VectorIndex) -> str:
     return index_job(pipeline.name, pipeline.version.number, index.precision)
 
 
-def _job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:
+def job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:
     """Return a job's command: one statement, which carries its settings in a comment.
 
     A job has a session of its own, but SET and CREATE INDEX CONCURRENTLY in one string would be one transaction. The event
@@ -151,7 +125,7 @@ def build_vector_index(session: Session, name: str, number: int | None) -> str:
             session.plpy.notice(f"{index.name}: {notice}")
         if states[index] == "invalid":
             session.execute(f"DROP INDEX {index.qualified}")
-        session.query(_SCHEDULE, ["text", "text"], _job(pipeline, index), _job_command(pipeline, index, settings))
+        session.query(SCHEDULE, ["text", "text"], job(pipeline, index), job_command(pipeline, index, settings))
         done.append(
             f"pg_cron builds {index.name} at the next full minute, with maintenance_work_mem ="
             f" {settings.maintenance_work_mem_kb // 1024} MB and {settings.parallel_workers} parallel workers"
@@ -160,68 +134,9 @@ def build_vector_index(session: Session, name: str, number: int | None) -> str:
 
 
 def _require_cron(session: Session, pipeline: Pipeline) -> None:
-    if not session.scalar(_HAS_CRON):
+    if not session.scalar(HAS_CRON):
         raise InvalidParameter(
             "pg_cron is not installed in this database",
             detail="CREATE INDEX CONCURRENTLY cannot run in a function.",
             hint=f"From a shell: embedline build-index {pipeline.name} --version {pipeline.version.number}",
         )
-
-
-def unfinished(session: Session, name: str | None) -> list[int]:
-    """Return the pipelines, or the one named, with an index to be built or a check of one that goes on: one statement for all."""
-    has_cron = session.scalar(_HAS_CRON)
-    return list(session.scalar(_UNFINISHED_BUILDS if has_cron else _UNFINISHED_CHECKS, ["text"], name) or ())
-
-
-def maintain(session: Session, pipeline: Pipeline) -> None:
-    """See to it that the serving version gets its index once it is complete, and that builds by pg_cron come to an end.
-
-    Workers call it every few seconds.
-    """
-    if not session.scalar(_HAS_CRON):
-        return
-    jobs = {
-        str(row["name"]): str(row["command"])
-        for row in session.query(_JOBS, ["text"], f"embedline index {pipeline.name} ")
-    }
-    own = own_index(pipeline, vector_schema(session))
-    wants_own = pipeline.version.index_method != "none" and pipeline.version.state == "complete"
-    if not jobs and (not wants_own or index_state(session, own) in ("valid", "building")):
-        return
-    for version in load_versions(session, pipeline.name):
-        for index in load_indexes(session, version):
-            name = _job(version, index)
-            is_own = wants_own and version.version.number == pipeline.version.number and index.precision is None
-            if name in jobs or is_own:
-                _look_after(session, version, index, jobs.pop(name, None))
-    for name in jobs:
-        # Of a version or an index that was dropped.
-        session.query(_UNSCHEDULE, ["text"], name)
-
-
-def maintain_contained(session: Session, pipeline: Pipeline) -> None:
-    """Maintain a pipeline's indexes, but for a version beside the serving one; where that fails the others go on."""
-    if not pipeline.is_lane:
-        contain(session, pipeline, lambda: maintain(session, pipeline))
-        contain(session, pipeline, lambda: reach.maintain(session, pipeline))
-
-
-def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:
-    state = index_state(session, index)
-    name = _job(pipeline, index)
-    if state == "valid" and command is not None:
-        session.query(_UNSCHEDULE, ["text"], name)
-    elif state == "invalid" or (state == "missing" and command is None):
-        if state == "invalid":
-            # The leftover of a build that failed serves no query and slows every write.
-            session.execute("SET LOCAL lock_timeout = '1s'")
-            session.execute(f"DROP INDEX {index.qualified}")
-        # What failed in parallel is tried again alone: shared memory is what fails most often.
-        _schedule(session, pipeline, index, parallel_workers=0 if state == "invalid" else None)
-
-
-def _schedule(session: Session, pipeline: Pipeline, index: VectorIndex, parallel_workers: int | None) -> None:
-    count = int(session.scalar(f"SELECT count(*) FROM {pipeline.vectors}"))
-    settings = build_settings(session, pipeline, index, count, parallel_workers)
-    session.query(_SCHEDULE, ["text", "text"], _job(pipeline, index), _job_command(pipeline, index, settings))

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
 
-from embedline.database import Session, quote_ident, quote_literal, sqlstate_of
+from embedline.database import Session, sqlstate_of
 from embedline.errors import DependentObjects
+from embedline.sql_text import quote_ident, quote_literal
 
 # Grants on a view and on single columns of it.
 GRANTS = """

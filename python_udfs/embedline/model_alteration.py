@@ -18,19 +18,14 @@ import numpy as np
 
 from embedline import drift, spending, vectors
 from embedline.catalog import Model, Pipeline, load_model, load_versions
-from embedline.database import Session, entry_point, quote_ident, quote_literal, vector_schema
+from embedline.database import Session, bound_lock_wait, entry_point, vector_schema
 from embedline.embedder_pool import let_cancel_through, wait_result
 from embedline.embedders import Embedder, ModelConfig, ModelInfo, create_embedder
 from embedline.errors import DimensionMismatch, InvalidParameter, NotReady
-from embedline.models import (
-    check_directory,
-    check_endpoint,
-    check_limits,
-    check_price,
-    checked_options,
-    require_superuser,
-)
-from embedline.pipelines import bound_lock_wait, load_alone, version_fingerprint
+from embedline.models import check_directory, check_endpoint, check_limits, check_price, checked_options
+from embedline.pipelines import load_alone, version_fingerprint
+from embedline.rights import require_superuser
+from embedline.sql_text import quote_ident, quote_literal
 
 # Stored chunks that are embedded again. If one in 30 came back otherwise, 100 would all be the same in 3 % of tries.
 _SAMPLE = 100

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from embedline.database import Session, entry_point, is_nested
+from embedline.database import Session, entry_point
 from embedline.embedder_pool import let_cancel_through, wait_result
 from embedline.embedders import ModelConfig, ModelInfo, create_embedder, known_options
 from embedline.embedders.options import check_options
-from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound, NotPermitted
+from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound
 from embedline.query_embedding import warm_up
+from embedline.rights import require_superuser
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 # Parameters of a query that are secrets; api-version and the like are none.
@@ -25,7 +26,6 @@ _LIMITS = {
     "max_batch_tokens": (1, 10_000_000),
     "concurrency": (1, 256),
 }
-
 INSERT_MODEL = """
     INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
         api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
@@ -40,10 +40,6 @@ INSERT_TYPES = (
     + ["double precision", "jsonb", "text", "numeric", "jsonb"]
 )
 
-CALLER = """
-    SELECT CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END
-"""
-
 
 def check_price(price: Decimal | None) -> Decimal | None:
     """Return the price of a million tokens if it is one; None: not known."""
@@ -53,24 +49,6 @@ def check_price(price: Decimal | None) -> Decimal | None:
             hint="Give what the provider takes for 1,000,000 tokens, for example 0.02; NULL where it is not known.",
         )
     return price
-
-
-def caller(session: Session) -> str:
-    """Return the role that called a SECURITY DEFINER function: the session's, or the one it has SET.
-
-    Raises NotPermitted where others' code may be calling in its name: an expression that a worker evaluates as the source's
-    owner, or a function of an index during ANALYZE. (A session that calls others' functions itself has trusted these anyway.)
-    """
-    if is_nested(session):
-        raise NotPermitted("an expression of a pipeline may not change Embedline's objects")
-    # Changes nothing, and is refused where PostgreSQL runs a table owner's code on its own: autovacuum, ANALYZE, REINDEX.
-    session.execute("UNLISTEN embedline")
-    return str(session.scalar(CALLER))
-
-
-def is_superuser(session: Session, role: str) -> bool:
-    """Whether the role is a superuser."""
-    return bool(session.scalar("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = $1", ["text"], role))
 
 
 @entry_point
@@ -171,17 +149,6 @@ def check_limits(given: dict[str, Any]) -> None:
             raise InvalidParameter(f"{name} must be between {low} and {high}, not {given[name]}")
     if given["timeout_seconds"] is not None and not given["timeout_seconds"] > 0:
         raise InvalidParameter("timeout_seconds must be above 0")
-
-
-def require_superuser(session: Session, doing: str, hint: str) -> None:
-    """Raise unless the caller is a superuser.
-
-    A URL, a key's variable and a directory let their setter read the server's files and environment and send them out.
-    """
-    if not is_superuser(session, caller(session)):
-        raise NotPermitted(
-            f"only a superuser may {doing}", detail="A model names addresses, keys and files of the server.", hint=hint
-        )
 
 
 def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:

@@ -8,12 +8,13 @@ from embedline import capture, row_keys
 from embedline.capture import KeyColumn
 from embedline.catalog import Pipeline
 from embedline.changed_keys import KeySwap
-from embedline.database import Session, entry_point, quote_ident, retry_locked
+from embedline.database import Session, bound_lock_wait, entry_point, retry_locked
 from embedline.following import accept_source, being_reshaped
-from embedline.models import caller
-from embedline.pipelines import bound_lock_wait, load_alone, load_source, require_control, source_oid
+from embedline.pipelines import load_alone, load_source, source_oid
 from embedline.reshaping import Reshaping
+from embedline.rights import caller, require_control
 from embedline.source import Source
+from embedline.sql_text import quote_ident
 
 _TRIGGERS = """
     SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass) AS statement FROM pg_trigger AS t

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from embedline import precision
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident, vector_schema
+from embedline.database import Session, vector_schema
 from embedline.errors import NotFound
+from embedline.sql_text import quote_ident
 from embedline.vector_index import VectorIndex
 
 Row = dict[str, Any]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Literal
 
-from embedline import dead_letters, spending, verification
+from embedline import spending
 from embedline.catalog import load_pipeline
 from embedline.database import ENDING, Plpy, Session, SessionCache, entry_point, sqlstate_of
+from embedline.dead_letters import purge
+from embedline.verification import note_failure, verify_pipeline
 
 # Session advisory lock: of two nightly runs in one database the second returns at once ("Emn1").
 _LOCK = 1164799537
@@ -24,11 +26,11 @@ def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair
     if step == "verify" and pipeline_name is not None:
         pipeline = load_pipeline(session, pipeline_name)
         # Whoever pauses a pipeline may do so because its provider must not be asked.
-        verification.verify_pipeline(session, pipeline, repair, _SAMPLE if pipeline.state == "active" else 0)
+        verify_pipeline(session, pipeline, repair, _SAMPLE if pipeline.state == "active" else 0)
     elif step == "failed" and pipeline_name is not None:
-        verification.note_failure(session, pipeline_name, message or "")
+        note_failure(session, pipeline_name, message or "")
     elif step == "purge":
-        dead_letters.purge(session, None)
+        purge(session, None)
         session.query(
             "DELETE FROM embedline.verification WHERE verified_at < now() - make_interval(days => $1)",
             ["integer"],

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident
+from embedline.database import Session
+from embedline.sql_text import quote_ident
 
 Key = tuple[str, ...]
 _MAX_ERROR_CHARACTERS = 500

@@ -8,7 +8,8 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from embedline.database import Session, data_name, quote_ident, quote_literal
+from embedline.database import Session, data_name
+from embedline.sql_text import quote_ident, quote_literal
 
 _PINNED = "pg_catalog, pg_temp"
 

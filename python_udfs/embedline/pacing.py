@@ -5,23 +5,10 @@ Pure: the worker tells what it measured, and asks how many rows its next batch m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from embedline.settings import PacingLimits
 
 # Content that a batch holds at most; what is beyond it goes back to the queue, and one larger row is read alone.
 MAX_BATCH_BYTES = 8 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class PacingLimits:
-    """What batches keep to; the defaults stand in embedline.setting under the same names.
-
-    Seconds from claim to the last answer, seconds of one write with its commit, rows of one batch.
-    """
-
-    batch_seconds: float = 1.0
-    commit_seconds: float = 0.5
-    min_rows: int = 16
-    max_rows: int = 4000
 
 
 class Pace:

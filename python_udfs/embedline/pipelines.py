@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from embedline import capture, routing
+from embedline import capture
 from embedline.audit_functions import audit_function_statements
+from embedline.backfill import insert_ranges
 from embedline.capture import CapturePlan, KeyColumn, SourceExpression
 from embedline.catalog import Model, Pipeline, chunk_table_suffix, load_model, load_pipeline, load_versions
 from embedline.chunking import ChunkingSpec, chunking_spec
@@ -19,32 +20,37 @@ from embedline.database import (
     EXPRESSION_SCHEMA,
     Session,
     as_mapping,
+    bound_lock_wait,
     change_versions,
     entry_point,
     hold_source,
-    quote_ident,
     sqlstate_of,
     vector_schema,
 )
 from embedline.errors import AlreadyExists, EmbedlineError, InvalidParameter, NotFound, NotPermitted
 from embedline.expression import require_single_expression
 from embedline.fingerprint import recipe_fingerprint
-from embedline.models import caller
+from embedline.index_jobs import forget_index_jobs
 from embedline.owner_rights import Undone, create_scratch_schema, run_as_owner
-from embedline.schedule import forget_index_jobs
+from embedline.rights import caller, require_control
+from embedline.routing import (
+    create_routing_view,
+    create_version_view,
+    require_droppable,
+    shown_version,
+    write_serving_function,
+)
 from embedline.search_functions import create_search_functions, drop_search_functions
 from embedline.source import Source, hidden_source
+from embedline.sql_text import quote_ident
 
 # 46 + the longest generated suffix ("_chunk_content_hash_idx" and the like) stays within 63 bytes.
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}\Z")
-# 128 blocks are 1 MB: a claim's worth of work, and 1,000 ranges for a table of 1 GB.
-_BLOCKS_PER_RANGE = 128
 # pgvector 0.8: HNSW indexes up to 2,000 dimensions of vector and 4,000 of halfvec.
 INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000}
 # Parameters that are SQL expressions over a row of the source.
 EXPRESSIONS = ("content", "filter", "document_prefix", "tenant")
 _DEFAULT_CHUNK_TOKENS = 256
-
 _SOURCE = """
     SELECT c.relkind, c.relpersistence, c.relispartition, n.nspname AS schema, c.relname AS name,
            pg_get_userbyid(c.relowner) AS owner,
@@ -155,17 +161,6 @@ BEFORE_UPDATE = """
         WHERE t.tgrelid IN (SELECT $1::oid UNION ALL SELECT relid FROM pg_partition_tree($1::oid::regclass))
             AND NOT t.tgisinternal AND (t.tgtype & 1) = 1 AND (t.tgtype & 2) = 2 AND (t.tgtype & 16) = 16)
 """
-_INSERT_RANGES = """
-    INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
-    SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid, format('(%s,0)', least(b + $3, size.blocks))::tid
-    FROM (
-        SELECT $2::oid AS relid UNION SELECT relid FROM pg_partition_tree($2::oid::regclass) WHERE isleaf
-    ) AS leaf
-    JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
-    CROSS JOIN LATERAL (
-        SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
-    CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
-"""
 
 
 @entry_point
@@ -188,10 +183,10 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
         session.execute(statement)
     # Only now, under the triggers' lock: no row can come between the measured size and the capture.
     insert_ranges(session, pipeline_id, source.oid)
-    shown = routing.shown_version(session, load_pipeline(session, name))
-    view = routing.create_routing_view(session, pipeline_id, plan, source, shown)
-    routing.create_version_view(session, load_pipeline(session, name), plan, source)
-    routing.write_serving_function(session, plan, 1)
+    shown = shown_version(session, load_pipeline(session, name))
+    view = create_routing_view(session, pipeline_id, plan, source, shown)
+    create_version_view(session, load_pipeline(session, name), plan, source)
+    write_serving_function(session, plan, 1)
     grant_tables(session, plan, source, ["hidden", chunk_table_suffix(1), "v1"])
     create_search_functions(session, load_pipeline(session, name), plan, source)
     return view
@@ -204,11 +199,6 @@ def create_version_table(
     vector_type = f"{vector_schema(session)}.{column_type}({dimensions})"
     for statement in capture.version_statements(plan, number, vector_type, chunk_set):
         session.execute(statement)
-
-
-def insert_ranges(session: Session, pipeline_id: int, source_oid: int) -> None:
-    """Write a backfill row for each range of blocks that the source has now."""
-    session.query(_INSERT_RANGES, ["bigint", "bigint", "bigint"], pipeline_id, source_oid, _BLOCKS_PER_RANGE)
 
 
 def _validated_name(session: Session, name: str) -> str:
@@ -325,11 +315,6 @@ def spec_for(method: str, tokens: int | None, overlap: int, options: Any, model:
             hint=f"Use chunk_tokens => {limit} or less.",
         )
     return spec
-
-
-def bound_lock_wait(session: Session) -> None:
-    # A CREATE TRIGGER that waits makes every later write wait behind it: better to fail and be run again.
-    session.execute("SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'")
 
 
 def load_key(session: Session, source: Source) -> list[dict[str, Any]]:
@@ -656,24 +641,6 @@ def grant_tables(session: Session, plan: CapturePlan, source: Source, suffixes: 
     session.execute(f"GRANT SELECT ON {tables} TO embedline_reader, {quote_ident(source.owner)}")
 
 
-def require_control(session: Session, name: str) -> None:
-    """Raise unless the caller may change the pipeline: the source's owner, its creator's role, or a superuser."""
-    load_pipeline(session, name)
-    allowed = session.scalar(
-        """
-        SELECT coalesce(
-            pg_has_role($2, c.relowner, 'USAGE'),
-            -- A source that is gone has no owner: the role that made the pipeline may drop it, or move it to another table.
-            (SELECT pg_has_role($2, r.oid, 'USAGE') FROM pg_roles AS r WHERE r.rolname = p.created_by),
-            (SELECT rolsuper FROM pg_roles WHERE rolname = $2))
-        FROM embedline.pipeline AS p LEFT JOIN pg_class AS c ON c.oid = p.source WHERE p.name = $1
-        """,
-        ["text", "name"], name, caller(session),
-    )  # fmt: skip
-    if not allowed:
-        raise NotPermitted(f'must be owner of the source of pipeline "{name}"')
-
-
 @entry_point
 def drop_pipeline(session: Session, name: str) -> None:
     """Remove a pipeline with its triggers, view, functions and tables; the source stays as it is."""
@@ -696,7 +663,7 @@ def drop_pipeline(session: Session, name: str) -> None:
     for oid in (pipeline.view_oid, *(version.version.view_oid for version in versions)):
         view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], oid)
         if view is not None:
-            routing.require_droppable(session, view, oid)
+            require_droppable(session, view, oid)
             session.execute(f"DROP VIEW {view}")
     for row in generated_functions(session, name, (*capture.FUNCTIONS, *capture.TRIGGER_FUNCTIONS, "serving")):
         session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")

@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass
 
 from embedline.catalog import Pipeline, load_version
-from embedline.database import Session, entry_point, quote_ident, quote_literal, require_given, vector_schema
+from embedline.database import Session, bound_lock_wait, entry_point, require_given, vector_schema
 from embedline.errors import AlreadyExists, InvalidParameter, NotReady
-from embedline.schedule import forget_index_jobs
+from embedline.index_jobs import forget_index_jobs
+from embedline.rights import require_control
+from embedline.sql_text import quote_ident, quote_literal
 from embedline.storage_size import INDEX_DIMENSIONS
 from embedline.vector_index import VectorIndex, find_index, index_state, load_indexes, own_index
 
@@ -102,9 +104,6 @@ def _bytes(session: Session, index: VectorIndex) -> int:
 
 
 def _controlled(session: Session, name: str, number: int) -> Pipeline:
-    # Not with the module, which every search imports.
-    from embedline.pipelines import require_control
-
     require_control(session, name)
     return load_version(session, name, number)
 
@@ -173,8 +172,6 @@ def _require_indexable(dimensions: int, element_type: str) -> None:
 @entry_point
 def drop_precision_index(session: Session, name: str, number: int, precision: str) -> None:
     """Drop a shadow index. Takes ACCESS EXCLUSIVE on the version's table for an instant."""
-    from embedline.pipelines import bound_lock_wait
-
     pipeline = _controlled(session, name, number)
     index = find_index(session, pipeline, precision)
     if index is None or index.precision is None:

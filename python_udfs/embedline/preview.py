@@ -18,23 +18,16 @@ from embedline.batch import plausible_tokens
 from embedline.bridge import Bridge, fit_bridge
 from embedline.canaries import PROBES, QuerySet, draw_places, load_queries
 from embedline.catalog import Model, Pipeline, load_model, load_pipeline
-from embedline.database import (
-    Session,
-    calling_ours,
-    entry_point,
-    prepare_environment,
-    quote_ident,
-    require_given,
-    vector_schema,
-)
+from embedline.database import Session, calling_ours, entry_point, prepare_environment, require_given, vector_schema
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.evaluation import GateOptions, record, score_rankings
 from embedline.exact_search import ExactRanking, read_pages
 from embedline.gate_report import Row
 from embedline.nearest import version_view
-from embedline.pipelines import require_control
 from embedline.ranking import embed_queries
+from embedline.rights import require_control
+from embedline.sql_text import quote_ident
 from embedline.vectors import FloatMatrix
 
 _SAMPLE = (100, 100_000)

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from embedline import progress, vectors
 from embedline.catalog import Pipeline
-from embedline.database import Session, quote_ident
+from embedline.database import Session
 from embedline.embedder_pool import embedder_for, let_cancel_through, wait_result
 from embedline.nearest import Ranker
+from embedline.sql_text import quote_ident
 from embedline.vectors import FloatMatrix
 
 # Texts of one request: queries are short, and a cancel is heeded between requests.

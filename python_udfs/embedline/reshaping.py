@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedline import capture, routing
+from embedline import capture
 from embedline.alteration import expressions_in_use, replace_functions, restart_ranges
 from embedline.capture import CHUNK_COLUMNS, CapturePlan, KeyColumn, SourceExpression
 from embedline.catalog import Pipeline, chunk_table_suffix, load_pipeline, load_versions
 from embedline.changed_keys import KeySwap
-from embedline.database import SEARCH_SCHEMA, Session, as_mapping, quote_ident
+from embedline.database import SEARCH_SCHEMA, Session, as_mapping
 from embedline.errors import DependentObjects, NotFound
 from embedline.kept_views import KeptView, drop_kept, fill, keep_with_dependents, put_back
 from embedline.pipelines import (
@@ -31,8 +31,21 @@ from embedline.pipelines import (
     grant_tables,
     rewrite_trigger_functions,
 )
+from embedline.routing import (
+    MAX_VIEW_COLUMNS,
+    attributes_by_name,
+    create_routing_view,
+    create_version_view,
+    free_name,
+    shown_version,
+    version_query,
+    view_exists,
+    view_query,
+    write_serving_function,
+)
 from embedline.search_functions import SUFFIXES, create_search_functions
 from embedline.source import Source
+from embedline.sql_text import quote_ident
 
 # The parameter of each expression, by the suffix of its function.
 _PARAMETERS = {"content": "content", "filter": "filter", "prefix": "document_prefix", "tenant_value": "tenant"}
@@ -118,7 +131,7 @@ class Reshaping:
         self._session = session
         versions = [version for pipeline in pipelines for version in load_versions(session, pipeline.name)]
         views = [pipeline.view_oid for pipeline in pipelines] + [version.version.view_oid for version in versions]
-        there = [oid for oid in views if oid is not None and routing.view_exists(session, oid)]
+        there = [oid for oid in views if oid is not None and view_exists(session, oid)]
         self._kept = keep_with_dependents(session, there)
         self._parts = [_Part.of(session, pipeline, self._kept) for pipeline in pipelines]
 
@@ -263,10 +276,10 @@ class _Part:
                 layout.append((str(row["attname"]), shown.name, False))
         taken = [name for _, name, _ in layout]
         there = {column for column, _, of_chunk in layout if not of_chunk}
-        if layout and len(taken) + len(set(by_name) - there) <= routing.MAX_VIEW_COLUMNS:
+        if layout and len(taken) + len(set(by_name) - there) <= MAX_VIEW_COLUMNS:
             for column in by_name:
                 if column not in there:
-                    name = routing.free_name(column, taken)
+                    name = free_name(column, taken)
                     taken.append(name)
                     layout.append((column, name, False))
         return layout
@@ -288,14 +301,14 @@ class _Part:
 
     def put_routing_view_back(self, view: KeptView) -> None:
         """Put the routing view back over the source as it is now."""
-        shown = routing.shown_version(self.session, self.pipeline)
-        query = routing.view_query(self.session, self.source, self.plan, self.columns, shown)
+        shown = shown_version(self.session, self.pipeline)
+        query = view_query(self.session, self.source, self.plan, self.columns, shown)
         self._put_view_back(view, query)
         self.session.query(_STORE_VIEW, ["bigint", "text"], self.pipeline.pipeline_id, view.qualified)
 
     def put_version_view_back(self, view: KeptView, version: Pipeline) -> None:
         """Put the view over one version back."""
-        query = routing.version_query(self.session, version, self.plan, self.source, view.qualified)
+        query = version_query(self.session, version, self.plan, self.source, view.qualified)
         self._put_view_back(view, query)
         self.session.query(_STORE_VERSION_VIEW, ["bigint", "text"], version.version.version_id, view.qualified)
 
@@ -308,13 +321,13 @@ class _Part:
         """Create the views that went with a CASCADE, and the function that tells which version serves."""
         session, plan, source = self.session, self.plan, self.source
         pipeline = load_pipeline(session, self.pipeline.name)
-        if pipeline.view_oid is None or not routing.view_exists(session, pipeline.view_oid):
-            shown = routing.shown_version(session, pipeline)
-            routing.create_routing_view(session, pipeline.pipeline_id, plan, source, shown)
+        if pipeline.view_oid is None or not view_exists(session, pipeline.view_oid):
+            shown = shown_version(session, pipeline)
+            create_routing_view(session, pipeline.pipeline_id, plan, source, shown)
         for version in load_versions(session, pipeline.name):
-            if version.version.view_oid is None or not routing.view_exists(session, version.version.view_oid):
-                routing.create_version_view(session, version, plan, source)
-        routing.write_serving_function(session, plan, pipeline.version.number)
+            if version.version.view_oid is None or not view_exists(session, version.version.view_oid):
+                create_version_view(session, version, plan, source)
+        write_serving_function(session, plan, pipeline.version.number)
 
     def _give_to_owner(self) -> None:
         """Give the source's owner the rights that the views need, and take them from the owner of another table."""
@@ -341,7 +354,7 @@ def _routing_layout(pipeline: Pipeline, stored: dict[str, Any], view: KeptView) 
     by_name = {name: number for number, name in names.items()}
     of_chunk = {pipeline.view_columns[column]: column for column in CHUNK_COLUMNS}
     known = {str(k): int(v) for k, v in as_mapping(stored["view_attributes"]).items()}
-    known = known or routing.attributes_by_name(view.columns, by_name, of_chunk)
+    known = known or attributes_by_name(view.columns, by_name, of_chunk)
     return [_Shown(name, known.get(name), names.get(known.get(name, 0)), of_chunk.get(name)) for name in view.columns]
 
 

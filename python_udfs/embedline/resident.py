@@ -8,17 +8,21 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from typing import Literal
 
-from embedline import backfill, claiming, documents, indexing, pressure, reach, schedule, signals, version_queue
+from embedline import backfill, claiming, documents, pressure, signals, version_queue
 from embedline.batch import Batch, Unit
 from embedline.catalog import Pipeline, load_all_pipelines, load_some
 from embedline.claiming import Claimant
-from embedline.database import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, Session, quote_literal, sqlstate_of
-from embedline.dead_letters import contain, forget_fault, note_fault
+from embedline.database import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, Session, sqlstate_of
 from embedline.embedders import EmbeddingBlock
 from embedline.engine import Engine
+from embedline.health import contain, forget_fault, note_fault
+from embedline.index_maintenance import maintain_contained, unfinished
 from embedline.pacing import Pace
 from embedline.query_embedding import keep_warm
+from embedline.reach import Measurement
+from embedline.schedule import let_launcher_breathe
 from embedline.settings import load_settings
+from embedline.sql_text import quote_literal
 from embedline.work import work_of
 
 Step = Literal["begin", "claim", "fault", "is_waiting", "report", "read", "submit", "write", "abandon", "end"]
@@ -104,7 +108,7 @@ class ResidentWorker:
         self._visit_at = 0.0
         self._unmeasured: list[Pipeline] = []
         # The measurement of an index that is under way, and the versions that this worker has measured.
-        self._measuring: tuple[reach.Measurement, Iterator[None]] | None = None
+        self._measuring: tuple[Measurement, Iterator[None]] | None = None
         self._seen_versions: set[int] = set()
         self._report_at = 0.0
         # Rows written of each pipeline since its tables were last analysed here.
@@ -235,7 +239,7 @@ class ResidentWorker:
         due: list[int] = []
         if now >= self._maintain_at:
             self._maintain_at = self._overdue_at = now + _MAINTENANCE_SECONDS
-            self._touched |= set(indexing.unfinished(session, self.pipeline_name))
+            self._touched |= set(unfinished(session, self.pipeline_name))
             due = sorted(self._touched)[:_MAINTAINED]
             if not self._round:
                 self._round = signals.all_pipelines(session, self.pipeline_name)
@@ -244,7 +248,7 @@ class ResidentWorker:
         started = time.monotonic()
         for pipeline in self._load(due):
             self.claimant.asking = pipeline
-            indexing.maintain_contained(session, pipeline)
+            maintain_contained(session, pipeline)
             if self._is_unmeasured(pipeline):
                 self._unmeasured.append(pipeline)
         self._touched -= set(due)
@@ -263,7 +267,7 @@ class ResidentWorker:
             if pipeline is None:
                 return False
             self._seen_versions.add(pipeline.version.version_id)
-            measurement = reach.Measurement(self.engine.session, pipeline)
+            measurement = Measurement(self.engine.session, pipeline)
             self._measuring = (measurement, measurement.steps())
         measurement, steps = self._measuring
         measurement.session = self.engine.session
@@ -562,7 +566,7 @@ class ResidentWorker:
     def _report(self) -> None:
         session = self.engine.session
         self._report_at = time.monotonic() + _REPORT_SECONDS
-        schedule.let_launcher_breathe(session)
+        let_launcher_breathe(session)
         settings = load_settings(session)
         if settings != self.settings:
             self.settings, self._paces = settings, {}

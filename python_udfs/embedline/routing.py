@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 from embedline import capture
 from embedline.capture import CapturePlan, ShownVersion
 from embedline.catalog import Pipeline, load_versions
-from embedline.database import Session, as_mapping, quote_ident, quote_literal, retry_locked, vector_schema
-from embedline.errors import AlreadyExists, DependentObjects, NotFound
+from embedline.database import Session, as_mapping, retry_locked, vector_schema
+from embedline.errors import AlreadyExists, DependentObjects
 from embedline.kept_views import COLUMN_COMMENTS, GRANTS, give_grants
 from embedline.source import Source
+from embedline.sql_text import quote_ident, quote_literal
 
 MAX_VIEW_COLUMNS = 1600
 _SOURCE_COLUMNS = """
@@ -55,13 +55,6 @@ _DEPENDENTS = """
         AND NOT (d.classid = 'pg_rewrite'::regclass AND r.oid IS NULL)
     ORDER BY 1
 """
-# By its name, which a dump and pg_upgrade keep; in the catalogue, because whoever asks may not name what is in the schema.
-_SERVING_FUNCTION = """
-    SELECT pg_get_functiondef(oid) FROM pg_proc
-    WHERE proname = $1 || '_serving' AND pronamespace = 'embedline_data'::regnamespace
-"""
-
-
 _HAS_POLICIES = "SELECT relrowsecurity FROM pg_class WHERE oid = $1::oid"
 
 
@@ -399,18 +392,3 @@ def write_serving_function(session: Session, plan: CapturePlan, number: int) -> 
         f"CREATE OR REPLACE FUNCTION {function} RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT {number}'"
     )
     session.execute(f"REVOKE ALL ON FUNCTION {function} FROM public")
-
-
-def serving_number(session: Session, pipeline: Pipeline) -> int:
-    """Return the number of the version that the routing view shows at this moment.
-
-    Raises NotFound where nothing says so: the catalogue is of the statement's snapshot, and the view may be of a later one.
-    """
-    function = f"{pipeline.generated('serving')}()"
-    found = re.search(r"SELECT (\d+)", session.scalar(_SERVING_FUNCTION, ["text"], pipeline.name) or "")
-    if found is None:
-        raise NotFound(
-            f"the function {function} is gone or changed, which says what version serves",
-            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
-        )
-    return int(found[1])

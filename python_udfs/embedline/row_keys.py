@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from embedline.catalog import Pipeline
-from embedline.database import quote_ident, quote_literal
+from embedline.sql_text import quote_ident, quote_literal
 
 # As capture does: an array of so many keys is one row of the inbox.
 _KEYS_PER_ROW = 100

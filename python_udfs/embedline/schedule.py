@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedline.database import Session, entry_point, quote_literal
+from embedline.database import Session, entry_point
 from embedline.errors import InvalidParameter
+from embedline.sql_text import quote_literal
 
 _MAX_WORKERS = 64
 # A resident worker ends after this long and pg_cron starts it anew: memory and plans do not grow old.
@@ -256,24 +257,6 @@ def unschedule_workers(session: Session) -> int:
         _unschedule_nightly(session)
     return len(
         session.query("UPDATE embedline.worker SET stop_requested = true WHERE slot IS NOT NULL RETURNING worker_id")
-    )
-
-
-def index_job(name: str, number: int, precision: str | None) -> str:
-    """Return the name of the job that builds an index of a version."""
-    return f"embedline index {name} v{number}" + (f" {precision}" if precision else "")
-
-
-def forget_index_jobs(session: Session, name: str, number: int | None = None, precision: str | None = None) -> None:
-    """Take away the jobs that build indexes of what is about to be dropped: a pipeline, a version, or one of its indexes."""
-    if not session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
-        return
-    prefix = f"embedline index {name} " if number is None else f"{index_job(name, number, precision)} "
-    session.query(
-        "SELECT cron.unschedule(jobid) FROM cron.job"
-        " WHERE database = current_database() AND starts_with(jobname || ' ', $1)",
-        ["text"],
-        prefix,
     )
 
 

@@ -7,12 +7,12 @@ import math
 from array import array
 from typing import Any
 
-from embedline import traffic
 from embedline.catalog import Pipeline, load_pipeline, load_version
 from embedline.database import Session, entry_point, require_given
 from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors
 from embedline.query_embedding import QueryEmbedding
 from embedline.text import repair_text
+from embedline.version_choice import answer
 
 _MAX_K = 10_000
 # Each only where it has pgvector's default. A scan that a filter thins out ends after max_scan_tuples rows, or once it has
@@ -28,10 +28,10 @@ _PREPARE_SCAN = """
 @entry_point
 def embed_query(session: Session, pipeline_name: str, query: str) -> str:
     """Return the query's vector in pgvector's text form, made by the model of the version that serves."""
-    from embedline import routing
+    from embedline.serving import serving_number
 
     pipeline = load_pipeline(session, pipeline_name)
-    shown = routing.serving_number(session, pipeline)
+    shown = serving_number(session, pipeline)
     if shown != pipeline.version.number:
         # The view was cut over after this transaction's snapshot was taken; the statement reads the view as it is now.
         pipeline = load_version(session, pipeline_name, shown)
@@ -73,7 +73,7 @@ def search(
     def rank(pipeline: Pipeline) -> list[dict[str, Any]]:
         return _rank(session, pipeline, query, k, per_document, ef_search)
 
-    return traffic.answer(session, load_pipeline(session, pipeline_name), tenant, session_key, k, rank)
+    return answer(session, load_pipeline(session, pipeline_name), tenant, session_key, k, rank)
 
 
 def _rank(

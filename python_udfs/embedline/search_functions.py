@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from embedline.capture import CapturePlan, is_shown
 from embedline.catalog import Pipeline
-from embedline.database import SEARCH_SCHEMA, Session, quote_ident, vector_schema
+from embedline.database import SEARCH_SCHEMA, Session, vector_schema
 from embedline.source import Source
+from embedline.sql_text import quote_ident
 
 # Longest vector that is kept in its row: a page has 8 kB, and pgvector indexes no longer ones.
 _INLINE_BYTES = 8000

@@ -8,7 +8,19 @@ from typing import Any
 
 from embedline.database import Session, entry_point
 from embedline.errors import InvalidParameter
-from embedline.pacing import PacingLimits
+
+
+@dataclass(frozen=True)
+class PacingLimits:
+    """What batches keep to; the defaults stand in embedline.setting under the same names.
+
+    Seconds from claim to the last answer, seconds of one write with its commit, rows of one batch.
+    """
+
+    batch_seconds: float = 1.0
+    commit_seconds: float = 0.5
+    min_rows: int = 16
+    max_rows: int = 4000
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedline.database import Session, quote_ident
+from embedline.database import Session
 from embedline.errors import NotReady
+from embedline.sql_text import quote_ident
 
 # Of a row c of pg_class: whether its policies hold for its owner, as whom it is read.
 HIDDEN = """

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from embedline.catalog import Pipeline
-from embedline.database import Session, data_name, quote_ident, quote_literal, vector_schema
+from embedline.database import Session, data_name, vector_schema
 from embedline.errors import NotFound
+from embedline.sql_text import quote_ident, quote_literal
 
 State = Literal["missing", "invalid", "building", "valid"]
 

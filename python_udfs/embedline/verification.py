@@ -13,21 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from embedline import coverage, drift, reach, row_keys, version_queue
-from embedline.backfill import missing_keys
+from embedline import coverage, drift, row_keys, version_queue
+from embedline.backfill import missing_keys, restart_backfill
 from embedline.catalog import Pipeline, load_pipeline, load_versions
-from embedline.database import (
-    Session,
-    entry_point,
-    hold_source,
-    prepare_environment,
-    quote_ident,
-    read_and_release,
-    vector_schema,
-)
+from embedline.database import Session, entry_point, hold_source, prepare_environment, read_and_release, vector_schema
 from embedline.errors import InvalidParameter, NotFound
-from embedline.pipelines import insert_ranges
+from embedline.exact_rows import keep_exact, rebuild_hint
+from embedline.reach import Measurement
 from embedline.source import hidden_source
+from embedline.sql_text import quote_ident
 
 # Up to so many rows a repair goes through the queue. More of them would keep live changes waiting: they are left to a
 # new pass of the backfill, which gives way to those.
@@ -440,16 +434,16 @@ def _unreachable(session: Session, pipeline: Pipeline, repair: bool) -> list[Fin
     for version in load_versions(session, pipeline.name):
         if not version.version.has_index or version.version.state != "complete":
             continue
-        measured = reach.Measurement(session, version)
+        measured = Measurement(session, version)
         measured.run()
         missed = sorted(measured.unreached)
         if not missed:
             continue
         if repair:
-            reach.keep_exact(session, version, missed, [-math.inf] * len(missed))
+            keep_exact(session, version, missed, [-math.inf] * len(missed))
         example: dict[str, Any] = {"version": version.version.number, "chunk_id": missed[0]}
         if measured.is_poor:
-            example["hint"] = reach.rebuild_hint(version)
+            example["hint"] = rebuild_hint(version)
         findings.append(Finding("unreachable", len(missed), len(missed) if repair else 0, example))
     return findings
 
@@ -472,23 +466,6 @@ def _foreign(session: Session, pipeline: Pipeline, found: drift.Drift, repair: b
     if repair:
         drift.accept_fingerprint(session, pipeline, found)
     return Finding("foreign", len(found.foreign), repaired, found.example)
-
-
-def restart_backfill(session: Session, pipeline: Pipeline) -> None:
-    """Have the backfill read the whole source again: it settles at no cost whatever is as it should be."""
-    # A range in a worker's hands is finished by it; waiting for its row could be waiting for a long embed_pending.
-    session.query(
-        "DELETE FROM embedline.backfill_range WHERE range_id IN ("
-        "SELECT range_id FROM embedline.backfill_range WHERE pipeline_id = $1 FOR UPDATE SKIP LOCKED)",
-        ["bigint"],
-        pipeline.pipeline_id,
-    )
-    insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
-    session.query(
-        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
-        ["bigint"],
-        pipeline.version.version_id,
-    )
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:

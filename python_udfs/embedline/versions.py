@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from embedline import capture, coverage, routing, version_queue
+from embedline import capture, coverage, version_queue
 from embedline.alteration import restart_ranges
 from embedline.capture import CapturePlan
 from embedline.catalog import (
@@ -23,6 +23,7 @@ from embedline.catalog import (
 from embedline.chunking import ChunkingSpec
 from embedline.database import Session, as_mapping, entry_point, retry_locked
 from embedline.errors import AlreadyExists, InvalidParameter, NotReady
+from embedline.index_jobs import forget_index_jobs
 from embedline.pipelines import (
     INDEX_DIMENSIONS,
     check_recipe,
@@ -33,12 +34,12 @@ from embedline.pipelines import (
     insert_version,
     load_alone,
     recipe_stamp,
-    require_control,
     rewrite_trigger_functions,
     spec_for,
     version_fingerprint,
 )
-from embedline.schedule import forget_index_jobs
+from embedline.rights import require_control
+from embedline.routing import create_version_view, require_no_dependents
 from embedline.search_functions import create_search_functions, drop_search_functions
 from embedline.settings import load_settings
 from embedline.source import Source
@@ -100,7 +101,7 @@ def add_embedding_version(session: Session, name: str, given: dict[str, Any]) ->
     version_id = insert_version(session, pipeline.pipeline_id, number, set_number, model, recipe, fingerprint)
     _store_backfill(session, version_id, given["backfill_order"], given["backfill_rate"])
     added = load_version(session, name, number)
-    routing.create_version_view(session, added, plan, source)
+    create_version_view(session, added, plan, source)
     grant_tables(session, plan, source, [chunk_table_suffix(set_number), f"v{number}"])
     create_search_functions(session, added, plan, source)
     _begin(session, pipeline, added, is_new_set)
@@ -273,7 +274,7 @@ def drop_embedding_version(session: Session, name: str, number: int, window: str
     pipeline = load_alone(session, name)
     doomed = load_version(session, name, number)
     _require_disposable(session, pipeline, doomed, window)
-    routing.require_no_dependents(session, doomed.version.view_oid)
+    require_no_dependents(session, doomed.version.view_oid)
     plan, source = current_plan(session, pipeline)
     chunk_set = doomed.chunk_set.number
     is_last = not doomed.other_versions(chunk_set)

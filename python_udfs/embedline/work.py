@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from embedline import backfill, dead_letters, documents, inbox, outbox, reach, row_keys, version_queue
+from embedline import backfill, dead_letters, documents, health, inbox, outbox, row_keys, version_queue
 from embedline.chunking import Chunk
 from embedline.database import Session
 from embedline.dead_letters import DeadLetter
 from embedline.documents import Document, Vector, WriteResult
+from embedline.exact_rows import keep_late
 from embedline.outbox import ClaimedRow
 
 if TYPE_CHECKING:
@@ -107,11 +108,11 @@ class SourceWork:
 
     def note_error(self, session: Session, batch: Batch, message: str) -> None:
         """Show the error in embedline.status."""
-        dead_letters.note_error(session, batch.pipeline, message)
+        health.note_error(session, batch.pipeline, message)
 
     def forget_error(self, session: Session, batch: Batch) -> None:
         """Take it out of embedline.status."""
-        dead_letters.forget_error(session, batch.pipeline)
+        health.forget_error(session, batch.pipeline)
 
     def finish(self, session: Session, batch: Batch, worker_id: int | None) -> None:
         """Note the range as read, or take the inbox claim away."""
@@ -202,7 +203,7 @@ class VersionWork:
             vectors = [known[sound[i].chunks[0].digest] for i in result.written]
             written = [ids[i] for i in result.written]
             documents.copy_vectors(session, lane, np.asarray(written, dtype=np.int64), documents.stacked(vectors))
-            reach.keep_late(session, lane, written)
+            keep_late(session, lane, written)
         return result
 
     @staticmethod

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 
-from embedline import backfill, circuit, documents, inbox, indexing, signals, version_queue
+from embedline import backfill, circuit, documents, inbox, signals, version_queue
 from embedline.batch import Batch
 from embedline.catalog import Pipeline, load_active_pipelines, load_lanes, load_some
 from embedline.claiming import Claimant
@@ -29,9 +29,10 @@ from embedline.database import (
     prepare_environment,
     sqlstate_of,
 )
-from embedline.dead_letters import contain, note_fault
 from embedline.engine import Engine, now_and_then
 from embedline.errors import EmbedlineError, InvalidParameter
+from embedline.health import contain, note_fault
+from embedline.index_maintenance import maintain_contained, unfinished
 from embedline.pacing import Turns
 from embedline.resident import PASSING_FAULTS, ResidentWorker, Step
 from embedline.settings import load_settings
@@ -76,7 +77,7 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
     run.clear_signals()
     pipelines = run.all_pipelines()
     for pipeline in run.to_maintain(pipelines):
-        indexing.maintain_contained(session, pipeline)
+        maintain_contained(session, pipeline)
     for pipeline in pipelines:
         if pipeline.is_hidden and (hidden := hidden_source(session, pipeline.source_oid)):
             session.plpy.warning(f'pipeline "{pipeline.name}" is held back: {hidden}', hint=hidden.hint or "")
@@ -137,7 +138,7 @@ class _Run:
 
     def to_maintain(self, pipelines: list[Pipeline]) -> list[Pipeline]:
         """Those that were written to or have something unfinished, and a few others: each call may hold so many locks."""
-        wanted = self._worked | set(indexing.unfinished(self._session, self._pipeline_name))
+        wanted = self._worked | set(unfinished(self._session, self._pipeline_name))
         others = [pipeline for pipeline in pipelines if pipeline.pipeline_id not in wanted]
         some = random.sample(others, min(len(others), _MAINTAINED))
         return [pipeline for pipeline in pipelines if pipeline.pipeline_id in wanted] + some

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embedline.database import quote_literal
 from embedline.index_build import Execute
 from embedline.live_display import Line
+from embedline.sql_text import quote_literal
 
 _PIPELINES = """
     SELECT s.pipeline, s.pending, s.backfill_percent::float8, s.backfill_complete, s.last_error, s.dead_letters,

@@ -20,11 +20,11 @@ from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
 from embedline import index_build
-from embedline.database import quote_ident
 from embedline.errors import EmbedlineError
 from embedline.migrations import operations as ops
 from embedline.migrations.catalogue import is_installed
 from embedline.migrations.statements import Cast, call, call_rows, literal
+from embedline.sql_text import quote_ident
 
 # A child of Alembic's own logger, so that an environment as `alembic init` makes it shows what is done.
 logger = logging.getLogger("alembic.embedline")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from embedline.database import quote_literal
+from embedline.sql_text import quote_literal
 
 
 @dataclass(frozen=True)

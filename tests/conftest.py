@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 import support
 import throwaway
 from embedline.dev.cluster.bootstrap import local_cluster
-from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.server import Cluster
 from embedline.dev.cluster.settings import load_settings
 
 # Unique to this run, so that two runs on one server never meet.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import support
 from embedline.dev.cluster.bootstrap import local_cluster
-from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.server import Cluster
 from embedline.dev.cluster.settings import load_settings
 
 # Where files live in memory, and the room that a run may need there: a WAL of 1 GB and some dozen databases.

@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline.versions import versions
-    return versions.accept_dead_letters(plpy, GD, pipeline_name, version_number)
+    from embedline.versions import fill
+    return fill.accept_dead_letters(plpy, GD, pipeline_name, version_number)
 $python$;
 
 COMMENT ON FUNCTION embedline.accept_dead_letters(text, integer) IS 'Accept that a version goes without the chunks in embedline.version_dead_letter, and return how many; a version without any vector is never accepted.';

@@ -21,8 +21,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline.versions import versions
-    return versions.add_embedding_version(plpy, GD, pipeline_name, {
+    from embedline.versions import add
+    return add.add_embedding_version(plpy, GD, pipeline_name, {
         "model": model, "column_type": column_type, "distance": distance, "index_method": index_method,
         "index_options": index_options, "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,
         "chunking_options": chunking_options, "backfill_order": backfill_order, "backfill_rate": backfill_rate,

@@ -11,8 +11,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline.versions import versions
-    return versions.configure_backfill(plpy, GD, pipeline_name, version_number, backfill_order, backfill_rate)
+    from embedline.versions import fill
+    return fill.configure_backfill(plpy, GD, pipeline_name, version_number, backfill_order, backfill_rate)
 $python$;
 
 COMMENT ON FUNCTION embedline.configure_backfill(text, integer, text, integer) IS 'Fill a version oldest_first or newest_first (NULL: as before), and at most so many chunks a second (NULL: no limit).';

@@ -11,8 +11,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline.versions import versions
-    return versions.drop_embedding_version(plpy, GD, pipeline_name, version_number, rollback_window)
+    from embedline.versions import drop
+    return drop.drop_embedding_version(plpy, GD, pipeline_name, version_number, rollback_window)
 $python$;
 
 COMMENT ON FUNCTION embedline.drop_embedding_version(text, integer, interval) IS 'Drop a version that does not serve, with its vectors and what only it used; the one that served before is kept for the rollback window (48 hours unless set).';

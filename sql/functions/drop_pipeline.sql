@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline.pipelines import pipelines
-    pipelines.drop_pipeline(plpy, GD, name)
+    from embedline.pipelines import drop
+    drop.drop_pipeline(plpy, GD, name)
 $python$;
 
 COMMENT ON FUNCTION embedline.drop_pipeline(text) IS 'Remove a pipeline with its triggers, routing view, chunks and vectors; the source table stays.';

@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline.versions import versions
-    return versions.requeue_version(plpy, GD, pipeline_name, version_number)
+    from embedline.versions import fill
+    return fill.requeue_version(plpy, GD, pipeline_name, version_number)
 $python$;
 
 COMMENT ON FUNCTION embedline.requeue_version(text, integer) IS 'Have a version try the chunks in embedline.version_dead_letter again, with their tries counted anew, and return how many.';

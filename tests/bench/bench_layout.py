@@ -31,7 +31,7 @@ SETUP = (
         from embedline.worker.batch import Batch
         from embedline.chunking import Chunk
         from embedline.postgres.session import Session
-        from embedline.documents.documents import Document
+        from embedline.documents.values import Document
         from embedline.queue.outbox import ClaimedRow
         from embedline.worker.sources import VERSION_WORK
         if "bench" not in GD:

@@ -36,10 +36,11 @@ STAGES = """
         from embedline.catalog import load as catalog
         from embedline.search import ranking as nearest
         from embedline.search import search
-        from embedline.postgres.session import Session, _check_version
+        from embedline.postgres.entry import check_version
+        from embedline.postgres.session import Session
         clock.append(perf_counter())
         session = Session(plpy, GD)
-        _check_version(session)
+        check_version(session)
         pipeline = catalog.load_pipeline(session, pipeline_name)
         clock.append(perf_counter())
         vector = search._embed(session, pipeline, query)
@@ -68,7 +69,8 @@ PLAN = """
         from embedline.catalog import load as catalog
         from embedline.search import ranking as nearest
         from embedline.search import search
-        from embedline.postgres.session import Session, vector_schema
+        from embedline.postgres.relations import vector_schema
+        from embedline.postgres.session import Session
         from embedline.core.sql_text import quote_literal
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, pipeline_name)
@@ -113,11 +115,11 @@ def _measure(bench: Bench, stub: StubProvider, queries: list[str]) -> None:
 _ADVANCE = """
     CREATE OR REPLACE FUNCTION bench_advance(pipeline_name text) RETURNS boolean LANGUAGE plpython3u AS $python$
         from embedline.catalog import load as catalog
-        from embedline.search import index_recall as reach
+        from embedline.search import exact_rows
         from embedline.postgres.session import Session
 
         session = Session(plpy, GD)
-        return reach.advance(session, catalog.load_pipeline(session, pipeline_name))
+        return exact_rows.advance(session, catalog.load_pipeline(session, pipeline_name))
     $python$
 """
 

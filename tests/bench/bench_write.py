@@ -1,6 +1,6 @@
 """What it costs to write vectors from inside the server, against a client's COPY BINARY of the same rows.
 
-Ours is `embedline.documents.copy_vectors` itself, called in the backend on a real pipeline's version table. The baseline
+Ours is `embedline.documents.copy.copy_vectors` itself, called in the backend on a real pipeline's version table. The baseline
 is psycopg in its plain form, `set_types` and `write_row` of numpy arrays, into a table with the same constraints and
 storage. A third side sends a file of bytes made beforehand: what the server alone costs, without any client's work.
 """
@@ -32,7 +32,6 @@ SETUP = (
     CREATE FUNCTION bench_prepare() RETURNS integer LANGUAGE plpython3u AS $python$
         import numpy as np
         from embedline.catalog import load as catalog
-        from embedline.documents import documents
         from embedline.core import vectors
         from embedline.postgres.session import Session
         matrix = np.random.default_rng({SEED}).standard_normal(({ROWS}, {DIMENSIONS}), dtype=np.float32)
@@ -42,13 +41,13 @@ SETUP = (
     """
     CREATE FUNCTION bench_write(batch integer) RETURNS integer LANGUAGE plpython3u AS $python$
         from embedline.catalog import load as catalog
-        from embedline.documents import documents
+        from embedline.documents.copy import copy_vectors
         from embedline.postgres.session import Session
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, "bench")
         ids, matrix = GD["bench"]
         for first in range(0, len(ids), batch):
-            documents.copy_vectors(session, pipeline, ids[first : first + batch], matrix[first : first + batch])
+            copy_vectors(session, pipeline, ids[first : first + batch], matrix[first : first + batch])
         return len(ids)
     $python$""",
 )

@@ -19,7 +19,8 @@ import pytest
 from psycopg import conninfo
 
 import embedline
-from embedline.client.doctor import Finding, Server, examine
+from embedline.client.doctor.examine import examine
+from embedline.client.doctor.server import Finding, Server
 from support import create_pages, create_pipeline, scalar, settle, uri
 
 _COMMAND = [sys.executable, "-m", "embedline.client.cli"]

@@ -18,7 +18,7 @@ from psycopg import conninfo
 
 from embedline.client import connection
 from embedline.client.connection import NoDatabaseNamed
-from embedline.dev.cluster.cluster import as_server_user, server_user
+from embedline.dev.cluster.server_user import as_server_user, server_user
 from support import ROOT, create_pages, create_pipeline, free_port, scalar, settle, wait_until
 
 _PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

@@ -15,7 +15,7 @@ import pytest
 from psycopg import errors
 
 from conftest import StartCluster
-from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.server import Cluster
 from support import scalar, wait_until
 
 _TROUBLES = "SELECT jobs, trouble, remedy FROM embedline._job_troubles()"

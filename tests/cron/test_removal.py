@@ -8,7 +8,7 @@ import sys
 
 import psycopg
 
-from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.server import Cluster
 from support import create_pages, create_pipeline, scalar, wait_until
 
 

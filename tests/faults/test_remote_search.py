@@ -15,8 +15,8 @@ import pytest
 from psycopg import errors
 
 from conftest import StartCluster
-from embedline.dev.cluster.cluster import Cluster
-from embedline.model_host.launcher import remote_settings
+from embedline.dev.cluster.server import Cluster
+from embedline.model_host.host_settings import remote_settings
 from stub_provider import StubProvider
 from support import create_pipeline, scalar, searching, settle, wait_until
 from working import create_stub_model, dsn_of, insert_rows, remove_all, working

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.server import Cluster
 from support import ROOT, create_pages, create_pipeline, scalar, settle
 from upgrading import add_version, cut_over, settle_versions
 

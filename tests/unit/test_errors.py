@@ -11,7 +11,8 @@ import pytest
 
 from embedline import errors
 from embedline.errors import EmbedlineError, InvalidParameter, TransientProviderError
-from embedline.postgres.session import Session, entry_point, postgres_error
+from embedline.postgres.entry import entry_point, postgres_error
+from embedline.postgres.session import Session
 
 
 def _classes(top: type[EmbedlineError] = EmbedlineError) -> Iterator[type[EmbedlineError]]:

@@ -38,9 +38,10 @@ from embedline.errors import (
     ProviderError,
     ProviderMisconfigured,
 )
-from embedline.model_host import launcher
+from embedline.model_host.host_settings import HostSettings, settings_of
 from embedline.model_host.inference import LoadedModel
-from embedline.model_host.launcher import HostPlace, HostSettings, Owner
+from embedline.model_host.launcher import LOG_TAIL_LINES, connect, log_tail
+from embedline.model_host.place import HostPlace, Owner, prepare_place, remove_stale_places
 from embedline.model_host.protocol import FrameDecoder, encode_frame
 from embedline.model_host.scheduler import Request, Scheduler, SliceLimits
 from embedline.model_host.server import encode_parts
@@ -123,7 +124,7 @@ def embed(embedder: LocalEmbedder, *texts: str) -> NDArray[np.float32]:
 
 def ask(place: HostPlace, header: dict[str, Any]) -> dict[str, Any]:
     """One request and its answer over a connection of its own."""
-    connection = launcher.connect(place)
+    connection = connect(place)
     assert connection is not None
     with connection:
         connection.settimeout(LIMIT)
@@ -141,7 +142,7 @@ def host_pid(embedder: LocalEmbedder) -> int:
 
 
 def listens(embedder: LocalEmbedder) -> bool:
-    connection = launcher.connect(place_of(embedder))
+    connection = connect(place_of(embedder))
     if connection is not None:
         connection.close()
     return connection is not None
@@ -366,7 +367,7 @@ def test_directories_of_servers_that_are_gone_are_removed(root: str, owner: int)
     for directory in (base, stale, living):
         directory.mkdir(mode=0o700, exist_ok=True)
     (stale / "x.sock").touch()
-    launcher.remove_stale_places(str(base))
+    remove_stale_places(str(base))
     assert not stale.exists()
     assert living.exists()
 
@@ -400,7 +401,7 @@ def test_a_broken_frame_closes_the_connection_and_hurts_nobody_else(make_embedde
         encode_frame({"id": 1, "op": "embed", "kind": "document", "lengths": []}),
     ]
     for frame in frames:
-        connection = launcher.connect(place_of(embedder))
+        connection = connect(place_of(embedder))
         assert connection is not None
         with connection:
             connection.settimeout(LIMIT)
@@ -479,17 +480,17 @@ def test_a_directory_that_others_could_have_made_is_refused(model_directory: str
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     base.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ProviderMisconfigured, match="only the server can use"):
-        launcher.prepare_place(settings, owner, str(tmp_path))
+        prepare_place(settings, owner, str(tmp_path))
     base.unlink()
     base.mkdir()
     base.chmod(0o755)
     with pytest.raises(ProviderMisconfigured, match="only the server can use"):
-        launcher.prepare_place(settings, owner, str(tmp_path))
+        prepare_place(settings, owner, str(tmp_path))
     base.chmod(0o700)
     deep = tmp_path / ("d" * 80)
     deep.mkdir()
     with pytest.raises(ProviderMisconfigured, match="too long"):
-        launcher.prepare_place(settings, owner, str(deep))
+        prepare_place(settings, owner, str(deep))
 
 
 @pytest.mark.parametrize(
@@ -510,14 +511,14 @@ def test_a_directory_that_others_could_have_made_is_refused(model_directory: str
 def test_an_option_that_cannot_be_used_is_named_with_the_way_out(options: dict[str, object], hint: str) -> None:
     config = ModelConfig(name="m", provider="sentence-transformers", model="/m", options=options)
     with pytest.raises(InvalidParameter, match=next(iter(options))) as caught:
-        launcher.settings_of(config)
+        settings_of(config)
     assert caught.value.hint is not None
     assert hint in caught.value.hint
 
 
 def test_the_device_auto_is_the_default() -> None:
     def settings(**options: object) -> HostSettings:
-        return launcher.settings_of(ModelConfig("m", "sentence-transformers", "/m", options=options))
+        return settings_of(ModelConfig("m", "sentence-transformers", "/m", options=options))
 
     assert settings(device="auto", max_tokens=100) == settings()
     assert settings(device="cuda:1").device == "cuda:1"
@@ -532,12 +533,12 @@ def test_hosts_differ_by_what_decides_the_vectors() -> None:
 
 def test_a_log_shows_its_end_without_keys(tmp_path: Path) -> None:
     place = HostPlace(str(tmp_path), "x")
-    assert launcher.log_tail(place) is None
+    assert log_tail(place) is None
     Path(place.log).write_text("old\n" * 100 + "token hf_abcdefghijklmnop failed at https://user:pass@hub/\n")
-    tail = launcher.log_tail(place)
+    tail = log_tail(place)
     assert tail is not None
     assert tail.endswith("token [redacted] failed at https://[redacted]hub/")
-    assert len(tail.splitlines()) == launcher.LOG_TAIL_LINES
+    assert len(tail.splitlines()) == LOG_TAIL_LINES
 
 
 def test_the_same_weights_have_the_same_identity_wherever_they_lie(model_directory: str, tmp_path: Path) -> None:

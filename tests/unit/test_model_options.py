@@ -11,7 +11,7 @@ import pytest
 from dialects import Dialect, serving
 from embedline.core.embedding import ModelConfig
 from embedline.errors import DimensionMismatch, InvalidParameter
-from embedline.model_host.launcher import settings_of
+from embedline.model_host.host_settings import settings_of
 from embedline.providers.openai_compatible import OpenAIEmbedder
 from embedline.providers.options import OPENAI_OPTIONS, check_options, request_body
 

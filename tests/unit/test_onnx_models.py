@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from embedline.core.embedding import EmbeddingBlock, ModelConfig, ModelInfo
 from embedline.embedders.local import LocalEmbedder
 from embedline.errors import ProviderMisconfigured
-from embedline.model_host import bert_graph, launcher, onnx_export
-from embedline.model_host.launcher import HostSettings
+from embedline.model_host import bert_graph, onnx_export
+from embedline.model_host.host_settings import HostSettings
+from embedline.model_host.launcher import connect, log_tail
 from embedline.model_host.onnx_backend import OnnxBackend
 from embedline.model_host.prepared import read_manifest
 from support import MODELS
@@ -84,7 +85,7 @@ def embed(embedder: LocalEmbedder) -> NDArray[np.float32]:
 
 
 def host_pid(embedder: LocalEmbedder) -> int:
-    connection = launcher.connect(embedder._place)
+    connection = connect(embedder._place)
     assert connection is not None
     with connection:
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -155,7 +156,7 @@ def test_what_cannot_be_prepared_says_so(start: Start, tmp_path: Path) -> None:
     error = embedder.submit(["a"], "query").exception(LIMIT)
     assert isinstance(error, ProviderMisconfigured)
     assert f'cannot load model "{tmp_path}"' in error.message
-    assert launcher.log_tail(embedder._place) is not None
+    assert log_tail(embedder._place) is not None
 
 
 def test_a_prepared_model_of_another_version_is_not_read(start: Start, tmp_path: Path) -> None:

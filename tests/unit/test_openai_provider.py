@@ -28,7 +28,8 @@ from embedline.errors import (
     ProviderMisconfigured,
     TransientProviderError,
 )
-from embedline.providers.openai_compatible import OpenAIEmbedder, redact, retry_after
+from embedline.providers.openai_compatible import OpenAIEmbedder
+from embedline.providers.openai_errors import redact, retry_after
 
 KEY = "sk-test-0123456789abcdef"
 PATH = "/v1/embeddings"

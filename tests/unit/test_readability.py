@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from embedline.chunking.chunk import whole_text
-from embedline.documents.documents import Document
 from embedline.documents.readability import Readability, mark_unreadable, readability
+from embedline.documents.values import Document
 from embedline.errors import UnreadableText
 from embedline.queue.outbox import ClaimedRow
 from support import MODELS

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from embedline.dev.cluster import cluster, system, virtualenv
-from embedline.dev.cluster.cluster import check_place
+from embedline.dev.cluster import server_user as server_user_module
+from embedline.dev.cluster import system, virtualenv
 from embedline.dev.cluster.console import SetupError
+from embedline.dev.cluster.server_user import check_place
 from embedline.dev.cluster.settings import Settings
 
 
@@ -112,7 +113,7 @@ def open_folder() -> Iterator[Path]:
 def test_a_checkout_that_the_server_cannot_read_is_refused_first(
     server_user: str, open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_SERVER_USER", server_user)
+    monkeypatch.setattr(server_user_module, "_SERVER_USER", server_user)
     home = open_folder / "home"
     source = home / "embedline" / "python_udfs"
     source.mkdir(parents=True)

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from embedline.core.embedding import ModelConfig
 from embedline.embedders.local import LocalEmbedder
-from embedline.model_host import launcher
 from embedline.model_host.choice import choose_backend
-from embedline.model_host.launcher import HostSettings, settings_of
+from embedline.model_host.host_settings import HostSettings, settings_of
+from embedline.model_host.launcher import connect
 from embedline.model_host.static_backend import StaticBackend
 from embedline.model_host.weights import weights_identity
 from support import MODELS
@@ -159,7 +159,7 @@ def start() -> Iterator[Callable[..., LocalEmbedder]]:
 
 def libraries(embedder: LocalEmbedder) -> set[str]:
     """The heavy libraries that an embedder's host has loaded."""
-    connection = launcher.connect(embedder._place)
+    connection = connect(embedder._place)
     assert connection is not None
     with connection:
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

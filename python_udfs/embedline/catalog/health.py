@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.errors import EmbedlineError
-from embedline.postgres.session import ENDING, Session, sqlstate_of
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import ENDING, sqlstate_of
 
 MAX_ERROR_CHARACTERS = 500
 _NOTE_OF_PIPELINE = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident, quote_literal
 
 # As capture does: an array of so many keys is one row of the inbox.

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-from embedline.catalog.load import Pipeline
-from embedline.postgres.session import Session, entry_point
+from embedline.catalog.values import Pipeline
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 
 Task = Literal["evaluate", "preview_version"]
 Step = Literal[

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from embedline.catalog.load import load_pipeline
 from embedline.errors import NotPermitted
-from embedline.postgres.session import Session, is_nested
+from embedline.postgres.entry import is_nested
+from embedline.postgres.session import Session
 
 CALLER = """
     SELECT CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.errors import NotFound
 from embedline.postgres.session import Session
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedline.errors import InvalidParameter
-from embedline.postgres.session import Session, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 import embedline
 from embedline.client import build_index, evaluate_command, terminal
 from embedline.client.connection import Connection, connect, lines, server_message
-from embedline.client.doctor import as_json, examine
+from embedline.client.doctor.examine import as_json, examine
 from embedline.client.evaluate_command import VerdictCommand
 from embedline.client.live_display import shown
 from embedline.client.migration_display import Direction, MigrationDisplay, quiet_alembic

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import typer
 
-from embedline.client.doctor import Finding, Verdict
+from embedline.client.doctor.server import Finding, Verdict
 
 _COLOURS: dict[Verdict, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
 _GAP = "  "

@@ -8,8 +8,8 @@ the deletion. Times compare the begins of transactions: what one transaction del
 
 from __future__ import annotations
 
-from embedline.catalog.load import Pipeline
-from embedline.documents import documents
+from embedline.catalog.values import Pipeline
+from embedline.documents.remove import queue_deleted, remove_deleted
 from embedline.postgres.session import Session
 
 # Keys whose chunks are removed in one transaction, so that it stays short.
@@ -111,6 +111,6 @@ def remove_some(session: Session, pipeline: Pipeline) -> bool:
     if not row["row_count"]:
         return noted > 0
     keys = list(zip(*(row[column] or () for column in pipeline.key_columns), strict=True))
-    busy = documents.remove_deleted(session, pipeline, keys)
-    documents.queue_deleted(session, pipeline, busy, row["enqueued_at"])
+    busy = remove_deleted(session, pipeline, keys)
+    queue_deleted(session, pipeline, busy, row["enqueued_at"])
     return len(busy) < len(keys)

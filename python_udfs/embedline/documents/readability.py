@@ -16,7 +16,7 @@ from embedline.chunking.measure import TokenMeasure, measure_of
 from embedline.errors import UnreadableText
 
 if TYPE_CHECKING:
-    from embedline.documents.documents import Document
+    from embedline.documents.values import Document
 
 # Chunks that are counted between two chances for a cancel: 20 ms of BERT's tokenizer.
 _COUNTED_AT_ONCE = 64

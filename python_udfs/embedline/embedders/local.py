@@ -24,7 +24,9 @@ from typing import Any
 
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.errors import DimensionMismatch, InputRejected, InvalidVectors, ModelHostUnavailable, ProviderError
-from embedline.model_host.launcher import HostSettings, Owner, connect_or_start, log_tail, prepare_place, settings_of
+from embedline.model_host.host_settings import HostSettings, settings_of
+from embedline.model_host.launcher import connect_or_start, log_tail
+from embedline.model_host.place import Owner, prepare_place
 from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame, pack_texts
 from embedline.model_host.wire_errors import read_error
 

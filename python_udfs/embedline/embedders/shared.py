@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from embedline.core.embedding import EmbeddingBlock, ModelConfig
 from embedline.embedders.local import LocalEmbedder
 from embedline.errors import InputRejected
-from embedline.model_host.launcher import remote_settings
+from embedline.model_host.host_settings import remote_settings
 from embedline.model_host.protocol import ProtocolError, pack_texts
 
 # Seconds without a sign of life after which the host is given up. It gives one each second while a query waits.

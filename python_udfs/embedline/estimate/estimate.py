@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from embedline.catalog.load import Model, Pipeline, load_model, load_pipeline
+from embedline.catalog.load import load_model, load_pipeline
+from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import Chunk, ChunkingSpec
 from embedline.chunking.factory import make_chunker
 from embedline.core import storage_size
 from embedline.core.expression import require_single_expression
 from embedline.core.prices import TOKENS_PER_PRICE
+from embedline.core.processes import prepare_environment
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.core.text import repair_text
 from embedline.core.tokens import average_tokens
@@ -29,7 +31,9 @@ from embedline.estimate.estimators import Amount, Sample
 from embedline.estimate.table_sample import Subject, draw
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.pipelines.alter import plan_in_use
-from embedline.postgres.session import Session, entry_point, prepare_environment, require_given, sqlstate_of
+from embedline.postgres.entry import entry_point, require_given
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
 
 _SAMPLE_ROWS = (100, 100_000)
 _DEFAULT_CHUNK_TOKENS = 256

@@ -9,7 +9,8 @@ from typing import Any
 from embedline.errors import InvalidParameter
 from embedline.estimate.estimators import Amount, Sample, block_total
 from embedline.postgres.run_as import Undone, run_as_owner
-from embedline.postgres.session import Session, sqlstate_of
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
 
 # Tables up to this size (400 MB) are counted; larger ones are estimated from the sampled blocks.
 _COUNTED_BLOCKS = 50_000

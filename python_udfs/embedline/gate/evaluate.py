@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 
 from embedline.catalog import progress
-from embedline.catalog.load import Pipeline, Version, load_pipeline, load_version
+from embedline.catalog.load import load_pipeline, load_version
+from embedline.catalog.values import Pipeline, Version
+from embedline.core.processes import prepare_environment
 from embedline.errors import InvalidParameter, NotReady
 from embedline.gate import report, statistics
 from embedline.gate.index_fidelity import Fidelity, measure, require_index
 from embedline.gate.queries import QuerySet, load_queries
 from embedline.gate.report import Row
 from embedline.gate.statistics import FloatArray, Verdict
-from embedline.postgres.session import Session, entry_point, prepare_environment, require_given
+from embedline.postgres.entry import entry_point, require_given
+from embedline.postgres.session import Session
 from embedline.queue.coverage import missing_chunks
 from embedline.search.query_batches import DocumentSearch, QueryVectors, embed_queries, embedding_seconds, rank_all
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedline.catalog import progress
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.retrieval_metrics import recall_by_distance
 from embedline.errors import NotReady
 from embedline.gate import statistics

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from embedline.catalog import progress
-from embedline.catalog.load import Model, Pipeline, load_model, load_pipeline
+from embedline.catalog.load import load_model, load_pipeline
 from embedline.catalog.rights import require_control
+from embedline.catalog.values import Model, Pipeline
 from embedline.core import vectors
+from embedline.core.processes import prepare_environment
 from embedline.core.sql_text import quote_ident
 from embedline.core.tokens import plausible_tokens
 from embedline.core.vectors import FloatMatrix
@@ -28,14 +30,9 @@ from embedline.gate.queries import PROBES, QuerySet, draw_places, load_queries
 from embedline.gate.report import Row
 from embedline.models import circuit
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
-from embedline.postgres.session import (
-    Session,
-    calling_ours,
-    entry_point,
-    prepare_environment,
-    require_given,
-    vector_schema,
-)
+from embedline.postgres.entry import calling_ours, entry_point, require_given
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 from embedline.search.exact_ranking import ExactRanking, read_pages
 from embedline.search.query_batches import embed_queries
 from embedline.search.ranking import version_view

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
 from embedline.core.text import repair_text
 from embedline.errors import InvalidParameter, NotReady, UnusableText
 from embedline.gate.synthetic_queries import known_item_queries
-from embedline.postgres.session import Session, sqlstate_of
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
 from embedline.search.query_batches import key_expression
 from embedline.search.ranking import version_view
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 
-from embedline.catalog.load import Pipeline, load_pipeline, load_version
+from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.rights import require_control
+from embedline.catalog.values import Pipeline
 from embedline.core.storage_size import hnsw_build_memory, hnsw_bytes
 from embedline.errors import InvalidParameter
 from embedline.indexes.cron_jobs import index_job
 from embedline.indexes.definitions import VectorIndex, create_index_statement, find_index, index_state, load_indexes
 from embedline.indexes.resources import BuildSettings, Need, choose, look_at_machine
-from embedline.postgres.session import Session, bound_lock_wait, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import bound_lock_wait
+from embedline.postgres.session import Session
 from embedline.queue.coverage import require_coverage, require_usable_vectors
 
 # pgvector's default of the index option.

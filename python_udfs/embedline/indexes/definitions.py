@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import NotFound
-from embedline.postgres.session import Session, data_name, vector_schema
+from embedline.postgres.relations import data_name, vector_schema
+from embedline.postgres.session import Session
 
 State = Literal["missing", "invalid", "building", "valid"]
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from embedline.catalog.load import Pipeline, load_version
+from embedline.catalog.load import load_version
 from embedline.catalog.rights import require_control
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import AlreadyExists, InvalidParameter, NotReady
 from embedline.indexes.cron_jobs import forget_index_jobs
 from embedline.indexes.definitions import VectorIndex, find_index, index_state, load_indexes, own_index
-from embedline.postgres.session import Session, bound_lock_wait, entry_point, require_given, vector_schema
+from embedline.postgres.entry import entry_point, require_given
+from embedline.postgres.locks import bound_lock_wait
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 
 # pgvector's bound of hnsw.ef_search, which is how many rows a scan finds before it begins anew.
 MAX_EF_SEARCH = 1000

@@ -57,7 +57,8 @@ def main() -> NoReturn:
     settings = json.loads(arguments.config_json)
     _limit(settings["memory_limit_mb"])
 
-    from embedline.model_host.launcher import HostSettings, Owner
+    from embedline.model_host.host_settings import HostSettings
+    from embedline.model_host.place import Owner
     from embedline.model_host.server import serve
 
     serve(arguments.socket, HostSettings(**settings), Owner(arguments.owner_pid, arguments.owner_start))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from embedline.errors import ModelHostUnavailable, ProviderError, ProviderMisconfigured
 
 if TYPE_CHECKING:
-    from embedline.model_host.launcher import HostSettings
+    from embedline.model_host.host_settings import HostSettings
 
 _DETAIL_CHARACTERS = 500
 _OUT_OF_MEMORY = (

@@ -13,7 +13,7 @@ from embedline.errors import ModelHostUnavailable, ProviderError, ProviderMiscon
 from embedline.model_host.faults import describe
 
 if TYPE_CHECKING:
-    from embedline.model_host.launcher import HostSettings
+    from embedline.model_host.host_settings import HostSettings
 
 # Seconds that a hub has for its first answer. Left to themselves the libraries ask for each file and repeat: 78 s where
 # a name is not resolved.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-    from embedline.model_host.launcher import HostSettings
+    from embedline.model_host.host_settings import HostSettings
     from embedline.model_host.scheduler import SliceLimits
 
 

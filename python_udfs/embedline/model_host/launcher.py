@@ -11,34 +11,21 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import functools
-import hashlib
 import json
 import os
 import re
 import socket
-import stat
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
-import embedline
-from embedline.core.embedding import ModelConfig
-from embedline.errors import InvalidParameter, ModelHostUnavailable, ProviderMisconfigured
-from embedline.model_host.choice import choose_backend
-from embedline.model_host.protocol import PROTOCOL_VERSION
-from embedline.providers.options import Option, check_options
+from embedline.errors import ModelHostUnavailable, ProviderMisconfigured
+from embedline.model_host.host_settings import START_SECONDS, HostSettings
+from embedline.model_host.place import HostPlace, Owner, remove_stale_places
 
-# From spawning to listening, before anything heavy is imported; measured 0.1 s, a loaded machine may need more.
-START_SECONDS = 20.0
 LOG_TAIL_BYTES = 2000
 LOG_TAIL_LINES = 12
-# sun_path holds 108 bytes on Linux; the margin is for platforms with 104.
-MAX_SOCKET_PATH = 100
 _POLL_SECONDS = 0.005
 _SECRETS = re.compile(r"\b(?:hf|sk)[-_][A-Za-z0-9_*.-]{6,}|(?i:bearer)\s+\S+|(?<=://)[^/\s@]+@")
 # Everything else stays behind, above all the API keys that the server's environment may hold.
@@ -47,233 +34,6 @@ _ENVIRONMENT = re.compile(
     r"|(?:LC|HF|HUGGINGFACE|TRANSFORMERS|TORCH|PYTORCH|TORCHINDUCTOR|TOKENIZERS|SAFETENSORS|ORT|OMP|MKL|KMP|GOMP|OPENBLAS"
     r"|CUDA|NVIDIA|HIP|ROCM|ROCR|XDG|SSL|REQUESTS|CURL|MALLOC)_\w+|(?i:https?|all|no)_(?i:proxy))"
 )
-
-
-# The backend of the host of remote models; no option names it.
-_REMOTE = "remote"
-# Limit of its data in MB. A host with one model had 96 MB of data and 59 MB resident; each thread reserves 8 more.
-_REMOTE_MEMORY_MB = 1024
-# Seconds. It is small, and a search that has to start it pays the import of the client: so it waits longer than other hosts.
-_REMOTE_IDLE_SECONDS = 3600.0
-# Seconds after which a session that still has no host asks the provider itself.
-_REMOTE_START_SECONDS = 5.0
-
-PRECISIONS = {"torch": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
-_ALL_PRECISIONS = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
-
-
-def _choice(names: tuple[str, ...], hint: str) -> Option:
-    return Option(lambda value: value in names, " or ".join(f'"{name}"' for name in names), hint)
-
-
-_OPTIONS = {
-    "backend": _choice(("auto", *PRECISIONS), 'onnx is faster on processors: options => \'{"backend": "onnx"}\'.'),
-    "precision": _choice(
-        _ALL_PRECISIONS, 'For example options => \'{"backend": "onnx", "precision": "int8"}\' on a processor.'
-    ),
-    "device": Option(
-        lambda value: isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
-        '"auto", "cpu", "cuda" or "cuda:N"',
-        "Leave it out: the host then takes an accelerator where there is one.",
-    ),
-    "memory_limit_mb": Option(
-        lambda value: type(value) is int and value > 0, "a positive whole number", "In MB; the default is 4096."
-    ),
-    "idle_seconds": Option(
-        lambda value: type(value) in (int, float) and value > 0, "a positive number", "In seconds; the default is 900."
-    ),
-    # Not the host's: the chunker's limit in place of the model's own.
-    "max_tokens": Option(
-        lambda value: type(value) is int and value > 0, "a positive whole number", "Leave it out: the model knows."
-    ),
-}
-
-
-@dataclass(frozen=True)
-class HostSettings:
-    """What a host must know to load its model and to look after itself.
-
-    `backend` is torch, onnx or static; auto for a model of the hub, whose files the host has yet to see.
-    """
-
-    model: str
-    revision: str | None = None
-    backend: str = "torch"
-    device: str | None = None
-    precision: str = "float32"
-    memory_limit_mb: int = 4096
-    idle_seconds: float = 900.0
-    start_seconds: float = START_SECONDS
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the host has no model of its own: it asks the providers of remote models."""
-        return self.backend == _REMOTE
-
-    @property
-    def name(self) -> str:
-        """A short name for what decides the vectors; two configs that differ elsewhere share one host."""
-        identity = [PROTOCOL_VERSION, embedline.__version__, self.model, self.revision, self.backend]
-        identity += [self.device, self.precision]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-
-
-def remote_settings() -> HostSettings:
-    """Return the settings of the server's one host of remote models."""
-    return HostSettings(
-        "remote models",
-        # Workers keep the host running, so it would outlive a change of the package that leaves its version as it is.
-        revision=_code_stamp(),
-        backend=_REMOTE,
-        memory_limit_mb=_REMOTE_MEMORY_MB,
-        idle_seconds=_REMOTE_IDLE_SECONDS,
-        start_seconds=_REMOTE_START_SECONDS,
-    )
-
-
-@functools.cache
-def _code_stamp() -> str:
-    """Return what changes with the code that the host runs."""
-    package = os.path.dirname(embedline.__file__)
-    folders = [os.path.join(package, name) for name in ("core", "model_host", "providers")]
-    sources = [entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py")]
-    return str(max((entry.stat().st_mtime_ns for entry in sources), default=0))
-
-
-def settings_of(config: ModelConfig) -> HostSettings:
-    """Read the host's settings out of the model's options; raises InvalidParameter, which names the option."""
-    given = {name: value for name, value in config.options.items() if value is not None}
-    check_options(config.name, given, _OPTIONS)
-    # "auto" is the default in words: one host for both.
-    fields = {name: given[name] for name in given if name != "max_tokens" and given[name] != "auto"}
-    fields.setdefault("backend", _backend_of(config.model, fields))
-    backend, precision = fields["backend"], fields.get("precision", "float32")
-    offered = PRECISIONS.get(backend, ("float32",))
-    if precision not in offered:
-        others = [other for other, names in PRECISIONS.items() if precision in names]
-        raise InvalidParameter(
-            f'option "precision" of model "{config.name}": backend {backend} has no {precision}',
-            hint=f'Add "backend": "{others[0]}", or choose {" or ".join(offered)}.',
-        )
-    return HostSettings(model=config.model, revision=config.revision, **fields)
-
-
-def _backend_of(model: str, fields: dict[str, Any]) -> str:
-    """Return what runs a model whose options name no backend."""
-    on_cpu = not str(fields.get("device", "")).startswith("cuda")
-    if os.path.isdir(model):
-        chosen = choose_backend(model)
-        # numpy has neither other precisions nor accelerators; a model prepared for onnxruntime has only its own form.
-        return (
-            "torch"
-            if chosen == "static" and not (on_cpu and fields.get("precision", "float32") == "float32")
-            else chosen
-        )
-    return "auto" if on_cpu and fields.get("precision", "float32") == "float32" else "torch"
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The process a host belongs to: the postmaster. The start time tells it from a later process of the same pid."""
-
-    pid: int
-    start_ticks: int
-
-    @classmethod
-    def of(cls, pid: int) -> Owner:
-        """Raises ModelHostUnavailable where there is no such process."""
-        start_ticks = _start_ticks(pid)
-        if start_ticks is None:
-            raise ModelHostUnavailable(f"process {pid}, which the model host would belong to, is gone")
-        return cls(pid, start_ticks)
-
-    def alive(self) -> bool:
-        return _start_ticks(self.pid) == self.start_ticks
-
-
-def _start_ticks(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            # The command name in parentheses may itself hold spaces and parentheses.
-            fields = file.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-@dataclass(frozen=True)
-class HostPlace:
-    """Where the files of one host lie."""
-
-    directory: str
-    name: str
-
-    @property
-    def socket(self) -> str:
-        return os.path.join(self.directory, f"{self.name}.sock")
-
-    @property
-    def lock(self) -> str:
-        return os.path.join(self.directory, f"{self.name}.lock")
-
-    @property
-    def log(self) -> str:
-        return os.path.join(self.directory, f"{self.name}.log")
-
-    @property
-    def tokenizer(self) -> str:
-        return os.path.join(self.directory, f"{self.name}.tokenizer.json")
-
-    @classmethod
-    def of_socket(cls, path: str) -> HostPlace:
-        return cls(os.path.dirname(path), os.path.basename(path).removesuffix(".sock"))
-
-
-def prepare_place(settings: HostSettings, owner: Owner, root: str | None = None) -> HostPlace:
-    """Create the owner's directory where it is missing and return the host's place in it.
-
-    Raises ProviderMisconfigured where someone else could have put the directory there: the socket gets users' texts.
-    """
-    base = os.path.join(root or tempfile.gettempdir(), f"embedline-{os.geteuid()}")
-    make_private(base)
-    directory = os.path.join(base, f"{owner.pid}-{owner.start_ticks}")
-    make_private(directory)
-    place = HostPlace(directory, settings.name)
-    if len(os.fsencode(place.socket)) >= MAX_SOCKET_PATH:
-        raise ProviderMisconfigured(
-            "the path of the model host's socket is too long",
-            detail=place.socket,
-            hint="Start the server with a shorter TMPDIR.",
-        )
-    return place
-
-
-def make_private(path: str) -> str:
-    """Create a directory that only this user can use, or check that it is one; return it.
-
-    Raises ProviderMisconfigured where it is open to others, OSError where it cannot be made.
-    """
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise ProviderMisconfigured(
-            f'"{path}" is not a directory that only the server can use',
-            detail="It must be a real directory with mode 0700 that belongs to the server's operating-system user.",
-            hint="Remove it, or start the server with another TMPDIR or XDG_CACHE_HOME.",
-        )
-    return path
-
-
-def remove_stale_places(base: str) -> None:
-    """Remove the directories of servers that are gone; a killed host could not tidy up after itself."""
-    import shutil
-
-    for entry in os.scandir(base):
-        pid, _, start_ticks = entry.name.partition("-")
-        if pid.isdecimal() and start_ticks.isdecimal() and not Owner(int(pid), int(start_ticks)).alive():
-            # Another host of the same owner may be removing it as well.
-            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def connect(place: HostPlace) -> socket.socket | None:

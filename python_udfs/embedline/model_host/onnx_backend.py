@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Encoding, Tokenizer
 
-    from embedline.model_host.launcher import HostSettings
+    from embedline.model_host.host_settings import HostSettings
 
 # Since 1.29 the official builds for Linux report to their maker by default, names and hashes of models included, and leave
 # files in the user's cache directory. Read when the library is loaded: disable_telemetry_events() comes too late.

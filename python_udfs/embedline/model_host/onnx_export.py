@@ -40,7 +40,7 @@ from embedline.errors import ModelHostUnavailable, ProviderError, ProviderMiscon
 from embedline.model_host import bert_graph, hub
 from embedline.model_host.bert_graph import Bert
 from embedline.model_host.faults import describe, load_error
-from embedline.model_host.launcher import HostSettings
+from embedline.model_host.host_settings import HostSettings
 from embedline.model_host.onnx_backend import OnnxBackend
 from embedline.model_host.prepared import (
     GRAPH,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from embedline.errors import ProviderMisconfigured
 from embedline.model_host.choice import MANIFEST
-from embedline.model_host.launcher import make_private
+from embedline.model_host.place import make_private
 
 GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
 # Part of a prepared model's name: a new number has every model prepared anew, with another fingerprint.

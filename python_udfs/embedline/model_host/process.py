@@ -14,7 +14,9 @@ import time
 from typing import Any
 
 from embedline.errors import InputRejected, ModelHostUnavailable
-from embedline.model_host.launcher import HostPlace, HostSettings, Owner, launch_lock, peer_uid
+from embedline.model_host.host_settings import HostSettings
+from embedline.model_host.launcher import launch_lock, peer_uid
+from embedline.model_host.place import HostPlace, Owner
 from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame
 from embedline.model_host.wire_errors import error_fields
 

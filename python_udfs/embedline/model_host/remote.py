@@ -16,7 +16,8 @@ from typing import Any
 
 from embedline.core.embedding import EmbeddingBlock, ModelConfig
 from embedline.errors import ProviderError
-from embedline.model_host.launcher import HostPlace, HostSettings, Owner
+from embedline.model_host.host_settings import HostSettings
+from embedline.model_host.place import HostPlace, Owner
 from embedline.model_host.process import HostConnection, HostProcess
 from embedline.model_host.protocol import Frame, ProtocolError, unpack_texts
 from embedline.model_host.query_cache import QueryCache, cache_key

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from embedline.errors import InputRejected, ModelHostUnavailable, ProviderError
 from embedline.model_host.faults import describe
+from embedline.model_host.host_settings import HostSettings
 from embedline.model_host.inference import LoadedModel, load_model
-from embedline.model_host.launcher import HostPlace, HostSettings, Owner
+from embedline.model_host.place import HostPlace, Owner
 from embedline.model_host.process import HostConnection, HostProcess, log
 from embedline.model_host.protocol import Frame, ProtocolError, unpack_texts
 from embedline.model_host.scheduler import Part, Request, Scheduler

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 
-    from embedline.model_host.launcher import HostSettings
+    from embedline.model_host.host_settings import HostSettings
 
 # Where the search for the best slice begins: measured with all-MiniLM-L6-v2 on 2 cores (0.15 s a slice) and with a
 # static model (0.02 s).

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from embedline.model_host.prepared import read_manifest
 
 if TYPE_CHECKING:
-    from embedline.model_host.launcher import HostSettings
+    from embedline.model_host.host_settings import HostSettings
 
 
 def weights_identity(settings: HostSettings) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from embedline.catalog.load import load_all_pipelines, load_model
 from embedline.catalog.settings import load_settings
 from embedline.core.retry import circuit_seconds
-from embedline.postgres.session import Session, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 
 
 def is_open(session: Session, model_id: int) -> bool:

@@ -18,7 +18,7 @@ from embedline.models.pool import embedder_for
 from embedline.postgres.session import Session
 
 if TYPE_CHECKING:
-    from embedline.catalog.load import Version
+    from embedline.catalog.values import Version
 
 Health = Literal["sound", "failing"]
 

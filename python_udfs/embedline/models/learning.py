@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.postgres.session import Session
 
 _REMARK = "the provider's answers have no usable index, so its vectors are taken in the order of the texts"

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from embedline.catalog.load import Model
+from embedline.catalog.values import Model
 from embedline.core.embedding import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.embedders import create_embedder
 from embedline.postgres.session import Session

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from embedline.catalog.load import Version
+from embedline.catalog.values import Version
 from embedline.core.embedding import EmbeddingBlock
 from embedline.errors import ModelHostUnavailable, ProviderError
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result

@@ -16,7 +16,8 @@ from embedline.embedders import create_embedder, known_options
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound
 from embedline.models.pool import let_cancel_through, wait_result
 from embedline.models.query_embedding import warm_up
-from embedline.postgres.session import Session, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 from embedline.providers.options import check_options
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")

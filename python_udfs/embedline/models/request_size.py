@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from embedline.catalog.load import Model
+from embedline.catalog.values import Model
 from embedline.postgres.session import Session
 
 # Seconds between two larger requests: while the limit is not known exactly, and once it is.

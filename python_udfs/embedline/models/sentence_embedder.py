@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from embedline.catalog.load import Version
+from embedline.catalog.values import Version
 from embedline.postgres.session import Session
 
 if TYPE_CHECKING:

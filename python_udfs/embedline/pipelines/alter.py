@@ -7,31 +7,33 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from embedline.catalog.load import Pipeline, load_pipeline, load_versions
+from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.rights import require_control
 from embedline.catalog.source import Source
+from embedline.catalog.values import Pipeline
 from embedline.chunking import ChunkingSpec
 from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
-from embedline.pipelines.ddl import capture
-from embedline.pipelines.ddl.capture import CapturePlan, SourceExpression
+from embedline.pipelines.ddl.plan import CODE_VERSION, FUNCTIONS, CapturePlan, SourceExpression
 from embedline.pipelines.ddl.search_functions import create_search_functions
-from embedline.pipelines.pipelines import (
-    EXPRESSIONS,
-    check_weight,
+from embedline.pipelines.ddl.tables import tenant_index, tenant_index_statements
+from embedline.pipelines.ddl.triggers import trigger_name, update_trigger_statements
+from embedline.pipelines.expressions import EXPRESSIONS, deparsed
+from embedline.pipelines.functions import (
     create_functions,
-    current_plan,
-    deparsed,
     generated_functions,
-    load_alone,
     needs_row_triggers,
-    recipe_stamp,
     rewrite_trigger_functions,
-    spec_for,
     use_row_triggers,
-    version_fingerprint,
 )
+from embedline.pipelines.plan import current_plan
+from embedline.pipelines.recipe_check import check_weight, spec_for
+from embedline.pipelines.register import recipe_stamp, version_fingerprint
+from embedline.pipelines.state import load_alone
 from embedline.pipelines.views import refresh_views, write_serving_function
-from embedline.postgres.session import Session, as_mapping, bound_lock_wait, data_name, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import bound_lock_wait
+from embedline.postgres.relations import data_name
+from embedline.postgres.session import Session, as_mapping
 from embedline.queue.backfill import insert_ranges
 
 _OPTIONAL = ("filter", "document_prefix", "tenant")
@@ -174,24 +176,24 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
     )
     replace_functions(session, plan, source, [_FUNCTIONS[parameter] for parameter in changed])
     rewrite_trigger_functions(session, plan)
-    for statement in capture.update_trigger_statements(plan):
+    for statement in update_trigger_statements(plan):
         session.execute(statement)
     if "tenant" in changed:
-        index = data_name(capture.tenant_index(plan))
-        for statement in capture.tenant_index_statements(plan) or [f"DROP INDEX IF EXISTS {index}"]:
+        index = data_name(tenant_index(plan))
+        for statement in tenant_index_statements(plan) or [f"DROP INDEX IF EXISTS {index}"]:
             session.execute(statement)
 
 
 def replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
     """Drop and create the generated functions; those of expressions that have not changed stay as they are."""
     kept = {suffix for suffix in _FUNCTIONS.values() if suffix not in changed}
-    doomed = tuple(suffix for suffix in capture.FUNCTIONS if suffix not in kept)
+    doomed = tuple(suffix for suffix in FUNCTIONS if suffix not in kept)
     for row in generated_functions(session, plan.name, doomed):
         session.execute(f"DROP FUNCTION {row['signature']}")
     create_functions(session, plan, source)
     session.query(
         _STORE_INPUTS, ["text", "text[]", "integer"],
-        plan.name, [name for name, _ in plan.expression_columns], capture.CODE_VERSION,
+        plan.name, [name for name, _ in plan.expression_columns], CODE_VERSION,
     )  # fmt: skip
 
 
@@ -206,7 +208,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
         )
     trigger = session.query(
-        _TRIGGER, ["bigint", "name"], source.oid, capture.trigger_name(pipeline.name, "update")
+        _TRIGGER, ["bigint", "name"], source.oid, trigger_name(pipeline.name, "update")
     )  # fmt: skip
     return replace(
         plan,
@@ -295,7 +297,7 @@ def restart_ranges(session: Session, pipeline: Pipeline) -> None:
 @entry_point
 def regenerate_pipelines(session: Session) -> None:
     """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
-    for row in session.query(_OUTDATED, ["integer"], capture.CODE_VERSION):
+    for row in session.query(_OUTDATED, ["integer"], CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
         if "content" not in expressions_in_use(session, pipeline):
             # They went with a column of the source; embedline.status says what to run.

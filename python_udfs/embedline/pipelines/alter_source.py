@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from embedline.catalog.rights import require_control
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotFound, NotReady
-from embedline.pipelines.ddl import capture
+from embedline.pipelines.ddl.triggers import trigger_name
 from embedline.pipelines.follow import begin_reshaping, end_reshaping
-from embedline.pipelines.pipelines import load_alone, source_oid
+from embedline.pipelines.plan import source_oid
 from embedline.pipelines.reshaping import Reshaping
-from embedline.postgres.session import Session, bound_lock_wait, entry_point, retry_locked
+from embedline.pipelines.state import load_alone
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import bound_lock_wait, retry_locked
+from embedline.postgres.session import Session
 
 # In GD: what was taken away, by the number of the source.
 _TAKEN = "embedline.taken_away"
@@ -57,7 +60,7 @@ def take_away(session: Session, source: str) -> None:
     taken: dict[int, _Taken] = session.cache.setdefault(_TAKEN, {})
     retry_locked(session, reshaping.take_away, "a view of the source")
     for name in names:
-        trigger = quote_ident(capture.trigger_name(name, "update"))
+        trigger = quote_ident(trigger_name(name, "update"))
         session.execute(f"DROP TRIGGER IF EXISTS {trigger} ON {label}")
     transaction = str(session.scalar(_TRANSACTION))
     taken[oid] = _Taken(transaction, names, reshaping, session.scalar(_UPDATED, ["bigint"], oid))

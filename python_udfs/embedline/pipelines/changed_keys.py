@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from embedline.catalog.load import Pipeline
 from embedline.catalog.source import Source
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
-from embedline.pipelines.ddl.capture import DEFINER, CapturePlan, KeyColumn, hidden_index_statement
-from embedline.pipelines.pipelines import KEY, key_of, load_key
-from embedline.postgres.session import Session, read_and_release
+from embedline.pipelines.ddl.functions import DEFINER
+from embedline.pipelines.ddl.plan import CapturePlan, KeyColumn
+from embedline.pipelines.ddl.tables import hidden_index_statement
+from embedline.pipelines.plan import KEY, key_of, load_key
+from embedline.postgres.rollback import read_and_release
+from embedline.postgres.session import Session
 
 # Documents or chunks up to which a command that changes the key is followed by itself: 20,000 took 2.8 s on 2 busy cores.
 # Beyond that the command would hold its lock on the source for too long, and the status says what to run.

@@ -10,30 +10,32 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from embedline.catalog.load import Pipeline, chunk_table_suffix, load_versions
+from embedline.catalog.load import load_versions
 from embedline.catalog.rights import require_control
 from embedline.catalog.source import Source
+from embedline.catalog.values import Pipeline, chunk_table_suffix
 from embedline.core.sql_text import quote_ident
 from embedline.errors import EmbedlineError
 from embedline.pipelines.alter import plan_in_use, replace_functions, restart_sweep
 from embedline.pipelines.changed_keys import KeyNow, has_key, has_primary_key, is_small
-from embedline.pipelines.ddl import capture
-from embedline.pipelines.ddl.capture import CapturePlan
+from embedline.pipelines.ddl.plan import TABLES, CapturePlan
 from embedline.pipelines.ddl.search_functions import create_search_functions, revoke_search_functions
-from embedline.pipelines.pipelines import (
-    BEFORE_UPDATE,
-    chunk_set_numbers,
-    current_plan,
+from embedline.pipelines.ddl.triggers import resting_trigger_statements, trigger_name
+from embedline.pipelines.functions import (
     generated_functions,
-    grant_tables,
-    load_alone,
     needs_row_triggers,
     rewrite_trigger_functions,
     use_row_triggers,
 )
+from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers, current_plan
+from embedline.pipelines.register import grant_tables
 from embedline.pipelines.reshaping import Reshaping, load_source_now
+from embedline.pipelines.state import load_alone
 from embedline.pipelines.views import refresh_views, write_serving_function
-from embedline.postgres.session import ENDING, Session, bound_lock_wait, entry_point, retry_locked, sqlstate_of
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import bound_lock_wait, retry_locked
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import ENDING, sqlstate_of
 
 # Who owns the functions; where REASSIGN OWNED gave them to the source's owner, this lacks the rights that they need.
 _OWNER = """
@@ -96,7 +98,7 @@ def follow_source(session: Session, name: str) -> None:
     if has_another and is_small(session, pipeline) and _could_reshape(session, pipeline):
         return
     if now.names is None:
-        for statement in capture.resting_trigger_statements(name):
+        for statement in resting_trigger_statements(name):
             session.execute(statement)
         session.query(_REST, ["text", "boolean"], name, True)
     else:
@@ -196,7 +198,7 @@ def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
     _write_search_functions(session, pipeline, plan, source)
     if before == source.owner:
         return
-    tables = ", ".join(plan.generated(suffix) for suffix in dict.fromkeys([*suffixes, *capture.TABLES]))
+    tables = ", ".join(plan.generated(suffix) for suffix in dict.fromkeys([*suffixes, *TABLES]))
     session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
     for version in load_versions(session, pipeline.name):
         revoke_search_functions(session, version, before)
@@ -212,7 +214,7 @@ def _write_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
     if not session.scalar(BEFORE_UPDATE, ["bigint"], source.oid):
         return
-    name = capture.trigger_name(plan.name, "update")
+    name = trigger_name(plan.name, "update")
     rows = session.query(
         "SELECT pg_get_triggerdef(oid) AS definition, tgenabled = 'A' AS always FROM pg_trigger"
         " WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",

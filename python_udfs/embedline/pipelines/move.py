@@ -5,17 +5,20 @@ from __future__ import annotations
 from functools import partial
 
 from embedline.catalog.keys import enqueue
-from embedline.catalog.load import Pipeline
 from embedline.catalog.rights import caller, require_control
 from embedline.catalog.source import Source
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.changed_keys import KeySwap
-from embedline.pipelines.ddl import capture
-from embedline.pipelines.ddl.capture import KeyColumn
+from embedline.pipelines.ddl.plan import KeyColumn
+from embedline.pipelines.ddl.triggers import trigger_name
 from embedline.pipelines.follow import accept_source, being_reshaped
-from embedline.pipelines.pipelines import load_alone, load_source, source_oid
+from embedline.pipelines.plan import load_source, source_oid
 from embedline.pipelines.reshaping import Reshaping
-from embedline.postgres.session import Session, bound_lock_wait, entry_point, retry_locked
+from embedline.pipelines.state import load_alone
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import bound_lock_wait, retry_locked
+from embedline.postgres.session import Session
 
 _TRIGGERS = """
     SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass) AS statement FROM pg_trigger AS t
@@ -53,7 +56,7 @@ def move_pipeline(session: Session, name: str, new_source: str) -> None:
 
 def _drop_triggers(session: Session, pipeline: Pipeline) -> None:
     """End the capture of the table that was watched, if it is still there."""
-    names = [capture.trigger_name(pipeline.name, event) for event in ("insert", "update", "delete", "truncate")]
+    names = [trigger_name(pipeline.name, event) for event in ("insert", "update", "delete", "truncate")]
     for row in session.query(_TRIGGERS, ["bigint", "name[]"], pipeline.source_oid, names):
         session.execute(str(row["statement"]))
 

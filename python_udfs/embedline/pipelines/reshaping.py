@@ -15,23 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedline.catalog.load import Pipeline, chunk_table_suffix, load_pipeline, load_versions
+from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.source import Source
+from embedline.catalog.values import Pipeline, chunk_table_suffix
 from embedline.core.sql_text import quote_ident
 from embedline.errors import DependentObjects, NotFound
 from embedline.pipelines.alter import expressions_in_use, replace_functions, restart_ranges
 from embedline.pipelines.changed_keys import KeySwap
-from embedline.pipelines.ddl import capture
-from embedline.pipelines.ddl.capture import CHUNK_COLUMNS, CapturePlan, KeyColumn, SourceExpression
+from embedline.pipelines.ddl.plan import CHUNK_COLUMNS, FUNCTIONS, TABLES, CapturePlan, KeyColumn, SourceExpression
 from embedline.pipelines.ddl.search_functions import SUFFIXES, create_search_functions
-from embedline.pipelines.pipelines import (
-    BEFORE_UPDATE,
-    chunk_set_numbers,
-    deparse_again,
-    generated_functions,
-    grant_tables,
-    rewrite_trigger_functions,
-)
+from embedline.pipelines.ddl.triggers import trigger_statements
+from embedline.pipelines.expressions import deparse_again
+from embedline.pipelines.functions import generated_functions, rewrite_trigger_functions
+from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers
+from embedline.pipelines.register import grant_tables
 from embedline.pipelines.views import (
     MAX_VIEW_COLUMNS,
     attributes_by_name,
@@ -45,7 +42,8 @@ from embedline.pipelines.views import (
     write_serving_function,
 )
 from embedline.postgres.kept_views import KeptView, drop_kept, fill, keep_with_dependents, put_back
-from embedline.postgres.session import SEARCH_SCHEMA, Session, as_mapping
+from embedline.postgres.relations import SEARCH_SCHEMA
+from embedline.postgres.session import Session, as_mapping
 
 # The parameter of each expression, by the suffix of its function.
 _PARAMETERS = {"content": "content", "filter": "filter", "prefix": "document_prefix", "tenant_value": "tenant"}
@@ -142,7 +140,7 @@ class Reshaping:
         function up, and would not find it again.
         """
         drop_kept(self._session, self._kept)
-        doomed = tuple(suffix for suffix in capture.FUNCTIONS if suffix not in _PARAMETERS)
+        doomed = tuple(suffix for suffix in FUNCTIONS if suffix not in _PARAMETERS)
         for part in self._parts:
             for version in () if ranks_on else load_versions(self._session, part.pipeline.name):
                 for row in self._session.query(_RANKING, ["text", "text[]"], SEARCH_SCHEMA, _ranking_names(version)):
@@ -215,7 +213,7 @@ class _Part:
         if swap.is_needed:
             swap.finish(session, self.plan, source)
         rewrite_trigger_functions(session, self.plan)
-        for statement in capture.trigger_statements(self.plan):
+        for statement in trigger_statements(self.plan):
             session.execute(statement)
         self._give_to_owner()
         for version in load_versions(session, pipeline.name):
@@ -338,7 +336,7 @@ class _Part:
         before = self.stored["owner"]
         if before is None or before == self.source.owner:
             return
-        tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, *capture.TABLES))
+        tables = ", ".join(plan.generated(suffix) for suffix in (*suffixes, *TABLES))
         self.session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
         for version in load_versions(self.session, pipeline.name):
             self.session.execute(f"REVOKE ALL ON {version.exact} FROM {quote_ident(before)}")

@@ -14,14 +14,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from embedline.catalog.load import Pipeline, load_versions
+from embedline.catalog.load import load_versions
 from embedline.catalog.source import Source
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import AlreadyExists, DependentObjects
-from embedline.pipelines.ddl import capture
-from embedline.pipelines.ddl.capture import CapturePlan, ShownVersion
+from embedline.pipelines.ddl import view as view_sql
+from embedline.pipelines.ddl.plan import CHUNK_COLUMNS, CapturePlan
+from embedline.pipelines.ddl.view import ShownVersion
 from embedline.postgres.kept_views import COLUMN_COMMENTS, GRANTS, give_grants
-from embedline.postgres.session import Session, as_mapping, retry_locked, vector_schema
+from embedline.postgres.locks import retry_locked
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session, as_mapping
 
 MAX_VIEW_COLUMNS = 1600
 _SOURCE_COLUMNS = """
@@ -68,7 +72,7 @@ def view_query(
 ) -> str:
     """Return the query of a view over these columns, in the form that row-level security of the source asks for."""
     has_policies = bool(session.scalar(_HAS_POLICIES, ["bigint"], source.oid))
-    return capture.view_query(plan, columns, shown, has_policies=has_policies)
+    return view_sql.view_query(plan, columns, shown, has_policies=has_policies)
 
 
 def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:
@@ -85,7 +89,7 @@ def create_routing_view(
     _require_free(session, view, "its routing view is <name>_embedding")
     attributes = _shown_attributes(session, plan, source, view)
     names = list(attributes)
-    view_columns = {column: free_name(column, names) for column in capture.CHUNK_COLUMNS}
+    view_columns = {column: free_name(column, names) for column in CHUNK_COLUMNS}
     columns = [(name, name, False) for name in names] + [(c, n, True) for c, n in view_columns.items()]
     view_columns |= {key.name: key.source_name for key in plan.keys}
     _create(session, view, view_query(session, source, plan, columns, shown), source.owner)
@@ -117,7 +121,7 @@ def create_version_view(session: Session, pipeline: Pipeline, plan: CapturePlan,
 
 def version_query(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source, view: str) -> str:
     """Return the query of the view over one version alone."""
-    of_chunk = {column: pipeline.view_columns[column] for column in capture.CHUNK_COLUMNS}
+    of_chunk = {column: pipeline.view_columns[column] for column in CHUNK_COLUMNS}
     names = [name for name in _shown_attributes(session, plan, source, view) if name not in of_chunk.values()]
     shown_as = {key.source_name: pipeline.view_columns[key.name] for key in plan.keys}
     columns = [(name, shown_as.get(name, name), False) for name in names] + [(c, n, True) for c, n in of_chunk.items()]
@@ -142,7 +146,7 @@ def _source_attributes(session: Session, source: Source) -> dict[str, int]:
 
 def _shown_attributes(session: Session, plan: CapturePlan, source: Source, view: str) -> dict[str, int]:
     attributes = _source_attributes(session, source)
-    if len(attributes) + len(capture.CHUNK_COLUMNS) > MAX_VIEW_COLUMNS:
+    if len(attributes) + len(CHUNK_COLUMNS) > MAX_VIEW_COLUMNS:
         session.plpy.notice(
             f"view {view} shows only the key of {source.qualified}: a view has at most {MAX_VIEW_COLUMNS} columns"
         )
@@ -220,7 +224,7 @@ def _layout(session: Session, pipeline: Pipeline, source: Source, view: dict[str
 
     A renamed column keeps its old name in the view; it is known by its attribute number.
     """
-    of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
+    of_chunk = {pipeline.view_columns[column]: column for column in CHUNK_COLUMNS}
     attributes = _source_attributes(session, source)
     names = {number: name for name, number in attributes.items()}
     known = view["attributes"] or attributes_by_name(view["columns"], attributes, of_chunk)
@@ -362,7 +366,7 @@ def _make_fresh(
     shown: ShownVersion,
 ) -> None:
     """Make the routing view anew with all columns of the source under the names that they have now."""
-    of_chunk = {pipeline.view_columns[column]: column for column in capture.CHUNK_COLUMNS}
+    of_chunk = {pipeline.view_columns[column]: column for column in CHUNK_COLUMNS}
     names = {column: free_name(column, list(of_chunk)) for column in attributes}
     fresh = [(column, name, False) for column, name in names.items()] + [(c, n, True) for n, c in of_chunk.items()]
     _make_anew(session, pipeline, view, view_query(session, source, plan, fresh, shown))

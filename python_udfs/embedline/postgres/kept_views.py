@@ -14,7 +14,8 @@ from typing import Any
 
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import DependentObjects
-from embedline.postgres.session import Session, sqlstate_of
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
 
 # Grants on a view and on single columns of it.
 GRANTS = """

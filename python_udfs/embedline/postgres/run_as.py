@@ -9,7 +9,8 @@ import secrets
 from typing import Any
 
 from embedline.core.sql_text import quote_ident, quote_literal
-from embedline.postgres.session import Session, data_name
+from embedline.postgres.relations import data_name
+from embedline.postgres.session import Session
 
 _PINNED = "pg_catalog, pg_temp"
 

@@ -6,20 +6,13 @@ does. The answer is read here and not by the client, which would pass wrong coun
 
 from __future__ import annotations
 
-import array
 import asyncio
-import binascii
-import contextlib
-import email.utils
 import hashlib
 import ipaddress
-import itertools
 import json
-import math
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -32,20 +25,20 @@ from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInf
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
-    InvalidVectors,
     ProviderError,
     ProviderMisconfigured,
     TransientProviderError,
 )
-from embedline.providers.answers import UnknownOrder, mistaken_encoding, text_numbers
+from embedline.providers.answers import UnknownOrder
 from embedline.providers.options import given_bodies, request_body
 from embedline.providers.tls import no_authorities, tls_context, untrusted
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
 
     import openai
+from embedline.providers.openai_answer import is_about_encoding, read_answer
+from embedline.providers.openai_errors import error_text, never_left, redact, retry_after
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -56,23 +49,16 @@ _OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", 
 _SHORTENED_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large"})
 _CONNECT_SECONDS = 5.0
 _CLOSE_SECONDS = 1.0
-_MAX_RETRY_AFTER = 86_400.0
 # Where the provider limits its rate and does not say for how long.
 _PAUSE_SECONDS = 0.5
 # A session asks no more for so long at most after a rate limit; the circuit breaker, which can be closed, knows the rest.
 _LONGEST_PAUSE_SECONDS = 1.0
-# Causes with which the request never left: the HTTP library's own names.
-_UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
-_MESSAGE_CHARACTERS = 500
 # An error's body is read no further.
 _READ_CHARACTERS = 4000
-_SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
 # Encodings that answers are asked for in, the compact one first; "none" sends no encoding_format at all.
 ENCODINGS = ("base64", "float", "none")
-_NO_VECTORS = "the provider's answer holds no vectors"
-_ENCODING_WORDS = re.compile(r"encoding[_ -]?format|base64", re.IGNORECASE)
 # What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
 _AWAY = frozenset({502, 503, 504})
 # What servers say of a text that is too long, some of them with status 500: vLLM, TEI, Ollama, llama.cpp, OpenAI.
@@ -231,7 +217,7 @@ class OpenAIEmbedder:
             try:
                 block = self._read(await self._post(texts, kind, key, encoding), len(texts), key)
             except ProviderError as error:
-                if encoding == encodings[-1] or not _is_about_encoding(error, is_probe=is_probe):
+                if encoding == encodings[-1] or not is_about_encoding(error, is_probe=is_probe):
                     # The first refusal says most, but it would be held against the texts. What passes is told as that.
                     raise error if isinstance(error, TransientProviderError) else refusal or error from None
                 refusal = refusal or error
@@ -285,7 +271,7 @@ class OpenAIEmbedder:
             raise refusal from None
         except (openai.APITimeoutError, TimeoutError) as error:
             message = f"{self._address} did not answer within {self._config.timeout_seconds:g} s"
-            raise TransientProviderError(message, unreachable=_never_left(error)) from None
+            raise TransientProviderError(message, unreachable=never_left(error)) from None
         except openai.APIConnectionError as error:
             if refused := untrusted(self._config, self._address, error):
                 # The next request reads the authorities again: they may have been replaced meanwhile.
@@ -293,7 +279,7 @@ class OpenAIEmbedder:
                 raise refused from None
             message = f"the connection to {self._address} failed"
             detail = redact(f"{type(error.__cause__).__name__}: {error.__cause__}", key)
-            raise TransientProviderError(message, detail=detail, unreachable=_never_left(error)) from None
+            raise TransientProviderError(message, detail=detail, unreachable=never_left(error)) from None
         except UnicodeEncodeError:
             raise InputRejected("a text or the API key holds characters that cannot be sent") from None
         except openai.OpenAIError as error:
@@ -383,7 +369,7 @@ class OpenAIEmbedder:
     def _status_error(self, response: _Response, key: str | None) -> ProviderError:
         status = response.status_code
         message = f"{self._address} answered with HTTP status {status}"
-        detail = redact(_error_text(response.text), key) or None
+        detail = redact(error_text(response.text), key) or None
         if status == 429 and "insufficient_quota" in response.text:
             # OpenAI says so where the account is out of money: waiting a second does not help.
             hint = "Top up the provider's account, or raise its spending limit."
@@ -411,162 +397,3 @@ class OpenAIEmbedder:
             return ProviderMisconfigured(message, detail=detail, hint=hint)
         hint = "Check the base URL, the model's name and the API key in the server's environment."
         return ProviderMisconfigured(message, detail=detail, hint=hint)
-
-
-def _is_about_encoding(error: ProviderError, *, is_probe: bool) -> bool:
-    """Return True for a refusal that names the encoding, or that nothing about a probe's harmless text explains."""
-    if isinstance(error, TransientProviderError) and (error.throttled or error.unreachable or error.is_gateway):
-        return False
-    # Some servers refuse with status 200. Whatever else came without a refusal may have been paid for.
-    if not error.is_refusal and error.message != _NO_VECTORS:
-        return False
-    if _ENCODING_WORDS.search(error.detail or ""):
-        return True
-    return is_probe and error.is_refusal and not isinstance(error, ProviderMisconfigured)
-
-
-def _never_left(error: BaseException) -> bool:
-    return type(error.__cause__).__name__ in _UNREACHABLE
-
-
-def redact(text: str, key: str | None) -> str:
-    """One bounded line of the text without the key and without anything that looks like one."""
-    # Before it is cut: half a key would not be recognised.
-    if key:
-        text = text.replace(key, "[redacted]")
-    return " ".join(_SECRETS.sub("[redacted]", text).split())[:_MESSAGE_CHARACTERS]
-
-
-def _error_text(body: str) -> str:
-    """The provider's own words out of an error's body, with the parameter that they are about."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return body
-    parameter = None
-    for name in ("error", "message", "detail"):
-        if isinstance(answer, dict) and answer.get(name):
-            parameter = answer.get("param") or parameter
-            answer = answer[name]
-    words = answer if isinstance(answer, str) else json.dumps(answer)
-    return f"{words} ({parameter})" if isinstance(parameter, str) and parameter not in words else words
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The wait in seconds that the provider asks for, in any of the forms in use; None without one."""
-    wait = _number(headers.get("retry-after-ms"), 0.001)
-    if wait is None:
-        wait = _number(headers.get("retry-after"), 1.0)
-    if wait is None and headers.get("retry-after"):
-        try:
-            wait = email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return None if wait is None else min(max(wait, 0.0), _MAX_RETRY_AFTER)
-
-
-def _number(text: str | None, unit: float) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value * unit if math.isfinite(value) else None
-
-
-def read_answer(
-    content: bytes, count: int, dimensions: int | None, clean: Callable[[str], str], *, keeps_order: bool = True
-) -> EmbeddingBlock:
-    """Check an answer's body and return its vectors in the order of the texts.
-
-    `keeps_order` is False once an answer of this endpoint had its vectors in another order.
-
-    Raises TransientProviderError where the body is no answer at all, InvalidVectors where it does not fit the texts and
-    DimensionMismatch where the vectors have another width than the column. Values are checked in embedline.vectors.
-    """
-    items, tokens = _items(content, clean)
-    if len(items) != count:
-        raise InvalidVectors(f"the provider returned {len(items)} vectors for {count} texts")
-    _check_encoding(items)
-    numbers, is_indexed = text_numbers(items, keeps_order=keeps_order)
-    rows = [b""] * count
-    for number, item in zip(numbers, items, strict=True):
-        rows[number] = _row(item.get("embedding") if isinstance(item, dict) else None)
-    widths = sorted({len(row) // 4 for row in rows})
-    if len(widths) != 1 or widths[0] == 0:
-        found = " and ".join(map(str, widths))
-        raise InvalidVectors(f"the provider returned vectors of {found} dimensions in one answer")
-    if dimensions is not None and widths[0] != dimensions:
-        raise DimensionMismatch(
-            detail=f"Expected {dimensions} dimensions, got {widths[0]}.{_width_remark(items, dimensions)}"
-        )
-    learned = {} if is_indexed else {"index": "order of the texts"}
-    if any(number < before for before, number in itertools.pairwise(numbers)):
-        learned["order"] = "by index"
-    return EmbeddingBlock(count, widths[0], b"".join(rows), tokens, learned)
-
-
-def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int | None]:
-    """The vectors of an answer and the tokens that it says it cost."""
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError):
-        text = clean(content[:4096].decode(errors="replace"))
-        raise TransientProviderError("the provider's answer is not JSON", detail=text) from None
-    items = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(items, list):
-        text = clean(_error_text(content[:4096].decode(errors="replace")))
-        raise TransientProviderError(_NO_VECTORS, detail=text)
-    usage = answer.get("usage")
-    counts = [usage.get("total_tokens"), usage.get("prompt_tokens")] if isinstance(usage, dict) else []
-    # No text has no tokens: 0 stands for "not counted".
-    return items, next((count for count in counts if type(count) is int and count > 0), None)
-
-
-def _check_encoding(items: Sequence[Any]) -> None:
-    """Raise ProviderMisconfigured if the first vector is base64 of anything but little-endian float32.
-
-    An endpoint that encodes one vector so encodes all of them: no row is the cause, and none is charged.
-    """
-    first = items[0].get("embedding") if items and isinstance(items[0], dict) else None
-    if not isinstance(first, str):
-        return
-    with contextlib.suppress(binascii.Error, ValueError):
-        if found := mistaken_encoding(binascii.a2b_base64(first, strict_mode=True)):
-            raise ProviderMisconfigured(
-                f"the provider's base64 holds {found}, not little-endian float32",
-                detail='The option {"encoding_format": "float"} asks for lists of numbers.',
-                hint="""Set options => '{"encoding_format": "float"}' in embedline.create_model or embedline.alter_model.""",
-            )
-
-
-def _width_remark(items: Sequence[Any], dimensions: int) -> str:
-    """Say what base64 of an unexpected length may be."""
-    first = items[0].get("embedding")
-    if not isinstance(first, str):
-        return ""
-    count = len(binascii.a2b_base64(first))
-    known = {dimensions: "one byte", 2 * dimensions: "float16", 8 * dimensions: "float64"}
-    if count not in known:
-        return ""
-    return f" The base64 holds {count} bytes, as many as {dimensions} values of {known[count]} have."
-
-
-def _row(embedding: object) -> bytes:
-    """The float32 bytes of one vector, given as base64 or, by servers that know no base64, as a list of numbers."""
-    try:
-        if isinstance(embedding, str):
-            row = binascii.a2b_base64(embedding, strict_mode=True)
-            if len(row) % 4:
-                raise InvalidVectors(
-                    "the provider returned a base64 vector that is not made of float32 values",
-                    detail=f"It holds {len(row)} bytes; each value takes 4.",
-                )
-            return row
-        if isinstance(embedding, list) and not any(isinstance(value, bool) for value in embedding):
-            values = array.array("f", embedding)
-            if sys.byteorder == "big":
-                values.byteswap()
-            return values.tobytes()
-    except (binascii.Error, TypeError, OverflowError, ValueError):
-        pass
-    raise InvalidVectors("the provider returned a vector that is neither base64 nor a list of numbers")

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.retry import MAX_CRASHES, ROWS_PER_CLAIM_AFTER_CRASHES
-from embedline.postgres.session import Session, read_and_release
+from embedline.postgres.rollback import read_and_release
+from embedline.postgres.session import Session
 from embedline.queue.outbox import ClaimedRow, Key
 
 _SWEEP_ROWS = 100_000

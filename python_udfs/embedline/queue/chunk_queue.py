@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.retry import ROWS_PER_CLAIM_AFTER_CRASHES
 from embedline.postgres.session import Session
 from embedline.queue.outbox import ClaimedRow

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotReady
-from embedline.postgres.session import Session, vector_schema
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 from embedline.queue.chunk_queue import FRESH
 
 # Keys of quarantined rows that an error names.

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 from embedline.catalog.health import MAX_ERROR_CHARACTERS, note_error
 from embedline.catalog.keys import enqueue, from_json, json_names, key_json
-from embedline.catalog.load import Pipeline, load_pipeline
+from embedline.catalog.load import load_pipeline
 from embedline.catalog.rights import require_control
+from embedline.catalog.values import Pipeline
 from embedline.errors import InvalidParameter, NotFound
-from embedline.postgres.session import Session, entry_point, sqlstate_of
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
 from embedline.queue.outbox import ClaimedRow, Key, key_columns
 
 RETENTION_SETTING = "dead_letter_retention"

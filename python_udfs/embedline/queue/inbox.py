@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
-from embedline.postgres.session import Session, read_and_release
+from embedline.postgres.rollback import read_and_release
+from embedline.postgres.session import Session
 from embedline.queue.outbox import ClaimedRow, Key, in_hand_query, key_columns
 
 # Triggers put up to this many keys into one row.

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embedline.catalog.load import Pipeline
-from embedline.postgres.session import WORKER_LOCK_CLASS, Session
+from embedline.catalog.values import Pipeline
+from embedline.postgres.locks import WORKER_LOCK_CLASS
+from embedline.postgres.session import Session
 
 # Signals beyond one for each pipeline, above which they are made one: reading so many takes a tenth of a millisecond.
 _FOLDED_ABOVE = 500

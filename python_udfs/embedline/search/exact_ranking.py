@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedline.catalog import progress
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core import vectors
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix
-from embedline.postgres.session import Session, vector_schema
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 from embedline.search.query_batches import QueryVectors, key_expression
 from embedline.search.ranking import version_view
 

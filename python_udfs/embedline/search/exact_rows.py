@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedline.catalog.load import Pipeline, load_versions
+from embedline.catalog.load import load_versions
+from embedline.catalog.values import Pipeline
 from embedline.core import vectors
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix
 from embedline.indexes.definitions import EF_CONSTRUCTION, own_index
-from embedline.postgres.session import Session, vector_schema
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 from embedline.search.exact_ranking import distances
 
 # Vectors that stand for all of a version, and which of their similarities tells how far a vector is from them.

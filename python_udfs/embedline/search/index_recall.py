@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from embedline.catalog.load import Pipeline, Reach
 from embedline.catalog.settings import load_settings
+from embedline.catalog.values import Pipeline, Reach
 from embedline.core import vectors
 from embedline.core.retrieval_metrics import recall_by_distance
 from embedline.core.vectors import FloatMatrix

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedline.catalog import progress
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core import vectors
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix

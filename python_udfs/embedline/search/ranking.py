@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotFound
 from embedline.indexes import precision
 from embedline.indexes.definitions import VectorIndex
-from embedline.postgres.session import Session, vector_schema
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 
 Row = dict[str, Any]
 How = Literal["usual", "wide", "exact"]

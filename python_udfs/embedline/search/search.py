@@ -7,11 +7,13 @@ import math
 from array import array
 from typing import Any
 
-from embedline.catalog.load import Pipeline, load_pipeline, load_version
+from embedline.catalog.load import load_pipeline, load_version
+from embedline.catalog.values import Pipeline
 from embedline.core.text import repair_text
 from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors
 from embedline.models.query_embedding import QueryEmbedding
-from embedline.postgres.session import Session, entry_point, require_given
+from embedline.postgres.entry import entry_point, require_given
+from embedline.postgres.session import Session
 from embedline.search.version_choice import answer
 
 _MAX_K = 10_000

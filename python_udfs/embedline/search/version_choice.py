@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from embedline.catalog.load import Pipeline, load_version
-from embedline.postgres.session import ENDING, Session, sqlstate_of
+from embedline.catalog.load import load_version
+from embedline.catalog.values import Pipeline
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import ENDING, sqlstate_of
 
 Rows = list[dict[str, Any]]
 _TRAFFIC = """

@@ -16,7 +16,8 @@ from embedline.catalog.rights import caller
 from embedline.core.prices import TOKENS_PER_PRICE, check_price
 from embedline.core.sql_text import quote_literal
 from embedline.errors import InvalidParameter, NotFound
-from embedline.postgres.session import Session, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 
 PERIODS = ("day", "month")
 _CAPS = """

@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 
-from embedline.catalog.load import Pipeline
-from embedline.postgres.session import Session, entry_point, live_workers
+from embedline.catalog.values import Pipeline
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import live_workers
+from embedline.postgres.session import Session
 from embedline.spending import rate_limits
 from embedline.spending.budgets import Cap, admit, load_caps, note_stop
 from embedline.spending.rate_limits import RateState

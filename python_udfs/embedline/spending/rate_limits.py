@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from embedline.catalog.load import load_model
 from embedline.errors import InvalidParameter
-from embedline.postgres.session import Session, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 
 WINDOW_SECONDS = 60.0
 # How much may leave at once after a pause, in seconds of the allowance; also the longest silence at the end of a minute.

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from embedline.catalog.load import Model, Pipeline, load_model, load_versions
+from embedline.catalog.load import load_model, load_versions
 from embedline.catalog.rights import require_superuser
+from embedline.catalog.values import Model, Pipeline
 from embedline.core import vectors
 from embedline.core.embedding import Embedder, ModelConfig, ModelInfo
 from embedline.core.prices import check_price
@@ -26,8 +27,12 @@ from embedline.embedders import create_embedder
 from embedline.errors import DimensionMismatch, InvalidParameter, NotReady
 from embedline.models.pool import let_cancel_through, wait_result
 from embedline.models.register import check_directory, check_endpoint, check_limits, checked_options
-from embedline.pipelines.pipelines import load_alone, version_fingerprint
-from embedline.postgres.session import Session, bound_lock_wait, entry_point, vector_schema
+from embedline.pipelines.register import version_fingerprint
+from embedline.pipelines.state import load_alone
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import bound_lock_wait
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 from embedline.spending import ledger
 from embedline.verify import model_drift
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import numpy as np
 
 from embedline.catalog import keys
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core import vectors
 from embedline.core.embedding import Embedder, ModelConfig
 from embedline.core.sql_text import quote_ident
@@ -22,7 +22,10 @@ from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidVectors, ProviderError
 from embedline.models import circuit
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
-from embedline.postgres.session import Session, as_mapping, hold_source, read_and_release, vector_schema
+from embedline.postgres.locks import hold_source
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.rollback import read_and_release
+from embedline.postgres.session import Session, as_mapping
 from embedline.search.exact_rows import keep_exact
 from embedline.spending import ledger
 

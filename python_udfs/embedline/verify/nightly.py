@@ -6,7 +6,9 @@ import contextlib
 from typing import Literal
 
 from embedline.catalog.load import load_pipeline
-from embedline.postgres.session import ENDING, Plpy, Session, SessionCache, entry_point, sqlstate_of
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Plpy, Session, SessionCache
+from embedline.postgres.sqlstates import ENDING, sqlstate_of
 from embedline.queue.dead_letters import purge
 from embedline.spending import ledger
 from embedline.verify.verify import note_failure, verify_pipeline

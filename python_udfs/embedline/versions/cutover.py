@@ -11,13 +11,18 @@ import contextlib
 import time
 from functools import partial
 
-from embedline.catalog.load import Pipeline, load_version
+from embedline.catalog.load import load_version
 from embedline.catalog.rights import require_control
+from embedline.catalog.values import Pipeline
+from embedline.core.processes import prepare_environment
 from embedline.errors import NotReady
 from embedline.models import circuit
-from embedline.pipelines.pipelines import current_plan, load_alone
+from embedline.pipelines.plan import current_plan
+from embedline.pipelines.state import load_alone
 from embedline.pipelines.views import LetGo, await_view, require_swappable, show_version, write_serving_function
-from embedline.postgres.session import Session, entry_point, hold_source, prepare_environment, retry_locked
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import hold_source, retry_locked
+from embedline.postgres.session import Session
 from embedline.queue import chunk_queue, coverage
 from embedline.worker.batch import Batch
 from embedline.worker.engine import Engine

@@ -9,7 +9,8 @@ from __future__ import annotations
 from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.rights import require_control
 from embedline.errors import InvalidParameter, NotReady
-from embedline.postgres.session import Session, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 
 _STORE = """
     INSERT INTO embedline.traffic (pipeline_id, version_id, share, shadow_share) VALUES ($1, $2, $3, $4)

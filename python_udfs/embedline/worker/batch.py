@@ -8,11 +8,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from embedline.catalog.load import Pipeline
+from embedline.catalog.values import Pipeline
 from embedline.core.embedding import EmbeddingBlock
 from embedline.core.tokens import likely_tokens, most_tokens
-from embedline.documents.documents import Document, Vector
 from embedline.documents.readability import Readability
+from embedline.documents.values import Document, Vector
 from embedline.errors import EmbedlineError
 from embedline.models.request_size import Split
 from embedline.queue.backfill import ClaimedRange

@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from embedline.catalog.health import note_error
-from embedline.catalog.load import Pipeline
 from embedline.catalog.source import hidden_source
+from embedline.catalog.values import Pipeline
 from embedline.core.retry import ROWS_PER_CLAIM_AFTER_CRASHES
 from embedline.documents import deletions
-from embedline.documents.documents import can_hold_source
+from embedline.documents.read import can_hold_source
 from embedline.models import circuit
-from embedline.postgres.session import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, Session, live_workers, read_and_release
+from embedline.postgres.locks import CLAIM_LOCK_CLASS, SUSPECT_LOCK_CLASS, live_workers
+from embedline.postgres.rollback import read_and_release
+from embedline.postgres.session import Session
 from embedline.queue import backfill, chunk_queue, inbox, outbox
 from embedline.spending import ledger
 from embedline.worker.batch import Batch
-from embedline.worker.batch_size import LiveShare, Turns
+from embedline.worker.fairness import LiveShare, Turns
 from embedline.worker.sources import work_of
 
 # Rows of the inbox that a claim moves on at most where tenants have their turns: each must be seen to have one.

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from embedline.catalog.load import ChunkSet
 from embedline.catalog.settings import load_settings
 from embedline.catalog.source import hidden_source
+from embedline.catalog.values import ChunkSet
 from embedline.chunking.chunk import Chunker
 from embedline.chunking.factory import make_chunker
 from embedline.chunking.halves import cut_chunks, halves
@@ -21,9 +21,12 @@ from embedline.core.embedding import EmbeddingBlock
 from embedline.core.retry import MAX_ATTEMPTS, MAX_CRASHES, backoff_seconds
 from embedline.core.text import repair_text
 from embedline.core.tokens import estimated_size, likely_tokens, plausible_tokens
-from embedline.documents import documents
-from embedline.documents.documents import NO_VECTOR, Document, Vector
+from embedline.documents.keys import queued_anew
+from embedline.documents.read import read_rows, still_current
 from embedline.documents.readability import Readability, mark_unreadable, readability
+from embedline.documents.remove import remove_absent
+from embedline.documents.reuse import lend_vectors
+from embedline.documents.values import NO_VECTOR, Document, ReadRow, Vector
 from embedline.errors import (
     EmbedlineError,
     InputRejected,
@@ -37,7 +40,8 @@ from embedline.models import circuit, health_check, learning, request_size
 from embedline.models.pool import embedder_for, let_cancel_through, wait_first
 from embedline.models.request_size import Split
 from embedline.models.sentence_embedder import sentence_embedder
-from embedline.postgres.session import Session, sqlstate_of
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
 from embedline.queue import inbox
 from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow
@@ -301,11 +305,11 @@ class Engine:
 
     # Reading
 
-    def _read_all(self, batch: Batch, rows: list[ClaimedRow]) -> Iterable[tuple[ClaimedRow, documents.ReadRow | None]]:
+    def _read_all(self, batch: Batch, rows: list[ClaimedRow]) -> Iterable[tuple[ClaimedRow, ReadRow | None]]:
         if not rows:
             return
         try:
-            read = documents.read_rows(self.session, batch.pipeline, [row.key for row in rows], batch.max_bytes)
+            read = read_rows(self.session, batch.pipeline, [row.key for row in rows], batch.max_bytes)
         except Exception as error:
             if not _is_row_fault(error):
                 raise
@@ -372,7 +376,7 @@ class Engine:
 
     def _lend(self, batch: Batch, found: list[Document]) -> dict[bytes, Vector]:
         digests = list(dict.fromkeys(chunk.digest for document in found for chunk in document.chunks))
-        return documents.lend_vectors(self.session, batch.pipeline, digests)
+        return lend_vectors(self.session, batch.pipeline, digests)
 
     def _reserve_sentences(self, batch: Batch) -> None:
         """Reserve what the semantic chunker will ask of the model, or give the batch back; the estimate stands as spent."""
@@ -501,7 +505,7 @@ class Engine:
     def _give_back_stale(self, batch: Batch, stale: list[Document]) -> None:
         # A newer change has its own row in the queue, however often that happens. Only an expression that never gives the
         # same text twice is left.
-        newer = documents.queued_anew(self.session, batch.pipeline, [d.row for d in stale]) if stale else set()
+        newer = queued_anew(self.session, batch.pipeline, [d.row for d in stale]) if stale else set()
         if newer is None:
             # Whichever it is, it comes later: by then the queue has been worked off.
             self._give_back(batch, [d.row for d in stale], _LONG_QUEUE_SECONDS, charged=False, error=None)
@@ -518,7 +522,7 @@ class Engine:
     def _settle_current(self, batch: Batch, rows: list[ClaimedRow]) -> None:
         if not rows:
             return
-        current = documents.still_current(self.session, batch.pipeline, [row.key for row in rows])
+        current = still_current(self.session, batch.pipeline, [row.key for row in rows])
         self._finish([row for i, row in enumerate(rows) if i in current], batch)
         again = [row for i, row in enumerate(rows) if i not in current]
         if again:
@@ -527,7 +531,7 @@ class Engine:
     def _settle_absent(self, batch: Batch, absent: list[Document]) -> None:
         if not absent:
             return
-        again = set(documents.remove_absent(self.session, batch.pipeline, absent))
+        again = set(remove_absent(self.session, batch.pipeline, absent))
         self._finish([document.row for i, document in enumerate(absent) if i not in again], batch)
         if again:
             self._give_back(batch, [absent[i].row for i in again], _BUSY_SECONDS, charged=False, error=None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from embedline.catalog.health import contain
-from embedline.catalog.load import Pipeline, load_versions
+from embedline.catalog.load import load_versions
+from embedline.catalog.values import Pipeline
 from embedline.indexes.build import HAS_CRON, SCHEDULE, build_settings, job, job_command
 from embedline.indexes.definitions import VectorIndex, index_state, load_indexes, own_index
-from embedline.postgres.session import Session, vector_schema
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
 from embedline.search import exact_rows
 
 _JOBS = """

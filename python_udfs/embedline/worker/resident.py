@@ -9,13 +9,16 @@ from concurrent.futures import Future
 from typing import Literal
 
 from embedline.catalog.health import contain, forget_fault, note_fault
-from embedline.catalog.load import Pipeline, load_all_pipelines, load_some
+from embedline.catalog.load import load_all_pipelines, load_some
 from embedline.catalog.settings import load_settings
+from embedline.catalog.values import Pipeline
 from embedline.core.embedding import EmbeddingBlock
 from embedline.core.sql_text import quote_literal
-from embedline.documents import documents
+from embedline.documents.read import can_hold_source, likely_row_bytes
+from embedline.documents.statistics import analyze_grown
 from embedline.models.query_embedding import keep_warm
-from embedline.postgres.session import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, Session, sqlstate_of
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, sqlstate_of
 from embedline.queue import backfill, chunk_queue, signals
 from embedline.search.index_recall import Measurement
 from embedline.worker import backpressure
@@ -291,7 +294,7 @@ class ResidentWorker:
         session = self.engine.session
         if pipeline.is_lane:
             return chunk_queue.close(session, pipeline)
-        return documents.can_hold_source(session, pipeline) and backfill.close_backfill(session, pipeline)
+        return can_hold_source(session, pipeline) and backfill.close_backfill(session, pipeline)
 
     def _is_asleep(self, lane_id: int) -> bool:
         return self._asleep.get(lane_id, 0.0) > time.monotonic()
@@ -312,7 +315,7 @@ class ResidentWorker:
     def _can_write(self, pipeline: Pipeline) -> bool:
         # A version's lane does not touch the source; it meets a TRUNCATE at the chunks, where the truncating statement
         # comes last.
-        return documents.can_hold_source(self.engine.session, pipeline)
+        return can_hold_source(self.engine.session, pipeline)
 
     def _limit_lock_waits(self, timeout: str) -> None:
         self.engine.session.execute(f"SET LOCAL lock_timeout = {quote_literal(timeout)}")
@@ -539,8 +542,8 @@ class ResidentWorker:
             self._paces[pipeline.lane_id] = Pace(self.settings, chunk_bytes or _LIKELY_ROW_BYTES, chunk_bytes)
         pace = self._paces[pipeline.lane_id]
         # Its size cannot be had while an application has it locked; neither can its rows.
-        if not (pace.is_measured or pipeline.is_lane) and documents.can_hold_source(self.engine.session, pipeline):
-            pace.guess(documents.likely_row_bytes(self.engine.session, pipeline) or _LIKELY_ROW_BYTES)
+        if not (pace.is_measured or pipeline.is_lane) and can_hold_source(self.engine.session, pipeline):
+            pace.guess(likely_row_bytes(self.engine.session, pipeline) or _LIKELY_ROW_BYTES)
         return pace
 
     @property
@@ -583,7 +586,7 @@ class ResidentWorker:
             for pace in self._paces.values():
                 pace.slow_down()
         for lane_id, written in self._written.items():
-            if written and documents.analyze_grown(session, self._known[lane_id], written):
+            if written and analyze_grown(session, self._known[lane_id], written):
                 self._written[lane_id] = 0
         session.query(
             """

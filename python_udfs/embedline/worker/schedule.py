@@ -10,7 +10,8 @@ from typing import Any
 
 from embedline.core.sql_text import quote_literal
 from embedline.errors import InvalidParameter
-from embedline.postgres.session import Session, entry_point
+from embedline.postgres.entry import entry_point
+from embedline.postgres.session import Session
 
 _MAX_WORKERS = 64
 # A resident worker ends after this long and pg_cron starts it anew: memory and plans do not grow old.

@@ -12,8 +12,10 @@ import numpy as np
 
 from embedline.catalog import health, keys
 from embedline.chunking import Chunk
-from embedline.documents import documents
-from embedline.documents.documents import Document, Vector, WriteResult
+from embedline.documents.copy import copy_vectors, stacked
+from embedline.documents.keys import take_documents
+from embedline.documents.values import Document, Vector, WriteResult
+from embedline.documents.write import write_documents
 from embedline.postgres.session import Session
 from embedline.queue import backfill, chunk_queue, dead_letters, inbox, outbox
 from embedline.queue.dead_letters import DeadLetter
@@ -21,7 +23,7 @@ from embedline.queue.outbox import ClaimedRow
 from embedline.search.exact_rows import keep_late
 
 if TYPE_CHECKING:
-    from embedline.catalog.load import Pipeline
+    from embedline.catalog.values import Pipeline
     from embedline.worker.batch import Batch
 
 _MAX_ERROR_CHARACTERS = 500
@@ -74,7 +76,7 @@ class SourceWork:
     ) -> WriteResult:
         """Write chunks, vectors and state."""
         of_backfill = batch.claimed_range is not None
-        return documents.write_documents(session, batch.pipeline, sound, known, of_backfill=of_backfill)
+        return write_documents(session, batch.pipeline, sound, known, of_backfill=of_backfill)
 
     def settle(self, session: Session, batch: Batch, rows: Sequence[ClaimedRow], worker_id: int | None) -> None:
         """Take rows that are through out of the outbox; those of an inbox claim or a range go with it."""
@@ -102,7 +104,7 @@ class SourceWork:
         wanted = [Document(letter.row, letter.content_hash) for letter in letters]
         # A row that cannot be read, or ends its worker, is given up without another look at it.
         were_read = [i for i, letter in enumerate(letters) if letter.stage not in ("claim", "read")]
-        had = documents.take_documents(session, batch.pipeline, wanted, were_read)
+        had = take_documents(session, batch.pipeline, wanted, were_read)
         given_up = [letter for i, letter in enumerate(letters) if i in had]
         if given_up:
             dead_letters.bury(session, batch.pipeline, given_up)
@@ -204,7 +206,7 @@ class VersionWork:
         if result.written:
             vectors = [known[sound[i].chunks[0].digest] for i in result.written]
             written = [ids[i] for i in result.written]
-            documents.copy_vectors(session, lane, np.asarray(written, dtype=np.int64), documents.stacked(vectors))
+            copy_vectors(session, lane, np.asarray(written, dtype=np.int64), stacked(vectors))
             keep_late(session, lane, written)
         return result
 

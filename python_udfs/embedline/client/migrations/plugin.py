@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from alembic.util import DispatchPriority
 
-from embedline.client.migrations import implementation, operations
+from embedline.client.migrations import index_operations, operations, pipeline_operations, version_operations
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
     from alembic.operations.ops import UpgradeOps
     from alembic.runtime.plugins import Plugin
 
-__all__ = ["implementation", "operations", "setup"]
+__all__ = ["index_operations", "operations", "pipeline_operations", "setup", "version_operations"]
 
 
 def setup(plugin: Plugin) -> None:

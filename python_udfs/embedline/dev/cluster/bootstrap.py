@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from embedline.dev.cluster import pgvector, system, virtualenv
-from embedline.dev.cluster.cluster import DATABASE, SUPERUSER, Cluster, check_place, check_reachable
 from embedline.dev.cluster.console import SetupError, run_step, say
+from embedline.dev.cluster.server import DATABASE, SUPERUSER, Cluster
+from embedline.dev.cluster.server_user import check_place, check_reachable
 from embedline.dev.cluster.settings import Settings, load_settings
 
 _CACHES = (".mypy_cache", ".pytest_cache", ".ruff_cache", ".import_linter_cache", ".hypothesis", ".build")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from embedline.core.sql_text import quote_ident, quote_literal
-from embedline.pipelines.ddl.capture import DEFINER, CapturePlan, SourceExpression, content_hash_sql
+from embedline.pipelines.ddl.functions import DEFINER, content_hash_sql
+from embedline.pipelines.ddl.plan import CapturePlan, SourceExpression
 
 
 def audit_function_statements(plan: CapturePlan) -> list[str]:

@@ -16,11 +16,13 @@ caller for whom row-level security is active ranks through the version's view in
 
 from __future__ import annotations
 
-from embedline.catalog.load import Pipeline
 from embedline.catalog.source import Source
+from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
-from embedline.pipelines.ddl.capture import CapturePlan, is_shown
-from embedline.postgres.session import SEARCH_SCHEMA, Session, vector_schema
+from embedline.pipelines.ddl.plan import CapturePlan
+from embedline.pipelines.ddl.view import is_shown
+from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
+from embedline.postgres.session import Session
 
 # Longest vector that is kept in its row: a page has 8 kB, and pgvector indexes no longer ones.
 _INLINE_BYTES = 8000

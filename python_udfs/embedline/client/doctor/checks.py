@@ -6,126 +6,21 @@ it stands, so it is never broken into lines.
 
 from __future__ import annotations
 
-import functools
-import json
-import re
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
-from typing import Any, Literal, LiteralString
+from collections.abc import Iterator
 
-import psycopg
 from psycopg import sql
 
 import embedline
-from embedline.client.connection import Connection, server_message
-from embedline.client.install import ENCODING_REMEDY, MINIMUM_PGVECTOR, REQUIRED_MODULES
+from embedline.client.doctor.packages import version_number
+from embedline.client.doctor.server import Finding, Server
+from embedline.client.install import ENCODING_REMEDY
 
-# In the order in which a person should see to them.
-Verdict = Literal["error", "warning", "note", "ok"]
-_WEIGHTS: tuple[Verdict, ...] = ("error", "warning", "note", "ok")
-
-_PGVECTOR_BUGS = (
-    (
-        (0, 8, 2),
-        "parallel HNSW builds by hand overflow a buffer with maintenance_work_mem of 3 to 4 MB (CVE-2026-3172)",
-    ),
-    ((0, 8, 3), "VACUUM may corrupt an HNSW index"),
-    ((0, 8, 4), "an HNSW graph damaged by deletes is not repaired"),
-)
 # Bytes of shared memory that the smallest parallel index build asks for at once; with less it is built serially.
 _SMALLEST_PARALLEL_BUILD = 72 * 1024**2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found: a line of `embedline doctor`, with what to do about it."""
-
-    check: str
-    verdict: Verdict
-    found: str
-    advice: str = ""
-    commands: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Server:
-    """The database that is looked at."""
-
-    connection: Connection
-
-    def scalar(self, query: LiteralString, *parameters: object) -> Any:
-        """Return the first column of the first row, or None."""
-        row = self.connection.execute(query, parameters or None).fetchone()
-        return None if row is None else row[0]
-
-    @functools.cached_property
-    def major(self) -> int:
-        return self.connection.info.server_version // 10000
-
-    @functools.cached_property
-    def is_superuser(self) -> bool:
-        return bool(self.scalar("SELECT rolsuper FROM pg_roles WHERE rolname = current_user"))
-
-    @functools.cached_property
-    def database(self) -> str:
-        return str(self.scalar("SELECT current_database()"))
-
-    @functools.cached_property
-    def is_installed(self) -> bool:
-        return bool(self.scalar("SELECT to_regclass('embedline.setting') IS NOT NULL"))
-
-    def offered(self, extension: str) -> str | None:
-        """Return the version of an extension that the server could install, or None."""
-        found = self.scalar("SELECT default_version FROM pg_available_extensions WHERE name = %s", extension)
-        return None if found is None else str(found)
-
-    def installed(self, extension: str) -> str | None:
-        """Return the version of an extension in this database, or None."""
-        found = self.scalar("SELECT extversion FROM pg_extension WHERE extname = %s", extension)
-        return None if found is None else str(found)
-
-    @functools.cached_property
-    def inside(self) -> dict[str, Any]:
-        """What the server's Python says of itself, the package and /dev/shm; empty where we may not ask it.
-
-        Before `embedline upgrade` plpython3u is not there: it is created for the look, and rolled back.
-        """
-        if not self.is_superuser or self.offered("plpython3u") is None:
-            return {}
-        with self.connection.transaction(force_rollback=True):
-            self.connection.execute("SET LOCAL client_min_messages = warning")
-            self.connection.execute("CREATE EXTENSION IF NOT EXISTS plpython3u")
-            self.connection.execute(_PROBE.encode())
-            found: dict[str, Any] = json.loads(str(self.scalar("SELECT current_setting('embedline.probe')")))
-        return found
-
-
-_PROBE = f"""
-DO LANGUAGE plpython3u $python$
-import json, os, sys
-found = {{'python': sys.version.split()[0], 'path': [folder for folder in sys.path if folder]}}
-try:
-    {REQUIRED_MODULES}
-    found['version'], found['folder'] = embedline.__version__, os.path.dirname(embedline.__file__)
-except ImportError as error:
-    found['missing'] = str(error)
-try:
-    disk = os.statvfs('/dev/shm')
-    found['shared_memory'] = disk.f_frsize * disk.f_bavail
-except OSError:
-    pass
-plpy.execute(plpy.prepare("SELECT set_config('embedline.probe', $1, true)", ['text']), [json.dumps(found)])
-$python$
-"""
-
 _SCHEDULED_WORKERS = """
     SELECT count(*) FROM cron.job
     WHERE database = current_database() AND active AND jobname ~ '^embedline worker [0-9]+$'
 """
-
-Check = Callable[[Server], Iterable[Finding]]
 
 
 def postgresql(server: Server) -> Iterator[Finding]:
@@ -163,46 +58,6 @@ def role(server: Server) -> Iterator[Finding]:
         yield Finding("role", "note", f"{name} is not a superuser", advice)
 
 
-def plpython(server: Server) -> Iterator[Finding]:
-    """plpython3u is there."""
-    if server.offered("plpython3u") is None:
-        package = f"apt-get install postgresql-plpython3-{server.major}"
-        yield Finding("plpython3u", "error", "missing", "On Debian:", (package,))
-    elif (installed := server.installed("plpython3u")) is None:
-        yield Finding("plpython3u", "ok", "available; embedline upgrade installs it")
-    else:
-        yield Finding("plpython3u", "ok", installed)
-
-
-def pgvector(server: Server) -> Iterator[Finding]:
-    """pgvector is there, new enough, and without known bugs."""
-    installed, offered = server.installed("vector"), server.offered("vector")
-    version = installed or offered
-    if version is None:
-        advice = "Debian 13 and PostgreSQL's own packages (PGDG) have it; else build 0.8.0 or newer from source."
-        package = f"apt-get install postgresql-{server.major}-pgvector"
-        yield Finding("pgvector", "error", "missing", advice, (package,))
-        return
-    update = ("ALTER EXTENSION vector UPDATE;",) if installed and _is_older(installed, offered) else ()
-    if _version(version) < MINIMUM_PGVECTOR:
-        advice = "Embedline needs 0.8.0 or newer: iterative scans came with it."
-        yield Finding("pgvector", "error", version, advice, update)
-        return
-    found = f"{installed} here, {offered} on the server" if update else version
-    bugs = [(fixed, bug) for fixed, bug in _PGVECTOR_BUGS if _version(version) < fixed]
-    if bugs:
-        newest = ".".join(map(str, bugs[-1][0]))
-        advice = (
-            f"Known bugs, fixed with {newest}: {'; '.join(bug for _, bug in bugs)}."
-            " Your distribution may have mended them in its package; PGDG has a newer one."
-        )
-        yield Finding("pgvector", "warning", found, advice, update)
-    elif update:
-        yield Finding("pgvector", "note", found, "The newer one is on the server already.", update)
-    else:
-        yield Finding("pgvector", "ok", found)
-
-
 def schema(server: Server) -> Iterator[Finding]:
     """Embedline is installed in this database, in this package's version."""
     if not server.is_installed:
@@ -216,34 +71,6 @@ def schema(server: Server) -> Iterator[Finding]:
         yield Finding("schema embedline", "error", version, advice, ("embedline upgrade",))
 
 
-def package(server: Server) -> Iterator[Finding]:
-    """The server's Python finds this very package."""
-    inside = server.inside
-    if "version" in inside:
-        found = f"{inside['version']} in {inside['folder']}"
-        if inside["version"] == embedline.__version__:
-            yield Finding("Python package", "ok", found)
-        else:
-            advice = f"The client's package is {embedline.__version__}. Install one version for both, then restart the server."
-            yield Finding("Python package", "error", found, advice)
-    elif "missing" in inside:
-        advice = (
-            f"The server's Python {inside['python']} looks in {', '.join(inside['path'])}."
-            " Have the server start with PYTHONPATH naming the folder into which the package was installed."
-        )
-        yield Finding("Python package", "error", inside["missing"], advice, _python_path(server))
-
-
-def _python_path(server: Server) -> tuple[str, ...]:
-    """Return how a cluster of Debian's tools gets PYTHONPATH; nothing for other servers."""
-    file = PurePosixPath(str(server.scalar("SHOW config_file")))
-    if file.parts[:3] != ("/", "etc", "postgresql"):
-        return ()
-    line = f"PYTHONPATH = '{sysconfig.get_path('purelib')}'"
-    version, cluster = file.parts[3:5]
-    return (f'echo "{line}" >> {file.parent}/environment', f"pg_ctlcluster {version} {cluster} restart")
-
-
 def pg_cron(server: Server) -> Iterator[Finding]:
     """pg_cron is there and runs jobs in a mode in which a resident one stops no other."""
     version = server.installed("pg_cron")
@@ -253,7 +80,7 @@ def pg_cron(server: Server) -> Iterator[Finding]:
         yield _no_pg_cron(server, is_loaded=mode is not None)
         return
     found = f"{version}, {'background workers' if mode == 'on' else 'libpq mode'}"
-    if mode == "on" and _version(version) < (1, 5):
+    if mode == "on" and version_number(version) < (1, 5):
         advice = "Before 1.5 a resident job stops all others in this mode. Restart the server after:"
         yield Finding("pg_cron", "error", found, advice, ("ALTER SYSTEM SET cron.use_background_workers = off;",))
     else:
@@ -365,47 +192,3 @@ def index_reach(server: Server) -> Iterator[Finding]:
 
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-CHECKS: tuple[Check, ...] = (
-    postgresql,
-    encoding,
-    role,
-    plpython,
-    pgvector,
-    package,
-    schema,
-    pg_cron,
-    jobs,
-    workers,
-    shared_memory,
-    index_reach,
-)
-
-
-def examine(connection: Connection, checks: Iterable[Check] = CHECKS) -> list[Finding]:
-    """Run the checks on a connection in autocommit mode; return what they found, the gravest first."""
-    server = Server(connection)
-    found = [finding for check in checks for finding in _run(check, server)]
-    return sorted(found, key=lambda finding: _WEIGHTS.index(finding.verdict))
-
-
-def _run(check: Check, server: Server) -> Iterator[Finding]:
-    """Yield a check's findings; one that the database refuses to answer is told as not made, and stops no other."""
-    try:
-        yield from check(server)
-    except psycopg.Error as error:
-        yield Finding(check.__name__.replace("_", " "), "note", "not checked", str(server_message(error)))
-
-
-def as_json(findings: Iterable[Finding]) -> str:
-    """Return findings as a JSON array of objects with the fields of Finding."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False)
-
-
-def _is_older(version: str, other: str | None) -> bool:
-    return other is not None and _version(version) < _version(other)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("-")[0]))

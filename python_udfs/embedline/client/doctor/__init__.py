@@ -1,0 +1,1 @@
+"""`embedline doctor`: what the server lacks or suffers from."""

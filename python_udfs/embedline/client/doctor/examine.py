@@ -1,0 +1,60 @@
+"""Run the checks of `embedline doctor`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+
+import psycopg
+
+from embedline.client.connection import Connection, server_message
+from embedline.client.doctor.checks import (
+    encoding,
+    index_reach,
+    jobs,
+    pg_cron,
+    postgresql,
+    role,
+    schema,
+    shared_memory,
+    workers,
+)
+from embedline.client.doctor.packages import package, pgvector, plpython
+from embedline.client.doctor.server import Check, Finding, Server, Verdict
+
+_WEIGHTS: tuple[Verdict, ...] = ("error", "warning", "note", "ok")
+CHECKS: tuple[Check, ...] = (
+    postgresql,
+    encoding,
+    role,
+    plpython,
+    pgvector,
+    package,
+    schema,
+    pg_cron,
+    jobs,
+    workers,
+    shared_memory,
+    index_reach,
+)
+
+
+def examine(connection: Connection, checks: Iterable[Check] = CHECKS) -> list[Finding]:
+    """Run the checks on a connection in autocommit mode; return what they found, the gravest first."""
+    server = Server(connection)
+    found = [finding for check in checks for finding in _run(check, server)]
+    return sorted(found, key=lambda finding: _WEIGHTS.index(finding.verdict))
+
+
+def _run(check: Check, server: Server) -> Iterator[Finding]:
+    """Yield a check's findings; one that the database refuses to answer is told as not made, and stops no other."""
+    try:
+        yield from check(server)
+    except psycopg.Error as error:
+        yield Finding(check.__name__.replace("_", " "), "note", "not checked", str(server_message(error)))
+
+
+def as_json(findings: Iterable[Finding]) -> str:
+    """Return findings as a JSON array of objects with the fields of Finding."""
+    return json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False)

@@ -1,0 +1,203 @@
+"""What Alembic's operations on versions do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy
+from alembic.operations import Operations
+from alembic.util import CommandError
+
+from embedline.client.migrations import operations as ops
+from embedline.client.migrations.execution import (
+    MODEL,
+    committed_at_once,
+    is_offline,
+    label,
+    logger,
+    look,
+    names,
+    no_version,
+    reported,
+    require_same,
+    run,
+    scalar,
+    stored_version,
+)
+from embedline.client.migrations.index_operations import close_if_empty
+from embedline.client.migrations.statements import Cast, call, call_rows, literal
+
+_NEXT_NUMBER = """
+    SELECT max(v.number) + 1 FROM embedline.version AS v JOIN embedline.pipeline AS p USING (pipeline_id) WHERE p.name = :pipeline
+"""
+_GATE = "SELECT v.gate FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
+
+
+@Operations.implementation_for(ops.AddEmbeddingVersionOp)
+def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVersionOp) -> None:
+    """Begin the version in the migration's transaction, and see that it got the number that the revision files name."""
+    arguments = operation.written()
+    del arguments["version"]
+    arguments["pipeline_name"] = arguments.pop("pipeline")
+    statement = call("add_embedding_version", arguments)
+    if is_offline(operations):
+        # Committed before the script comes to the index, which stops it until there is something to index.
+        with committed_at_once(operations, operation):
+            run(operations, _checked_number(statement, operation))
+        return
+    existing = stored_version(operations, operation)
+    if existing is not None:
+        recipe = {name: value for name, value in operation.written().items() if name not in ("pipeline", "version")}
+        hint = (
+            f"SELECT embedline.drop_embedding_version({literal(operation.pipeline)}, {operation.version}) removes it"
+            " where nobody needs it."
+        )
+        require_same(label(operation), recipe, existing, hint, ("backfill_order", "backfill_rate"))
+        return
+    # Committed at once: until then a DELETE on the source waits for the chunk table, to which the new one has a foreign key.
+    with committed_at_once(operations, operation):
+        # Looked at before, too: a version of another number would stay.
+        _require_number(operation, scalar(operations, _NEXT_NUMBER, pipeline=operation.pipeline))
+        _require_number(operation, run(operations, statement))
+
+
+def _require_number(operation: ops.AddEmbeddingVersionOp, number: int | None) -> None:
+    if number is not None and number != operation.version:
+        raise CommandError(
+            f'the next version of pipeline "{operation.pipeline}" is {number}, the revision says {operation.version}. '
+            f"HINT: Write version={number} in this revision and in those that follow from it."
+        )
+
+
+def _checked_number(statement: str, operation: ops.AddEmbeddingVersionOp) -> str:
+    """Return the statement that raises where the version gets another number than the rest of the script names."""
+    number = statement.removeprefix("SELECT ")
+    message = f"the next version of pipeline {operation.pipeline} is not {operation.version}"
+    return (
+        f"DO {_dollar(number)}\nBEGIN\n    IF {number} <> {operation.version} THEN\n"
+        f"        RAISE EXCEPTION USING MESSAGE = {literal(message)};\n    END IF;\nEND\n{_dollar(number)}"
+    )
+
+
+def _dollar(text: str) -> str:
+    """Return a dollar quote that the text does not hold."""
+    tag = "embedline"
+    while f"${tag}$" in text:
+        tag += "_"
+    return f"${tag}$"
+
+
+@Operations.implementation_for(ops.DropEmbeddingVersionOp)
+def drop_embedding_version(operations: Operations, operation: ops.DropEmbeddingVersionOp) -> None:
+    """Drop the version if it is there."""
+    if not is_offline(operations) and stored_version(operations, operation) is None:
+        return
+    window = None if operation.rollback_window is None else Cast(operation.rollback_window, "interval")
+    statement = call("drop_embedding_version", {**names(operation), "rollback_window": window})
+    if is_offline(operations):
+        run(operations, statement)
+        return
+    # Committed at once: until then reads and writes wait for what is dropped.
+    with committed_at_once(operations, operation):
+        run(operations, statement)
+
+
+@Operations.implementation_for(ops.RestoreEmbeddingVersionOp)
+def restore_embedding_version(operations: Operations, operation: ops.RestoreEmbeddingVersionOp) -> None:
+    """Pass where the version was never dropped; otherwise say how to get to its model."""
+    if not is_offline(operations) and stored_version(operations, operation) is not None:
+        return
+    model = operation.model or "MODEL"
+    raise CommandError(
+        f"{label(operation)} was dropped, and its vectors do not come back by a downgrade. "
+        f"HINT: {_registration(operations, operation)}"
+        f"embedline upgrade-model {operation.pipeline} --model {model} writes a chain to a new version of that model; "
+        "alembic stamp with the revision before this one moves only Alembic's mark."
+    )
+
+
+def _registration(operations: Operations, operation: ops.RestoreEmbeddingVersionOp) -> str:
+    """Return what registers the version's model again, where the contract has forgotten it."""
+    name = operation.model
+    if name is None or (not is_offline(operations) and look(operations, MODEL, name=name) is not None):
+        return ""
+    if operation.registration is None:
+        return f"Register the model again, as it was, with embedline.create_model({literal(name)}, ...). Then: "
+    statement = call("create_model", {"name": name, **operation.registration})
+    return f"The model is forgotten: as a superuser, {statement}; Then: "
+
+
+@Operations.implementation_for(ops.CutoverEmbeddingVersionOp)
+def cutover_embedding_version(operations: Operations, operation: ops.CutoverEmbeddingVersionOp) -> None:
+    """Run the gate where no passing one is stored, then swap; each commits at once."""
+    statement = call("cutover", {**names(operation), "override_reason": operation.override_reason})
+    with committed_at_once(operations, operation):
+        if is_offline(operations):
+            if operation.evaluate and operation.override_reason is None:
+                run(operations, _evaluation(operation))
+            run(operations, statement)
+            return
+        version = stored_version(operations, operation)
+        if version is None:
+            raise no_version(operation)
+        if version["serving"]:
+            logger.info("%s serves already", label(operation))
+            return
+        close_if_empty(operations, operation)
+        if operation.evaluate and operation.override_reason is None:
+            _pass_gate(operations, operation)
+        run(operations, statement)
+
+
+def _evaluation(operation: ops.CutoverEmbeddingVersionOp) -> str:
+    canaries = None if operation.canaries is None else Cast(operation.canaries, "regclass")
+    settings = {"k": operation.k, "margin": operation.margin, "query_count": operation.query_count}
+    return call_rows("evaluate", {**names(operation), "canaries": canaries, **settings})
+
+
+def _pass_gate(operations: Operations, operation: ops.CutoverEmbeddingVersionOp) -> None:
+    """Evaluate where the newest gate does not pass; what it finds is stored, and embedline.cutover decides by that."""
+    if scalar(operations, _GATE, pipeline=operation.pipeline, version=operation.version) == "pass":
+        return
+    with reported(), _notices_logged(operations):
+        rows = operations.get_bind().exec_driver_sql(_evaluation(operation), execution_options={"no_parameters": True})
+        for row in rows.mappings():
+            logger.info("gate of %s: %s", label(operation), _gate_line(row))
+
+
+def _gate_line(row: sqlalchemy.RowMapping) -> str:
+    """Return a row of a gate in words: what was measured, the verdict, the figures that it has, and the detail."""
+    figures = [f"{name} {row[name]:.3f}" for name in ("old", "new", "difference") if row[name] is not None]
+    if row["low"] is not None:
+        figures.append(f"95 % interval {row['low']:.3f} to {row['high']:.3f}")
+    parts = [row["verdict"], ", ".join(figures), row["detail"]]
+    return f"{row['measure']}: {'; '.join(part for part in parts if part)}"
+
+
+@contextlib.contextmanager
+def _notices_logged(operations: Operations) -> Iterator[None]:
+    """Log what the server says while the block runs, such as how far a gate is; drivers other than psycopg 3 keep it."""
+    driver: Any = operations.get_bind().connection.driver_connection
+    if not hasattr(driver, "add_notice_handler"):
+        yield
+        return
+
+    def hear(notice: Any) -> None:
+        logger.info("%s", notice.message_primary)
+
+    driver.add_notice_handler(hear)
+    try:
+        yield
+    finally:
+        driver.remove_notice_handler(hear)
+
+
+@Operations.implementation_for(ops.RollbackEmbeddingVersionOp)
+def rollback_embedding_version(operations: Operations, operation: ops.RollbackEmbeddingVersionOp) -> None:
+    """Roll back if the version serves: a second run must not roll forward again."""
+    with committed_at_once(operations, operation):
+        version = None if is_offline(operations) else stored_version(operations, operation)
+        if is_offline(operations) or (version is not None and version["serving"]):
+            run(operations, call("rollback", {"pipeline_name": operation.pipeline}))

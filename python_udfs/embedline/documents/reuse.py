@@ -1,0 +1,128 @@
+"""Vectors that are known already: of the same text in this or another pipeline, or kept of a deleted row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from embedline.catalog.load import load_versions
+from embedline.catalog.values import ChunkSet, Pipeline
+from embedline.core import vectors
+from embedline.core.sql_text import quote_ident
+from embedline.documents.values import Vector
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session
+
+
+def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
+    """Return the vectors of chunks anywhere in the pipeline that have the same content: they are not paid for twice.
+
+    A version whose model gives the same vectors lends, too: a change of the column type or of the chunking costs only what
+    is new.
+    """
+    found: dict[bytes, Vector] = {}
+    for lender in _lenders(session, pipeline) if digests else ():
+        missing = [digest for digest in digests if digest not in found]
+        if missing:
+            found |= _lend(session, lender, missing)
+    missing = [digest for digest in digests if digest not in found]
+    if missing and session.scalar(f"SELECT EXISTS (SELECT FROM {pipeline.generated('lent')})"):
+        for lender in _lenders(session, pipeline):
+            found = _lend_kept(session, lender, missing) | found
+    return found
+
+
+def _lend_kept(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
+    """Return vectors of chunks that are replaced already but may be asked for under another key."""
+    if pipeline.version.vectors_valid_from is not None:
+        return {}
+    rows = session.query(
+        f"""
+        SELECT DISTINCT ON (l.content_hash) uuid_send(l.content_hash) AS digest, l.vector
+        FROM unnest($1::uuid[]) AS w (content_hash) JOIN {pipeline.generated("lent")} AS l USING (content_hash)
+        WHERE l.version_id = $2
+        """,
+        ["text[]", "bigint"],
+        [digest.hex() for digest in digests],
+        pipeline.version.version_id,
+    )
+    if not rows:
+        return {}
+    matrix = vectors.vectors_from_send([row["vector"] for row in rows], pipeline.version.column_type)
+    return {bytes(row["digest"]): matrix[i] for i, row in enumerate(rows)}
+
+
+def keep_vectors(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, chunk_ids: Sequence[int]) -> None:
+    """Keep the vectors of chunks that are about to go: keys were moved, and another row may ask for these texts."""
+    if not chunk_ids:
+        return
+    schema = vector_schema(session)
+    for version in load_versions(session, pipeline.name):
+        if version.chunk_set.number == chunk_set.number:
+            sent = f"{schema}.{version.version.column_type}_send(v.{quote_ident(version.version.column)})"
+            session.query(
+                f"""
+                INSERT INTO {pipeline.generated("lent")} (version_id, content_hash, vector)
+                SELECT $2, c.content_hash, {sent} FROM {version.chunk} AS c
+                JOIN {version.vectors} AS v ON v.chunk_id = c.chunk_id WHERE c.chunk_id = ANY ($1)
+                """,
+                ["bigint[]", "bigint"],
+                list(chunk_ids),
+                version.version.version_id,
+            )
+
+
+def _lenders(session: Session, pipeline: Pipeline) -> list[Pipeline]:
+    """Return the version itself and those beside it that can lend it vectors."""
+    if len(pipeline.versions) == 1:
+        return [pipeline]
+    cache: dict[int, tuple[int, list[Pipeline]]] = session.cache.setdefault("embedline.lenders", {})
+    generation, lenders = cache.get(pipeline.version.version_id, (0, []))
+    if generation != pipeline.generation or not lenders:
+        lenders = [other for other in load_versions(session, pipeline.name) if _can_lend(other, pipeline)]
+        cache[pipeline.version.version_id] = pipeline.generation, lenders
+    others = [lender for lender in lenders if lender.version.version_id != pipeline.version.version_id]
+    return [pipeline, *others]
+
+
+def _can_lend(lender: Pipeline, pipeline: Pipeline) -> bool:
+    ours, theirs = pipeline.version, lender.version
+    same_model = (ours.model.fingerprint, ours.model.config.document_prefix, ours.dimensions) == (
+        theirs.model.fingerprint,
+        theirs.model.config.document_prefix,
+        theirs.dimensions,
+    )
+    # What was rounded to float16 or normalised cannot be had back.
+    is_exact = theirs.column_type in ("vector", ours.column_type)
+    is_normalised = (ours.distance != "l2", theirs.distance != "l2")
+    return same_model and is_exact and is_normalised in ((True, True), (False, False))
+
+
+def _lend(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
+    column = quote_ident(pipeline.version.column)
+    schema = vector_schema(session)
+    rows = session.query(
+        f"""
+        SELECT DISTINCT ON (c.content_hash) uuid_send(c.content_hash) AS digest,
+            {schema}.{pipeline.version.column_type}_send(v.{column}) AS vector
+        FROM unnest($1::uuid[]) AS w (content_hash)
+        JOIN {pipeline.chunk} AS c ON c.content_hash = w.content_hash
+        JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
+        {_valid_join(pipeline, "$2")}
+        """,
+        ["text[]", "text"],
+        [digest.hex() for digest in digests],
+        pipeline.version.vectors_valid_from,
+    )
+    if not rows:
+        return {}
+    matrix = vectors.vectors_from_send([row["vector"] for row in rows], pipeline.version.column_type)
+    return {bytes(row["digest"]): matrix[i] for i, row in enumerate(rows)}
+
+
+def _valid_join(pipeline: Pipeline, valid_from: str) -> str:
+    """Return the join that leaves out vectors of before a change of the model that was found out; none in common life."""
+    if pipeline.version.vectors_valid_from is None:
+        return f"AND {valid_from}::text IS NULL"
+    return (
+        f"JOIN {pipeline.document} AS d ON {pipeline.key_join('d', 'c')} AND d.embedded_at >= {valid_from}::timestamptz"
+    )

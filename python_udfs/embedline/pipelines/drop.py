@@ -1,0 +1,53 @@
+"""Drop a pipeline with everything that was generated for it."""
+
+from __future__ import annotations
+
+from embedline.catalog.load import load_pipeline, load_versions
+from embedline.catalog.rights import require_control
+from embedline.indexes.cron_jobs import forget_index_jobs
+from embedline.pipelines.ddl.plan import FUNCTIONS, TABLES, TRIGGER_FUNCTIONS
+from embedline.pipelines.ddl.search_functions import drop_search_functions
+from embedline.pipelines.functions import generated_functions
+from embedline.pipelines.views import (
+    require_droppable,
+)
+from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import bound_lock_wait
+from embedline.postgres.session import Session
+
+
+@entry_point
+def drop_pipeline(session: Session, name: str) -> None:
+    """Remove a pipeline with its triggers, view, functions and tables; the source stays as it is."""
+    require_control(session, name)
+    bound_lock_wait(session)
+    forget_index_jobs(session, name)
+    for row in session.query(
+        """
+        SELECT format('%I', t.tgname) AS trigger, t.tgrelid::regclass::text AS source FROM pg_trigger AS t
+        JOIN pg_proc AS p ON p.oid = t.tgfoid
+        WHERE p.pronamespace = 'embedline_data'::regnamespace AND t.tgparentid = 0
+            AND p.proname = ANY (
+                SELECT $1 || '_capture_' || e FROM unnest('{insert,update,delete,truncate}'::text[]) AS e)
+        """,
+        ["text"], name,
+    ):  # fmt: skip
+        session.execute(f"DROP TRIGGER {row['trigger']} ON {row['source']}")
+    pipeline = load_pipeline(session, name)
+    versions = load_versions(session, name)
+    for oid in (pipeline.view_oid, *(version.version.view_oid for version in versions)):
+        view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], oid)
+        if view is not None:
+            require_droppable(session, view, oid)
+            session.execute(f"DROP VIEW {view}")
+    for row in generated_functions(session, name, (*FUNCTIONS, *TRIGGER_FUNCTIONS, "serving")):
+        session.execute(f"DROP FUNCTION IF EXISTS {row['signature']}")
+    for version in versions:
+        drop_search_functions(session, version)
+        session.execute(f"DROP TABLE IF EXISTS {version.vectors}")
+    tables = [
+        *(pipeline.generated(suffix) for suffix in TABLES),
+        *pipeline.chunk_tables,
+    ]
+    session.execute(f"DROP TABLE IF EXISTS {', '.join(tables)}")
+    session.query("DELETE FROM embedline.pipeline WHERE name = $1", ["text"], name)

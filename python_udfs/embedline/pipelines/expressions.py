@@ -1,0 +1,137 @@
+"""Users' expressions as PostgreSQL has parsed them, with the columns that they read."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any
+
+from embedline.catalog.source import Source
+from embedline.core.expression import require_single_expression
+from embedline.core.sql_text import quote_ident
+from embedline.errors import InvalidParameter
+from embedline.pipelines.ddl.plan import SourceExpression
+from embedline.postgres.run_as import Undone, create_scratch_schema, run_as_owner
+from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
+
+# Parameters that are SQL expressions over a row of the source.
+EXPRESSIONS = ("content", "filter", "document_prefix", "tenant")
+_COLUMN_NAMES = """
+    SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped
+"""
+_EXPRESSION = """
+    SELECT pg_get_expr(conbin, conrelid) AS text FROM pg_constraint
+    WHERE conrelid = $1::regclass AND contype = 'c'
+"""
+_INPUT_COLUMNS = """
+    SELECT a.attname, a.attnum, format_type(a.atttypid, NULL) AS type
+    FROM pg_constraint AS c, unnest(c.conkey) AS k (attnum), pg_attribute AS a
+    WHERE c.conrelid = $1::regclass AND c.contype = 'c'
+        AND a.attrelid = c.conrelid AND a.attnum = k.attnum
+    ORDER BY a.attnum
+"""
+_EXPRESSION_HINT = "Name columns without the table, for example title || E'\\n\\n' || body."
+# Functions and operators' functions of an expression, by the node tree that PostgreSQL stores of it.
+_VOLATILE = """
+    SELECT p.oid::regprocedure::text AS signature
+    FROM pg_constraint AS c, regexp_matches(c.conbin::text, ':(?:funcid|opfuncid) (\\d+)', 'g') AS m
+    JOIN pg_proc AS p ON p.oid = m[1]::oid
+    WHERE c.conrelid = $1::regclass AND c.contype = 'c' AND p.provolatile = 'v'
+        -- A function of the user's is volatile until declared otherwise; only the known ones are refused.
+        AND p.pronamespace = 'pg_catalog'::regnamespace LIMIT 1
+"""
+
+
+def deparsed(session: Session, source: Source, given: dict[str, Any]) -> dict[str, SourceExpression]:
+    """Return the expressions among the parameters that are given, by parameter."""
+    found = {
+        parameter: _deparse(session, source, given[parameter], parameter, given["expression_search_path"])
+        for parameter in EXPRESSIONS
+        if given[parameter] is not None
+    }
+    if "content" in found and not found["content"].columns:
+        raise InvalidParameter(
+            "content names no column of the source", hint="For example content => $$title || E'\\n\\n' || body$$."
+        )
+    return found
+
+
+def deparse_again(
+    session: Session, source: Source, expression: str, parameter: str, search_path: str, known_as: dict[str, str]
+) -> SourceExpression:
+    """Read a stored expression again, whose columns may have other names now: `known_as` tells the names that it uses."""
+    return _deparse(session, source, expression, parameter, search_path, known_as)
+
+
+def _rename_columns(session: Session, table: str, known_as: dict[str, str]) -> list[tuple[str, str]]:
+    """Give columns of an empty copy of the source the names of before; return the renamings that undo it."""
+    undo = []
+    there = {str(row["attname"]) for row in session.query(_COLUMN_NAMES, ["text"], table)}
+    moved = {now: then for now, then in known_as.items() if now != then}
+    # Another column may have such a name now: it steps aside, as no expression of before can mean it.
+    aside = [name for name in moved.values() if name in there and name not in moved]
+    steps = [(name, f"embedline_aside_{i}") for i, name in enumerate(aside)]
+    steps += [(now, f"embedline_moved_{i}") for i, now in enumerate(moved)]
+    steps += [(f"embedline_moved_{i}", then) for i, then in enumerate(moved.values())]
+    for before, after in steps:
+        session.execute(f"ALTER TABLE {table} RENAME COLUMN {quote_ident(before)} TO {quote_ident(after)}")
+        undo.append((after, before))
+    return undo[::-1]
+
+
+def _deparse(
+    session: Session,
+    source: Source,
+    expression: str,
+    parameter: str,
+    search_path: str,
+    known_as: dict[str, str] | None = None,
+) -> SourceExpression:
+    """Let PostgreSQL resolve the expression with the caller's search_path, and print it back fully qualified.
+
+    A CHECK constraint on an empty copy of the table takes exactly what is wanted: an expression over one row, without
+    aggregates, window or set-returning functions and subqueries, and prints it with bare column names.
+    """
+    require_single_expression(expression, parameter)
+    # IS TRUE takes a boolean only; anything can be the text of a content.
+    cast, test = ("", " IS TRUE") if parameter == "filter" else ("::pg_catalog.text", " IS NULL")
+    text, columns, volatile = "", [], None
+    try:
+        # Rolled back: nothing stays of the table, nor of what the user's functions did.
+        with contextlib.suppress(Undone), session.plpy.subtransaction():
+            table = f"{create_scratch_schema(session, source.owner)}.source"
+            session.execute(f"CREATE TABLE {table} (LIKE {source.qualified})")
+            session.execute(f"ALTER TABLE {table} OWNER TO {quote_ident(source.owner)}")
+            undo = _rename_columns(session, table, known_as or {})
+            check = f"ALTER TABLE {table} ADD CHECK ((\n{expression}\n){cast}{test})"
+            run_as_owner(session, source.owner, check, search_path)
+            for before, after in undo:
+                session.execute(f"ALTER TABLE {table} RENAME COLUMN {quote_ident(before)} TO {quote_ident(after)}")
+            text = str(session.scalar(_EXPRESSION, ["text"], table)).removeprefix("(").removesuffix(f"{test})")
+            columns = session.query(_INPUT_COLUMNS, ["text"], table)
+            volatile = session.scalar(_VOLATILE, ["text"], table)
+            raise Undone
+    except Exception as error:
+        state = sqlstate_of(error)
+        if state[:2] not in ("42", "22", "0A"):
+            raise
+        raise InvalidParameter(
+            f"{parameter} is not an expression over the columns of {source.qualified}: {error}", hint=_EXPRESSION_HINT
+        ) from error
+    if volatile:
+        raise InvalidParameter(
+            f"{parameter} calls {volatile}, which is volatile",
+            hint="The same row must give the same text each time: use functions that are immutable or stable.",
+        )
+    if re.match(r"\(*ROW\(", text) or re.search(r"\.\*", re.sub(r"'(?:[^']|'')*'", "''", text)):
+        raise InvalidParameter(
+            f"{parameter} is a row, not a single value", hint="Join the columns: title || E'\\n\\n' || body."
+        )
+    if columns and columns[0]["attnum"] < 0:
+        raise InvalidParameter(
+            f"{parameter} is not an expression over the columns of {source.qualified}:"
+            f" {columns[0]['attname']} is a system column",
+            hint=_EXPRESSION_HINT,
+        )
+    return SourceExpression(text, tuple((str(row["attname"]), str(row["type"])) for row in columns))

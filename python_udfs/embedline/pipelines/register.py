@@ -1,0 +1,136 @@
+"""Write a pipeline, its chunk sets and its versions into Embedline's own tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from embedline.catalog.rights import caller
+from embedline.catalog.source import Source
+from embedline.catalog.values import Model
+from embedline.chunking import ChunkingSpec
+from embedline.core.fingerprint import recipe_fingerprint
+from embedline.core.sql_text import quote_ident
+from embedline.pipelines.ddl.plan import CODE_VERSION, CapturePlan
+from embedline.pipelines.ddl.tables import version_statements
+from embedline.postgres.relations import vector_schema
+from embedline.postgres.session import Session, as_mapping
+
+
+def create_version_table(
+    session: Session, plan: CapturePlan, number: int, chunk_set: int, column_type: str, dimensions: int | None
+) -> None:
+    """Create the table of a version's vectors."""
+    vector_type = f"{vector_schema(session)}.{column_type}({dimensions})"
+    for statement in version_statements(plan, number, vector_type, chunk_set):
+        session.execute(statement)
+
+
+def register(
+    session: Session, given: dict[str, Any], plan: CapturePlan, source: Source, model: Model, spec: ChunkingSpec
+) -> int:
+    pipeline_id = session.scalar(
+        """
+        INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
+            key_attributes, input_attributes, key_columns, key_types, view_columns, capture, created_by,
+            document_prefix_expression, tenant_expression, weight, code_version, source_name, source_columns)
+        SELECT $1, $2::oid::regclass, $3, $4, $5,
+            (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
+                JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
+            (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($11) WITH ORDINALITY AS k (name, position)
+                JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
+            $7, $8, '{}', $9, $10, $12, $13, $14, $15, format('%I.%I', $16::text, $17::text),
+            (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
+                WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped)
+        RETURNING pipeline_id
+        """,
+        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "name[]", "text", "text",
+         "double precision", "integer", "text", "text"],
+        plan.name, source.oid, given["content"], given["filter"], given["expression_search_path"],
+        [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
+        plan.capture, caller(session), [name for name, _ in plan.expression_columns], given["document_prefix"],
+        given["tenant"], given["weight"], CODE_VERSION, source.schema, source.name,
+    )  # fmt: skip
+    session.query("SELECT embedline._resolve_attributes()")
+    insert_chunk_set(session, pipeline_id, 1, spec, model)
+    fingerprint = version_fingerprint(model, given["column_type"], given["distance"], spec, given["document_prefix"])
+    version_id = insert_version(session, pipeline_id, 1, 1, model, given, fingerprint)
+    session.query(
+        "UPDATE embedline.pipeline SET serving_version_id = $2, recipe = $3 WHERE pipeline_id = $1",
+        ["bigint", "bigint", "integer"], pipeline_id, version_id, recipe_stamp([fingerprint]),
+    )  # fmt: skip
+    session.query("INSERT INTO embedline.pipeline_health (pipeline_id) VALUES ($1)", ["bigint"], pipeline_id)
+    return int(pipeline_id)
+
+
+def insert_chunk_set(session: Session, pipeline_id: int, number: int, spec: ChunkingSpec, model: Model) -> None:
+    """Register a way of chunking, whose tokens are those of `model`."""
+    session.query(
+        """
+        INSERT INTO embedline.chunk_set (pipeline_id, number, chunking, chunk_tokens, chunk_overlap, chunking_options, tokenizer)
+        SELECT $1, $2, $3, $4, $5, $6, m.tokenizer FROM embedline.model AS m WHERE m.model_id = $7
+        """,
+        ["bigint", "integer", "text", "integer", "integer", "jsonb", "bigint"],
+        pipeline_id, number, spec.method, spec.tokens, spec.overlap, json.dumps(dict(spec.options)), model.model_id,
+    )  # fmt: skip
+
+
+def insert_version(
+    session: Session,
+    pipeline_id: int,
+    number: int,
+    chunk_set: int,
+    model: Model,
+    given: dict[str, Any],
+    fingerprint: str,
+) -> int:
+    """Register a version with the recipe's parameters; return its id."""
+    return int(
+        session.scalar(
+            """
+            INSERT INTO embedline.version (pipeline_id, number, chunk_set, model_id, dimensions, column_type, distance,
+                index_method, index_options, fingerprint)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) RETURNING version_id
+            """,
+            ["bigint", "integer", "integer", "bigint", "integer", "text", "text", "text", "jsonb", "text"],
+            pipeline_id,
+            number,
+            chunk_set,
+            model.model_id,
+            model.config.dimensions,
+            given["column_type"],
+            given["distance"],
+            given["index_method"],
+            json.dumps(dict(as_mapping(given["index_options"]))),
+            fingerprint,
+        )
+    )
+
+
+def recipe_stamp(fingerprints: Sequence[str]) -> int:
+    """Return the stamp of documents that are cut as these fingerprints ask for, as PostgreSQL's integer."""
+    text = fingerprints[0] if len(fingerprints) == 1 else recipe_fingerprint({"fingerprints": list(fingerprints)})
+    return int.from_bytes(bytes.fromhex(text[:8]), "big", signed=True)
+
+
+def version_fingerprint(
+    model: Model, column_type: str, distance: str, spec: ChunkingSpec, document_prefix: str | None
+) -> str:
+    """Return the fingerprint of all that decides a version's chunks and vectors but the content, which has its own hash."""
+    return recipe_fingerprint({
+        "model": model.fingerprint, "document_prefix": model.config.document_prefix,
+        "query_prefix": model.config.query_prefix, "dimensions": model.config.dimensions, "column_type": column_type,
+        "distance": distance, "normalised": distance != "l2", "chunking": spec.method, "chunk_tokens": spec.tokens,
+        "chunk_overlap": spec.overlap, "chunking_options": dict(spec.options), "prefix_expression": document_prefix,
+    })  # fmt: skip
+
+
+def grant_tables(session: Session, plan: CapturePlan, source: Source, suffixes: Sequence[str]) -> None:
+    """Let readers and the source's owner read generated tables, through the views.
+
+    The views run with their reader's rights (security_invoker), so the source's own grants and row-level security decide at
+    each query, also those given later. Readers have no USAGE on embedline_data: they cannot name the tables directly.
+    """
+    tables = ", ".join(plan.generated(suffix) for suffix in suffixes)
+    session.execute(f"GRANT SELECT ON {tables} TO embedline_reader, {quote_ident(source.owner)}")

@@ -1,0 +1,120 @@
+"""What an SQL wrapper calls: a function of a Session, whose errors are reported as PostgreSQL's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec
+
+import embedline
+from embedline.errors import (
+    EmbedlineError,
+    InvalidParameter,
+    VersionSkew,
+)
+from embedline.postgres.locks import lock_holders
+from embedline.postgres.session import Plpy, Session, SessionCache, T
+from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE, sqlstate_of
+
+P = ParamSpec("P")
+# Classes of errors that the caller's own circumstances raise in a statement of ours: read-only transaction, serialization
+# failure or deadlock, missing privilege, lock timeout, cancellation. Python frames tell nothing about them.
+_CALLERS_OWN = ("25", "40", "42501", "55P03", "57")
+# In GD: how many of our functions are running inside each other.
+_DEPTH = "embedline.depth"
+
+
+def entry_point(
+    function: Callable[Concatenate[Session, P], T],
+) -> Callable[Concatenate[Plpy, SessionCache, P], T]:
+    """Turn a function of a Session into what an SQL wrapper calls, with Embedline's errors reported as PostgreSQL's.
+
+    PL/Python prints the frames of a Python exception under the error, as its CONTEXT. An error that is meant for the caller
+    leaves without ours: the wrapper's own line is left, which PL/Python adds after us. A defect keeps all of its frames.
+    """
+
+    def wrapper(plpy: Plpy, cache: SessionCache, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        cache[_DEPTH] = cache.get(_DEPTH, 0) + 1
+        told: BaseException | None = None
+        try:
+            session = Session(plpy, cache)
+            check_version(session)
+            return function(session, *args, **kwargs)
+        except EmbedlineError as error:
+            told = postgres_error(plpy, error)
+            raise told from None
+        except Exception as error:
+            if not sqlstate_of(error).startswith(_CALLERS_OWN):
+                raise
+            told = in_plain_words(plpy, error)
+            if sqlstate_of(error) == LOCK_NOT_AVAILABLE and not getattr(told, "hint", None):
+                # PostgreSQL says that it gave up, not for whom it waited.
+                with contextlib.suppress(Exception):
+                    told.hint = lock_holders(Session(plpy, cache))  # type: ignore[attr-defined]
+            raise told from None
+        finally:
+            cache[_DEPTH] -= 1
+            if told is not None:
+                # Python adds no frame of this function again when it goes on raising after `finally`.
+                told.__traceback__ = None
+
+    wrapper.__doc__ = function.__doc__
+    return wrapper
+
+
+def is_nested(session: Session) -> bool:
+    """Whether one of our functions runs inside another: a user's expression, which another of ours evaluates, called it."""
+    return int(session.cache.get(_DEPTH, 0)) > 1
+
+
+@contextmanager
+def calling_ours(session: Session) -> Iterator[None]:
+    """For the length of a block, functions of ours that are called are not nested in the one that runs: it calls them itself."""
+    session.cache[_DEPTH] -= 1
+    try:
+        yield
+    finally:
+        session.cache[_DEPTH] += 1
+
+
+def require_given(**values: object) -> None:
+    """Raise InvalidParameter for the first value that is NULL."""
+    for name, value in values.items():
+        if value is None:
+            raise InvalidParameter(f"{name} must not be NULL", hint="Leave it out: then it has its default.")
+
+
+def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:
+    """Return the exception that PL/Python turns into a PostgreSQL error with the SQLSTATE, DETAIL and HINT of `error`.
+
+    PL/Python puts the exception's type before the message; of a class in __main__ only the bare name.
+    """
+    exception: BaseException = type("embedline", (plpy.Error,), {"__module__": "__main__"})(error.message)
+    for name, value in (("sqlstate", error.sqlstate), ("detail", error.detail), ("hint", error.hint)):
+        if value:
+            setattr(exception, name, value)
+    return exception
+
+
+def in_plain_words(plpy: Plpy, error: Exception) -> BaseException:
+    """Return a server's error that passed through SPI without the name that PL/Python puts before its message."""
+    sqlstate = sqlstate_of(error)
+    if not sqlstate:
+        return error
+    plain = EmbedlineError(str(error).removeprefix("embedline: "))
+    _, plain.detail, plain.hint, *_ = getattr(error, "spidata", None) or (None, None, None)
+    plain.sqlstate = sqlstate
+    return postgres_error(plpy, plain)
+
+
+def check_version(session: Session) -> None:
+    if "embedline.version_checked" in session.cache:
+        return
+    installed = session.scalar("SELECT value FROM embedline.setting WHERE name = 'version'")
+    if installed != embedline.__version__:
+        raise VersionSkew(
+            f"the server runs embedline {embedline.__version__}, this database has {installed}",
+            hint="Run alembic upgrade head with the version that the server sees, then start a new session.",
+        )
+    session.cache["embedline.version_checked"] = True

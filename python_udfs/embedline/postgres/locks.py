@@ -1,0 +1,125 @@
+"""Locks: the keys of advisory locks, short waits for strong locks, and who holds them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from embedline.core.sql_text import quote_literal
+from embedline.errors import (
+    NotReady,
+)
+from embedline.postgres.session import Session, T
+from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE, sqlstate_of
+
+# A try for a strong lock: below what a reader notices; and the pause before the next, in seconds.
+_LOCK_TRY = "10ms"
+_LOCK_PAUSE_SECONDS = (0.01, 0.04)
+# Who holds locks: sessions, and transactions that were prepared for a two-phase commit, of which no session is left.
+_SESSIONS = "SELECT pid, state, xact_start, query FROM pg_stat_activity WHERE state <> 'idle' ORDER BY xact_start;"
+_PREPARED = """
+    SELECT quote_literal(p.gid) AS gid, p.owner, date_trunc('second', p.prepared)::text AS prepared_at
+    FROM pg_prepared_xacts AS p
+    WHERE p.database = current_database() AND EXISTS (
+        SELECT FROM pg_locks AS x JOIN pg_locks AS l ON l.virtualtransaction = x.virtualtransaction AND l.pid IS NULL
+        WHERE x.locktype = 'transactionid' AND x.transactionid = p.transaction AND x.pid IS NULL
+            AND l.locktype IN ('relation', 'tuple', 'advisory'))
+    ORDER BY p.prepared LIMIT 3
+"""
+# First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
+WORKER_LOCK_CLASS = 1164797804
+# First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").
+SLOT_LOCK_CLASS = 1164800817
+# First key of the transaction lock under which workers claim rows of one pipeline ("Emc1").
+CLAIM_LOCK_CLASS = 1164796721
+# First key of the transaction lock that writes share and a change of a pipeline's versions has alone ("Emv1").
+VERSIONS_LOCK_CLASS = 1164801585
+# First key of the session lock under which rows are tried that were in hand when a worker died ("Emx1").
+SUSPECT_LOCK_CLASS = 1164802097
+
+
+def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: float = 10.0) -> T:
+    """Do work that needs a strong lock, waiting for the lock a few milliseconds at a time; return what it returns.
+
+    Whoever waits for a strong lock makes all wait who come after: so nobody waits for longer than one try. Locks that a try
+    had already are given up with it. Raises NotReady after `seconds`, naming `what` could not be had.
+    """
+    before = session.scalar("SELECT current_setting('lock_timeout')")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with session.plpy.subtransaction():
+                session.execute(f"SET LOCAL lock_timeout = '{_LOCK_TRY}'")
+                result = work()
+            session.execute(f"SET LOCAL lock_timeout = {quote_literal(str(before))}")
+            return result
+        except Exception as error:
+            if sqlstate_of(error) != LOCK_NOT_AVAILABLE:
+                raise
+        if time.monotonic() > deadline:
+            raise NotReady(
+                f"{what} is in use by other transactions all the time",
+                hint=f"{lock_holders(session)} Then run it again.",
+            )
+        session.execute(f"SELECT pg_sleep({random.uniform(*_LOCK_PAUSE_SECONDS):.3f})")
+
+
+def lock_holders(session: Session) -> str:
+    """Return the hint that leads to those who may hold a lock: sessions, and the prepared transactions that hold locks now.
+
+    A prepared transaction has no session: it is in no row of pg_stat_activity, and holds its locks until it is ended.
+    """
+    prepared = session.query(_PREPARED)
+    hint = f"Wait for the sessions that this shows: {_SESSIONS}"
+    if not prepared:
+        return hint
+    named = " ".join(
+        f"COMMIT PREPARED {row['gid']}; or ROLLBACK PREPARED {row['gid']}; ends the one of {row['owner']}, prepared at"
+        f" {row['prepared_at']}."
+        for row in prepared
+    )
+    return f"Prepared transactions hold locks: SELECT * FROM pg_prepared_xacts; lists them. {named} {hint}"
+
+
+def change_versions(session: Session, pipeline_id: int) -> None:
+    """Have a pipeline's versions to this transaction alone: writes of workers end before, and begin again after it."""
+    retry_locked(
+        session,
+        lambda: session.query(
+            "SELECT pg_advisory_xact_lock($1, $2)", ["integer", "integer"], VERSIONS_LOCK_CLASS, pipeline_id
+        ),
+        "the pipeline",
+        30.0,
+    )
+
+
+def hold_source(session: Session, source_oid: int) -> None:
+    """Lock a pipeline's source as its readers do, to the end of the transaction, before anything else of the pipeline is.
+
+    TRUNCATE locks the source first and then the generated tables: whoever has one of these and then wants the source keeps
+    it waiting, or deadlocks with it.
+    """
+    name = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], source_oid)
+    if name is None:
+        return
+    retry_locked(session, lambda: session.execute(f"LOCK TABLE ONLY {name} IN ROW SHARE MODE"), "the source")
+
+
+def live_workers(session: Session) -> list[int]:
+    """Return the ids of the workers whose session lock is held: only their claims count."""
+    rows = session.query(
+        """
+        SELECT objid::bigint AS worker_id FROM pg_locks
+        WHERE locktype = 'advisory' AND classid = $1::bigint::oid AND objsubid = 2 AND granted
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        """,
+        ["bigint"],
+        WORKER_LOCK_CLASS,
+    )
+    return [int(row["worker_id"]) for row in rows]
+
+
+def bound_lock_wait(session: Session) -> None:
+    # A CREATE TRIGGER that waits makes every later write wait behind it: better to fail and be run again.
+    session.execute("SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'")

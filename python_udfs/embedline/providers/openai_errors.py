@@ -1,0 +1,69 @@
+"""What an endpoint's errors say: their texts without secrets, and how long to wait."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+_MAX_RETRY_AFTER = 86_400.0
+# Causes with which the request never left: the HTTP library's own names.
+_UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
+_MESSAGE_CHARACTERS = 500
+_SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
+
+
+def never_left(error: BaseException) -> bool:
+    return type(error.__cause__).__name__ in _UNREACHABLE
+
+
+def redact(text: str, key: str | None) -> str:
+    """One bounded line of the text without the key and without anything that looks like one."""
+    # Before it is cut: half a key would not be recognised.
+    if key:
+        text = text.replace(key, "[redacted]")
+    return " ".join(_SECRETS.sub("[redacted]", text).split())[:_MESSAGE_CHARACTERS]
+
+
+def error_text(body: str) -> str:
+    """The provider's own words out of an error's body, with the parameter that they are about."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    parameter = None
+    for name in ("error", "message", "detail"):
+        if isinstance(answer, dict) and answer.get(name):
+            parameter = answer.get("param") or parameter
+            answer = answer[name]
+    words = answer if isinstance(answer, str) else json.dumps(answer)
+    return f"{words} ({parameter})" if isinstance(parameter, str) and parameter not in words else words
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The wait in seconds that the provider asks for, in any of the forms in use; None without one."""
+    wait = _number(headers.get("retry-after-ms"), 0.001)
+    if wait is None:
+        wait = _number(headers.get("retry-after"), 1.0)
+    if wait is None and headers.get("retry-after"):
+        try:
+            wait = email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return None if wait is None else min(max(wait, 0.0), _MAX_RETRY_AFTER)
+
+
+def _number(text: str | None, unit: float) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value * unit if math.isfinite(value) else None

@@ -74,8 +74,6 @@ _LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
     ORDER BY v.version_id
 """
 _SOME_LANES = _LANES.replace("ORDER BY v.version_id", "AND v.version_id = ANY ($2) ORDER BY v.version_id")
-# A version beside the serving one has this part of its pipeline's share of the workers.
-LANE_WEIGHT = 0.5
 
 
 def load_pipeline(session: Session, name: str) -> Pipeline:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from embedline.catalog.load import LANE_WEIGHT
 from embedline.chunking import ChunkingSpec
 from embedline.core.embedding import ModelConfig
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import SEARCH_SCHEMA, data_name
 
+# A version beside the serving one has this part of its pipeline's share of the workers.
+_LANE_WEIGHT = 0.5
 # pgvector's operator and operator class of each distance; the class is prefixed with the column type.
 OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
 _OPERATOR_CLASSES = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
@@ -140,7 +141,7 @@ class Pipeline:
 
     def as_lane(self) -> Pipeline:
         """Return the lane that fills the version from the chunks."""
-        return replace(self, is_lane=True, weight=self.weight * LANE_WEIGHT)
+        return replace(self, is_lane=True, weight=self.weight * _LANE_WEIGHT)
 
     @property
     def spec(self) -> ChunkingSpec:

@@ -1,6 +1,7 @@
 """Embedding providers: one module each behind the `Embedder` protocol. docs/providers.md adds one."""
 
 from embedline.core.embedding import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.core.processes import signals_blocked, start_thread
 from embedline.embedders.registry import ENTRY_POINT_GROUP, create_embedder, known_options
 
 __all__ = [
@@ -12,4 +13,6 @@ __all__ = [
     "ModelInfo",
     "create_embedder",
     "known_options",
+    "signals_blocked",
+    "start_thread",
 ]

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import os
 import selectors
-import signal
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.core.processes import start_thread
 from embedline.errors import DimensionMismatch, InputRejected, InvalidVectors, ModelHostUnavailable, ProviderError
 from embedline.model_host.host_settings import HostSettings, settings_of
 from embedline.model_host.launcher import connect_or_start, log_tail
@@ -151,11 +151,7 @@ class LocalEmbedder:
         if self._thread is not None and self._thread.is_alive():
             return
         self._thread = threading.Thread(target=self._run, name="embedline-model-host", daemon=True)
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self._thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        start_thread(self._thread, self)
 
     # The I/O thread
 

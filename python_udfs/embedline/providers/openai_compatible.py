@@ -12,7 +12,6 @@ import ipaddress
 import json
 import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.core.processes import start_thread
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -136,12 +136,7 @@ class OpenAIEmbedder:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._run, args=(self._loop,), name="embedline-openai", daemon=True)
-            # PostgreSQL's signal handlers must run in the main thread only.
-            previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            try:
-                self._thread.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+            start_thread(self._thread, self)
         return self._loop
 
     # The loop's thread

@@ -12,10 +12,10 @@ ARGS  ?=
 TORCH ?=
 
 # The system's own Python and nothing else: no user site, no other interpreter from PATH.
-BOOTSTRAP := PYTHONPATH=python_udfs PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.local.bootstrap
+BOOTSTRAP := PYTHONPATH=python_udfs PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.cluster.bootstrap
 WITH_DSN  := EMBEDLINE_DSN="$$($(BOOTSTRAP) dsn)"
 
-.PHONY: help setup up demo demo-upgrade test bench lint dsn psql down clean _lint-setup _test-setup
+.PHONY: help setup up demo demo-upgrade test bench golden lint dsn psql down clean _lint-setup _test-setup
 
 help: ## print this help
 	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -28,11 +28,11 @@ up: ## set up, start the local cluster, bring its schema to head
 
 demo: up ## make the PostgreSQL manual searchable by meaning (MODEL=static-256 or minilm)
 	@echo "» Running the demo with model $(MODEL)" >&2
-	@$(WITH_DSN) .venv/bin/python -m embedline.demo --model $(MODEL)
+	@$(WITH_DSN) .venv/bin/python -m embedline.dev.demo --model $(MODEL)
 
 demo-upgrade: up ## another model for pages that are searched and edited all the time, and back, and for good
 	@echo "» Running the demo of a model upgrade" >&2
-	@$(WITH_DSN) .venv/bin/python -m embedline.demo --upgrade
+	@$(WITH_DSN) .venv/bin/python -m embedline.dev.demo --upgrade
 
 # Where a build of torch without CUDA is offered, it is installed; elsewhere the tests that need it are skipped.
 _test-setup: up
@@ -76,6 +76,9 @@ docs: _docs-setup ## build the pages of docs/ as a site into .build/site; a warn
 	@echo "» mkdocs build --strict" >&2
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --config-file .mkdocs.yml
 	@echo "  open .build/site/index.html" >&2
+
+golden: ## write sql/README.md from the files of sql/
+	@PYTHONPATH=python_udfs PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.sql_index
 
 dsn: ## print the connection URI of the local database, and nothing else
 	@$(BOOTSTRAP) dsn

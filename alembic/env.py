@@ -8,7 +8,8 @@ from psycopg.errors import Diagnostic
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from embedline import client_connection, installation, removal
+from embedline.client import install, removal
+from embedline.client.connection import engine, lines, server_message
 from embedline.errors import EmbedlineError
 
 _VERSION_TABLE = {"version_table": "alembic_version", "version_table_schema": "embedline"}
@@ -36,7 +37,7 @@ def _tell_warnings(connection: Connection) -> None:
         # The event trigger that follows sources meets tables of an earlier revision.
         is_between = message.startswith("embedline could not look for changes of its sources")
         if (notice.severity_nonlocalized == "WARNING" and not is_between) or " stays: " in message:
-            installation.logger.warning("%s: %s", notice.severity_nonlocalized, message)
+            install.logger.warning("%s: %s", notice.severity_nonlocalized, message)
 
     driver = connection.connection.driver_connection
     if isinstance(driver, psycopg.Connection):
@@ -62,37 +63,37 @@ def run_offline() -> None:
 def run_online() -> None:
     try:
         # Without a pool of SQLAlchemy's: the connection closes with the block.
-        with client_connection.engine(context.config.get_main_option("sqlalchemy.url")).connect() as connection:
+        with engine(context.config.get_main_option("sqlalchemy.url")).connect() as connection:
             applied = context.config.attributes.get("on_version_apply")
             context.configure(connection=connection, on_version_apply=applied, **_VERSION_TABLE)
             with connection.begin():
                 is_removal = _goes_to_base()
                 if is_removal:
-                    installation.check_role(connection)
+                    install.check_role(connection)
                 else:
-                    installation.check_server(connection)
+                    install.check_server(connection)
             _tell_warnings(connection)
             # Alembic's own transaction, so that an operation can leave it (autocommit_block).
             with context.begin_transaction():
-                installation.run_script(connection, "SET LOCAL lock_timeout = '10s'")
+                install.run_script(connection, "SET LOCAL lock_timeout = '10s'")
                 if is_removal:
                     removal.require_no_dependents(connection)
                     for statement in removal.before_base():
-                        installation.run_script(connection, statement)
+                        install.run_script(connection, statement)
                 else:
-                    installation.run_script(connection, "CREATE SCHEMA IF NOT EXISTS embedline")
+                    install.run_script(connection, "CREATE SCHEMA IF NOT EXISTS embedline")
                 context.run_migrations()
                 heads = set(context.get_context().get_current_heads())
                 if heads == set(context.script.get_heads()):
-                    installation.replay(connection)
+                    install.replay(connection)
                 elif not heads:
                     for statement in removal.after_base():
-                        installation.run_script(connection, statement)
+                        install.run_script(connection, statement)
     except EmbedlineError as error:
-        raise SystemExit("ERROR: " + client_connection.lines(error.message, error.detail, error.hint)) from None
+        raise SystemExit("ERROR: " + lines(error.message, error.detail, error.hint)) from None
     except DBAPIError as error:
         # What a person can do something about is in the server's message; the statement and our frames are not that.
-        told = client_connection.server_message(error.orig)
+        told = server_message(error.orig)
         if told is None:
             raise
         raise SystemExit(f"ERROR: {told}") from None

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
 import support
 import throwaway
-from embedline.local.bootstrap import local_cluster
-from embedline.local.cluster import Cluster
-from embedline.local.settings import load_settings
+from embedline.dev.cluster.bootstrap import local_cluster
+from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.settings import load_settings
 
 # Unique to this run, so that two runs on one server never meet.
 _RUN = f"{os.getpid()}_{secrets.token_hex(3)}"

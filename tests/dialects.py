@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedline.probe import PROBE_TEXT
+from embedline.models.health_check import PROBE_TEXT
 from stub_provider import vector_of
 
 Vector = npt.NDArray[np.float32]

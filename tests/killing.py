@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import psycopg
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from stub_provider import StubProvider
 from support import wait_until
 from working import Worker

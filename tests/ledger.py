@@ -12,9 +12,9 @@ from support import scalar
 
 _PRELUDE = """
     import dataclasses, json
-    from embedline import spending
-    from embedline.catalog import load_pipeline
-    from embedline.database import Session
+    from embedline.spending import ledger as spending
+    from embedline.catalog.load import load_pipeline
+    from embedline.postgres.session import Session
     session = Session(plpy, GD)
     pipeline = load_pipeline(session, name)
 """

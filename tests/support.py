@@ -19,9 +19,11 @@ from alembic import command
 from alembic.config import Config
 from psycopg import sql
 
-from embedline.chunking import Chunk, Chunker, ChunkingSpec, make_chunker
+from embedline.chunking import Chunk, ChunkingSpec
+from embedline.chunking.chunk import Chunker
+from embedline.chunking.factory import make_chunker
+from embedline.core.text import repair_text
 from embedline.errors import UnusableText
-from embedline.text import repair_text
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / ".models"

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import support
-from embedline.local.bootstrap import local_cluster
-from embedline.local.cluster import Cluster
-from embedline.local.settings import load_settings
+from embedline.dev.cluster.bootstrap import local_cluster
+from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.settings import load_settings
 
 # Where files live in memory, and the room that a run may need there: a WAL of 1 GB and some dozen databases.
 _MEMORY = Path("/dev/shm")

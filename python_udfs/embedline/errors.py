@@ -2,7 +2,7 @@
 
 Each class carries the SQLSTATE that the database reports and, as its docstring, the message that stands when
 nothing more exact is known. `detail` tells the circumstances, `hint` names the statement or command to run.
-`embedline.database.postgres_error` turns any of them into a PostgreSQL error.
+`embedline.postgres.session.postgres_error` turns any of them into a PostgreSQL error.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET jit = off
 AS $python$
-    from embedline import preview
+    from embedline.gate import preview
     return preview.embed_chunks(plpy, GD, pipeline_name, model, chunk_ids)
 $python$;
 

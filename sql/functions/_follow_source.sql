@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import following
-    following.follow_source(plpy, GD, pipeline_name)
+    from embedline.pipelines import follow
+    follow.follow_source(plpy, GD, pipeline_name)
 $python$;
 
 COMMENT ON FUNCTION embedline._follow_source(text) IS 'Internal: follow a change of a source; called by the event trigger.';

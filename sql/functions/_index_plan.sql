@@ -8,8 +8,8 @@ STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import indexing
-    return indexing.index_plan(plpy, GD, pipeline_name, version_number, precision_name, parallel_workers)
+    from embedline.indexes import build
+    return build.index_plan(plpy, GD, pipeline_name, version_number, precision_name, parallel_workers)
 $python$;
 
 COMMENT ON FUNCTION embedline._index_plan(text, integer, text, integer) IS 'Internal: how embedline build-index and Alembic build an index.';

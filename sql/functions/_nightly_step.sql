@@ -18,7 +18,7 @@ SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$
-    from embedline import nightly
+    from embedline.verify import nightly
     nightly.nightly_step(plpy, GD, step, pipeline_name, repair, message)
 $python$;
 

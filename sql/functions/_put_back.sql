@@ -9,8 +9,8 @@ SET search_path = pg_catalog, pg_temp
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
-    from embedline import altered_sources
-    altered_sources.put_back(plpy, GD, source_number)
+    from embedline.pipelines import alter_source
+    alter_source.put_back(plpy, GD, source_number)
 $python$;
 
 COMMENT ON FUNCTION embedline._put_back(bigint) IS 'Internal: second half of alter_source.';

@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import spending
-    return spending.roll_up_usage(plpy, GD)
+    from embedline.spending import ledger
+    return ledger.roll_up_usage(plpy, GD)
 $python$;
 
 COMMENT ON FUNCTION embedline._roll_up_usage() IS 'Internal: sum up reservations older than two minutes by day; returns how many.';

@@ -9,8 +9,8 @@ SET search_path = pg_catalog, pg_temp
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
-    from embedline import altered_sources
-    altered_sources.take_away(plpy, GD, source)
+    from embedline.pipelines import alter_source
+    alter_source.take_away(plpy, GD, source)
 $python$;
 
 COMMENT ON FUNCTION embedline._take_away(regclass) IS 'Internal: first half of alter_source.';

@@ -17,8 +17,8 @@ SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$
-    from embedline import worker
-    return worker.worker_step(plpy, GD, step, slot, pipeline_name, message)
+    from embedline.worker import procedure
+    return procedure.worker_step(plpy, GD, step, slot, pipeline_name, message)
 $python$;
 
 COMMENT ON FUNCTION embedline._worker_step(text, integer, text, text) IS 'Internal: one step of the resident worker.';

@@ -21,7 +21,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import versions
+    from embedline.versions import versions
     return versions.add_embedding_version(plpy, GD, pipeline_name, {
         "model": model, "column_type": column_type, "distance": distance, "index_method": index_method,
         "index_options": index_options, "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,

@@ -17,8 +17,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import model_alteration
-    model_alteration.alter_model(plpy, GD, name, {
+    from embedline.verify import alter_model
+    alter_model.alter_model(plpy, GD, name, {
         "base_url": base_url, "api_key_env": api_key_env, "concurrency": concurrency,
         "max_batch_items": max_batch_items, "max_batch_tokens": max_batch_tokens, "timeout_seconds": timeout_seconds,
         "options": options, "price_per_million_tokens": price_per_million_tokens, "model": model,

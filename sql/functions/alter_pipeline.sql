@@ -24,8 +24,8 @@ SET search_path = pg_catalog, pg_temp
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
-    from embedline import alteration
-    alteration.alter_pipeline(plpy, GD, name, {
+    from embedline.pipelines import alter
+    alter.alter_pipeline(plpy, GD, name, {
         "content": content, "filter": filter, "document_prefix": document_prefix, "tenant": tenant,
         "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,
         "chunking_options": chunking_options, "weight": weight, "drop": drop,

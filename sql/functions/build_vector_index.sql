@@ -7,8 +7,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import indexing
-    return indexing.build_vector_index(plpy, GD, pipeline_name, version_number)
+    from embedline.indexes import build
+    return build.build_vector_index(plpy, GD, pipeline_name, version_number)
 $python$;
 
 COMMENT ON FUNCTION embedline.build_vector_index(text, integer) IS 'Have pg_cron build the indexes that a version lacks, and say what happens now.';

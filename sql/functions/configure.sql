@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import settings
+    from embedline.catalog import settings
     return settings.configure(plpy, GD, setting, value)
 $python$;
 

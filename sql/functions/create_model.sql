@@ -22,8 +22,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import models
-    return models.create_model(plpy, GD, {
+    from embedline.models import register
+    return register.create_model(plpy, GD, {
         "name": name, "provider": provider, "model": model, "dimensions": dimensions, "base_url": base_url,
         "api_key_env": api_key_env, "revision": revision, "document_prefix": document_prefix,
         "query_prefix": query_prefix, "max_batch_items": max_batch_items, "max_batch_tokens": max_batch_tokens,

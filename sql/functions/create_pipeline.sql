@@ -30,7 +30,7 @@ SET search_path = pg_catalog, pg_temp
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
-    from embedline import pipelines
+    from embedline.pipelines import pipelines
     return pipelines.create_pipeline(plpy, GD, {
         "name": name, "source": source, "content": content, "model": model, "filter": filter,
         "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,

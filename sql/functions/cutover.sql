@@ -12,7 +12,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET jit = off
 AS $python$
-    from embedline import cutover
+    from embedline.versions import cutover
     return cutover.cutover(plpy, GD, pipeline_name, version_number, override_reason)
 $python$;
 

@@ -10,7 +10,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import budgets
+    from embedline.spending import budgets
     budgets.drop_budget(plpy, GD, pipeline, model, period)
 $python$;
 

@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import models
-    models.drop_model(plpy, GD, name)
+    from embedline.models import register
+    register.drop_model(plpy, GD, name)
 $python$;
 
 COMMENT ON FUNCTION embedline.drop_model(text) IS 'Forget a model that no pipeline uses.';

@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import pipelines
+    from embedline.pipelines import pipelines
     pipelines.drop_pipeline(plpy, GD, name)
 $python$;
 

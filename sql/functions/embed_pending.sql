@@ -12,8 +12,8 @@ SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$
-    from embedline import worker
-    return worker.embed_pending(plpy, GD, max_rows, pipeline_name)
+    from embedline.worker import procedure
+    return procedure.embed_pending(plpy, GD, max_rows, pipeline_name)
 $python$;
 
 COMMENT ON FUNCTION embedline.embed_pending(integer, text) IS 'Embed up to max_rows changed rows in this transaction, live changes first, then backfill; returns the number of source rows embedded.';

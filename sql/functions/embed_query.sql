@@ -6,7 +6,7 @@ LANGUAGE plpython3u
 STABLE
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import search
+    from embedline.search import search
     return search.embed_query(plpy, GD, pipeline_name, query)
 $python$;
 

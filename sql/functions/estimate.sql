@@ -13,7 +13,7 @@ SET search_path = pg_catalog, pg_temp
 -- What is read of the generated functions must not depend on the session.
 SET quote_all_identifiers = off
 AS $python$
-    from embedline import estimate
+    from embedline.estimate import estimate
     return estimate.estimate(plpy, GD, pipeline_or_table, model, content, sample_rows, expression_search_path)
 $python$;
 

@@ -33,8 +33,8 @@ SET enable_sort = on
 SET enable_nestloop = on
 SET enable_indexscan = on
 AS $python$
-    from embedline import evaluation
-    return evaluation.evaluate(
+    from embedline.gate import evaluate
+    return evaluate.evaluate(
         plpy, GD, pipeline_name, version_number, canaries, k, margin, query_count, breakdown, seed, min_recall
     )
 $python$;

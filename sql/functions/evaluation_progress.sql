@@ -15,7 +15,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import progress
+    from embedline.catalog import progress
     return progress.evaluation_progress(plpy, GD, pipeline_name)
 $python$;
 

@@ -9,8 +9,8 @@ STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import indexing
-    return indexing.index_statement(plpy, GD, pipeline_name, version_number, precision_name)
+    from embedline.indexes import build
+    return build.index_statement(plpy, GD, pipeline_name, version_number, precision_name)
 $python$;
 
 COMMENT ON FUNCTION embedline.index_statement(text, integer, text) IS 'Return the CREATE INDEX CONCURRENTLY of a version, NULL where its index is valid or it has none.';

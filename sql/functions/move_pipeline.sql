@@ -10,8 +10,8 @@ SET search_path = pg_catalog, pg_temp
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
-    from embedline import moving
-    moving.move_pipeline(plpy, GD, name, new_source)
+    from embedline.pipelines import move
+    move.move_pipeline(plpy, GD, name, new_source)
 $python$;
 
 COMMENT ON FUNCTION embedline.move_pipeline(text, regclass) IS 'Watch another table of the same key and columns; rows that are the same there are not embedded again.';

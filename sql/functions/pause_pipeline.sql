@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import pipelines
-    pipelines.set_pipeline_state(plpy, GD, name, "paused")
+    from embedline.pipelines import pipelines
+    return pipelines.pause_pipeline(plpy, GD, name)
 $python$;
 
 COMMENT ON FUNCTION embedline.pause_pipeline(text) IS 'Stop embedding a pipeline; its changes are still captured and wait.';

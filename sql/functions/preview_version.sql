@@ -25,7 +25,7 @@ VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET jit = off
 AS $python$
-    from embedline import preview
+    from embedline.gate import preview
     return preview.preview_version(
         plpy, GD, pipeline_name, model, canaries, sample, k, margin, query_count, seed
     )

@@ -7,7 +7,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET intervalstyle = 'postgres'
 AS $python$
-    from embedline import dead_letters
+    from embedline.queue import dead_letters
     return dead_letters.purge_dead_letters(plpy, GD, older_than)
 $python$;
 

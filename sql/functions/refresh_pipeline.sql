@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import following
-    following.refresh_pipeline(plpy, GD, name)
+    from embedline.pipelines import follow
+    follow.refresh_pipeline(plpy, GD, name)
 $python$;
 
 COMMENT ON FUNCTION embedline.refresh_pipeline(text) IS 'Show new source columns in the routing view, and capture what a new BEFORE UPDATE trigger changes.';

@@ -17,7 +17,7 @@ SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$
-    from embedline import dead_letters
+    from embedline.queue import dead_letters
     return dead_letters.requeue(plpy, GD, pipeline, key, error_code, include_embedded)
 $python$;
 

@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import versions
+    from embedline.versions import versions
     return versions.requeue_version(plpy, GD, pipeline_name, version_number)
 $python$;
 

@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import circuit
+    from embedline.models import circuit
     return circuit.resume_model(plpy, GD, name)
 $python$;
 

@@ -6,8 +6,8 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import pipelines
-    pipelines.set_pipeline_state(plpy, GD, name, "active")
+    from embedline.pipelines import pipelines
+    return pipelines.resume_pipeline(plpy, GD, name)
 $python$;
 
 COMMENT ON FUNCTION embedline.resume_pipeline(text) IS 'Embed a paused pipeline again, beginning with what has waited.';

@@ -7,7 +7,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET jit = off
 AS $python$
-    from embedline import cutover
+    from embedline.versions import cutover
     return cutover.rollback(plpy, GD, pipeline_name)
 $python$;
 

@@ -19,7 +19,7 @@ SET plan_cache_mode = force_generic_plan
 SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
 AS $python$
-    from embedline import search
+    from embedline.search import search
     return search.search(plpy, GD, pipeline_name, query, k, per_document, ef_search, tenant, session_key)
 $python$;
 

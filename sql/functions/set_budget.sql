@@ -12,7 +12,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import budgets
+    from embedline.spending import budgets
     budgets.set_budget(plpy, GD, period, pipeline, model, tokens, money)
 $python$;
 

@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import budgets
+    from embedline.spending import budgets
     budgets.set_price(plpy, GD, model, price_per_million_tokens)
 $python$;
 

@@ -10,7 +10,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import rate_limits
+    from embedline.spending import rate_limits
     rate_limits.set_rate_limit(plpy, GD, model, requests_per_minute, tokens_per_minute)
 $python$;
 

@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import traffic
+    from embedline.versions import traffic
     return traffic.set_tenant_version(plpy, GD, pipeline_name, tenant, version_number)
 $python$;
 

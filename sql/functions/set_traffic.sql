@@ -11,7 +11,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import traffic
+    from embedline.versions import traffic
     return traffic.set_traffic(plpy, GD, pipeline_name, version_number, share, shadow_share)
 $python$;
 

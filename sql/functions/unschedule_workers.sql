@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import schedule
+    from embedline.worker import schedule
     return schedule.unschedule_workers(plpy, GD)
 $python$;
 

@@ -6,7 +6,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
-    from embedline import precision
+    from embedline.indexes import precision
     precision.use_precision(plpy, GD, pipeline_name, version_number, name)
 $python$;
 

@@ -18,8 +18,8 @@ SET timezone = 'UTC'
 SET intervalstyle = 'postgres'
 SET bytea_output = 'hex'
 AS $python$
-    from embedline import verification
-    return verification.verify(plpy, GD, pipeline, repair, sample)
+    from embedline.verify import verify
+    return verify.verify(plpy, GD, pipeline, repair, sample)
 $python$;
 
 COMMENT ON FUNCTION embedline.verify(text, boolean, integer) IS 'Compare a pipeline with its source and a sample of its vectors with the model; one row for each kind of finding, none where all is well.';

@@ -3,7 +3,7 @@
 CREATE OR REPLACE PROCEDURE embedline.run_nightly(repair boolean DEFAULT true)
 LANGUAGE plpython3u
 AS $python$
-    from embedline import nightly
+    from embedline.verify import nightly
     nightly.run_nightly(plpy, GD, repair)
 $python$;
 

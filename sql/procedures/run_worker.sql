@@ -8,8 +8,8 @@ CREATE OR REPLACE PROCEDURE embedline.run_worker(
 )
 LANGUAGE plpython3u
 AS $python$
-    from embedline import worker
-    worker.run_worker(plpy, GD, max_seconds, pipeline_name, slot, until_idle)
+    from embedline.worker import procedure
+    procedure.run_worker(plpy, GD, max_seconds, pipeline_name, slot, until_idle)
 $python$;
 
 COMMENT ON PROCEDURE embedline.run_worker(double precision, text, integer, boolean) IS 'Run a resident worker in this session; until_idle => true ends it when nothing waits any more.';

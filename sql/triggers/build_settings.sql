@@ -1,3 +1,4 @@
+-- Event trigger on CREATE INDEX: give an index build by pg_cron the settings that its statement names in a comment.
 -- A pg_cron job is one statement in a session of its own, and SET beside CREATE INDEX CONCURRENTLY would make it a
 -- transaction block. So the job's statement carries its settings in a comment, and they are set as it begins. They are
 -- what a session may set for itself anyway; a statement without the comment is left alone (20 µs).

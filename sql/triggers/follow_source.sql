@@ -1,3 +1,5 @@
+-- Event trigger on ALTER TABLE, TYPE, DOMAIN, SCHEMA and EXTENSION: have pipelines follow their sources' names, types,
+-- owner and parent.
 -- What the capture functions and embedline.pipeline name in plain text may change under them: the key's columns and
 -- types, the owner, and whether the source is a part of another table. Often by a command that names something else:
 -- the parent of a partition, a type, a schema. So what is stored is compared with what is, whatever the command names.

@@ -1,3 +1,4 @@
+-- Event trigger before ALTER TABLE and ALTER TYPE: find the columns of sources again in a restored database.
 -- In a restored database the columns of the sources are found again before a command can rename one: afterwards nothing
 -- would tell which it was. An error of ours must not fail the command.
 CREATE OR REPLACE FUNCTION embedline._on_before_alter()

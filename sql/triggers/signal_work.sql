@@ -1,3 +1,4 @@
+-- Trigger function of inboxes and outboxes: tell workers that something waits, once for each transaction.
 -- What a transaction queues for a pipeline leaves one row in embedline.signal, so that an idle worker asks one table
 -- and not those of each pipeline. Only inserts: no lock that an application waits for. The setting holds to the end of
 -- the transaction, or to the savepoint that takes the row back with it. Processor time of the application's session:

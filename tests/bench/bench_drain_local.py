@@ -24,7 +24,7 @@ import numpy as np
 import psycopg
 from harness import Bench, Figure, scalar, timed
 
-from embedline.text import repair_text
+from embedline.core.text import repair_text
 
 MANUAL = Path("/usr/share/doc")
 ROWS, CHARACTERS = 400, 900

@@ -15,8 +15,8 @@ import numpy as np
 import psycopg
 from harness import Bench, Figure, scalar, timed
 
-from embedline import index_build
-from embedline.vectors import copy_binary, normalise
+from embedline.client import build_index
+from embedline.core.vectors import copy_binary, normalise
 
 ROWS, DIMENSIONS = 20_000, 384
 CENTRES, SPREAD = 100, 0.6
@@ -86,21 +86,21 @@ def _besides(bench: Bench, connection: psycopg.Connection[Any]) -> None:
     for _ in range(3):
         connection.execute(f"DROP INDEX IF EXISTS {NAME}")
         client = _Clocked(connection)
-        whole = timed(lambda c=client: index_build.build(c, "bench", report=lambda phase, percent: None))
+        whole = timed(lambda c=client: build_index.build(c, "bench", report=lambda phase, percent: None))
         seconds.append(whole - client.seconds[0])
         shares.append(whole / client.seconds[0])
     detail = f"{statistics.median(seconds) * 1000:.0f} ms: counts, preflight, settings, observer, check"
     bench.add(Figure("build-index against its own CREATE INDEX", statistics.median(shares), "×", LIMIT, detail))
 
 
-class _Clocked(index_build.PsycopgClient):
+class _Clocked(build_index.PsycopgClient):
     """A session that knows how long its CREATE INDEX took."""
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         super().__init__(connection)
         object.__setattr__(self, "seconds", [])
 
-    def execute(self, statement: str) -> index_build.Rows:
+    def execute(self, statement: str) -> build_index.Rows:
         start = time.perf_counter()
         rows = super().execute(statement)
         if statement.startswith("CREATE INDEX"):
@@ -109,8 +109,8 @@ class _Clocked(index_build.PsycopgClient):
 
 
 def _ours(connection: psycopg.Connection[Any], workers: int) -> None:
-    client = index_build.PsycopgClient(connection)
-    if index_build.build(client, "bench", parallel_workers=workers, report=lambda phase, percent: None) is None:
+    client = build_index.PsycopgClient(connection)
+    if build_index.build(client, "bench", parallel_workers=workers, report=lambda phase, percent: None) is None:
         raise SystemExit("there was nothing to build")
 
 

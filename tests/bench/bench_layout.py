@@ -26,13 +26,14 @@ SETUP = (
     CREATE FUNCTION bench_fill(number integer, batch_from integer, batch_to integer) RETURNS integer
     LANGUAGE plpython3u AS $python$
         import numpy as np
-        from embedline import catalog, vectors
-        from embedline.batch import Batch
+        from embedline.catalog import load as catalog
+        from embedline.core import vectors
+        from embedline.worker.batch import Batch
         from embedline.chunking import Chunk
-        from embedline.database import Session
-        from embedline.documents import Document
-        from embedline.outbox import ClaimedRow
-        from embedline.work import VERSION_WORK
+        from embedline.postgres.session import Session
+        from embedline.documents.documents import Document
+        from embedline.queue.outbox import ClaimedRow
+        from embedline.worker.sources import VERSION_WORK
         if "bench" not in GD:
             matrix = np.random.default_rng({SEED}).standard_normal(({ROWS}, {DIMENSIONS}), dtype=np.float32)
             GD["bench"] = vectors.normalise(matrix)

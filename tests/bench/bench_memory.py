@@ -18,7 +18,7 @@ from harness import Bench, Figure
 from rich.progress import TaskID
 from workers import check_count, check_vector, create_pipeline, drain, fill, recreate_source, register_stub
 
-from embedline.pacing import PacingLimits
+from embedline.catalog.settings import PacingLimits
 from stub_provider import StubProvider, stub_provider
 
 ROWS, STRETCH, DIMENSIONS = 1_000_000, 100_000, 384

@@ -14,8 +14,8 @@ import psycopg
 from harness import Bench, Figure, percentile, scalar
 from manual import sentences
 
-from embedline import index_build
-from embedline.recall import recall_at_k
+from embedline.client import build_index
+from embedline.core.retrieval_metrics import recall_at_k
 
 CHUNKS, QUERIES, K = 10_000, 200, 10
 MODEL = "static-256"
@@ -25,8 +25,10 @@ SHAPES = (("halfvec", None, 4), ("binary", None, 8), ("prefix", 128, 4), ("prefi
 STATEMENT = """
     CREATE FUNCTION bench_ranking(precision_name text) RETURNS TABLE (statement text, ef integer)
     LANGUAGE plpython3u AS $python$
-        from embedline import catalog, precision, vector_index
-        from embedline.database import Session
+        from embedline.catalog import load as catalog
+        from embedline.indexes import precision
+        from embedline.indexes import definitions as vector_index
+        from embedline.postgres.session import Session
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, "bench")
         index = vector_index.find_index(session, pipeline, precision_name)
@@ -74,7 +76,7 @@ def _measure(
     if kind is not None:
         call = "SELECT embedline.add_precision_index('bench', 1, %s, %s, %s)"
         name = scalar(connection, call, (kind, dimensions, oversampling))
-    index_build.build(index_build.PsycopgClient(connection), "bench", 1, name)
+    build_index.build(build_index.PsycopgClient(connection), "bench", 1, name)
     size = scalar(
         connection,
         "SELECT bytes FROM embedline.index_progress('bench') WHERE name = %s",

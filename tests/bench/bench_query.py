@@ -33,8 +33,10 @@ STAGES = """
     AS $python$
         from time import perf_counter
         clock = [perf_counter()]
-        from embedline import catalog, nearest, search
-        from embedline.database import Session, _check_version
+        from embedline.catalog import load as catalog
+        from embedline.search import ranking as nearest
+        from embedline.search import search
+        from embedline.postgres.session import Session, _check_version
         clock.append(perf_counter())
         session = Session(plpy, GD)
         _check_version(session)
@@ -63,8 +65,11 @@ PLAN = """
     SET hnsw.iterative_scan = 'strict_order'
     SET hnsw.ef_search = 40
     AS $python$
-        from embedline import catalog, nearest, search
-        from embedline.database import Session, quote_literal, vector_schema
+        from embedline.catalog import load as catalog
+        from embedline.search import ranking as nearest
+        from embedline.search import search
+        from embedline.postgres.session import Session, vector_schema
+        from embedline.core.sql_text import quote_literal
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, pipeline_name)
         vector = search._embed(session, pipeline, query)
@@ -107,8 +112,9 @@ def _measure(bench: Bench, stub: StubProvider, queries: list[str]) -> None:
 
 _ADVANCE = """
     CREATE OR REPLACE FUNCTION bench_advance(pipeline_name text) RETURNS boolean LANGUAGE plpython3u AS $python$
-        from embedline import catalog, reach
-        from embedline.database import Session
+        from embedline.catalog import load as catalog
+        from embedline.search import index_recall as reach
+        from embedline.postgres.session import Session
 
         session = Session(plpy, GD)
         return reach.advance(session, catalog.load_pipeline(session, pipeline_name))

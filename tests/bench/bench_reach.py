@@ -31,9 +31,9 @@ from packages import summaries
 from rich.progress import TaskID
 from workers import Session, drain, resident_worker, wait_until
 
-from embedline import index_build
-from embedline.demo.manual import manual_folder, read_index_terms, read_pages
-from embedline.vectors import vectors_from_send
+from embedline.client import build_index
+from embedline.core.vectors import vectors_from_send
+from embedline.dev.demo.manual import manual_folder, read_index_terms, read_pages
 
 MODEL = "static-256"
 CORPORA = ("manual", "packages")
@@ -225,7 +225,7 @@ def _load(bench: Bench, session: Session, corpus: Corpus) -> None:
     # As autovacuum would within a minute.
     tables = ", ".join(f"embedline_data.{corpus.name}_{table}" for table in ("document", "chunk", "v1"))
     session.execute(f"VACUUM ANALYZE {corpus.name}, {tables}")
-    seconds = timed(lambda: index_build.build(index_build.PsycopgClient(session), corpus.name))
+    seconds = timed(lambda: build_index.build(build_index.PsycopgClient(session), corpus.name))
     session.execute(PLAIN.format(name=corpus.name, key=corpus.key))
     chunks = scalar(session, f"SELECT count(*) FROM {corpus.name}_embedding")
     bench.add(Figure(f"{corpus.name}: corpus", chunks, "chunks", detail=f"HNSW built in {seconds:.0f} s"))

@@ -17,7 +17,7 @@ from harness import Bench, Figure, scalar, timed
 from packages import summaries
 from workers import Session, spread
 
-from embedline import index_build
+from embedline.client import build_index
 
 MODEL, DEFAULT_ROWS = "static-256", "1000,60000"
 SEARCHES, EARLY, LATE = 12, slice(1, 5), slice(6, 12)
@@ -85,7 +85,7 @@ def _prepare(bench: Bench, session: Session, source: Source) -> None:
     while embedded := scalar(session, "SELECT embedline.embed_pending(1000, %s)", (source.name,)):
         bench.progress.update(task, advance=embedded)
     bench.progress.update(task, description=f"Building the index of {source.rows:,} rows, {source.kind}")
-    index_build.build(index_build.PsycopgClient(session), source.name)
+    build_index.build(build_index.PsycopgClient(session), source.name)
     # As autovacuum would within a minute.
     tables = ", ".join(f"embedline_data.{source.name}_{table}" for table in ("document", "chunk", "v1"))
     session.execute(f"VACUUM ANALYZE {source.name}, {tables}")

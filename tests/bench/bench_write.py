@@ -31,16 +31,19 @@ SETUP = (
     f"""
     CREATE FUNCTION bench_prepare() RETURNS integer LANGUAGE plpython3u AS $python$
         import numpy as np
-        from embedline import catalog, documents, vectors
-        from embedline.database import Session
+        from embedline.catalog import load as catalog
+        from embedline.documents import documents
+        from embedline.core import vectors
+        from embedline.postgres.session import Session
         matrix = np.random.default_rng({SEED}).standard_normal(({ROWS}, {DIMENSIONS}), dtype=np.float32)
         GD["bench"] = np.arange(1, {ROWS} + 1, dtype=np.int64), vectors.normalise(matrix)
         return len(GD["bench"][0])
     $python$""",
     """
     CREATE FUNCTION bench_write(batch integer) RETURNS integer LANGUAGE plpython3u AS $python$
-        from embedline import catalog, documents
-        from embedline.database import Session
+        from embedline.catalog import load as catalog
+        from embedline.documents import documents
+        from embedline.postgres.session import Session
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, "bench")
         ids, matrix = GD["bench"]
@@ -104,7 +107,7 @@ def _copy_file(connection: psycopg.Connection[Any], data: bytes) -> None:
 
 
 def _file(ids: npt.NDArray[np.int64], matrix: npt.NDArray[np.float32]) -> bytes:
-    from embedline import vectors
+    from embedline.core import vectors
 
     return vectors.copy_binary(ids, matrix, "vector")
 

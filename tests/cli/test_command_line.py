@@ -19,10 +19,10 @@ import pytest
 from psycopg import conninfo
 
 import embedline
-from embedline.doctor import Finding, Server, examine
+from embedline.client.doctor import Finding, Server, examine
 from support import create_pages, create_pipeline, scalar, settle, uri
 
-_COMMAND = [sys.executable, "-m", "embedline.cli"]
+_COMMAND = [sys.executable, "-m", "embedline.client.cli"]
 
 
 def _piped(*arguments: str) -> subprocess.CompletedProcess[str]:

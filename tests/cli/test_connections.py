@@ -16,13 +16,13 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from embedline import client_connection
-from embedline.client_connection import NoDatabaseNamed
-from embedline.local.cluster import as_server_user, server_user
+from embedline.client import connection
+from embedline.client.connection import NoDatabaseNamed
+from embedline.dev.cluster.cluster import as_server_user, server_user
 from support import ROOT, create_pages, create_pipeline, free_port, scalar, settle, wait_until
 
 _PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-_COMMAND = [sys.executable, "-m", "embedline.cli"]
+_COMMAND = [sys.executable, "-m", "embedline.client.cli"]
 _ALEMBIC = [sys.executable, "-m", "alembic", "upgrade", "head"]
 
 
@@ -97,9 +97,9 @@ def test_an_empty_connection_string_needs_a_variable_of_libpq(monkeypatch: pytes
         monkeypatch.delenv(name)
     monkeypatch.delenv("EMBEDLINE_DSN", raising=False)
     with pytest.raises(NoDatabaseNamed):
-        client_connection.resolve("")
+        connection.resolve("")
     monkeypatch.setenv("PGDATABASE", "mydb")
-    assert client_connection.resolve(None) == ""
+    assert connection.resolve(None) == ""
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from conftest import Connect
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from ledger import install_ledger_functions, reserve, settle
 from support import create_pages, create_pipeline, scalar
 

@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from stub_provider import StubProvider
 from support import create_pages, create_pipeline, scalar, wait_until
 from working import create_stub_model, create_stub_pipeline, flood, remove_all, working

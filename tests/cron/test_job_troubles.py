@@ -15,7 +15,7 @@ import pytest
 from psycopg import errors
 
 from conftest import StartCluster
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from support import scalar, wait_until
 
 _TROUBLES = "SELECT jobs, trouble, remedy FROM embedline._job_troubles()"
@@ -42,7 +42,7 @@ def connection(stock: Cluster) -> Iterator[psycopg.Connection]:
 def _findings(dsn: str, code: int = 1) -> list[dict[str, Any]]:
     """Return what doctor finds; `code` is how it is to exit."""
     done = subprocess.run(
-        [sys.executable, "-m", "embedline.cli", "doctor", "--json", "--dsn", dsn],
+        [sys.executable, "-m", "embedline.client.cli", "doctor", "--json", "--dsn", dsn],
         env=dict(os.environ), capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == code, done.stdout

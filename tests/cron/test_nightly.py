@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from support import assert_exact, create_pages, create_pipeline, scalar, settle, wait_until
 
 JOBS = "SELECT schedule, command FROM cron.job WHERE jobname = 'embedline nightly'"

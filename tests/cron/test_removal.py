@@ -8,7 +8,7 @@ import sys
 
 import psycopg
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from support import create_pages, create_pipeline, scalar, wait_until
 
 
@@ -23,7 +23,7 @@ def test_base_is_reached_under_scheduled_workers(cron_cluster: Cluster) -> None:
             "INSERT INTO page (id, title, body) SELECT n, 'more', 'of it ' || n FROM generate_series(2001, 7000) AS n"
         )
         done = subprocess.run(
-            [sys.executable, "-m", "embedline.cli", "downgrade", "base", "--dsn", dsn],
+            [sys.executable, "-m", "embedline.client.cli", "downgrade", "base", "--dsn", dsn],
             env=dict(os.environ), capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

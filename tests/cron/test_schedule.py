@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from support import ROOT, assert_exact, create_pages, create_pipeline, scalar, wait_until
 
 

@@ -11,8 +11,8 @@ from alembic.runtime.migration import MigrationContext
 from psycopg import errors, sql
 
 from conftest import Connect, MakeRole
-from embedline import client_connection
-from embedline.migrations.operations import AlterSourceOp
+from embedline.client.connection import engine
+from embedline.client.migrations.operations import AlterSourceOp
 from stub_fixtures import running_stub, stub
 from stub_provider import StubProvider
 from support import create_pages, create_pipeline, scalar, settle
@@ -301,12 +301,12 @@ def test_a_migration_alters_a_source_and_back(paid: psycopg.Connection, database
         "page", "ALTER TABLE page ALTER COLUMN views TYPE bigint", "ALTER TABLE page ALTER COLUMN views TYPE integer"
     )
     for operation, wanted in ((forth, "bigint"), (forth.reverse(), "integer")):
-        with client_connection.engine(database_dsn).begin() as connection:
+        with engine(database_dsn).begin() as connection:
             Operations(MigrationContext.configure(connection)).invoke(operation)
         assert _type(paid, "short", "views") == wanted
     settle(paid)
     assert stub.counts().get("texts", 0) == 0
     paid.execute("DROP VIEW short; SELECT embedline.drop_pipeline('page')")
-    with client_connection.engine(database_dsn).begin() as connection:
+    with engine(database_dsn).begin() as connection:
         Operations(MigrationContext.configure(connection)).invoke(forth)
     assert _type(paid, "page", "views") == "bigint"

@@ -15,7 +15,7 @@ import pytest
 from psycopg import errors, sql
 
 from conftest import Connect, MakeRole
-from embedline.index_build import PsycopgClient, build
+from embedline.client.build_index import PsycopgClient, build
 from stub_provider import StubProvider, stub_provider, vector_of
 from support import assert_exact, scalar, settle, wait_until
 from upgrading import add_version, cut_over, settle_versions, versions

@@ -322,7 +322,7 @@ def test_readme_quick_start_on_an_existing_database(empty_database_dsn: str) -> 
             " ('Bread', 'Knead the dough and bake it.', 'en'), ('Brot', 'Den Teig kneten und backen.', 'de')"
         )
     environment = {**os.environ, "EMBEDLINE_DSN": empty_database_dsn}
-    upgrade = [sys.executable, "-m", "embedline.cli", "upgrade"]
+    upgrade = [sys.executable, "-m", "embedline.client.cli", "upgrade"]
     done = subprocess.run(upgrade, env=environment, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     statements = "".join(re.findall(r"```sql\n(.*?)```", section, re.DOTALL))

@@ -17,8 +17,8 @@ import pytest
 from psycopg import sql
 
 from conftest import Connect, MakeRole
-from embedline.demo import manual
-from embedline.local.models import cut_static_model
+from embedline.dev.cluster.models import cut_static_model
+from embedline.dev.demo import manual
 from support import MODELS, create_pages, create_pipeline, drain, scalar, settle, wait_until
 
 SEEDS = range(20)

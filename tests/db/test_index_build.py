@@ -11,7 +11,7 @@ import sqlalchemy
 from psycopg import errors, sql
 from typer.testing import CliRunner
 
-from embedline import cli, index_build
+from embedline.client import build_index, cli
 from support import create_pages, create_pipeline, scalar, settle, wait_until
 
 Connect = Callable[..., psycopg.Connection]
@@ -56,8 +56,8 @@ def _searched(connection: psycopg.Connection) -> int:
 
 def _build(connection: psycopg.Connection, version: int | None = 2, **options: object) -> tuple[str | None, list[str]]:
     told: list[str] = []
-    client = index_build.PsycopgClient(connection)
-    statement = index_build.build(client, "page", version, tell=told.append, **options)  # type: ignore[arg-type]
+    client = build_index.PsycopgClient(connection)
+    statement = build_index.build(client, "page", version, tell=told.append, **options)  # type: ignore[arg-type]
     return statement, told
 
 
@@ -94,12 +94,12 @@ def test_sqlalchemy_builds_as_psycopg_does(complete: psycopg.Connection, databas
     engine = sqlalchemy.create_engine(database_dsn.replace("postgresql://", "postgresql+psycopg://"))
     phases: list[str] = []
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        client = index_build.SqlAlchemyClient(connection)
-        statement = index_build.build(client, "page", 2, report=lambda phase, percent: phases.append(phase))
+        client = build_index.SqlAlchemyClient(connection)
+        statement = build_index.build(client, "page", 2, report=lambda phase, percent: phases.append(phase))
         assert "page_v2" in str(statement)
-        assert index_build.build(client, "page", 2) is None
+        assert build_index.build(client, "page", 2) is None
         with pytest.raises(sqlalchemy.exc.DBAPIError) as caught:
-            index_build.build(client, "page", 9)
+            build_index.build(client, "page", 9)
         assert client.sqlstate(caught.value) == "42704"
     engine.dispose()
 
@@ -257,20 +257,20 @@ def test_a_parallel_build_that_fails_is_tried_again_serially(complete: psycopg.C
     complete.execute("SET min_parallel_table_scan_size = 0")
     client = _TakesTooMuch(complete)
     told: list[str] = []
-    assert index_build.build(client, "page", 2, parallel_workers=2, tell=told.append) is not None
+    assert build_index.build(client, "page", 2, parallel_workers=2, tell=told.append) is not None
     assert client.failures == ["53100"]
     assert any("serially" in notice for notice in told)
     assert _indexes(complete) == {"page_v1_embedding_idx": "missing", "page_v2_embedding_idx": "valid"}
 
 
-class _TakesTooMuch(index_build.PsycopgClient):
+class _TakesTooMuch(build_index.PsycopgClient):
     """A session that gives a parallel build more memory than /dev/shm ever has, as where somebody else has filled it."""
 
     def __init__(self, connection: psycopg.Connection) -> None:
         super().__init__(connection)
         object.__setattr__(self, "failures", [])
 
-    def execute(self, statement: str) -> index_build.Rows:
+    def execute(self, statement: str) -> build_index.Rows:
         if statement.startswith("SET maintenance_work_mem") and not self.failures:
             statement = "SET maintenance_work_mem = '1900GB'"
         try:

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 
 from conftest import StartCluster
-from embedline.local.cluster import Cluster
-from embedline.local.install import register
+from embedline.dev.cluster.cluster import Cluster
+from embedline.dev.cluster.install import register
 from support import MODELS, free_port, install, scalar
 
 _IMPORT = """

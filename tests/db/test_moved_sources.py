@@ -11,8 +11,8 @@ from alembic.runtime.migration import MigrationContext
 from psycopg import errors, sql
 
 from conftest import Connect, MakeRole
-from embedline import client_connection
-from embedline.migrations.operations import MovePipelineOp
+from embedline.client.connection import engine
+from embedline.client.migrations.operations import MovePipelineOp
 from stub_fixtures import running_stub, stub
 from stub_provider import StubProvider
 from support import PAGE, create_pages, create_pipeline, scalar, settle
@@ -273,7 +273,7 @@ def test_a_migration_moves_a_pipeline_and_back(paid: psycopg.Connection, databas
     paid.execute("CREATE TABLE page_new (LIKE page INCLUDING ALL); INSERT INTO page_new SELECT * FROM page")
     forth = MovePipelineOp("page", "page_new", "page")
     for operation in (forth, forth, forth.reverse()):
-        with client_connection.engine(database_dsn).begin() as connection:
+        with engine(database_dsn).begin() as connection:
             Operations(MigrationContext.configure(connection)).invoke(operation)
         settle(paid)
         assert scalar(paid, "SELECT source FROM embedline.status") == operation.new_source

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import errors, sql
 
-from embedline import index_build
+from embedline.client import build_index
 from support import create_pages, create_pipeline, scalar, searching, settle
 
 Connect = Callable[..., psycopg.Connection]
@@ -32,7 +32,7 @@ def _add(connection: psycopg.Connection, kind: str, *rest: object, version: int 
 
 
 def _build(connection: psycopg.Connection, name: str | None) -> str | None:
-    return index_build.build(index_build.PsycopgClient(connection), "page", 1, name)
+    return build_index.build(build_index.PsycopgClient(connection), "page", 1, name)
 
 
 def _states(connection: psycopg.Connection) -> dict[str, str]:

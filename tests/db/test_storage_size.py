@@ -7,7 +7,7 @@ import re
 import psycopg
 import pytest
 
-from embedline import storage_size
+from embedline.core import storage_size
 from support import scalar
 
 _SHAPES = [

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from embedline.traffic import drawn
+from embedline.search.version_choice import drawn
 from small_models import register_static
 from support import create_pages, create_pipeline, scalar, searching, settle
 from upgrading import add_version, cut_over, settle_versions

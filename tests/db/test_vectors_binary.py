@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from embedline.vectors import HALF_MAX, copy_binary, vectors_from_send
+from embedline.core.vectors import HALF_MAX, copy_binary, vectors_from_send
 
 _MATRICES = nps.arrays(
     np.float32,

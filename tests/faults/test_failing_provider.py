@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from embedline.probe import PROBE_TEXT
+from embedline.models.health_check import PROBE_TEXT
 from stub_provider import FAULTS, StubProvider
 from support import scalar
 from working import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from killing import kill_backend, reconnect
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, take_inbox, wait_until
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from killing import IN_FLIGHT, REQUEST, ROWS, Hold, assert_paid, held_worker, is_embedding, kill_backend, reconnect
 from stub_provider import StubProvider
 from support import scalar, settle

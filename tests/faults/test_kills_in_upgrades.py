@@ -12,9 +12,9 @@ import numpy.typing as npt
 import psycopg
 import pytest
 
-from embedline.capture import TABLES
-from embedline.index_build import PsycopgClient, build
-from embedline.local.cluster import Cluster
+from embedline.client.build_index import PsycopgClient, build
+from embedline.dev.cluster.cluster import Cluster
+from embedline.pipelines.ddl.capture import TABLES
 from killing import kill_backend, reconnect
 from stub_provider import StubProvider, stub_provider, vector_of
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, wait_until

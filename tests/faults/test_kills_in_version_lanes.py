@@ -11,7 +11,7 @@ import numpy.typing as npt
 import psycopg
 import pytest
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from killing import IN_FLIGHT, REQUEST, ROWS, Hold, assert_paid, held_worker, is_embedding, kill_backend, reconnect
 from stub_provider import StubProvider, vector_of
 from support import assert_exact, data_count, scalar, settle

@@ -5,8 +5,8 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from embedline.probe import PROBE_TEXT
-from embedline.text import repair_text
+from embedline.core.text import repair_text
+from embedline.models.health_check import PROBE_TEXT
 from stub_provider import StubProvider
 from support import scalar, settle
 from working import create_stub_model, create_stub_pipeline, dead_letters, insert_rows, work_until_idle

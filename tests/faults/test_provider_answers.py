@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from conftest import StartCluster
-from embedline.probe import PROBE_TEXT
+from embedline.models.health_check import PROBE_TEXT
 from stub_provider import StubProvider
 from support import create_pipeline, data_count, queued, scalar, settle, wait_until
 from working import (

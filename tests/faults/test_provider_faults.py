@@ -10,7 +10,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from embedline.probe import PROBE_TEXT
+from embedline.models.health_check import PROBE_TEXT
 from support import create_pages, create_pipeline, data_count, drain, queued, scalar, settle, wait_until
 
 Answer = Callable[[list[str]], Response]

@@ -7,7 +7,7 @@ import time
 import psycopg
 import pytest
 
-from embedline.probe import PROBE_TEXT
+from embedline.models.health_check import PROBE_TEXT
 from stub_provider import StubProvider
 from support import queued, scalar, settle, take_inbox, wait_until
 from working import (

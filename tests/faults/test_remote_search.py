@@ -15,7 +15,7 @@ import pytest
 from psycopg import errors
 
 from conftest import StartCluster
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from embedline.model_host.launcher import remote_settings
 from stub_provider import StubProvider
 from support import create_pipeline, scalar, searching, settle, wait_until

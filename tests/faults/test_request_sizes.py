@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from embedline.probe import PROBE_TEXT
+from embedline.models.health_check import PROBE_TEXT
 from stub_provider import StubProvider
 from support import queued, scalar, settle
 from working import (

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from embedline.probe import PROBE_TEXT
+from embedline.models.health_check import PROBE_TEXT
 from stub_provider import StubProvider
 from support import create_pipeline, queued, scalar, settle, wait_until
 from working import (

@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from psycopg import conninfo
 from pytest_postgresql.executors import NoopExecutor
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from support import MODELS, ROOT, assert_exact, create_pages, create_pipeline, drain, scalar, settle, uri
 
 _CATALOGUE = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from embedline.local.cluster import Cluster
+from embedline.dev.cluster.cluster import Cluster
 from support import ROOT, create_pages, create_pipeline, scalar, settle
 from upgrading import add_version, cut_over, settle_versions
 
@@ -28,7 +28,7 @@ Prepare = Callable[[psycopg.Connection], None]
 
 def _downgrade(dsn: str, revision: str = "base") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "embedline.cli", "downgrade", revision],
+        [sys.executable, "-m", "embedline.client.cli", "downgrade", revision],
         env={**os.environ, "EMBEDLINE_DSN": dsn}, cwd="/", capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 

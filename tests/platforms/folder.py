@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedline.local import pgvector, system
-from embedline.local.console import SetupError, capture, run_step
+from embedline.dev.cluster import pgvector, system
+from embedline.dev.cluster.console import SetupError, capture, run_step
 
 APT = Path("/etc/apt")
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from embedline.local.console import SetupError, say
+from embedline.dev.cluster.console import SetupError, say
 from platforms.folder import make_base
 from platforms.steps import STEPS, USERS, attempt
 from platforms.table import Row, save

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedline.local.console import say
+from embedline.dev.cluster.console import say
 from platforms import operations
 from platforms.folder import Folder, Room, copy, room
 from platforms.table import Row

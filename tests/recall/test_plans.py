@@ -10,8 +10,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from embedline.recall import recall_at_k
-from embedline.vectors import copy_binary, normalise
+from embedline.core.retrieval_metrics import recall_at_k
+from embedline.core.vectors import copy_binary, normalise
 from support import create_pipeline, scalar, settle
 
 ROWS = 20_000

@@ -9,9 +9,9 @@ import numpy as np
 import psycopg
 import pytest
 
-from embedline import index_build
-from embedline.recall import recall_at_k
-from embedline.vectors import copy_binary, normalise
+from embedline.client import build_index
+from embedline.core.retrieval_metrics import recall_at_k
+from embedline.core.vectors import copy_binary, normalise
 from support import create_pipeline, scalar, settle
 
 ROWS, DIMENSIONS, QUERIES, K = 8_000, 256, 20, 10
@@ -26,8 +26,10 @@ RANKING = """
     CREATE FUNCTION test_ranking(number integer, precision_name text, of_routing_view boolean, alone boolean)
     RETURNS TABLE (statement text, ef integer, bytes bigint)
     LANGUAGE plpython3u AS $python$
-        from embedline import catalog, precision, vector_index
-        from embedline.database import Session
+        from embedline.catalog import load as catalog
+        from embedline.indexes import precision
+        from embedline.indexes import definitions as vector_index
+        from embedline.postgres.session import Session
         session = Session(plpy, GD)
         pipeline = catalog.load_version(session, "page", number)
         index = vector_index.find_index(session, pipeline, precision_name)
@@ -69,14 +71,14 @@ def filled(module_database: psycopg.Connection, vectors: np.ndarray, request: py
     )
     with connection.cursor().copy("COPY embedline_data.page_v1 FROM STDIN WITH (FORMAT binary)") as copy:
         copy.write(copy_binary(np.arange(ROWS, dtype=np.int64), vectors, column_type))
-    client = index_build.PsycopgClient(connection)
-    assert index_build.build(client, "page") is not None
+    client = build_index.PsycopgClient(connection)
+    assert build_index.build(client, "page") is not None
     for (kind, dimensions, oversampling), (name, _) in SHAPES.items():
         if kind == column_type:
             continue
         add = "SELECT embedline.add_precision_index('page', 1, %s, %s, %s)"
         assert scalar(connection, add, (kind, dimensions, oversampling)) == name
-        assert index_build.build(client, "page", 1, name) is not None
+        assert build_index.build(client, "page", 1, name) is not None
     connection.execute("ANALYZE page, embedline_data.page_chunk, embedline_data.page_v1")
     connection.execute(RANKING)
     yield column_type

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from embedline.doctor import examine, index_reach
-from embedline.index_build import PsycopgClient, build
+from embedline.client.build_index import PsycopgClient, build
+from embedline.client.doctor import examine, index_reach
 from support import create_pipeline, drain, scalar
 from working import dsn_of
 
@@ -153,8 +153,9 @@ def test_a_vector_that_is_written_behind_the_check_is_ranked_exactly(off_topic: 
     off_topic.execute(
         """
         CREATE OR REPLACE FUNCTION test_keep_late(chunk_ids bigint[]) RETURNS void LANGUAGE plpython3u AS $python$
-            from embedline import catalog, reach
-            from embedline.database import Session
+            from embedline.catalog import load as catalog
+            from embedline.search import index_recall as reach
+            from embedline.postgres.session import Session
             session = Session(plpy, GD)
             reach.keep_late(session, catalog.load_pipeline(session, "page"), chunk_ids)
         $python$

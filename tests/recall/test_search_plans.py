@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psycopg
 import pytest
 
-from embedline.index_build import PsycopgClient, build
+from embedline.client.build_index import PsycopgClient, build
 from stub_provider import StubProvider
 from support import create_pipeline, scalar
 from working import create_stub_model
@@ -31,8 +31,9 @@ RANKING = """
     CREATE FUNCTION test_search_plan(query text, k integer, per_document boolean, calls integer)
     RETURNS TABLE (plan json, found bigint)
     LANGUAGE plpython3u AS $python$
-        from embedline import catalog, nearest
-        from embedline.database import Session
+        from embedline.catalog import load as catalog
+        from embedline.search import ranking as nearest
+        from embedline.postgres.session import Session
         session = Session(plpy, GD)
         ranker = nearest.Ranker(session, catalog.load_pipeline(session, "page"))
         for _ in range(calls):

@@ -14,11 +14,11 @@ from alembic.operations.ops import MigrateOperation, UpgradeOps
 from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 
-from embedline.migrations import declaration, plugin, rendering
-from embedline.migrations import operations as ops
-from embedline.migrations.chain import PHASES, Upgrade
-from embedline.migrations.declaration import UpgradeSettings
-from embedline.migrations.statements import Cast, call, literal
+from embedline.client.migrations import declaration, plugin, rendering
+from embedline.client.migrations import operations as ops
+from embedline.client.migrations.chain import PHASES, Upgrade
+from embedline.client.migrations.declaration import UpgradeSettings
+from embedline.client.migrations.statements import Cast, call, literal
 
 
 def _rendered(change: Callable[[Operations], object]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedline.embedders.answers import UnknownOrder, mistaken_encoding, text_numbers
+from embedline.providers.answers import UnknownOrder, mistaken_encoding, text_numbers
 
 
 def numbers(*indexes: object, keeps_order: bool = True) -> list[int]:

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.batch import Unit, likely_tokens, most_tokens, pack, plausible_tokens, request_items, unit_of
-from embedline.chunking import Chunk, content_digest
-from embedline.documents import Document
-from embedline.outbox import ClaimedRow
+from embedline.chunking import Chunk
+from embedline.chunking.chunk import content_digest
+from embedline.core.tokens import likely_tokens, most_tokens, plausible_tokens
+from embedline.documents.documents import Document
+from embedline.queue.outbox import ClaimedRow
+from embedline.worker.batch import Unit, pack, request_items, unit_of
 
 VECTOR = np.zeros(2, dtype=np.float32)
 

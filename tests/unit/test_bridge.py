@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedline.bridge import fit_bridge, procrustes
-from embedline.vectors import FloatMatrix, normalise
+from embedline.core.vectors import FloatMatrix, normalise
+from embedline.gate.model_bridge import fit_bridge, procrustes
 
 SEEDS = range(20)
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer
 
-from embedline.chunking import Chunk, ChunkingSpec, chunking_spec, make_chunker
+from embedline.chunking import Chunk, ChunkingSpec, chunking_spec
+from embedline.chunking.factory import make_chunker
 from embedline.chunking.markdown import heading_paths
 from embedline.chunking.semantic import cuts, neighbour_distances
 from embedline.chunking.sentences import sentence_spans

@@ -17,11 +17,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from embedline.chunking import CHARACTERS_PER_TOKEN, METHODS, Chunk, Chunker, ChunkingSpec, content_digest, make_chunker
-from embedline.chunking.chunk import nothing
+from embedline.chunking import METHODS, Chunk, ChunkingSpec
+from embedline.chunking.chunk import Chunker, content_digest, nothing
+from embedline.chunking.factory import make_chunker
 from embedline.chunking.markdown import markdown_split
 from embedline.chunking.measure import measure_of
 from embedline.chunking.measured import Room
+from embedline.core.tokens import CHARACTERS_PER_TOKEN
 from support import MODELS
 
 _MEASURED = tuple(method for method in METHODS if method != "none")

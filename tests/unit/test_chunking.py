@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from embedline.chunking import CHARACTERS_PER_TOKEN, Chunk, Chunker, content_digest, recursive_chunker, whole_text
+from embedline.chunking import Chunk
+from embedline.chunking.chunk import Chunker, content_digest, whole_text
+from embedline.chunking.factory import recursive_chunker
+from embedline.core.tokens import CHARACTERS_PER_TOKEN
 from embedline.errors import InvalidParameter
 from support import MODELS
 

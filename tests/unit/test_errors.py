@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from embedline import errors
-from embedline.database import Session, entry_point, postgres_error
 from embedline.errors import EmbedlineError, InvalidParameter, TransientProviderError
+from embedline.postgres.session import Session, entry_point, postgres_error
 
 
 def _classes(top: type[EmbedlineError] = EmbedlineError) -> Iterator[type[EmbedlineError]]:

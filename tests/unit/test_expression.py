@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedline.core.expression import require_single_expression
 from embedline.errors import InvalidParameter
-from embedline.expression import require_single_expression
 
 ATTACKS = [
     "body; DROP TABLE page",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.fingerprint import recipe_fingerprint
+from embedline.core.fingerprint import recipe_fingerprint
 
 RECIPE = {"model": "m", "dimensions": 256, "normalised": True, "prefix": "", "chunk_tokens": None}
 _VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.floats(allow_nan=False))

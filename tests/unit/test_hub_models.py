@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pytest_httpserver import HTTPServer
 
-from embedline.embedders import ModelConfig
+from embedline.core.embedding import ModelConfig
 from embedline.embedders.local import LocalEmbedder
 from embedline.errors import ModelHostUnavailable, ProviderError, ProviderMisconfigured
 from support import MODELS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.known_items import known_item_queries
+from embedline.gate.synthetic_queries import known_item_queries
 
 
 def test_a_query_is_made_of_the_words_that_tell_a_text_from_the_others() -> None:

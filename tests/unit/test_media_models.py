@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clip_model import DIMENSIONS, make_clip_model
-from embedline.embedders import ModelConfig
+from embedline.core.embedding import ModelConfig
 from embedline.embedders.local import LocalEmbedder
 
 pytestmark = pytest.mark.torch

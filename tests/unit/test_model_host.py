@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedline.embedders import EmbeddingBlock, ModelConfig, create_embedder
+from embedline.core.embedding import EmbeddingBlock, ModelConfig
+from embedline.embedders import create_embedder
 from embedline.embedders.local import LocalEmbedder
 from embedline.errors import (
     DimensionMismatch,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from dialects import Dialect, serving
-from embedline.embedders import ModelConfig
-from embedline.embedders.openai_compatible import OpenAIEmbedder
-from embedline.embedders.options import OPENAI_OPTIONS, check_options, request_body
+from embedline.core.embedding import ModelConfig
 from embedline.errors import DimensionMismatch, InvalidParameter
 from embedline.model_host.launcher import settings_of
+from embedline.providers.openai_compatible import OpenAIEmbedder
+from embedline.providers.options import OPENAI_OPTIONS, check_options, request_body
 
 LIMIT = 10.0
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedline.embedders import EmbeddingBlock, ModelConfig, ModelInfo
+from embedline.core.embedding import EmbeddingBlock, ModelConfig, ModelInfo
 from embedline.embedders.local import LocalEmbedder
 from embedline.errors import ProviderMisconfigured
 from embedline.model_host import bert_graph, launcher, onnx_export
@@ -122,7 +122,7 @@ def test_an_int8_model_is_prepared_once_and_means_the_same(start: Start, cache: 
 
 def test_a_model_prepared_by_command_is_the_same_model(start: Start, minilm: str, cache: Path, tmp_path: Path) -> None:
     target = tmp_path / "minilm-int8"
-    command = [sys.executable, "-m", "embedline.cli", "export-onnx", minilm, str(target), "--precision", "int8"]
+    command = [sys.executable, "-m", "embedline.client.cli", "export-onnx", minilm, str(target), "--precision", "int8"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

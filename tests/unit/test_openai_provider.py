@@ -19,8 +19,8 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from embedline.embedders import EmbeddingBlock, ModelConfig, create_embedder
-from embedline.embedders.openai_compatible import OpenAIEmbedder, redact, retry_after
+from embedline.core.embedding import EmbeddingBlock, ModelConfig
+from embedline.embedders import create_embedder
 from embedline.errors import (
     DimensionMismatch,
     InputRejected,
@@ -28,6 +28,7 @@ from embedline.errors import (
     ProviderMisconfigured,
     TransientProviderError,
 )
+from embedline.providers.openai_compatible import OpenAIEmbedder, redact, retry_after
 
 KEY = "sk-test-0123456789abcdef"
 PATH = "/v1/embeddings"

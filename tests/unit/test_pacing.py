@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.pacing import MAX_BATCH_BYTES, LiveShare, Pace, PacingLimits, Turns
+from embedline.catalog.settings import PacingLimits
+from embedline.worker.batch_size import MAX_BATCH_BYTES, LiveShare, Pace, Turns
 
 LIMITS = PacingLimits(batch_seconds=1.0, commit_seconds=0.5, min_rows=16, max_rows=4000)
 FAST, SLOW = 0.1, 2.0

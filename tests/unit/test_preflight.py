@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from embedline import preflight
 from embedline.errors import InsufficientDisk
-from embedline.preflight import BuildSettings, Machine, Need, choose
+from embedline.indexes import resources
+from embedline.indexes.resources import BuildSettings, Machine, Need, choose
 
 MB, GB = 1024**2, 1024**3
 ROOMY = Machine(
@@ -86,7 +86,7 @@ def test_what_cannot_be_found_out_stops_nothing() -> None:
 
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")
-    available = preflight.available_memory
+    available = resources.available_memory
     assert available(tmp_path / "meminfo", tmp_path / "none") == 2 * MB
     for name, text in {
         "memory.max": "3145728",

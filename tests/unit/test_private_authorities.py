@@ -15,9 +15,9 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from certificates import Authority, make_authority
-from embedline.embedders import ModelConfig
-from embedline.embedders.openai_compatible import OpenAIEmbedder
+from embedline.core.embedding import ModelConfig
 from embedline.errors import ProviderError, ProviderMisconfigured
+from embedline.providers.openai_compatible import OpenAIEmbedder
 
 LIMIT = 10.0
 VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")

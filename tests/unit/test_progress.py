@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.progress import Step, Task, pack, unpack
+from embedline.catalog.progress import Step, Task, pack, unpack
 
 
 @given(st.sampled_from(get_args(Task)), st.sampled_from(get_args(Step)), st.floats(0, 1))

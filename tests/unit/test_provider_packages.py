@@ -12,9 +12,10 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from embedline.embedders import Embedder, ModelConfig, create_embedder, known_options
-from embedline.embedders.options import check_options
+from embedline.core.embedding import Embedder, ModelConfig
+from embedline.embedders import create_embedder, known_options
 from embedline.errors import InputRejected, InvalidParameter, InvalidVectors, TransientProviderError
+from embedline.providers.options import check_options
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "add-a-provider.md"
 

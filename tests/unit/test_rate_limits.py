@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.rate_limits import BURST_SECONDS, MINIMUM_WAIT_SECONDS, RateState, Window
+from embedline.spending.rate_limits import BURST_SECONDS, MINIMUM_WAIT_SECONDS, RateState, Window
 
 
 def test_without_limits_all_goes() -> None:

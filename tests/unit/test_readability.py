@@ -9,11 +9,11 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from embedline.chunking import whole_text
-from embedline.documents import Document
+from embedline.chunking.chunk import whole_text
+from embedline.documents.documents import Document
+from embedline.documents.readability import Readability, mark_unreadable, readability
 from embedline.errors import UnreadableText
-from embedline.outbox import ClaimedRow
-from embedline.readability import Readability, mark_unreadable, readability
+from embedline.queue.outbox import ClaimedRow
 from support import MODELS
 
 _RANDOM = random.Random(1)

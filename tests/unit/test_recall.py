@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.recall import recall_at_k
+from embedline.core.retrieval_metrics import recall_at_k
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pytest_httpserver import HTTPServer
 
-from embedline.embedders import EmbeddingBlock, ModelConfig
+from embedline.core.embedding import EmbeddingBlock, ModelConfig
 from embedline.embedders.shared import SharedEmbedder
 from embedline.errors import (
     DimensionMismatch,

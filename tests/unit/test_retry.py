@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.retry import (
+from embedline.core.retry import (
     MAX_ATTEMPTS,
     MAX_CRASHES,
     ROWS_PER_CLAIM_AFTER_CRASHES,

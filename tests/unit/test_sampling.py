@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedline.sampling import Amount, Sample, block_total
+from embedline.estimate.estimators import Amount, Sample, block_total
 
 
 def test_a_whole_table_has_no_error() -> None:

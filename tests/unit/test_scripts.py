@@ -6,17 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedline.chunking import (
-    METHODS,
-    Chunk,
-    ChunkingSpec,
-    average_tokens,
-    content_digest,
-    cut_chunks,
-    estimated_size,
-    halves,
-    make_chunker,
-)
+from embedline.chunking import METHODS, Chunk, ChunkingSpec
+from embedline.chunking.chunk import content_digest
+from embedline.chunking.factory import make_chunker
+from embedline.chunking.halves import cut_chunks, halves
+from embedline.core.tokens import average_tokens, estimated_size
 
 # Tokens a character that each text may have at most: the estimate must not be far below.
 TEXTS = {

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from embedline.local import cluster, system, virtualenv
-from embedline.local.cluster import check_place
-from embedline.local.console import SetupError
-from embedline.local.settings import Settings
+from embedline.dev.cluster import cluster, system, virtualenv
+from embedline.dev.cluster.cluster import check_place
+from embedline.dev.cluster.console import SetupError
+from embedline.dev.cluster.settings import Settings
 
 
 def checkout(root: Path) -> Settings:
@@ -140,10 +140,10 @@ def test_a_closed_home_is_told_before_anything_is_installed(tmp_path: Path) -> N
     root = tmp_path / "embedline"
     root.mkdir()
     for name in ("pyproject.toml", "python_udfs"):
-        subprocess.run(["cp", "-a", Path(system.__file__).resolve().parents[3] / name, root / name], check=True)
+        subprocess.run(["cp", "-a", Path(system.__file__).resolve().parents[4] / name, root / name], check=True)
     tmp_path.chmod(0o700)
     done = subprocess.run(
-        ["/usr/bin/python3", "-m", "embedline.local.bootstrap", "up"],
+        ["/usr/bin/python3", "-m", "embedline.dev.cluster.bootstrap", "up"],
         cwd=root, env={"PATH": os.environ["PATH"], "PYTHONPATH": "python_udfs"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from embedline.embedders import ModelConfig
+from embedline.core.embedding import ModelConfig
 from embedline.embedders.local import LocalEmbedder
 from embedline.model_host import launcher
 from embedline.model_host.choice import choose_backend

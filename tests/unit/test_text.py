@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedline.core.text import repair_text
 from embedline.errors import UnusableText
-from embedline.text import repair_text
 
 
 @pytest.mark.parametrize(

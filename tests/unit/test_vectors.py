@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from embedline.errors import DimensionMismatch, InvalidVectors
-from embedline.vectors import (
+from embedline.core.vectors import (
     HALF_MAX,
     check_shape,
     copy_binary,
@@ -18,6 +17,7 @@ from embedline.vectors import (
     normalise,
     vectors_from_send,
 )
+from embedline.errors import DimensionMismatch, InvalidVectors
 
 _SHAPES = nps.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=16)
 _MATRICES = nps.arrays(np.float32, _SHAPES, elements=st.floats(width=32))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from embedline.chunking.chunk import Chunk, chunk_of
 from embedline.chunking.graphemes import boundary_at_or_before
-from embedline.chunking.measure import estimated_size, weights
+from embedline.core.tokens import estimated_size, weights
 
 # A text of fewer thirds of a token is not cut: no model for texts reads less than 32 tokens.
 SMALLEST_CUT = 2 * 96

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from embedline.vectors import FloatMatrix
+    from embedline.core.vectors import FloatMatrix
 
 # Embeds sentences with the pipeline's own model: one row for each text; calls its second argument from time to time.
 EmbedSentences = Callable[[Sequence[str], OnPiece], "FloatMatrix"]

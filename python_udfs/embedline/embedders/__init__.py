@@ -1,126 +1,15 @@
 """Embedding providers: one module each behind the `Embedder` protocol. docs/providers.md adds one."""
 
-from __future__ import annotations
+from embedline.core.embedding import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.embedders.registry import ENTRY_POINT_GROUP, create_embedder, known_options
 
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-from embedline.errors import InvalidParameter
-
-if TYPE_CHECKING:
-    from embedline.embedders.options import Option
-
-# Where other packages announce providers: name = provider, value = a callable from ModelConfig to Embedder.
-ENTRY_POINT_GROUP = "embedline.embedders"
-
-Kind = Literal["document", "query"]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a provider needs to know of a registered model (a row of embedline.model)."""
-
-    name: str
-    provider: str
-    model: str
-    dimensions: int | None = None
-    revision: str | None = None
-    base_url: str | None = None
-    api_key_env: str | None = None
-    document_prefix: str = ""
-    query_prefix: str = ""
-    max_batch_items: int = 2048
-    max_batch_tokens: int = 300_000
-    concurrency: int = 8
-    timeout_seconds: float = 60.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    # What earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
-    learned: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EmbeddingBlock:
-    """`count` vectors of `dimensions` float32 values, little-endian, row after row, as the provider returned them.
-
-    `tokens` is what the provider says it charges; None where it does not say. `learned` is kept with the model: how this
-    endpoint differs from OpenAI's.
-    """
-
-    count: int
-    dimensions: int
-    data: bytes
-    tokens: int | None = None
-    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What probing a model tells.
-
-    `max_tokens` is the longest text in the model's own tokens, special tokens already taken off; None if unknown.
-    `tokenizer_path` is a Hugging Face tokenizer.json that the server can read; None if the tokens are not known offline.
-    """
-
-    dimensions: int
-    max_tokens: int | None
-    tokenizer_path: str | None
-    fingerprint: str
-    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-class Embedder(Protocol):
-    """A provider, bound to one model. Its threads run with all signals blocked and never touch the database."""
-
-    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
-        """Start embedding; prefixes are added here.
-
-        The future raises ProviderError (or a subclass). At most `ModelConfig.concurrency` requests are in flight.
-        """
-
-    def probe(self) -> Future[ModelInfo]:
-        """Ask the model once for its dimensions and limits."""
-
-    def close(self) -> None:
-        """Give back connections and threads."""
-
-
-def known_options(provider: str) -> Mapping[str, Option] | Collection[str] | None:
-    """Return the options of a provider's models; None if it does not say. A class of another package lists `options`."""
-    if provider == "sentence-transformers":
-        # Checked with each other, too, wherever the host's settings are read.
-        return None
-    if provider == "openai":
-        from embedline.embedders.options import OPENAI_OPTIONS
-
-        return OPENAI_OPTIONS
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group=ENTRY_POINT_GROUP, name=provider):
-        options: Mapping[str, Option] | Collection[str] | None = getattr(entry.load(), "options", None)
-        return options
-    return None
-
-
-def create_embedder(config: ModelConfig) -> Embedder:
-    """Return the embedder of the config's provider. Provider modules are imported on first use: they are heavy."""
-    if config.provider == "sentence-transformers":
-        from embedline.embedders.local import LocalEmbedder
-
-        return LocalEmbedder(config)
-    if config.provider == "openai":
-        from embedline.embedders.openai_compatible import OpenAIEmbedder
-
-        return OpenAIEmbedder(config)
-    # Takes 30 ms to import, and none of our own providers needs it.
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group=ENTRY_POINT_GROUP, name=config.provider):
-        embedder: Embedder = entry.load()(config)
-        return embedder
-    raise InvalidParameter(
-        f'unknown provider "{config.provider}"',
-        hint="Use provider => 'sentence-transformers' or 'openai', or install a package with an entry point of that name in"
-        f" the group {ENTRY_POINT_GROUP}.",
-    )
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Embedder",
+    "EmbeddingBlock",
+    "Kind",
+    "ModelConfig",
+    "ModelInfo",
+    "create_embedder",
+    "known_options",
+]

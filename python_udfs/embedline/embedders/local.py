@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedline.embedders import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.errors import DimensionMismatch, InputRejected, InvalidVectors, ModelHostUnavailable, ProviderError
 from embedline.model_host.launcher import HostSettings, Owner, connect_or_start, log_tail, prepare_place, settings_of
 from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame, pack_texts

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from concurrent.futures import Future
 
-from embedline.embedders import EmbeddingBlock, ModelConfig
+from embedline.core.embedding import EmbeddingBlock, ModelConfig
 from embedline.embedders.local import LocalEmbedder
 from embedline.errors import InputRejected
 from embedline.model_host.launcher import remote_settings

@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import embedline
-import embedline.embedders
-from embedline.embedders import ModelConfig
-from embedline.embedders.options import Option, check_options
+from embedline.core.embedding import ModelConfig
 from embedline.errors import InvalidParameter, ModelHostUnavailable, ProviderMisconfigured
 from embedline.model_host.choice import choose_backend
 from embedline.model_host.protocol import PROTOCOL_VERSION
+from embedline.providers.options import Option, check_options
 
 # From spawning to listening, before anything heavy is imported; measured 0.1 s, a loaded machine may need more.
 START_SECONDS = 20.0
@@ -135,7 +134,8 @@ def remote_settings() -> HostSettings:
 @functools.cache
 def _code_stamp() -> str:
     """Return what changes with the code that the host runs."""
-    folders = [os.path.dirname(__file__), os.path.dirname(embedline.embedders.__file__)]
+    package = os.path.dirname(embedline.__file__)
+    folders = [os.path.join(package, name) for name in ("core", "model_host", "providers")]
     sources = [entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py")]
     return str(max((entry.stat().st_mtime_ns for entry in sources), default=0))
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from embedline.embedders import EmbeddingBlock
+from embedline.core.embedding import EmbeddingBlock
 
 # Bytes of all entries: about 5,000 vectors of 1,536 dimensions.
 MAX_BYTES = 32 << 20

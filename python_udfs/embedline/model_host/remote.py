@@ -14,14 +14,14 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-from embedline.embedders import EmbeddingBlock, ModelConfig
-from embedline.embedders.openai_compatible import OpenAIEmbedder
+from embedline.core.embedding import EmbeddingBlock, ModelConfig
 from embedline.errors import ProviderError
 from embedline.model_host.launcher import HostPlace, HostSettings, Owner
 from embedline.model_host.process import HostConnection, HostProcess
 from embedline.model_host.protocol import Frame, ProtocolError, unpack_texts
 from embedline.model_host.query_cache import QueryCache, cache_key
 from embedline.model_host.wire_errors import error_fields
+from embedline.providers.openai_compatible import OpenAIEmbedder
 
 # Queries of one model that are under way at a time, of all sessions together. A session alone has one.
 _MAX_QUERIES = 256

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from embedline.embedders import Kind
+    from embedline.core.embedding import Kind
     from embedline.errors import ProviderError
 
 

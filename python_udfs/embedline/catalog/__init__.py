@@ -1,0 +1,1 @@
+"""Embedline's own tables as values: models, pipelines, versions, settings."""

@@ -1,0 +1,62 @@
+"""Pieces of SQL over the keys of a pipeline's rows: as JSON, back from it, whether they are queued, and queueing them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from embedline.catalog.load import Pipeline
+from embedline.core.sql_text import quote_ident, quote_literal
+
+# As capture does: an array of so many keys is one row of the inbox.
+_KEYS_PER_ROW = 100
+
+
+def json_names(pipeline: Pipeline) -> tuple[str, ...]:
+    """Names of the key columns in embedline.dead_letter.key and in what verify shows."""
+    return tuple(column.removeprefix("key_") for column in pipeline.key_columns)
+
+
+def key_json(pipeline: Pipeline, key: Sequence[str]) -> str:
+    """Return a key as a JSON object of source column to text value, as embedline.dead_letter stores it."""
+    return json.dumps(dict(zip(json_names(pipeline), key, strict=True)))
+
+
+def as_json(pipeline: Pipeline, alias: str) -> str:
+    """The key of a relation as jsonb, each column as text: the form of embedline.dead_letter.key."""
+    pairs = ", ".join(
+        f"{quote_literal(name)}, {alias}.{quote_ident(column)}::text"
+        for name, column in zip(json_names(pipeline), pipeline.key_columns, strict=True)
+    )
+    return f"jsonb_build_object({pairs})"
+
+
+def from_json(pipeline: Pipeline, value: str) -> str:
+    """Select list that takes the typed key columns out of such a jsonb value."""
+    return ", ".join(
+        f"({value} ->> {quote_literal(name)})::{key_type} AS {quote_ident(column)}"
+        for name, key_type, column in zip(json_names(pipeline), pipeline.key_types, pipeline.key_columns, strict=True)
+    )
+
+
+def not_queued(pipeline: Pipeline, alias: str) -> str:
+    """The condition that no change of a key waits or is in a worker's hands: a claim stands until its keys are done."""
+    taken = ", ".join(f"i.{quote_ident(column)}" for column in pipeline.key_columns)
+    same = pipeline.key_join("q", alias)
+    return f"NOT EXISTS (SELECT FROM {pipeline.outbox} AS q WHERE {same})" + "".join(
+        f" AND NOT EXISTS (SELECT FROM {pipeline.generated(table)} AS i"
+        f" CROSS JOIN LATERAL unnest({taken}) AS q ({pipeline.key_list}) WHERE {same})"
+        for table in ("inbox", "deleted", "claim")
+    )
+
+
+def enqueue(pipeline: Pipeline, rows: str, condition: str = "true") -> str:
+    """INSERT of the keys of a relation into the inbox, as an application's write does it; returns key_count each row."""
+    columns = ", ".join(quote_ident(column) for column in pipeline.key_columns)
+    arrays = ", ".join(f"array_agg(k.{quote_ident(column)})" for column in pipeline.key_columns)
+    first = quote_ident(pipeline.key_columns[0])
+    return (
+        f"INSERT INTO {pipeline.generated('inbox')} ({columns}) SELECT {arrays}"
+        f" FROM (SELECT {columns}, row_number() OVER () AS embedline_row FROM {rows} WHERE {condition}) AS k"
+        f" GROUP BY (k.embedline_row - 1) / {_KEYS_PER_ROW} RETURNING cardinality({first}) AS key_count"
+    )

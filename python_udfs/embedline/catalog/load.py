@@ -1,0 +1,506 @@
+"""Reading the catalogue: models, pipelines and versions as values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from embedline.catalog.source import HIDDEN
+from embedline.chunking import ChunkingSpec
+from embedline.core.embedding import ModelConfig
+from embedline.core.sql_text import quote_ident
+from embedline.errors import NotFound
+from embedline.postgres.session import SEARCH_SCHEMA, Session, as_list, as_mapping, data_name
+
+_MODEL_COLUMNS = """
+    m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
+    m.base_url, m.api_key_env, m.document_prefix, m.query_prefix, m.max_batch_items,
+    m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.learned, m.fingerprint AS model_fingerprint,
+    m.probed_fingerprint, m.batch_items, m.batch_items_refused, m.text_size_refused
+"""
+
+_CHUNK_SET_COLUMNS = """
+    s.number AS chunk_set, s.chunk_set_id, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options
+"""
+# One row for each version of each pipeline; `others` are the versions beside it, `sets` the other ways of chunking.
+_VERSION_SQL = f"""
+    SELECT p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
+           p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, p.altered_at::text AS altered_at,
+           {_CHUNK_SET_COLUMNS},
+           p.document_prefix_expression, p.tenant_expression, p.weight, v.fingerprint AS version_fingerprint,
+           v.vectors_valid_from::text AS vectors_valid_from, v.version_id = p.serving_version_id AS is_serving,
+           v.view::oid::bigint AS version_view_oid, v.search_precision, v.backfill_order, v.backfill_rate,
+           v.version_id, v.number, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
+           v.state AS version_state, {_MODEL_COLUMNS},
+           EXISTS (SELECT FROM pg_class AS t JOIN pg_index AS i ON i.indrelid = t.oid
+                   WHERE t.relname = p.name || '_v' || v.number AND t.relnamespace = 'embedline_data'::regnamespace
+                       AND NOT i.indisprimary AND i.indisvalid) AS has_index,
+           r.version_id IS NOT NULL AS is_checked, r.checked_to, r.ef_search, r.wide_ef_search, r.far_distance,
+           (SELECT jsonb_agg(jsonb_build_array(o.version_id, o.number, o.chunk_set) ORDER BY o.number)
+            FROM embedline.version AS o WHERE o.pipeline_id = p.pipeline_id) AS versions,
+           (SELECT jsonb_agg(to_jsonb(t) - 'tokenizer' ORDER BY t.number) FROM embedline.chunk_set AS t
+            WHERE t.pipeline_id = p.pipeline_id AND t.number <> v.chunk_set) AS other_sets
+    FROM embedline.pipeline AS p
+    JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
+    JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
+    JOIN embedline.model AS m ON m.model_id = v.model_id
+    LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
+"""
+_PIPELINE_SQL = f"{_VERSION_SQL} WHERE v.version_id = p.serving_version_id"
+
+PIPELINE_BY_NAME = f"{_PIPELINE_SQL} AND p.name = $1"
+_VERSIONS_BY_NAME = f"{_VERSION_SQL} WHERE p.name = $1 ORDER BY v.number"
+# Only workers ask whether requests are counted: readers, who search, may not read budgets.
+_METERED = f"""
+    (m.provider <> 'sentence-transformers' OR m.price_per_million_tokens IS NOT NULL
+        OR EXISTS (SELECT FROM embedline.spending_cap AS s WHERE s.pipeline_id = p.pipeline_id OR s.model_id = m.model_id)
+        OR EXISTS (SELECT FROM embedline.rate_limit AS l WHERE l.model_id = m.model_id)) AS metered,
+    v.last_error AS version_error,
+    (SELECT h.last_error FROM embedline.pipeline_health AS h WHERE h.pipeline_id = p.pipeline_id) AS last_error,
+    EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source AND {HIDDEN}) AS is_hidden,
+"""
+# A source that was dropped takes its functions along; its pipeline must not stop the others.
+ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
+    AND p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
+    AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
+    ORDER BY p.pipeline_id
+"""
+_SOME_PIPELINES = ACTIVE_PIPELINES.replace(
+    "ORDER BY p.pipeline_id", "AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
+)
+# Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
+_LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
+    WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
+        AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
+        AND (v.version_id <> p.serving_version_id
+            OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
+    ORDER BY v.version_id
+"""
+_SOME_LANES = _LANES.replace("ORDER BY v.version_id", "AND v.version_id = ANY ($2) ORDER BY v.version_id")
+# A version beside the serving one has this part of its pipeline's share of the workers.
+_LANE_WEIGHT = 0.5
+
+# pgvector's operator and operator class of each distance; the class is prefixed with the column type.
+OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
+_OPERATOR_CLASSES = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of embedline.model; see the comments of its columns."""
+
+    model_id: int
+    config: ModelConfig
+    max_tokens: int | None
+    fingerprint: str
+    probed_fingerprint: str | None = None
+    batch_items: int | None = None
+    batch_items_refused: int | None = None
+    text_size_refused: int | None = None
+
+    @property
+    def request_items(self) -> int:
+        """Texts that a request may carry: as many as declared, or fewer if the provider refused so many."""
+        return min(self.config.max_batch_items, self.batch_items or self.config.max_batch_items)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a row of embedline.index_reach says of a version's search; see the comments of its columns."""
+
+    checked_to: int
+    ef_search: int | None
+    wide_ef_search: int | None
+    far_distance: float | None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A row of embedline.version with its model."""
+
+    version_id: int
+    number: int
+    dimensions: int
+    column_type: str
+    distance: str
+    index_method: str
+    state: str
+    model: Model
+    fingerprint: str
+    vectors_valid_from: str | None = None
+    index_options: dict[str, object] = field(default_factory=dict)
+    view_oid: int | None = None
+    search_precision: str | None = None
+    backfill_order: str = "oldest_first"
+    backfill_rate: int | None = None
+    # Whether a valid index of the vectors exists, and what it was found to reach; None before the first check.
+    has_index: bool = False
+    reach: Reach | None = None
+
+    @property
+    def column(self) -> str:
+        """Name of the vector column."""
+        return f"embedding_v{self.number}"
+
+    @property
+    def operator(self) -> str:
+        """pgvector's distance operator."""
+        return OPERATORS[self.distance]
+
+    @property
+    def operator_class(self) -> str:
+        """pgvector's operator class for an index."""
+        return f"{self.column_type}_{_OPERATOR_CLASSES[self.distance]}"
+
+    @property
+    def vector_type(self) -> str:
+        """Type of the vector column with its dimensions."""
+        return f"{self.column_type}({self.dimensions})"
+
+
+@dataclass(frozen=True)
+class ChunkSet:
+    """A row of embedline.chunk_set: one way of cutting the contents, with a table of its own."""
+
+    chunk_set_id: int
+    number: int
+    spec: ChunkingSpec
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A row of embedline.pipeline with one of its versions, the serving one unless another was asked for.
+
+    `metered`, where workers loaded it: requests are counted, of remote models and of those with a price or a limit; and
+    `is_hidden`: row-level security hides rows of the source from its owner, so that nothing can be read.
+    `versions` are (version_id, number, chunk set) of all versions. `is_lane` marks what fills a version from the chunks
+    that the serving version's work leaves, not from the source.
+    """
+
+    pipeline_id: int
+    name: str
+    source_oid: int
+    view_oid: int | None
+    key_columns: tuple[str, ...]
+    key_types: tuple[str, ...]
+    view_columns: dict[str, str]
+    chunk_set: ChunkSet
+    other_sets: tuple[ChunkSet, ...]
+    document_prefix: str | None
+    tenant: str | None
+    weight: float
+    metered: bool
+    state: str
+    generation: int
+    recipe: int
+    altered_at: str | None
+    version: Version
+    versions: tuple[tuple[int, int, int], ...]
+    is_serving: bool = True
+    is_lane: bool = False
+    # Where workers loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the lane.
+    last_error: str | None = None
+    is_hidden: bool = False
+
+    @property
+    def lane_id(self) -> int:
+        """What tells its work apart from other work: the pipeline's id, or less than zero for a version's lane."""
+        return -self.version.version_id if self.is_lane else self.pipeline_id
+
+    def as_lane(self) -> Pipeline:
+        """Return the lane that fills the version from the chunks."""
+        return replace(self, is_lane=True, weight=self.weight * _LANE_WEIGHT)
+
+    @property
+    def spec(self) -> ChunkingSpec:
+        """How the version's contents are chunked."""
+        return self.chunk_set.spec
+
+    def other_versions(self, chunk_set: int) -> list[int]:
+        """Return the ids of the versions beside this one that embed the chunks of a set."""
+        return [
+            version_id
+            for version_id, _, set_number in self.versions
+            if set_number == chunk_set and version_id != self.version.version_id
+        ]
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether an expression gives each document a text to put before its chunks."""
+        return self.document_prefix is not None
+
+    def generated(self, suffix: str) -> str:
+        """Return the qualified, quoted name of a generated object, such as the outbox."""
+        return data_name(f"{self.name}_{suffix}")
+
+    @cached_property
+    def outbox(self) -> str:
+        """The queue of changed keys."""
+        return self.generated("outbox")
+
+    @cached_property
+    def document(self) -> str:
+        """The state rows: one for each source row that was looked at."""
+        return self.generated("document")
+
+    def chunk_table(self, number: int) -> str:
+        """Return the table of a chunk set."""
+        return self.generated(chunk_table_suffix(number))
+
+    @cached_property
+    def chunk_tables(self) -> list[str]:
+        """The tables of all chunk sets."""
+        return [self.chunk_table(s.number) for s in (self.chunk_set, *self.other_sets)]
+
+    @cached_property
+    def chunk(self) -> str:
+        """The chunks that the version embeds."""
+        return self.chunk_table(self.chunk_set.number)
+
+    @cached_property
+    def vectors(self) -> str:
+        """The version's table."""
+        return self.generated(f"v{self.version.number}")
+
+    @cached_property
+    def exact(self) -> str:
+        """The table of the version's vectors that every search ranks exactly."""
+        return self.generated(f"v{self.version.number}_exact")
+
+    def search_function(self, suffix: str) -> str:
+        """Return the qualified, quoted name of a function that ranks the version's chunks; see search_functions."""
+        return f"{SEARCH_SCHEMA}.{quote_ident(f'{self.name}_v{self.version.number}_{suffix}')}"
+
+    @cached_property
+    def key_list(self) -> str:
+        """The key columns of the generated tables, comma separated."""
+        return ", ".join(quote_ident(column) for column in self.key_columns)
+
+    @cached_property
+    def key_texts(self) -> str:
+        """The key columns as one text[] value each row, to travel to Python and back without loss."""
+        return "ARRAY[" + ", ".join(f"{quote_ident(column)}::text" for column in self.key_columns) + "]"
+
+    @cached_property
+    def quoted_key_columns(self) -> list[str]:
+        """The key columns of the generated tables, each quoted."""
+        return [quote_ident(column) for column in self.key_columns]
+
+    def missing_rows(self, first_parameter: int = 1) -> str:
+        """Call of the closing sweep with parameters from $n on: `row_limit` and `sweep_parameters`."""
+        limit, recipe, valid_from, altered_at = range(first_parameter, first_parameter + 4)
+        return (
+            f"{self.generated('missing')}(${limit}, ${recipe}, ${valid_from}::timestamptz, ${altered_at}::timestamptz)"
+        )
+
+    def key_texts_of(self, alias: str) -> str:
+        """`key_texts` with the columns qualified by a table alias."""
+        return "ARRAY[" + ", ".join(f"{alias}.{quote_ident(column)}::text" for column in self.key_columns) + "]"
+
+    def key_list_of(self, alias: str) -> str:
+        """`key_list` with the columns qualified by a table alias."""
+        return ", ".join(f"{alias}.{quote_ident(column)}" for column in self.key_columns)
+
+    def key_arrays(self, first_parameter: int = 1) -> str:
+        """Parameters $n::text[] of each key column, cast to arrays of the column's type."""
+        return ", ".join(f"${first_parameter + i}::text[]::{key_type}[]" for i, key_type in enumerate(self.key_types))
+
+    def key_join(self, left: str, right: str) -> str:
+        """The condition that two relations hold the same key."""
+        return " AND ".join(f"{left}.{quote_ident(c)} = {right}.{quote_ident(c)}" for c in self.key_columns)
+
+    @property
+    def key_parameter_types(self) -> list[str]:
+        """Types of the parameters of `key_arrays`."""
+        return ["text[]"] * len(self.key_columns)
+
+
+def chunk_table_suffix(number: int) -> str:
+    """Return what follows the pipeline's name in the name of a chunk set's table."""
+    return "chunk" if number == 1 else f"chunk_{number}"
+
+
+def load_pipeline(session: Session, name: str) -> Pipeline:
+    """Return the pipeline of that name or raise NotFound."""
+    rows = session.query(PIPELINE_BY_NAME, ["text"], name)
+    if not rows:
+        raise NotFound(
+            f'there is no pipeline "{name}"',
+            hint="SELECT pipeline FROM embedline.status lists the pipelines.",
+        )
+    return pipeline_from_row(rows[0])
+
+
+def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
+    """Return the pipelines that workers serve now, or the one named."""
+    if name is not None:
+        load_pipeline(session, name)
+    return [pipeline_from_row(row) for row in session.query(ACTIVE_PIPELINES, ["text"], name)]
+
+
+def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
+    """Return a lane for each version that is filled from the chunks of the others' work: of all pipelines or the one named."""
+    rows = session.query(_LANES, ["text"], name)
+    return [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
+
+
+def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
+    """Return of these pipelines and lanes, by their `lane_id`, what workers serve now."""
+    pipelines, lanes = [i for i in lane_ids if i >= 0], [-i for i in lane_ids if i < 0]
+    found: list[Pipeline] = []
+    if pipelines:
+        rows = session.query(_SOME_PIPELINES, ["text", "bigint[]"], None, pipelines)
+        found += map(pipeline_from_row, rows)
+    if lanes:
+        rows = session.query(_SOME_LANES, ["text", "bigint[]"], None, lanes)
+        found += [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
+    return found
+
+
+def load_versions(session: Session, name: str) -> list[Pipeline]:
+    """Return the pipeline of that name once for each of its versions, by number, or raise NotFound."""
+    found = [pipeline_from_row(row) for row in session.query(_VERSIONS_BY_NAME, ["text"], name)]
+    return found or [load_pipeline(session, name)]
+
+
+def load_version(session: Session, name: str, number: int) -> Pipeline:
+    """Return the pipeline of that name with one of its versions, or raise NotFound."""
+    found = {pipeline.version.number: pipeline for pipeline in load_versions(session, name)}
+    if number not in found:
+        raise NotFound(
+            f'pipeline "{name}" has no version {number}',
+            detail=f"Versions: {', '.join(map(str, found))}.",
+            hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{name}'; lists them.",
+        )
+    return found[number]
+
+
+def load_all_pipelines(session: Session) -> list[Pipeline]:
+    """Return every pipeline, in whatever state."""
+    return [pipeline_from_row(row) for row in session.query(_PIPELINE_SQL)]
+
+
+def load_model(session: Session, name: str) -> Model:
+    """Return the model of that name or raise NotFound."""
+    rows = session.query(f"SELECT {_MODEL_COLUMNS} FROM embedline.model AS m WHERE m.name = $1", ["text"], name)
+    if not rows:
+        raise NotFound(
+            f'there is no model "{name}"',
+            hint="SELECT name FROM embedline.model lists the models; embedline.create_model adds one.",
+        )
+    return _model_from_row(rows[0])
+
+
+def pipeline_from_row(row: dict[str, object]) -> Pipeline:
+    """Return the pipeline of a row of the catalogue query."""
+    values = dict(row)
+    version = Version(
+        version_id=int(str(values["version_id"])),
+        number=int(str(values["number"])),
+        dimensions=int(str(values["dimensions"])),
+        column_type=str(values["column_type"]),
+        distance=str(values["distance"]),
+        index_method=str(values["index_method"]),
+        state=str(values["version_state"]),
+        model=_model_from_row(values),
+        fingerprint=str(values["version_fingerprint"]),
+        vectors_valid_from=_optional(values["vectors_valid_from"]),
+        index_options=dict(as_mapping(values["index_options"])),
+        view_oid=_number(values["version_view_oid"]),
+        search_precision=_optional(values["search_precision"]),
+        backfill_order=str(values["backfill_order"]),
+        backfill_rate=_number(values["backfill_rate"]),
+        has_index=bool(values["has_index"]),
+        reach=_reach_from_row(values),
+    )
+    return Pipeline(
+        pipeline_id=int(str(values["pipeline_id"])),
+        name=str(values["name"]),
+        source_oid=int(str(values["source_oid"])),
+        view_oid=_number(values["view_oid"]),
+        key_columns=_texts(values["key_columns"]),
+        key_types=_texts(values["key_types"]),
+        view_columns={str(k): str(v) for k, v in as_mapping(values["view_columns"]).items()},
+        chunk_set=_chunk_set_from_row({**values, "number": values["chunk_set"]}),
+        other_sets=tuple(map(_chunk_set_from_row, as_list(values["other_sets"]))),
+        document_prefix=_optional(values["document_prefix_expression"]),
+        tenant=_optional(values["tenant_expression"]),
+        weight=float(str(values["weight"])),
+        metered=bool(values.get("metered")),
+        state=str(values["state"]),
+        generation=int(str(values["generation"])),
+        recipe=int(str(values["recipe"])),
+        altered_at=_optional(values["altered_at"]),
+        version=version,
+        versions=tuple((int(i), int(n), int(s)) for i, n, s in as_list(values["versions"])),
+        is_serving=bool(values["is_serving"]),
+        last_error=_optional(values.get("last_error")),
+        is_hidden=bool(values.get("is_hidden")),
+    )
+
+
+def _reach_from_row(row: dict[str, object]) -> Reach | None:
+    if not row["is_checked"]:
+        return None
+    far = row["far_distance"]
+    return Reach(
+        checked_to=int(str(row["checked_to"])),
+        ef_search=_number(row["ef_search"]),
+        wide_ef_search=_number(row["wide_ef_search"]),
+        far_distance=None if far is None else float(str(far)),
+    )
+
+
+def _chunk_set_from_row(row: dict[str, object]) -> ChunkSet:
+    options = as_mapping(row["chunking_options"])
+    spec = ChunkingSpec(
+        method=str(row["chunking"]),
+        tokens=_number(row["chunk_tokens"]),
+        overlap=int(str(row["chunk_overlap"])),
+        options=tuple(sorted((name, float(value)) for name, value in options.items())),
+    )
+    return ChunkSet(int(str(row["chunk_set_id"])), int(str(row["number"])), spec)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(str(item) for item in value) if isinstance(value, list) else ()
+
+
+def _number(value: object) -> int | None:
+    return None if value is None else int(str(value))
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _model_from_row(row: dict[str, object]) -> Model:
+    config = ModelConfig(
+        name=str(row["model_name"]),
+        provider=str(row["provider"]),
+        model=str(row["model"]),
+        dimensions=int(str(row["model_dimensions"])),
+        revision=_optional(row["revision"]),
+        base_url=_optional(row["base_url"]),
+        api_key_env=_optional(row["api_key_env"]),
+        document_prefix=str(row["document_prefix"]),
+        query_prefix=str(row["query_prefix"]),
+        max_batch_items=int(str(row["max_batch_items"])),
+        max_batch_tokens=int(str(row["max_batch_tokens"])),
+        concurrency=int(str(row["concurrency"])),
+        timeout_seconds=float(str(row["timeout_seconds"])),
+        options=as_mapping(row["options"]),
+        learned=as_mapping(row["learned"]),
+    )
+    max_tokens = row["max_tokens"]
+    return Model(
+        model_id=int(str(row["model_id"])),
+        config=config,
+        max_tokens=None if max_tokens is None else int(str(max_tokens)),
+        fingerprint=str(row["model_fingerprint"]),
+        probed_fingerprint=_optional(row["probed_fingerprint"]),
+        batch_items=_number(row["batch_items"]),
+        batch_items_refused=_number(row["batch_items_refused"]),
+        text_size_refused=_number(row["text_size_refused"]),
+    )

@@ -1,0 +1,58 @@
+"""Who is calling, and what the caller may change."""
+
+from __future__ import annotations
+
+from embedline.catalog.load import load_pipeline
+from embedline.errors import NotPermitted
+from embedline.postgres.session import Session, is_nested
+
+CALLER = """
+    SELECT CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END
+"""
+
+
+def caller(session: Session) -> str:
+    """Return the role that called a SECURITY DEFINER function: the session's, or the one it has SET.
+
+    Raises NotPermitted where others' code may be calling in its name: an expression that a worker evaluates as the source's
+    owner, or a function of an index during ANALYZE. (A session that calls others' functions itself has trusted these anyway.)
+    """
+    if is_nested(session):
+        raise NotPermitted("an expression of a pipeline may not change Embedline's objects")
+    # Changes nothing, and is refused where PostgreSQL runs a table owner's code on its own: autovacuum, ANALYZE, REINDEX.
+    session.execute("UNLISTEN embedline")
+    return str(session.scalar(CALLER))
+
+
+def is_superuser(session: Session, role: str) -> bool:
+    """Whether the role is a superuser."""
+    return bool(session.scalar("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = $1", ["text"], role))
+
+
+def require_superuser(session: Session, doing: str, hint: str) -> None:
+    """Raise unless the caller is a superuser.
+
+    A URL, a key's variable and a directory let their setter read the server's files and environment and send them out.
+    """
+    if not is_superuser(session, caller(session)):
+        raise NotPermitted(
+            f"only a superuser may {doing}", detail="A model names addresses, keys and files of the server.", hint=hint
+        )
+
+
+def require_control(session: Session, name: str) -> None:
+    """Raise unless the caller may change the pipeline: the source's owner, its creator's role, or a superuser."""
+    load_pipeline(session, name)
+    allowed = session.scalar(
+        """
+        SELECT coalesce(
+            pg_has_role($2, c.relowner, 'USAGE'),
+            -- A source that is gone has no owner: the role that made the pipeline may drop it, or move it to another table.
+            (SELECT pg_has_role($2, r.oid, 'USAGE') FROM pg_roles AS r WHERE r.rolname = p.created_by),
+            (SELECT rolsuper FROM pg_roles WHERE rolname = $2))
+        FROM embedline.pipeline AS p LEFT JOIN pg_class AS c ON c.oid = p.source WHERE p.name = $1
+        """,
+        ["text", "name"], name, caller(session),
+    )  # fmt: skip
+    if not allowed:
+        raise NotPermitted(f'must be owner of the source of pipeline "{name}"')

@@ -1,0 +1,94 @@
+"""What an administrator can set: rows of embedline.setting, with their defaults and bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from embedline.errors import InvalidParameter
+from embedline.postgres.session import Session, entry_point
+
+
+@dataclass(frozen=True)
+class PacingLimits:
+    """What batches keep to; the defaults stand in embedline.setting under the same names.
+
+    Seconds from claim to the last answer, seconds of one write with its commit, rows of one batch.
+    """
+
+    batch_seconds: float = 1.0
+    commit_seconds: float = 0.5
+    min_rows: int = 16
+    max_rows: int = 4000
+
+
+@dataclass(frozen=True)
+class Settings(PacingLimits):
+    """Settings; see the table in docs/operations.md.
+
+    `live_share` is the part of batches that live changes have at most while a backfill has work. The next two are the
+    limits at which workers take less on: seconds a replica lags, and the age of the oldest snapshot in transactions.
+    `rollback_window_hours` is how long the version that served before is kept after a cutover. `index_recall_target` is the
+    recall@10 for which hnsw.ef_search is chosen. `unknown_token_share` is the largest share of tokens unknown to the model
+    with which a chunk is embedded. `max_provider_wait_seconds` is how long a model rests at most before it is asked again,
+    whatever its provider says.
+    """
+
+    live_share: float = 0.8
+    max_replication_lag_seconds: float = 30.0
+    max_xmin_age: int = 10_000_000
+    rollback_window_hours: float = 48.0
+    index_recall_target: float = 0.99
+    unknown_token_share: float = 0.5
+    max_provider_wait_seconds: float = 300.0
+
+
+# Smallest and largest value of each.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "batch_seconds": (0.01, 600),
+    "commit_seconds": (0.01, 60),
+    "min_rows": (1, 100_000),
+    "max_rows": (1, 100_000),
+    "live_share": (0, 1),
+    "max_replication_lag_seconds": (0, 86_400),
+    "max_xmin_age": (1, 2_000_000_000),
+    "rollback_window_hours": (0, 8760),
+    "index_recall_target": (0.5, 1),
+    "unknown_token_share": (0, 1),
+    "max_provider_wait_seconds": (0.1, 86_400),
+}
+_WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
+
+
+def load_settings(session: Session) -> Settings:
+    """Return the settings as they stand."""
+    rows = session.query("SELECT name, value FROM embedline.setting WHERE name = ANY ($1)", ["text[]"], list(_BOUNDS))
+    changed: dict[str, Any] = {row["name"]: float(row["value"]) for row in rows}
+    changed |= {name: int(changed[name]) for name in _WHOLE_NUMBERS if name in changed}
+    return dataclasses.replace(Settings(), **changed)
+
+
+@entry_point
+def configure(session: Session, name: str, value: float | None) -> float:
+    """Set one setting, or put its default back with NULL; return the value that holds now."""
+    if name not in _BOUNDS:
+        raise InvalidParameter(f'there is no setting "{name}"', hint=f"Settings: {', '.join(sorted(_BOUNDS))}.")
+    default = float(getattr(Settings(), name))
+    if value is None:
+        session.query("DELETE FROM embedline.setting WHERE name = $1", ["text"], name)
+        return default
+    low, high = _BOUNDS[name]
+    if not low <= value <= high:
+        raise InvalidParameter(
+            f"{name} must be between {low:g} and {high:g}, not {value:g}",
+            hint=f"SELECT embedline.configure('{name}', {default:g}); sets the default.",
+        )
+    session.query(
+        "INSERT INTO embedline.setting (name, value) VALUES ($1, $2)"
+        " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+        ["text", "text"],
+        name,
+        repr(round(value) if name in _WHOLE_NUMBERS else value),
+    )
+    return value

@@ -1,0 +1,316 @@
+"""Building a vector index from a client, for `embedline build-index` and Alembic's op.build_vector_index.
+
+What is to be built, and how, the server decides: it knows its memory, its disk and what is in the tables. The client runs
+CREATE INDEX CONCURRENTLY, which no function can, in a session with the settings that the server names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from embedline.core.sql_text import quote_literal
+from embedline.errors import EmbedlineError
+
+if TYPE_CHECKING:
+    import psycopg
+    import sqlalchemy
+
+Rows = Sequence[Sequence[Any]]
+Execute = Callable[[str], Rows]
+# Called with the phase that PostgreSQL names and the percentage of it that is done.
+Report = Callable[[str, float], None]
+Tell = Callable[[str], None]
+Outcome = Literal["done", "exhausted", "deadlocked"]
+
+_WATCH_SECONDS = 0.2
+_POLL_SECONDS = 0.5
+_BUILD_SECONDS = 24 * 3600.0
+# After this many failed tries it is not tried again.
+_TRIES = 3
+# Class 53, "insufficient resources": of shared memory, memory, disk. In parallel a build needs more of each.
+_INSUFFICIENT_RESOURCES = "53"
+# With a concurrent build that somebody started by hand.
+_DEADLOCK = "40P01"
+_BACKEND = "SELECT pg_backend_pid()"
+_PROGRESS = """
+    SELECT phase, coalesce(100.0 * nullif(blocks_done, 0) / nullif(blocks_total, 0),
+        100.0 * nullif(tuples_done, 0) / nullif(tuples_total, 0), 0)::float8
+    FROM pg_stat_progress_create_index WHERE pid = {pid}
+"""
+
+
+class IndexNotBuilt(EmbedlineError):
+    """The index was not built."""
+
+    sqlstate = "EL032"
+
+
+class SessionNotKept(EmbedlineError):
+    """The connection passes through a pool that gives each transaction another session."""
+
+    sqlstate = "EL033"
+
+
+class Client(Protocol):
+    """A session in autocommit mode. Statements have no parameters: "%" and ":" in them mean nothing."""
+
+    def execute(self, statement: str) -> Rows:
+        """Run one statement as a transaction of its own; return its rows."""
+        ...
+
+    def another(self) -> AbstractContextManager[Execute]:
+        """Open a second session of the same database, to look on from."""
+        ...
+
+    def sqlstate(self, error: Exception) -> str | None:
+        """Return the SQLSTATE of an error that `execute` raised; None of any other."""
+        ...
+
+
+@dataclass(frozen=True)
+class PsycopgClient:
+    """A Client over a psycopg connection in autocommit mode."""
+
+    connection: psycopg.Connection[Any]
+
+    def execute(self, statement: str) -> Rows:
+        return _fetched(self.connection, statement)
+
+    @contextlib.contextmanager
+    def another(self) -> Iterator[Execute]:
+        import psycopg
+
+        info = self.connection.info
+        with psycopg.connect(info.dsn, password=info.password, autocommit=True) as observer:
+            yield lambda statement: _fetched(observer, statement)
+
+    def sqlstate(self, error: Exception) -> str | None:
+        return _sqlstate(error)
+
+
+def _fetched(connection: psycopg.Connection[Any], statement: str) -> Rows:
+    cursor = connection.execute(statement)
+    return cursor.fetchall() if cursor.description else []
+
+
+@dataclass(frozen=True)
+class SqlAlchemyClient:
+    """A Client over a SQLAlchemy connection in autocommit mode, as in Alembic's autocommit_block(); with any driver."""
+
+    connection: sqlalchemy.Connection
+
+    def execute(self, statement: str) -> Rows:
+        return _run(self.connection, statement)
+
+    @contextlib.contextmanager
+    def another(self) -> Iterator[Execute]:
+        with self.connection.engine.connect() as opened:
+            observer = opened.execution_options(isolation_level="AUTOCOMMIT")
+            yield lambda statement: _run(observer, statement)
+
+    def sqlstate(self, error: Exception) -> str | None:
+        return _sqlstate(getattr(error, "orig", None) or error)
+
+
+def _run(connection: sqlalchemy.Connection, statement: str) -> Rows:
+    result = connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+    return [tuple(row) for row in result] if result.returns_rows else []
+
+
+def _sqlstate(error: object) -> str | None:
+    # psycopg and asyncpg name it sqlstate, psycopg2 pgcode.
+    found = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return None if found is None else str(found)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What embedline._index_plan returned."""
+
+    state: str
+    index: str = ""
+    statement: str = ""
+    maintenance_work_mem_kb: int = 0
+    parallel_workers: int = 0
+    notices: tuple[str, ...] = ()
+    lock_key: tuple[int, int] = (0, 0)
+
+
+def build(
+    client: Client,
+    pipeline: str,
+    version: int | None = None,
+    precision: str | None = None,
+    *,
+    parallel_workers: int | None = None,
+    report: Report | None = None,
+    tell: Tell | None = None,
+) -> str | None:
+    """Build an index of a version (None: the serving one) and return once it is valid; return the statement that did it.
+
+    None: there was nothing to build. A build of the same index in another session is waited for. `report` is called while
+    it is built, `tell` with what the server has to say about it, such as that the build will be serial.
+
+    Raises IndexNotBuilt, SessionNotKept, and the driver's errors: SQLSTATE 55000 where the version is not verified to be
+    complete.
+    """
+    workers, tried, limit = parallel_workers, 0, time.monotonic() + _BUILD_SECONDS
+    statement: str | None = None
+    while True:
+        plan = _plan(client, pipeline, version, precision, workers)
+        if plan.state in ("none", "valid"):
+            return statement
+        if time.monotonic() > limit or tried == _TRIES:
+            raise IndexNotBuilt(f"{plan.index} did not become valid", hint=f"embedline build-index {pipeline}")
+        if tried == 0:
+            _require_own_session(client, pipeline, version)
+        with _alone(client, plan) as is_alone:
+            if not is_alone:
+                time.sleep(_POLL_SECONDS)
+                continue
+            for notice in plan.notices:
+                (tell or _ignore)(notice)
+            tried, statement = tried + 1, plan.statement
+            outcome = _try(client, plan, report)
+        if outcome == "exhausted":
+            workers = 0
+            (tell or _ignore)("the parallel build ran out of shared memory, memory or disk: it is tried again serially")
+
+
+def _ignore(notice: str) -> None:
+    """Drop a notice that nobody wants to hear."""
+
+
+def _require_own_session(client: Client, pipeline: str, version: int | None) -> None:
+    """Raise SessionNotKept behind a pool in transaction mode: our settings and our lock would be left with other clients.
+
+    Such a pool gives a second connection the session that the first one used last, or gives the first one another then. A
+    look that fails, with no connection free for one, must not fail the build.
+    """
+    shared = False
+    with contextlib.suppress(Exception), client.another() as execute:
+        mine = client.execute(_BACKEND)[0][0]
+        execute("BEGIN")
+        # Asked only if the second has another session: with a single session in the pool the first would wait for it.
+        shared = execute(_BACKEND)[0][0] == mine or client.execute(_BACKEND)[0][0] != mine
+        execute("ROLLBACK")
+    if shared:
+        arguments = quote_literal(pipeline) + ("" if version is None else f", {version}")
+        raise SessionNotKept(
+            hint="Connect to the server itself instead of the pool, or have pg_cron build it:"
+            f" SELECT embedline.build_vector_index({arguments});"
+        )
+
+
+@contextlib.contextmanager
+def _alone(client: Client, plan: _Plan) -> Iterator[bool]:
+    """Keep other builds off the version's table; False where one is under way.
+
+    Two concurrent builds on one table deadlock: the second waits for the first's lock, the first for the second's snapshot.
+    So nobody waits, neither for that lock nor for this one.
+    """
+    key = ", ".join(map(str, plan.lock_key))
+    if plan.state == "building" or not client.execute(f"SELECT pg_try_advisory_lock({key})")[0][0]:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(Exception):
+            client.execute(f"SELECT pg_advisory_unlock({key})")
+
+
+def _plan(client: Client, pipeline: str, version: int | None, precision: str | None, workers: int | None) -> _Plan:
+    given = (
+        f"pipeline_name => {quote_literal(pipeline)}, version_number => {'NULL' if version is None else int(version)},"
+        f" precision_name => {'NULL' if precision is None else quote_literal(precision)},"
+        f" parallel_workers => {'NULL' if workers is None else int(workers)}"
+    )
+    values: dict[str, Any] = json.loads(client.execute(f"SELECT embedline._index_plan({given})::text")[0][0])
+    for name in ("notices", "lock_key"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return _Plan(**values)
+
+
+def _try(client: Client, plan: _Plan, report: Report | None) -> Outcome:
+    """Build once. Whatever goes wrong, no INVALID index is left behind; it is raised where another try is of no use."""
+    if plan.state == "invalid":
+        _drop(client, plan)
+    try:
+        with _settings(client, plan), _watched(client, report):
+            client.execute(plan.statement)
+    except BaseException as error:
+        # Also at Ctrl-C: what is left slows every write and serves no query.
+        with contextlib.suppress(Exception):
+            _drop(client, plan)
+        sqlstate = (client.sqlstate(error) if isinstance(error, Exception) else None) or ""
+        if sqlstate == _DEADLOCK:
+            return "deadlocked"
+        if plan.parallel_workers > 0 and sqlstate.startswith(_INSUFFICIENT_RESOURCES):
+            return "exhausted"
+        raise
+    return "done"
+
+
+def _drop(client: Client, plan: _Plan) -> None:
+    """Drop the leftover of a build that failed; never an index that is valid, or that another session builds."""
+    query = (
+        f"SELECT 1 FROM pg_index AS i WHERE i.indexrelid = to_regclass({quote_literal(plan.index)}) AND NOT i.indisvalid"
+        " AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.relid = i.indrelid)"
+    )
+    if client.execute(query):
+        client.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {plan.index}")
+
+
+@contextlib.contextmanager
+def _settings(client: Client, plan: _Plan) -> Iterator[None]:
+    """Give the session what the build needs, and back what it had."""
+    wanted = {
+        "maintenance_work_mem": f"{plan.maintenance_work_mem_kb}kB",
+        "max_parallel_maintenance_workers": str(plan.parallel_workers),
+        # CONCURRENTLY waits for every transaction that is older, however long that takes.
+        "lock_timeout": "0",
+        "statement_timeout": "0",
+    }
+    before = {name: str(client.execute(f"SHOW {name}")[0][0]) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            client.execute(f"SET {name} = {quote_literal(value)}")
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            for name, value in before.items():
+                client.execute(f"SET {name} = {quote_literal(value)}")
+
+
+@contextlib.contextmanager
+def _watched(client: Client, report: Report | None) -> Iterator[None]:
+    """Report how far the build is, from a second session, while the block runs."""
+    if report is None:
+        yield
+        return
+    query = _PROGRESS.format(pid=int(client.execute(_BACKEND)[0][0]))
+    finished = threading.Event()
+
+    def follow() -> None:
+        # A look that fails, with no connection free for one, must not fail the build.
+        with contextlib.suppress(Exception), client.another() as execute:
+            while not finished.wait(_WATCH_SECONDS):
+                for phase, percent in execute(query):
+                    report(str(phase), float(percent))
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()

@@ -1,0 +1,74 @@
+"""What the command line prints: aligned text that fits the terminal, and one line a row where a program reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import typer
+
+from embedline.client.doctor import Finding, Verdict
+
+_COLOURS: dict[Verdict, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
+_GAP = "  "
+# Columns of a line of prose that can be read in one go.
+_READABLE = 100
+
+
+def width() -> int | None:
+    """Return the columns of the terminal; None where there is none, and lines may have any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], columns_wide: int | None) -> str:
+    """Return rows as a table; where that does not fit the width, each row as a list of its values (psql: \\x auto)."""
+    texts = [["" if value is None else " ".join(str(value).split()) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
+    if columns_wide is None or sum(widths) + len(_GAP) * (len(widths) - 1) <= columns_wide:
+        lines = (_GAP.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [columns, *texts])
+        return "\n".join(line.rstrip() for line in lines)
+    label = max(map(len, columns))
+    return "\n\n".join(
+        "\n".join(
+            _hanging(f"{name.ljust(label)}{_GAP}", value, columns_wide)
+            for name, value in zip(columns, row, strict=True)
+            if value
+        )
+        for row in texts
+    )
+
+
+def findings(found: Iterable[Finding], columns_wide: int | None) -> str:
+    """Return what doctor found: prose by the width, commands whole, to be copied."""
+    wide = min(columns_wide or _READABLE, _READABLE)
+    lines: list[str] = []
+    for finding in found:
+        verdict = finding.verdict.ljust(len("warning"))
+        if columns_wide is not None:
+            verdict = typer.style(verdict, fg=_COLOURS[finding.verdict])
+        indent = " " * len("warning  ")
+        told = _hanging(indent, f"{finding.check}: {finding.found}", wide)
+        lines.append(f"{verdict}{_GAP}{told[len(indent) :]}")
+        lines += [_hanging(indent, finding.advice, wide)] if finding.advice else []
+        lines += [f"{indent}  {command}" for command in finding.commands]
+    return "\n".join(lines)
+
+
+def as_json(values: object) -> str:
+    """Return values for a program to read."""
+    return json.dumps(values, indent=2, ensure_ascii=False, default=str)
+
+
+def _hanging(label: str, text: str, columns_wide: int) -> str:
+    """Return text after a label, its further lines indented as deep; a word that is too long is left whole."""
+    return textwrap.fill(
+        text,
+        width=max(columns_wide, len(label) + 20),
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,1 @@
+"""Values and arithmetic: no database, no provider, no clock."""

@@ -1,0 +1,82 @@
+"""Texts to vectors: what a provider is told, what it answers, and the protocol that it fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    pass
+
+
+Kind = Literal["document", "query"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a provider needs to know of a registered model (a row of embedline.model)."""
+
+    name: str
+    provider: str
+    model: str
+    dimensions: int | None = None
+    revision: str | None = None
+    base_url: str | None = None
+    api_key_env: str | None = None
+    document_prefix: str = ""
+    query_prefix: str = ""
+    max_batch_items: int = 2048
+    max_batch_tokens: int = 300_000
+    concurrency: int = 8
+    timeout_seconds: float = 60.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # What earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
+    learned: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EmbeddingBlock:
+    """`count` vectors of `dimensions` float32 values, little-endian, row after row, as the provider returned them.
+
+    `tokens` is what the provider says it charges; None where it does not say. `learned` is kept with the model: how this
+    endpoint differs from OpenAI's.
+    """
+
+    count: int
+    dimensions: int
+    data: bytes
+    tokens: int | None = None
+    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What probing a model tells.
+
+    `max_tokens` is the longest text in the model's own tokens, special tokens already taken off; None if unknown.
+    `tokenizer_path` is a Hugging Face tokenizer.json that the server can read; None if the tokens are not known offline.
+    """
+
+    dimensions: int
+    max_tokens: int | None
+    tokenizer_path: str | None
+    fingerprint: str
+    learned: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+class Embedder(Protocol):
+    """A provider, bound to one model. Its threads run with all signals blocked and never touch the database."""
+
+    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
+        """Start embedding; prefixes are added here.
+
+        The future raises ProviderError (or a subclass). At most `ModelConfig.concurrency` requests are in flight.
+        """
+
+    def probe(self) -> Future[ModelInfo]:
+        """Ask the model once for its dimensions and limits."""
+
+    def close(self) -> None:
+        """Give back connections and threads."""

@@ -1,0 +1,19 @@
+"""What tokens cost: prices are for a million of them."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from embedline.errors import InvalidParameter
+
+TOKENS_PER_PRICE = 1_000_000
+
+
+def check_price(price: Decimal | None) -> Decimal | None:
+    """Return the price of a million tokens if it is one; None: not known."""
+    if price is not None and not (price.is_finite() and price >= 0):
+        raise InvalidParameter(
+            f"price_per_million_tokens must be at least 0, not {price}",
+            hint="Give what the provider takes for 1,000,000 tokens, for example 0.02; NULL where it is not known.",
+        )
+    return price

@@ -1,0 +1,14 @@
+"""Quote names and texts for SQL statements."""
+
+from __future__ import annotations
+
+
+def quote_ident(name: str) -> str:
+    """Return `name` as a quoted SQL identifier: the one place where identifiers enter statements."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """Return `text` as an SQL string constant, for utility statements that take no parameters."""
+    escaped = text.replace("'", "''")
+    return " E'" + escaped.replace("\\", "\\\\") + "'" if "\\" in text else f"'{escaped}'"

@@ -1,0 +1,1 @@
+"""This checkout: its local cluster and its demo."""

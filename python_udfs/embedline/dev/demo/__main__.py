@@ -1,0 +1,46 @@
+"""Run the demo: what `make demo` and, with `--upgrade`, `make demo-upgrade` do. EMBEDLINE_DSN names the database."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import psycopg
+from rich.console import Console
+
+from embedline.dev.demo.manual import ManualNotFound
+from embedline.dev.demo.run import DEMOS, DemoFailed, run_demo
+from embedline.dev.demo.upgrade import run_upgrade
+
+
+def main() -> int:
+    """Run the demo; return 0 where it did what it promises, else 1."""
+    parser = argparse.ArgumentParser(prog="make demo", description="Make the PostgreSQL manual searchable by meaning.")
+    parser.add_argument("--model", choices=sorted(DEMOS), default="static-256")
+    parser.add_argument("--upgrade", action="store_true", help="upgrade a pipeline's model under traffic instead")
+    options = parser.parse_args()
+    dsn = os.environ.get("EMBEDLINE_DSN")
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    if not dsn:
+        errors.print("error: EMBEDLINE_DSN is not set; run: make demo", markup=False)
+        return 1
+    try:
+        shortfalls = run_upgrade(dsn, console) if options.upgrade else run_demo(dsn, DEMOS[options.model], console)
+    except (DemoFailed, ManualNotFound) as error:
+        errors.print(f"error: {error}", markup=False)
+        return 1
+    except psycopg.Error as error:
+        lines = [f"error: {error.diag.message_primary or error}", error.diag.message_detail, error.diag.message_hint]
+        errors.print("\n".join(line for line in lines if line), markup=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
+    for shortfall in shortfalls:
+        errors.print(f"error: {shortfall}", markup=False)
+    return 1 if shortfalls else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

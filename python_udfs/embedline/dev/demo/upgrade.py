@@ -1,0 +1,257 @@
+"""`make demo-upgrade`: another model for pages that are searched and edited all the time, and back, and for good.
+
+The statements are those of docs/upgrade.md; `embedline upgrade-model` writes the same chain as Alembic revisions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from embedline.client.build_index import PsycopgClient, build
+from embedline.dev.cluster.models import cut_static_model
+from embedline.dev.demo.manual import manual_folder, read_index_terms, read_pages
+from embedline.dev.demo.run import DEMOS, Demo, DemoFailed, await_worker, build_index, drain, headline, recreate, scalar
+from embedline.dev.demo.traffic import LiveTraffic, Tally
+
+NAME, NEW_MODEL = "manual_upgrade", "minilm"
+_BAD_DIMENSIONS = 16
+_DEMO = Demo(
+    **{
+        **vars(DEMOS["minilm"]),
+        "model": "static-256",
+        "name": NAME,
+    }
+)
+_FILLED_SECONDS = 900.0
+_CAUGHT_UP_SECONDS = 60.0
+_PAUSE_SECONDS = 3.0
+_VERSION = """
+    SELECT state, chunks, vectors, missing, queued, last_error FROM embedline.versions WHERE pipeline = %s AND version = %s
+"""
+
+
+def run_upgrade(dsn: str, console: Console) -> list[str]:
+    """Run the whole demo; return what fell short of the promise, an empty list where nothing did."""
+    started = time.perf_counter()
+    with psycopg.connect(dsn, autocommit=True, application_name="embedline demo") as connection:
+        folder = manual_folder(connection.info.server_version // 10000)
+        pages = [page for page in read_pages(folder) if page.name.startswith(_DEMO.page_prefix)]
+        headline(console, f"{len(pages):,} pages of the PostgreSQL manual, served by model {_DEMO.model}")
+        _forget_last_run(connection)
+        recreate(connection, _DEMO, pages, console)
+        shortfalls = drain(connection, _DEMO, pages, console)
+        build_index(connection, _DEMO, console)
+        known = {page.name for page in pages}
+        terms = {term: found & known for term, found in read_index_terms(folder).items() if found & known}
+        _create_canaries(connection, terms, console)
+        await_worker(connection, console)
+        with LiveTraffic(dsn, NAME, sorted(known), list(terms)) as traffic:
+            shortfalls += _upgrade(connection, traffic.tally, console)
+            shortfalls += _offer_bad_model(connection, console)
+        shortfalls += _report(traffic.tally, console)
+    headline(
+        console, f"Done in {time.perf_counter() - started:.0f} s. The same in your own migrations: docs/upgrade.md"
+    )
+    return shortfalls
+
+
+def _forget_last_run(connection: psycopg.Connection[Any]) -> None:
+    """Take away what an interrupted run left: the pipeline, and the bad model that it could not forget."""
+    if scalar(connection, "SELECT count(*) FROM embedline.pipeline WHERE name = %s", [NAME]):
+        connection.execute("SELECT embedline.drop_pipeline(%s)", (NAME,))
+    if scalar(connection, "SELECT count(*) FROM embedline.model WHERE name = %s", [_bad_name()]):
+        connection.execute("SELECT embedline.drop_model(%s)", (_bad_name(),))
+
+
+def _bad_name() -> str:
+    return f"static-{_BAD_DIMENSIONS}"
+
+
+def _create_canaries(
+    connection: psycopg.Connection[Any], terms: Mapping[str, frozenset[str]], console: Console
+) -> None:
+    """The manual's own index as labelled queries: each term, and the pages that its entry names."""
+    table = sql.Identifier("public", f"{NAME}_canary")
+    connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table))
+    connection.execute(sql.SQL("CREATE TABLE {} (query text, key text, grade integer DEFAULT 1)").format(table))
+    with connection.cursor() as cursor, cursor.copy(sql.SQL("COPY {} (query, key) FROM STDIN").format(table)) as copy:
+        for term, relevant in terms.items():
+            for page in sorted(relevant):
+                copy.write_row((term, page))
+    console.print(f"canaries: [bold]{len(terms):,}[/bold] index terms with the pages that answer them ({NAME}_canary)")
+
+
+def _upgrade(connection: psycopg.Connection[Any], tally: Tally, console: Console) -> list[str]:
+    shortfalls: list[str] = []
+    number = _expand(connection, NEW_MODEL, console)
+    _index(connection, number, console)
+    verdict = _gate(connection, number, console)
+    if verdict != "pass":
+        shortfalls.append(f"the gate of {NEW_MODEL} says {verdict}")
+        return shortfalls
+    headline(console, "Cutover, rollback, cutover: each is one statement")
+    pauses = [_swap(connection, f"SELECT embedline.cutover('{NAME}', {number})", tally, console)]
+    time.sleep(_PAUSE_SECONDS)
+    pauses.append(_swap(connection, f"SELECT embedline.rollback('{NAME}')", tally, console))
+    missing = _missing_after_rollback(connection, console)
+    if missing:
+        shortfalls.append(f"{missing} chunks were missing after the rollback")
+    time.sleep(_PAUSE_SECONDS)
+    pauses.append(_swap(connection, f"SELECT embedline.cutover('{NAME}', {number})", tally, console))
+    console.print(f"longest reader pause in a cutover or rollback: [bold]{max(pauses) * 1000:.0f} ms[/bold]")
+    _contract(connection, console)
+    return shortfalls
+
+
+def _say(console: Console, statement: str) -> None:
+    console.print(f"[green]{escape(statement)};[/green]", soft_wrap=True)
+
+
+def _expand(connection: psycopg.Connection[Any], model: str, console: Console) -> int:
+    headline(console, f"Expand: a version of {model}, written with every change from here on, filled by the worker")
+    statement = f"SELECT embedline.add_embedding_version('{NAME}', '{model}')"
+    _say(console, statement)
+    started = time.perf_counter()
+    number = int(scalar(connection, statement))
+    console.print(f"  returned after {(time.perf_counter() - started) * 1000:.0f} ms")
+    started = time.perf_counter()
+    limit = time.monotonic() + _FILLED_SECONDS
+    with console.status(f"filling version {number}") as status:
+        while True:
+            state, chunks, vectors, _, _, last_error = (
+                connection.execute(_VERSION, (NAME, number)).fetchone() or (None,) * 6
+            )
+            status.update(f"filling version {number}: {vectors:,} of {chunks:,} chunks")
+            if state == "complete":
+                break
+            if time.monotonic() > limit:
+                raise DemoFailed(
+                    f"version {number} was not filled in {_FILLED_SECONDS:.0f} s; last error: {last_error}"
+                )
+            time.sleep(0.2)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"  [bold]{vectors:,}[/bold] chunks in {seconds:.0f} s beside readers and a writer, counted: complete"
+    )
+    return number
+
+
+def _index(connection: psycopg.Connection[Any], number: int, console: Console) -> None:
+    headline(console, "Index: HNSW, CONCURRENTLY")
+    started = time.perf_counter()
+    with console.status("building"):
+        statement = build(PsycopgClient(connection), NAME, number)
+    _say(console, statement or f"embedline build-index {NAME} --version {number}")
+    console.print(f"  valid after {time.perf_counter() - started:.1f} s")
+
+
+def _gate(connection: psycopg.Connection[Any], number: int, console: Console) -> str:
+    headline(console, "Gate: the index against exact search, the new model against the old one on the canaries")
+    _say(console, f"SELECT * FROM embedline.evaluate('{NAME}', {number}, canaries => '{NAME}_canary')")
+    table = Table()
+    for column in ("measure", "old", "new", "difference", "95 % interval", "verdict"):
+        table.add_column(column, justify="left" if column in ("measure", "verdict") else "right")
+    rows = connection.execute(
+        "SELECT measure, old, new, difference, low, high, verdict, detail FROM embedline.evaluate(%s, %s, %s::regclass)",
+        (NAME, number, f"public.{NAME}_canary"),
+    ).fetchall()
+    for measure, old, new, difference, low, high, verdict, _ in rows:
+        interval = "" if low is None else f"{low:.3f} to {high:.3f}"
+        table.add_row(measure, _figure(old), _figure(new), _figure(difference), interval, verdict or "")
+    console.print(table)
+    return str(
+        scalar(connection, "SELECT gate FROM embedline.versions WHERE pipeline = %s AND version = %s", (NAME, number))
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, console: Console) -> float:
+    """Run a swap; return the longest time in seconds that a read took meanwhile."""
+    begin = time.monotonic()
+    connection.execute(statement.encode())
+    end = time.monotonic()
+    # A read that began in it may still be under way.
+    time.sleep(0.5)
+    pause = tally.longest_between(begin, end)
+    _say(console, statement)
+    console.print(f"  {(end - begin) * 1000:.0f} ms; the longest read meanwhile {pause * 1000:.0f} ms")
+    return pause
+
+
+def _missing_after_rollback(connection: psycopg.Connection[Any], console: Console) -> int:
+    """Count what the version lacks that serves again: at once, and until the writes of the last moments are through."""
+    started = time.monotonic()
+    first: int | None = None
+    while True:
+        row = connection.execute(_VERSION, (NAME, 1)).fetchone()
+        if row is None:
+            raise DemoFailed("version 1 is gone")
+        _, chunks, vectors, missing, _, _ = row
+        first = missing if first is None else first
+        seconds = time.monotonic() - started
+        if not missing or seconds > _CAUGHT_UP_SECONDS:
+            break
+        time.sleep(0.02)
+    console.print(
+        f"  coverage after the rollback: {first} chunks missing at once, [bold]{vectors:,} of {chunks:,}[/bold] there after"
+        f" {seconds * 1000:.0f} ms, with all that was written since the cutover"
+    )
+    return int(missing)
+
+
+def _contract(connection: psycopg.Connection[Any], console: Console) -> None:
+    headline(console, "Contract: the old version goes; usually after 48 hours, here at once")
+    statement = f"SELECT embedline.drop_embedding_version('{NAME}', 1, rollback_window => '0')"
+    size = scalar(connection, "SELECT pg_total_relation_size(to_regclass(%s))", [f"embedline_data.{NAME}_v1"])
+    connection.execute(statement.encode())
+    _say(console, statement)
+    console.print(f"  {size / 1e6:.1f} MB of vectors and their index are free")
+
+
+def _offer_bad_model(connection: psycopg.Connection[Any], console: Console) -> list[str]:
+    """Offer static-256's vectors cut to 16 dimensions; return what is wrong where they are not refused."""
+    headline(console, f"A bad model, static-256's vectors cut to {_BAD_DIMENSIONS} dimensions, is offered and refused")
+    _register_bad(connection)
+    number = _expand(connection, _bad_name(), console)
+    _index(connection, number, console)
+    verdict = _gate(connection, number, console)
+    statement = f"SELECT embedline.cutover('{NAME}', {number})"
+    refusal = None
+    try:
+        connection.execute(statement.encode())
+    except psycopg.errors.ObjectNotInPrerequisiteState as error:
+        refusal = error.diag.message_primary
+    _say(console, statement)
+    console.print(f"  [red]ERROR:  {escape(refusal or 'none')}[/red]")
+    connection.execute("SELECT embedline.drop_embedding_version(%s, %s)", (NAME, number))
+    connection.execute("SELECT embedline.drop_model(%s)", (_bad_name(),))
+    return [] if refusal and verdict == "fail" else [f"the bad model was not refused: its gate says {verdict}"]
+
+
+def _register_bad(connection: psycopg.Connection[Any]) -> None:
+    # The old model may have been forgotten by the contract; its files lie beside the new one's.
+    new = Path(str(scalar(connection, "SELECT model FROM embedline.model WHERE name = %s", [NEW_MODEL])))
+    folder = new.parent / _bad_name()
+    cut_static_model(new.parent / "static-256", _BAD_DIMENSIONS, folder)
+    connection.execute("SELECT embedline.create_model(%s, 'sentence-transformers', %s)", (_bad_name(), str(folder)))
+
+
+def _report(tally: Tally, console: Console) -> list[str]:
+    headline(console, f"What {len(tally.reads):,} reads and {tally.writes:,} writes saw meanwhile")
+    console.print(f"failed reads: [bold]{len(tally.failures)}[/bold]")
+    console.print(f"reads that mixed models: [bold]{tally.mixed}[/bold]")
+    console.print(f"longest read of all: {tally.longest * 1000:.0f} ms (two cores embed, build, evaluate and serve)")
+    found = [f"{len(tally.failures)} reads failed: {tally.failures[0]}"] if tally.failures else []
+    return found + ([f"{tally.mixed} reads mixed models"] if tally.mixed else [])

@@ -1,0 +1,1 @@
+"""Source rows, their chunks and their vectors: read, compared, written."""

@@ -1,0 +1,95 @@
+"""Whether a model can read a chunk: a text of which it knows few tokens has the vector of any other such text.
+
+A tokenizer makes one unknown token of a word that is longer than it reads (100 characters with BERT's), and of what it has
+no letters for: all of a base64 dump in one line may be a single one. Such chunks crowd together and answer any query alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from embedline.chunking.measure import TokenMeasure, measure_of
+from embedline.errors import UnreadableText
+
+if TYPE_CHECKING:
+    from embedline.documents.documents import Document
+
+# Chunks that are counted between two chances for a cancel: 20 ms of BERT's tokenizer.
+_COUNTED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Readability:
+    """A model's tokenizer with its token for the unknown, and the largest share of it in a chunk that is embedded."""
+
+    tokenizer: Any
+    unknown_id: int
+    limit: float
+
+    def shares(self, texts: Sequence[str]) -> list[float]:
+        """Return the share of unknown tokens of each text. Tokens without letter and digit count as neither."""
+        return [self._share(found) for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _share(self, encoding: Any) -> float:
+        unknown = int(encoding.ids.count(self.unknown_id))
+        if not unknown:
+            return 0.0
+        others = (number for number in encoding.ids if number != self.unknown_id)
+        # The fast encoding leaves the tokens' own words empty.
+        known = [number for number in others if any(map(str.isalnum, self.tokenizer.id_to_token(number) or ""))]
+        return unknown / (unknown + len(known))
+
+
+def readability(tokenizer: str | None, limit: float) -> Readability | None:
+    """Return how a model's chunks are looked at; None: not at all, because nothing is unknown to it or all is wanted.
+
+    `tokenizer` is its tokenizer.json (the text); None if it is not known here.
+    """
+    found = _unknown_token(tokenizer) if tokenizer is not None and limit < 1 else None
+    return None if found is None else Readability(*found, limit)
+
+
+@functools.lru_cache(maxsize=8)
+def _unknown_token(tokenizer: str) -> tuple[Any, int] | None:
+    model = json.loads(tokenizer).get("model", {})
+    # Bytes spell out what has no token of its own.
+    if model.get("byte_fallback"):
+        return None
+    # The chunker's own: a second one of a large vocabulary would take as much memory again.
+    measure = measure_of(tokenizer)
+    if not isinstance(measure, TokenMeasure):
+        return None
+    number = model.get("unk_id")
+    if number is None and model.get("unk_token") is not None:
+        number = measure.tokenizer.token_to_id(model["unk_token"])
+    return None if number is None else (measure.tokenizer, int(number))
+
+
+def mark_unreadable(found: Sequence[Document], check: Readability, breathe: Callable[[], None]) -> None:
+    """Note which chunks of documents the model cannot read; a document without a readable one gets an UnreadableText."""
+    for document in found:
+        if document.problem is not None or not document.chunks:
+            continue
+        shares: list[float] = []
+        for start in range(0, len(document.chunks), _COUNTED_AT_ONCE):
+            part = document.chunks[start : start + _COUNTED_AT_ONCE]
+            shares += check.shares([chunk.content.strip() for chunk in part])
+            breathe()
+        unreadable = {
+            chunk.digest: share for chunk, share in zip(document.chunks, shares, strict=True) if share > check.limit
+        }
+        if all(chunk.digest in unreadable for chunk in document.chunks):
+            document.problem = UnreadableText(message_of(min(unreadable.values())))
+        document.unreadable = unreadable
+
+
+def message_of(share: float) -> str:
+    """Say why a chunk with such a share of unknown tokens is given up."""
+    return (
+        f"the model does not know {share:.0%} of the tokens: a word longer than it reads, such as base64 or hex,"
+        " or a script that it never learnt"
+    )

@@ -1,0 +1,55 @@
+"""Which class embeds for a provider: those of this package, and those that other packages announce."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from embedline.core.embedding import Embedder, ModelConfig
+from embedline.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from embedline.providers.options import Option
+
+# Where other packages announce providers: name = provider, value = a callable from ModelConfig to Embedder.
+ENTRY_POINT_GROUP = "embedline.embedders"
+
+
+def known_options(provider: str) -> Mapping[str, Option] | Collection[str] | None:
+    """Return the options of a provider's models; None if it does not say. A class of another package lists `options`."""
+    if provider == "sentence-transformers":
+        # Checked with each other, too, wherever the host's settings are read.
+        return None
+    if provider == "openai":
+        from embedline.providers.options import OPENAI_OPTIONS
+
+        return OPENAI_OPTIONS
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=provider):
+        options: Mapping[str, Option] | Collection[str] | None = getattr(entry.load(), "options", None)
+        return options
+    return None
+
+
+def create_embedder(config: ModelConfig) -> Embedder:
+    """Return the embedder of the config's provider. Provider modules are imported on first use: they are heavy."""
+    if config.provider == "sentence-transformers":
+        from embedline.embedders.local import LocalEmbedder
+
+        return LocalEmbedder(config)
+    if config.provider == "openai":
+        from embedline.providers.openai_compatible import OpenAIEmbedder
+
+        return OpenAIEmbedder(config)
+    # Takes 30 ms to import, and none of our own providers needs it.
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=config.provider):
+        embedder: Embedder = entry.load()(config)
+        return embedder
+    raise InvalidParameter(
+        f'unknown provider "{config.provider}"',
+        hint="Use provider => 'sentence-transformers' or 'openai', or install a package with an entry point of that name in"
+        f" the group {ENTRY_POINT_GROUP}.",
+    )

@@ -1,0 +1,1 @@
+"""Estimate what embedding a table takes: rows, tokens, money, bytes and hours."""

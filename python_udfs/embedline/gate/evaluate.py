@@ -1,0 +1,224 @@
+"""The gate of a version: index fidelity, and its model's quality against the version that serves. The evidence is stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from embedline.catalog import progress
+from embedline.catalog.load import Pipeline, Version, load_pipeline, load_version
+from embedline.errors import InvalidParameter, NotReady
+from embedline.gate import report, statistics
+from embedline.gate.index_fidelity import Fidelity, measure, require_index
+from embedline.gate.queries import QuerySet, load_queries
+from embedline.gate.report import Row
+from embedline.gate.statistics import FloatArray, Verdict
+from embedline.postgres.session import Session, entry_point, prepare_environment, require_given
+from embedline.queue.coverage import missing_chunks
+from embedline.search.query_batches import DocumentSearch, QueryVectors, embed_queries, embedding_seconds, rank_all
+
+# Queries whose embedding is timed, one at a time as search does it.
+_TIMED_QUERIES = 30
+
+# A version that lacks more would be judged by its gaps. Of a small table under steady writes some are always on their way.
+_MOST_MISSING, _MOST_ON_THEIR_WAY = 0.01, 0.1
+_MISSING = """
+    SELECT missing - dead_letters AS missing, chunks FROM embedline.versions WHERE pipeline = $1 AND version = $2
+"""
+# Not stored: it is no evidence. cutover goes without a gate there.
+_NOTHING = Row("verdict", verdict="inconclusive", detail="the pipeline has no chunks: there is nothing to measure")
+_RECORD = """
+    INSERT INTO embedline.evaluation (pipeline_id, version_id, baseline_number, baseline_version_id, baseline_fingerprint,
+        kind, verdict, fidelity_verdict, quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+"""
+_RECORD_TYPES = [
+    *("bigint", "bigint", "integer", "bigint", "text", "text", "text", "text", "text", "text", "integer", "integer"),
+    *("double precision", "bigint", "text", "jsonb"),
+]
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """What a caller decides of a gate."""
+
+    k: int
+    margin: float
+    query_count: int
+    breakdown: str | None
+    seed: int
+    min_recall: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= 100:
+            raise InvalidParameter(f"k must be between 1 and 100, not {self.k}")
+        if not 0 <= self.margin < 1:
+            raise InvalidParameter(
+                f"margin must be at least 0 and below 1, not {self.margin:g}",
+                hint="0.01 lets a version lose one point.",
+            )
+        if not 1 <= self.query_count <= 100_000:
+            raise InvalidParameter(f"query_count must be between 1 and 100000, not {self.query_count}")
+        if not 0 <= self.seed < 2**63:
+            raise InvalidParameter("seed must be at least 0")
+        if not 0 < self.min_recall <= 1:
+            raise InvalidParameter(f"min_recall must be above 0 and at most 1, not {self.min_recall:g}")
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A version with its queries' vectors and what it answered."""
+
+    pipeline: Pipeline
+    vectors: QueryVectors
+    search: DocumentSearch
+
+    def scores(self, queries: QuerySet, k: int) -> FloatArray:
+        """Return the measures of each query, shape (queries, measures)."""
+        return score_rankings(self.search.rankings.keys, queries.grades, k)
+
+
+@entry_point
+def evaluate(
+    session: Session, pipeline_name: str, version_number: int, canaries: str | None, k: int, margin: float,
+    query_count: int, breakdown: str | None, seed: int, min_recall: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure a version against the one that serves, store the evidence, return what a person reads."""
+    require_given(k=k, margin=margin, query_count=query_count, seed=seed, min_recall=min_recall)
+    options = GateOptions(k, margin, query_count, breakdown, seed, min_recall)
+    prepare_environment()
+    new = load_version(session, pipeline_name, version_number)
+    with progress.reported(session, "evaluate", new):
+        return _evaluate(session, new, canaries, options)
+
+
+def _evaluate(session: Session, new: Pipeline, canaries: str | None, options: GateOptions) -> list[dict[str, Any]]:
+    pipeline_name, k, seed = new.name, options.k, options.seed
+    old = load_pipeline(session, pipeline_name)
+    _require_complete(session, new)
+    if old.version.state != "complete":
+        raise NotReady(
+            f'version {old.version.number} of pipeline "{pipeline_name}", which serves, is not complete: its rows are read again',
+            hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline_name}'; shows how far it is.",
+        )
+    require_index(session, new)
+    if not any(_counted(session, version)["chunks"] for version in (old, new)):
+        return [_NOTHING.as_dict()]
+    versions = [new] if new.version.version_id == old.version.version_id else [old, new]
+    progress.report(session, "reading the queries", 0, None)
+    queries = load_queries(session, versions, canaries, options.query_count, options.breakdown, seed)
+    subjects = _ask(session, versions, queries, k)
+    measured = measure(session, new, subjects[-1].vectors, k, options.min_recall, seed)
+    quality, rows = _compare(subjects, queries, options)
+    verdict = report.overall(measured.verdict, quality)
+    note = (
+        queries.note if len(subjects) == 2 else f"this version serves, there is none to compare it with; {queries.note}"
+    )
+    rows = [
+        report.verdict_row(verdict, measured, quality, note),
+        *report.fidelity_rows(measured, k), *rows, *_latency(session, subjects, queries),
+    ]  # fmt: skip
+    _record_gate(session, subjects, queries, options, (verdict, measured, quality), rows, canaries)
+    return [row.as_dict() for row in rows]
+
+
+def _require_complete(session: Session, pipeline: Pipeline) -> None:
+    """Raise while the version is being filled, or is so far behind that its rankings would show it."""
+    counted = _counted(session, pipeline)
+    missing, chunks = counted["missing"], counted["chunks"]
+    is_behind = missing > _MOST_MISSING * chunks and (
+        missing > _MOST_ON_THEIR_WAY * chunks or missing_chunks(session, pipeline) > _MOST_MISSING * chunks
+    )
+    if pipeline.version.state != "complete" or is_behind:
+        raise NotReady(
+            f'version {pipeline.version.number} of pipeline "{pipeline.name}" is not complete yet',
+            detail=f"It lacks {counted['missing']} of {counted['chunks']} vectors.",
+            hint=f"SELECT * FROM embedline.versions WHERE pipeline = '{pipeline.name}'; shows how far it is.",
+        )
+
+
+def _counted(session: Session, pipeline: Pipeline) -> dict[str, Any]:
+    return session.query(_MISSING, ["text", "integer"], pipeline.name, pipeline.version.number)[0]
+
+
+def _ask(session: Session, versions: Sequence[Pipeline], queries: QuerySet, k: int) -> list[_Subject]:
+    vectors = [embed_queries(session, version, queries.texts) for version in versions]
+    searches = [DocumentSearch(session, version, v, k) for version, v in zip(versions, vectors, strict=True)]
+    rank_all(searches, len(queries.texts))
+    return [_Subject(*parts) for parts in zip(versions, vectors, searches, strict=True)]
+
+
+def score_rankings(keys: Sequence[Sequence[str]], grades: Sequence[dict[str, float]], k: int) -> FloatArray:
+    """Return the measures of rankings, shape (queries, measures)."""
+    return np.array([statistics.score_ranking(found, wanted, k) for found, wanted in zip(keys, grades, strict=True)])
+
+
+def _compare(subjects: Sequence[_Subject], queries: QuerySet, options: GateOptions) -> tuple[Verdict, list[Row]]:
+    """Return the verdict on quality and its rows; a version that serves has nothing to be compared with."""
+    scores = [subject.scores(queries, options.k) for subject in subjects]
+    if len(subjects) == 1:
+        # Never "pass": once another version serves, this row must not open the way back unseen.
+        return "inconclusive", report.own_quality_rows(scores[0], options.k, options.seed)
+    compared = statistics.judge_columns(scores[0], scores[1], options.margin, options.seed)
+    rows = report.quality_rows(compared, options.k, options.margin, queries.more_come_from)
+    found = [subject.search.rankings.keys for subject in subjects]
+    rows.append(report.overlap_row(found[0], found[1], options.k))
+    if options.breakdown is not None:
+        rows += report.group_rows(
+            scores[0], scores[1], queries.groups, options.breakdown, options.k, options.margin, options.seed
+        )
+    return compared[statistics.DECIDING].verdict, rows
+
+
+def _latency(session: Session, subjects: Sequence[_Subject], queries: QuerySet) -> list[Row]:
+    """Embedding and search apart; the versions take turns."""
+    texts = queries.texts[:_TIMED_QUERIES]
+    embedding: list[list[float]] = [[] for _ in subjects]
+    for done, text in enumerate(texts):
+        progress.report(session, "timing the embedding", done, len(texts))
+        for subject, seconds in zip(subjects, embedding, strict=True):
+            seconds.append(embedding_seconds(session, subject.pipeline, text))
+    searching = [subject.search.rankings.seconds for subject in subjects]
+    return [
+        row
+        for what, seconds, detail in (
+            ("embedding", embedding, f"one query at a time, {len(texts)} queries"),
+            ("search", searching, f"the best chunks of documents, {len(queries.texts)} queries"),
+        )
+        for row in report.latency_rows(what, seconds[0] if len(seconds) == 2 else None, seconds[-1], detail)
+    ]
+
+
+def _record_gate(
+    session: Session, subjects: Sequence[_Subject], queries: QuerySet, options: GateOptions,
+    verdicts: tuple[Verdict, Fidelity, Verdict], rows: Sequence[Row], canaries: str | None,
+) -> None:  # fmt: skip
+    new = subjects[-1].pipeline
+    verdict, measured, quality = verdicts
+    evidence = {
+        "canaries": canaries, "queries": queries.note, "min_recall": options.min_recall,
+        "index": measured.chosen.index if measured.chosen else None,
+        "models": [subject.pipeline.version.model.config.name for subject in subjects],
+        "rows": [row.as_dict() for row in rows],
+    }  # fmt: skip
+    record(
+        session, new, subjects[0].pipeline.version if len(subjects) == 2 else None, "gate",
+        (verdict, measured.verdict, quality), queries, options, new.version.fingerprint, evidence,
+    )  # fmt: skip
+
+
+def record(
+    session: Session, pipeline: Pipeline, baseline: Version | None, kind: str, verdicts: tuple[Verdict, Verdict, Verdict],
+    queries: QuerySet, options: GateOptions, fingerprint: str, evidence: dict[str, Any],
+) -> None:  # fmt: skip
+    """Store an evaluation; `verdicts` are the whole, the index's and the quality's."""
+    session.query(
+        _RECORD, _RECORD_TYPES, pipeline.pipeline_id, pipeline.version.version_id,
+        *((baseline.number, baseline.version_id, baseline.fingerprint) if baseline else (None, None, None)),
+        kind, *verdicts, queries.source, len(queries.texts), options.k, options.margin, options.seed, fingerprint,
+        json.dumps(evidence),
+    )  # fmt: skip

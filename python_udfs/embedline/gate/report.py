@@ -1,0 +1,164 @@
+"""What a gate tells a person: one row for each thing measured, the verdict first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from embedline.gate import statistics
+from embedline.gate.index_fidelity import Fidelity
+from embedline.gate.statistics import Comparison, FloatArray, Verdict
+
+# Old and new share less than this of their results: worth a look, though a better model finds other things.
+_FEW_IN_COMMON = 0.2
+# Groups shown at most, the largest first.
+MAX_GROUPS = 50
+# Of the figures that are returned and stored: a tenth of a thousandth of a measure, or of a millisecond.
+_DECIMALS = 4
+_SHOWN = {"recall": "recall@{k}", "ndcg": "nDCG@{k}", "mrr": "MRR@{k}"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of what evaluate returns; low and high are the 95 % interval of the difference, or of `new` where there is none."""
+
+    measure: str
+    old: float | None = None
+    new: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str | None = None
+    detail: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as PL/Python and JSON take it."""
+        # A person reads them; what decides is decided already, by the figures as they are.
+        return {
+            name: round(float(value), _DECIMALS) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def overall(fidelity: Verdict, quality: Verdict) -> Verdict:
+    """Fail where either fails, pass where both pass, else inconclusive."""
+    if "fail" in (fidelity, quality):
+        return "fail"
+    return "pass" if (fidelity, quality) == ("pass", "pass") else "inconclusive"
+
+
+def fidelity_rows(fidelity: Fidelity, k: int) -> list[Row]:
+    """How much of the exact result the index finds; then what each index has and costs, where there are several."""
+    chosen, measure = fidelity.chosen, f"index recall@{k}"
+    if chosen is None:
+        rows = [Row(measure, verdict=fidelity.verdict, detail=fidelity.detail)]
+    else:
+        rows = [Row(
+            measure, None, chosen.recall, None, chosen.low, chosen.high, fidelity.verdict, fidelity.detail
+        )]  # fmt: skip
+    if len(fidelity.figures) > 1 or (chosen is None and fidelity.figures):
+        for figures in fidelity.figures:
+            name = f"{figures.name or 'own'} index"
+            detail = figures.index + (", which search uses" if figures == chosen else "")
+            p95 = 1000 * float(np.percentile(figures.seconds, 95))
+            rows += [
+                Row(f"{name}, recall@{k}", None, figures.recall, None, figures.low, figures.high, None, detail),
+                Row(f"{name}, search p95 ms", new=p95, detail=f"{k} chunks, {len(figures.seconds)} queries"),
+                Row(f"{name}, bytes", new=float(figures.bytes)),
+            ]
+    return rows
+
+
+def quality_rows(compared: Sequence[Comparison], k: int, margin: float, more_come_from: str) -> list[Row]:
+    """The measures of both versions, the deciding one first; `more_come_from` as QuerySet has it."""
+    order = sorted(range(len(compared)), key=lambda column: column != statistics.DECIDING)
+    return [_quality_row(column, compared[column], k, margin, more_come_from) for column in order]
+
+
+def _quality_row(column: int, compared: Comparison, k: int, margin: float, more_come_from: str) -> Row:
+    is_deciding = column == statistics.DECIDING
+    detail = f"old {_interval(compared.old_interval)}, new {_interval(compared.new_interval)}"
+    if is_deciding:
+        detail = f"decides: a loss of up to {margin:g} passes; {compared.queries} queries; {detail}"
+        detail += more_queries(compared, more_come_from)
+    return Row(
+        _SHOWN[statistics.MEASURES[column]].format(k=k), compared.old, compared.new, compared.difference, compared.low,
+        compared.high, compared.verdict if is_deciding else None, detail,
+    )  # fmt: skip
+
+
+def more_queries(compared: Comparison, more_come_from: str) -> str:
+    """Say how many queries would decide, where that is not decided."""
+    if compared.queries_to_decide is None:
+        return ""
+    how = more_come_from.replace("query_count", f"query_count => {compared.queries_to_decide}")
+    return f"; about {compared.queries_to_decide} queries would decide ({how})"
+
+
+def own_quality_rows(scores: FloatArray, k: int, seed: int) -> list[Row]:
+    """The measures of one version alone."""
+    rows = []
+    for column in sorted(range(scores.shape[1]), key=lambda column: column != statistics.DECIDING):
+        low, high = statistics.mean_interval(scores[:, column], seed)
+        name = _SHOWN[statistics.MEASURES[column]].format(k=k)
+        rows.append(Row(name, None, float(scores[:, column].mean()), None, low, high, None, f"{len(scores)} queries"))
+    return rows
+
+
+def overlap_row(old: Sequence[Sequence[str]], new: Sequence[Sequence[str]], k: int) -> Row:
+    """How many of the documents that either finds both find: an alarm at most."""
+    shares = [len(set(a) & set(b)) / max(len(a), len(b), 1) for a, b in zip(old, new, strict=True)]
+    mean = float(np.mean(shares))
+    few = mean < _FEW_IN_COMMON
+    detail = "documents that both find; never decides" + (": look at some queries yourself" if few else "")
+    return Row(f"overlap@{k}", None, mean, verdict="alarm" if few else None, detail=detail)
+
+
+def latency_rows(what: str, old: Sequence[float] | None, new: Sequence[float], detail: str) -> list[Row]:
+    """Median and 95th percentile in milliseconds."""
+    rows = []
+    for percent in (50, 95):
+        before = None if old is None else 1000 * float(np.percentile(old, percent))
+        after = 1000 * float(np.percentile(new, percent))
+        difference = None if before is None else after - before
+        rows.append(Row(f"{what} p{percent} ms", before, after, difference, detail=detail))
+    return rows
+
+
+def group_rows(
+    old: FloatArray, new: FloatArray, groups: Sequence[str | None], column: str, k: int, margin: float, seed: int
+) -> list[Row]:
+    """The deciding measure of each group: never decides, but a group that falls beyond chance is an alarm.
+
+    Of n groups one would seem to fall by chance n times as often as a single one: each interval is that much wider
+    (Bonferroni).
+    """
+    labels = np.array(["(none)" if group is None else group for group in groups])
+    names, counts = np.unique(labels, return_counts=True)
+    largest = [str(names[i]) for i in np.lexsort((names, -counts))[:MAX_GROUPS]]
+    confidence = 1 - (1 - statistics.CONFIDENCE) / len(largest)
+    rows = []
+    for name in largest:
+        chosen = labels == name
+        compared = statistics.judge(
+            old[chosen, statistics.DECIDING], new[chosen, statistics.DECIDING], margin, seed, confidence
+        )
+        falls = compared.high < 0
+        detail = f"{compared.queries} queries" + ("; falls by more than chance explains" if falls else "")
+        rows.append(Row(
+            f"nDCG@{k}, {column} = {name}", compared.old, compared.new, compared.difference, compared.low, compared.high,
+            "alarm" if falls else None, detail,
+        ))  # fmt: skip
+    return rows
+
+
+def verdict_row(verdict: Verdict, fidelity: Fidelity, quality: Verdict, note: str) -> Row:
+    """What follows from all of it."""
+    return Row("verdict", verdict=verdict, detail=f"index {fidelity.verdict}, quality {quality}; {note}")
+
+
+def _interval(edges: tuple[float, float]) -> str:
+    return f"[{edges[0]:.3f}, {edges[1]:.3f}]"

@@ -1,0 +1,136 @@
+"""Building vector indexes: what a client has to do, and pg_cron's jobs.
+
+CREATE INDEX CONCURRENTLY, by which no application write waits, cannot run in a function. So it is run by pg_cron, or by a
+client (index_build), or by hand.
+"""
+
+from __future__ import annotations
+
+import json
+
+from embedline.catalog.load import Pipeline, load_pipeline, load_version
+from embedline.catalog.rights import require_control
+from embedline.core.storage_size import hnsw_build_memory, hnsw_bytes
+from embedline.errors import InvalidParameter
+from embedline.indexes.cron_jobs import index_job
+from embedline.indexes.definitions import VectorIndex, create_index_statement, find_index, index_state, load_indexes
+from embedline.indexes.resources import BuildSettings, Need, choose, look_at_machine
+from embedline.postgres.session import Session, bound_lock_wait, entry_point
+from embedline.queue.coverage import require_coverage, require_usable_vectors
+
+# pgvector's default of the index option.
+_DEFAULT_M = 16
+# First key of the session advisory lock that builds on one table exclude each other by ("Emi1"); the second is the table's oid.
+_BUILD_LOCK_CLASS = 1164798257
+_TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
+HAS_CRON = "SELECT to_regclass('cron.job') IS NOT NULL"
+SCHEDULE = "SELECT cron.schedule($1, '* * * * *', $2)"
+
+
+def build_settings(
+    session: Session, pipeline: Pipeline, index: VectorIndex, count: int, parallel_workers: int | None
+) -> BuildSettings:
+    """Return how to build an index over `count` vectors on this server; raises where the disk has no room for it."""
+    m = int(str(pipeline.version.index_options.get("m", _DEFAULT_M)))
+    shape = (count, index.dimensions, index.element_type, m)
+    need = Need(memory=hnsw_build_memory(*shape, session.server_version), disk=hnsw_bytes(*shape))
+    return choose(need, look_at_machine(session), parallel_workers)
+
+
+def _chosen(session: Session, name: str, number: int | None) -> Pipeline:
+    return load_pipeline(session, name) if number is None else load_version(session, name, number)
+
+
+@entry_point
+def index_statement(session: Session, name: str, number: int | None, precision: str | None) -> str | None:
+    """Return the statement that builds an index of a version; NULL where there is none, or it is valid already."""
+    pipeline = _chosen(session, name, number)
+    index = find_index(session, pipeline, precision)
+    if index is None or index_state(session, index) == "valid":
+        return None
+    return create_index_statement(pipeline, index)
+
+
+@entry_point
+def index_plan(
+    session: Session, name: str, number: int | None, precision: str | None, parallel_workers: int | None
+) -> str:
+    """Return what a client has to do to build an index, as JSON; raises where the version is not verified to be complete."""
+    pipeline = _chosen(session, name, number)
+    index = find_index(session, pipeline, precision)
+    if index is None:
+        return json.dumps({"state": "none"})
+    state = index_state(session, index)
+    if state in ("valid", "building"):
+        return json.dumps({"state": state, "index": index.qualified})
+    require_coverage(session, pipeline)
+    count = require_usable_vectors(session, pipeline)
+    settings = build_settings(session, pipeline, index, count, parallel_workers)
+    return json.dumps({
+        "state": state,
+        "index": index.qualified,
+        "statement": create_index_statement(pipeline, index),
+        "maintenance_work_mem_kb": settings.maintenance_work_mem_kb,
+        "parallel_workers": settings.parallel_workers,
+        "notices": settings.notices,
+        "lock_key": [_BUILD_LOCK_CLASS, session.scalar(_TABLE_KEY, ["text"], pipeline.vectors)],
+    })  # fmt: skip
+
+
+def job(pipeline: Pipeline, index: VectorIndex) -> str:
+    return index_job(pipeline.name, pipeline.version.number, index.precision)
+
+
+def job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:
+    """Return a job's command: one statement, which carries its settings in a comment.
+
+    A job has a session of its own, but SET and CREATE INDEX CONCURRENTLY in one string would be one transaction. The event
+    trigger embedline_build_settings reads the comment and sets them as the statement begins.
+    """
+    return (
+        f"{create_index_statement(pipeline, index)} /* embedline build: maintenance_work_mem ="
+        f" {settings.maintenance_work_mem_kb}kB, max_parallel_maintenance_workers = {settings.parallel_workers} */"
+    )
+
+
+@entry_point
+def build_vector_index(session: Session, name: str, number: int | None) -> str:
+    """Have pg_cron build what a version lacks of its indexes; return what happens now."""
+    require_control(session, name)
+    pipeline = _chosen(session, name, number)
+    label = f'version {pipeline.version.number} of pipeline "{name}"'
+    indexes = load_indexes(session, pipeline)
+    if not indexes:
+        return f"{label} has no vector index"
+    states = {index: index_state(session, index) for index in indexes}
+    lacking = [index for index, state in states.items() if state in ("missing", "invalid")]
+    if not lacking:
+        return "; ".join(
+            f"{index.name} is {'being built' if state == 'building' else state}" for index, state in states.items()
+        )
+    require_coverage(session, pipeline)
+    count = require_usable_vectors(session, pipeline)
+    _require_cron(session, pipeline)
+    bound_lock_wait(session)
+    done = []
+    for index in lacking:
+        settings = build_settings(session, pipeline, index, count, None)
+        for notice in settings.notices:
+            session.plpy.notice(f"{index.name}: {notice}")
+        if states[index] == "invalid":
+            session.execute(f"DROP INDEX {index.qualified}")
+        session.query(SCHEDULE, ["text", "text"], job(pipeline, index), job_command(pipeline, index, settings))
+        done.append(
+            f"pg_cron builds {index.name} at the next full minute, with maintenance_work_mem ="
+            f" {settings.maintenance_work_mem_kb // 1024} MB and {settings.parallel_workers} parallel workers"
+        )
+    return "; ".join(done)
+
+
+def _require_cron(session: Session, pipeline: Pipeline) -> None:
+    if not session.scalar(HAS_CRON):
+        raise InvalidParameter(
+            "pg_cron is not installed in this database",
+            detail="CREATE INDEX CONCURRENTLY cannot run in a function.",
+            hint=f"From a shell: embedline build-index {pipeline.name} --version {pipeline.version.number}",
+        )

@@ -1,0 +1,1 @@
+"""Registered models: their embedders, circuit breakers and health."""

@@ -1,0 +1,94 @@
+"""The session's embedders, and waiting for them so that a cancel or a time-out of the server gets through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from embedline.catalog.load import Model
+from embedline.core.embedding import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.embedders import create_embedder
+from embedline.postgres.session import Session
+
+if TYPE_CHECKING:
+    pass
+
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.1
+
+
+class _PooledEmbedder:
+    """An embedder with the requests that it has in flight, so that it can be replaced without losing them."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self._in_flight: set[Future[EmbeddingBlock]] = set()
+
+    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
+        future = self._embedder.submit(texts, kind)
+        self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
+        return future
+
+    def probe(self) -> Future[ModelInfo]:
+        return self._embedder.probe()
+
+    def close(self) -> None:
+        self._embedder.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Return True if no request is in flight."""
+        return not self._in_flight
+
+
+def embedder_for(session: Session, model: Model) -> Embedder:
+    """Return the session's embedder of a model; it is made on first use and kept."""
+    pool: dict[tuple[int, ModelConfigKey], _PooledEmbedder] = session.cache.setdefault("embedline.embedders", {})
+    # Replaced, with requests in flight: what these return is paid for, and is still written.
+    replaced: list[_PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
+    key = (model.model_id, _config_key(model.config))
+    if key not in pool:
+        replaced += [pool.pop(stale) for stale in [other for other in pool if other[0] == model.model_id]]
+        pool[key] = _PooledEmbedder(create_embedder(model.config))
+    for embedder in [embedder for embedder in replaced if embedder.is_idle]:
+        replaced.remove(embedder)
+        embedder.close()
+    return pool[key]
+
+
+ModelConfigKey = str
+
+
+def _config_key(config: ModelConfig) -> ModelConfigKey:
+    # An embedder knows by itself what its own answers have shown.
+    return repr(replace(config, learned={}))
+
+
+def let_cancel_through(session: Session) -> Callable[[], None]:
+    """Return what to call about every 0.1 s while waiting inside a transaction: only plpy.execute heeds a cancel."""
+
+    def breathe() -> None:
+        session.plpy.execute("SELECT 1")
+
+    return breathe
+
+
+def wait_first(
+    futures: Collection[Future[T]], on_wait: Callable[[], None], is_over: Callable[[], bool] = lambda: False
+) -> set[Future[T]]:
+    """Return the futures that are done as soon as one is, or none once `is_over`, calling `on_wait` about every 0.1 s."""
+    while True:
+        done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        if done or is_over():
+            return done
+        on_wait()
+
+
+def wait_result(future: Future[T], on_wait: Callable[[], None]) -> T:
+    """Return the future's result (or raise its error), calling `on_wait` about every 0.1 s."""
+    wait_first([future], on_wait)
+    return future.result()

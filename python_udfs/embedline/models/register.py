@@ -1,0 +1,181 @@
+"""Registering embedding models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from embedline.catalog.rights import require_superuser
+from embedline.core.embedding import ModelConfig, ModelInfo
+from embedline.core.prices import check_price
+from embedline.embedders import create_embedder, known_options
+from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound
+from embedline.models.pool import let_cancel_through, wait_result
+from embedline.models.query_embedding import warm_up
+from embedline.postgres.session import Session, entry_point
+from embedline.providers.options import check_options
+
+_KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
+# Parameters of a query that are secrets; api-version and the like are none.
+_SECRET_PARAMETER = re.compile(r"key|token|secret|passw|signature|credential|\Asig\Z|\Acode\Z|auth", re.IGNORECASE)
+_LIMITS = {
+    "max_batch_items": (1, 100_000),
+    "max_batch_tokens": (1, 10_000_000),
+    "concurrency": (1, 256),
+}
+INSERT_MODEL = """
+    INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
+        api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
+        options, fingerprint, price_per_million_tokens, learned)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+"""
+INSERT_TYPES = (
+    ["text"] * 4
+    + ["integer"] * 2
+    + ["text"] * 5
+    + ["integer"] * 3
+    + ["double precision", "jsonb", "text", "numeric", "jsonb"]
+)
+
+
+@entry_point
+def create_model(session: Session, parameters: dict[str, Any]) -> str:
+    """Probe a model, store what it is, return its name. Raises where the declaration does not fit the model."""
+    price = check_price(parameters.pop("price_per_million_tokens"))
+    config = _validated_config(session, parameters)
+    if session.scalar("SELECT model_id FROM embedline.model WHERE name = $1", ["text"], config.name) is not None:
+        raise AlreadyExists(
+            f'there is a model "{config.name}" already',
+            hint=f"SELECT embedline.drop_model('{config.name}') removes it where no pipeline uses it.",
+        )
+    info = probe(session, config)
+    if config.dimensions is not None and info.dimensions != config.dimensions:
+        raise DimensionMismatch(
+            f'model "{config.model}" returns {info.dimensions} dimensions, not {config.dimensions}',
+            hint=f"Leave dimensions out, or declare dimensions => {info.dimensions}.",
+        )
+    max_tokens = config.options.get("max_tokens", info.max_tokens)
+    tokenizer = Path(info.tokenizer_path).read_text(encoding="utf-8") if info.tokenizer_path else None
+    session.query(
+        INSERT_MODEL,
+        INSERT_TYPES,
+        config.name, config.provider, config.model, config.revision, info.dimensions, max_tokens, tokenizer,
+        config.base_url, config.api_key_env, config.document_prefix, config.query_prefix, config.max_batch_items,
+        config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
+        info.fingerprint, price, json.dumps(dict(info.learned)),
+    )  # fmt: skip
+    warm_up(session, config.provider)
+    return config.name
+
+
+@entry_point
+def drop_model(session: Session, name: str) -> None:
+    """Forget a model that no pipeline uses."""
+    users = session.query(
+        """
+        SELECT DISTINCT p.name FROM embedline.version AS v
+        JOIN embedline.model AS m ON m.model_id = v.model_id
+        JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
+        WHERE m.name = $1 ORDER BY p.name
+        """,
+        ["text"],
+        name,
+    )
+    if users:
+        names = ", ".join(str(row["name"]) for row in users)
+        raise InvalidParameter(
+            f'model "{name}" is in use',
+            detail=f"Pipelines: {names}.",
+            hint=f"SELECT embedline.drop_pipeline('{users[0]['name']}') first.",
+        )
+    if session.scalar("DELETE FROM embedline.model WHERE name = $1 RETURNING model_id", ["text"], name) is None:
+        raise NotFound(f'there is no model "{name}"', hint="SELECT name FROM embedline.model lists the models.")
+
+
+def probe(session: Session, config: ModelConfig) -> ModelInfo:
+    """Ask the model for its dimensions and limits; the statement stays cancellable meanwhile."""
+    embedder = create_embedder(config)
+    try:
+        return wait_result(embedder.probe(), let_cancel_through(session))
+    finally:
+        embedder.close()
+
+
+def checked_options(name: str, provider: str, given: Any) -> dict[str, Any]:
+    """Return a model's options, as PL/Python hands them over, if its provider knows them."""
+    loaded = json.loads(given or "{}")
+    if not isinstance(loaded, dict):
+        raise InvalidParameter(
+            f'the options of model "{name}" must be an object', hint="For example options => '{\"max_tokens\": 512}'."
+        )
+    if (known := known_options(provider)) is not None:
+        check_options(name, loaded, known)
+    return loaded
+
+
+def _refuse_secrets(base_url: str | None) -> None:
+    """Raise where an address carries a credential: readers see the address."""
+    try:
+        parts = urlsplit(base_url or "")
+        names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    except ValueError:
+        raise InvalidParameter("base_url is no address", hint="For example http://127.0.0.1:11434/v1.") from None
+    if "@" in parts.netloc or any(_SECRET_PARAMETER.search(name) for name in names):
+        raise InvalidParameter(
+            "base_url must not hold a user, a password or a key",
+            detail="The address is not shown here, but everybody who may search sees it in embedline.model.",
+            hint="Start the server with the key in a variable and pass api_key_env => 'ITS_NAME'; a header of another name"
+            ' than Authorization is options => \'{"key_header": "api-key"}\'.',
+        )
+
+
+def check_limits(given: dict[str, Any]) -> None:
+    """Raise for a limit of requests that cannot be used; NULL, where it may be given, is not looked at."""
+    for name, (low, high) in _LIMITS.items():
+        if given[name] is not None and not low <= given[name] <= high:
+            raise InvalidParameter(f"{name} must be between {low} and {high}, not {given[name]}")
+    if given["timeout_seconds"] is not None and not given["timeout_seconds"] > 0:
+        raise InvalidParameter("timeout_seconds must be above 0")
+
+
+def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
+    """Raise for an address that is none or holds a secret, and for a key in place of its variable's name."""
+    if base_url is not None and not re.match(r"https?://[^/\s]", base_url):
+        raise InvalidParameter(
+            "base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1."
+        )
+    _refuse_secrets(base_url)
+    if api_key_env is not None and not _KEY_VARIABLE.match(api_key_env):
+        raise InvalidParameter(
+            "api_key_env must be the name of an environment variable of the server",
+            detail="The value that was given is not shown: it may be the key itself.",
+            hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
+        )
+
+
+def check_directory(provider: str, model: str) -> None:
+    """Raise if a local model's directory is not there."""
+    if provider == "sentence-transformers" and os.path.isabs(model) and not os.path.isdir(model):
+        raise InvalidParameter(
+            f'there is no model directory "{model}" that the server can read',
+            hint="Give a directory on the server that its operating system user can read, or a hub name.",
+        )
+
+
+def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
+    for required in ("name", "provider", "model"):
+        if not given[required]:
+            raise InvalidParameter(f"{required} must not be empty")
+    check_limits(given)
+    if given["dimensions"] is not None and not 1 <= given["dimensions"] <= 16_000:
+        raise InvalidParameter("dimensions must be between 1 and 16000: pgvector stores no longer vector")
+    hint = f"As a superuser, run embedline.create_model('{given['name']}', ...); any embedline_admin may then use it."
+    require_superuser(session, "register a model", hint)
+    check_endpoint(given["base_url"], given["api_key_env"])
+    options = checked_options(given["name"], given["provider"], given.pop("options"))
+    check_directory(given["provider"], given["model"])
+    return ModelConfig(**given, options=options)

@@ -1,0 +1,1 @@
+"""Create, alter, follow and drop pipelines."""

@@ -1,0 +1,326 @@
+"""Changing the recipe of a pipeline that is in use, and writing its generated functions anew after an upgrade."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from embedline.catalog.load import Pipeline, load_pipeline, load_versions
+from embedline.catalog.rights import require_control
+from embedline.catalog.source import Source
+from embedline.chunking import ChunkingSpec
+from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
+from embedline.pipelines.ddl import capture
+from embedline.pipelines.ddl.capture import CapturePlan, SourceExpression
+from embedline.pipelines.ddl.search_functions import create_search_functions
+from embedline.pipelines.pipelines import (
+    EXPRESSIONS,
+    check_weight,
+    create_functions,
+    current_plan,
+    deparsed,
+    generated_functions,
+    load_alone,
+    needs_row_triggers,
+    recipe_stamp,
+    rewrite_trigger_functions,
+    spec_for,
+    use_row_triggers,
+    version_fingerprint,
+)
+from embedline.pipelines.views import refresh_views, write_serving_function
+from embedline.postgres.session import Session, as_mapping, bound_lock_wait, data_name, entry_point
+from embedline.queue.backfill import insert_ranges
+
+_OPTIONAL = ("filter", "document_prefix", "tenant")
+# Suffix of the generated function of each expression.
+_FUNCTIONS = {"content": "content", "filter": "filter", "document_prefix": "prefix", "tenant": "tenant_value"}
+_STORED = """
+    SELECT content_expression AS content, filter_expression AS filter, document_prefix_expression AS document_prefix,
+        tenant_expression AS tenant
+    FROM embedline.pipeline WHERE name = $1 FOR NO KEY UPDATE
+"""
+_STORE = """
+    UPDATE embedline.pipeline SET content_expression = $2, filter_expression = $3, document_prefix_expression = $4,
+        tenant_expression = $5, expression_search_path = coalesce($6, expression_search_path), weight = $7,
+        generation = generation + 1
+    WHERE name = $1
+"""
+_STORE_CHUNKING = """
+    UPDATE embedline.chunk_set SET chunking = $2, chunk_tokens = $3, chunk_overlap = $4, chunking_options = $5
+    WHERE chunk_set_id = $1
+"""
+_STORE_INPUTS = """
+    UPDATE embedline.pipeline AS p SET code_version = $3, input_attributes = (
+        SELECT coalesce(array_agg(a.attnum ORDER BY k.position), '{}')
+        FROM unnest($2::name[]) WITH ORDINALITY AS k (name, position)
+        JOIN pg_attribute AS a ON a.attrelid = p.source AND a.attname = k.name)
+    WHERE p.name = $1
+"""
+# The body as PostgreSQL prints it now: with the names that the columns have now.
+_BODY = """
+    SELECT pg_get_function_sqlbody(p.oid) FROM pg_proc AS p
+    WHERE p.pronamespace = 'embedline_data'::regnamespace AND p.proname = $1
+"""
+_ARGUMENT = r'source_row\.("(?:[^"]|"")*"|[^\s",()]+)'
+_COLUMN_TYPES = """
+    SELECT attname, format_type(atttypid, NULL) AS type FROM pg_attribute
+    WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped
+"""
+_TRIGGER = "SELECT tgenabled::text, tgattr::text AS columns FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2"
+_OUTDATED = """
+    SELECT p.name FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source
+    WHERE p.code_version <> $1 AND NOT p.is_resting ORDER BY p.pipeline_id
+"""
+_REST = "UPDATE embedline.pipeline SET is_resting = true WHERE name = $1"
+
+# Made before create_pipeline refused them: their owner decides what our casts of keys do.
+_FOREIGN_KEY_TYPES = """
+    SELECT p.name, t.oid::regtype::text AS type, r.rolname AS owner
+    FROM embedline.pipeline AS p CROSS JOIN unnest(p.key_types) AS k (type) JOIN pg_type AS t ON t.oid = to_regtype(k.type)
+    JOIN pg_roles AS r ON r.oid = t.typowner WHERE NOT r.rolsuper ORDER BY p.pipeline_id
+"""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a pipeline is to be: its expressions as the user wrote them, its chunking, and its weight."""
+
+    expressions: dict[str, str | None]
+    spec: ChunkingSpec
+    weight: float
+
+
+@entry_point
+def alter_pipeline(session: Session, name: str, given: dict[str, Any]) -> None:
+    """Change what is given of a pipeline's recipe; rows that this concerns are embedded again one by one.
+
+    Search goes on meanwhile with what is stored. Chunks that come out as before keep their vectors and cost nothing.
+    """
+    require_control(session, name)
+    bound_lock_wait(session)
+    pipeline = load_alone(session, name)
+    # Alterations of one pipeline follow each other. NO KEY: a worker that writes a dead letter does not wait.
+    stored = session.query(_STORED, ["text"], name)[0]
+    current = _Wanted(stored, pipeline.spec, pipeline.weight)
+    wanted = _wanted(pipeline, current, given)
+    if wanted == current:
+        session.plpy.notice(f'pipeline "{name}" is like that already: nothing has changed')
+        return
+    changed = [parameter for parameter in EXPRESSIONS if wanted.expressions[parameter] != stored[parameter]]
+    if len(pipeline.versions) > 1 and (wanted.spec != current.spec or "document_prefix" in changed):
+        raise InvalidParameter(
+            f'the chunking of pipeline "{name}" cannot change while it has {len(pipeline.versions)} versions',
+            hint=f"SELECT embedline.drop_embedding_version('{name}', number) first, or give the next version another chunking.",
+        )
+    if changed:
+        _replace_expressions(session, pipeline, changed, given)
+    _store(session, pipeline, wanted, given["expression_search_path"] if changed else None)
+    if wanted.spec != current.spec or set(changed) - {"tenant"}:
+        _begin_backfill(session, pipeline, wanted)
+
+
+def _wanted(pipeline: Pipeline, current: _Wanted, given: dict[str, Any]) -> _Wanted:
+    dropped = set(given["drop"] or ())
+    if unknown := dropped - set(_OPTIONAL):
+        raise InvalidParameter(
+            f'"{sorted(unknown)[0]}" cannot be dropped from a pipeline', hint=f"Use one of {', '.join(_OPTIONAL)}."
+        )
+    expressions: dict[str, str | None] = {}
+    for parameter in EXPRESSIONS:
+        if given[parameter] is not None and parameter in dropped:
+            raise InvalidParameter(
+                f"{parameter} is given and dropped at the same time", hint="Leave it out of drop, or of the call."
+            )
+        kept = None if parameter in dropped else current.expressions[parameter]
+        expressions[parameter] = given[parameter] if given[parameter] is not None else kept
+    weight = current.weight if given["weight"] is None else given["weight"]
+    check_weight(weight)
+    return _Wanted(expressions, _wanted_spec(pipeline, given), weight)
+
+
+def _wanted_spec(pipeline: Pipeline, given: dict[str, Any]) -> ChunkingSpec:
+    spec = pipeline.spec
+    method = given["chunking"] or spec.method
+    options = given["chunking_options"]
+    if options is None:
+        # Options belong to a method.
+        options = dict(spec.options) if method == spec.method else {}
+    return spec_for(
+        method,
+        spec.tokens if given["chunk_tokens"] is None else given["chunk_tokens"],
+        spec.overlap if given["chunk_overlap"] is None else given["chunk_overlap"],
+        as_mapping(options),
+        pipeline.version.model,
+    )
+
+
+def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str], given: dict[str, Any]) -> None:
+    """Write the functions of changed expressions anew, all that read through them, and the trigger that names their columns."""
+    plan, source = plan_in_use(session, pipeline)
+    # What CREATE TRIGGER needs below. Taken first: so no write and no other alteration comes between the two.
+    session.execute(f"LOCK TABLE {source.qualified} IN SHARE ROW EXCLUSIVE MODE")
+    plan, source = plan_in_use(session, pipeline)
+    values = {parameter: given[parameter] if parameter in changed else None for parameter in EXPRESSIONS}
+    found = deparsed(session, source, {**values, "expression_search_path": given["expression_search_path"]})
+    plan = replace(
+        plan,
+        content=found.get("content", plan.content),
+        filter=found.get("filter") if "filter" in changed else plan.filter,
+        prefix=found.get("document_prefix") if "document_prefix" in changed else plan.prefix,
+        tenant=found.get("tenant") if "tenant" in changed else plan.tenant,
+    )
+    replace_functions(session, plan, source, [_FUNCTIONS[parameter] for parameter in changed])
+    rewrite_trigger_functions(session, plan)
+    for statement in capture.update_trigger_statements(plan):
+        session.execute(statement)
+    if "tenant" in changed:
+        index = data_name(capture.tenant_index(plan))
+        for statement in capture.tenant_index_statements(plan) or [f"DROP INDEX IF EXISTS {index}"]:
+            session.execute(statement)
+
+
+def replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
+    """Drop and create the generated functions; those of expressions that have not changed stay as they are."""
+    kept = {suffix for suffix in _FUNCTIONS.values() if suffix not in changed}
+    doomed = tuple(suffix for suffix in capture.FUNCTIONS if suffix not in kept)
+    for row in generated_functions(session, plan.name, doomed):
+        session.execute(f"DROP FUNCTION {row['signature']}")
+    create_functions(session, plan, source)
+    session.query(
+        _STORE_INPUTS, ["text", "text[]", "integer"],
+        plan.name, [name for name, _ in plan.expression_columns], capture.CODE_VERSION,
+    )  # fmt: skip
+
+
+def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
+    """Return the plan of a pipeline as it is: expressions without text, with the columns' names of now."""
+    plan, source = current_plan(session, pipeline)
+    expressions = expressions_in_use(session, pipeline)
+    content = expressions.get("content")
+    if content is None:
+        raise EmbedlineError(
+            f'the functions of pipeline "{pipeline.name}" are not as Embedline wrote them',
+            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
+        )
+    trigger = session.query(
+        _TRIGGER, ["bigint", "name"], source.oid, capture.trigger_name(pipeline.name, "update")
+    )  # fmt: skip
+    return replace(
+        plan,
+        content=content,
+        filter=expressions.get("filter"),
+        prefix=expressions.get("prefix"),
+        tenant=expressions.get("tenant_value"),
+        always=bool(trigger) and trigger[0]["tgenabled"] == "A",
+        watch_all=bool(trigger) and not trigger[0]["columns"],
+    ), source
+
+
+def expressions_in_use(session: Session, pipeline: Pipeline) -> dict[str, SourceExpression]:
+    """Return the input columns of each expression, by the suffix of its function, as what reads the source calls these."""
+    types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], pipeline.source_oid)}
+    reading = session.scalar(_BODY, ["text"], f"{pipeline.name}_read") or ""
+    telling = session.scalar(_BODY, ["text"], f"{pipeline.name}_tenant") or ""
+    found = {
+        suffix: _expression_in(reading, f"{pipeline.name}_{suffix}", types)
+        for suffix in ("content", "filter", "prefix")
+    } | {"tenant_value": _expression_in(telling, f"{pipeline.name}_tenant_or_null", types)}
+    return {suffix: expression for suffix, expression in found.items() if expression is not None}
+
+
+def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExpression | None:
+    """Return the input columns of an expression's function, as a function's body calls it; None where it does not."""
+    call = re.search(rf'embedline_(?:data|expression)\."?{function}"?\(((?:{_ARGUMENT}(?:, )?)*)\)', body)
+    if call is None:
+        return None
+    names = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_ARGUMENT, call[1])]
+    return SourceExpression("", tuple((name, types[name]) for name in names))
+
+
+def _store(session: Session, pipeline: Pipeline, wanted: _Wanted, search_path: str | None) -> None:
+    session.query(
+        _STORE,
+        ["text", "text", "text", "text", "text", "text", "double precision"],
+        pipeline.name, *(wanted.expressions[parameter] for parameter in EXPRESSIONS), search_path, wanted.weight,
+    )  # fmt: skip
+    session.query(
+        _STORE_CHUNKING, ["bigint", "text", "integer", "integer", "jsonb"],
+        pipeline.chunk_set.chunk_set_id, wanted.spec.method, wanted.spec.tokens, wanted.spec.overlap,
+        json.dumps(dict(wanted.spec.options)),
+    )  # fmt: skip
+
+
+def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> None:
+    """Have every row looked at again; those whose content, recipe and filter still agree cost one comparison."""
+    version = pipeline.version
+    fingerprint = version_fingerprint(
+        version.model, version.column_type, version.distance, wanted.spec, wanted.expressions["document_prefix"]
+    )
+    # Not now(): workers may have written since this transaction began, before it had the versions to itself.
+    session.query(
+        "UPDATE embedline.pipeline SET altered_at = clock_timestamp() WHERE pipeline_id = $1",
+        ["bigint"], pipeline.pipeline_id,
+    )  # fmt: skip
+    decisive = (wanted.spec, wanted.expressions["document_prefix"]) != (pipeline.spec, pipeline.document_prefix)
+    if decisive:
+        session.query(
+            "UPDATE embedline.version SET fingerprint = $2 WHERE version_id = $1",
+            ["bigint", "text"], version.version_id, fingerprint,
+        )  # fmt: skip
+        session.query(
+            "UPDATE embedline.pipeline SET recipe = $2 WHERE pipeline_id = $1",
+            ["bigint", "integer"], pipeline.pipeline_id, recipe_stamp([fingerprint]),
+        )  # fmt: skip
+    restart_ranges(session, pipeline)
+
+
+def restart_sweep(session: Session, pipeline: Pipeline) -> None:
+    """Have the sweep that closes the backfill look once more for rows without a document."""
+    session.query(
+        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
+        ["bigint"], pipeline.version.version_id,
+    )  # fmt: skip
+
+
+def restart_ranges(session: Session, pipeline: Pipeline) -> None:
+    """Have the serving version's backfill read every row of the source again."""
+    restart_sweep(session, pipeline)
+    session.query("DELETE FROM embedline.backfill_range WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
+    insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
+
+
+@entry_point
+def regenerate_pipelines(session: Session) -> None:
+    """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
+    for row in session.query(_OUTDATED, ["integer"], capture.CODE_VERSION):
+        pipeline = load_pipeline(session, str(row["name"]))
+        if "content" not in expressions_in_use(session, pipeline):
+            # They went with a column of the source; embedline.status says what to run.
+            session.query(_REST, ["text"], pipeline.name)
+            continue
+        plan, source = plan_in_use(session, pipeline)
+        replace_functions(session, plan, source, [])
+        rewrite_trigger_functions(session, plan)
+        if needs_row_triggers(plan, source):
+            use_row_triggers(session, plan)
+            # What was written through the parent until now: the next sweep finds it.
+            restart_sweep(session, pipeline)
+        try:
+            refresh_views(session, pipeline, plan, source)
+        except DependentObjects as error:
+            # A view as it was before serves as well; an upgrade must not fail because of what users built on it.
+            session.plpy.notice(
+                f'views of pipeline "{pipeline.name}" stay as they are: {error}', detail=error.detail or ""
+            )
+        write_serving_function(session, plan, pipeline.version.number)
+        for version in load_versions(session, pipeline.name):
+            create_search_functions(session, version, plan, source)
+    for row in session.query(_FOREIGN_KEY_TYPES):
+        session.plpy.warning(
+            f'the key of pipeline "{row["name"]}" has type {row["type"]} of role "{row["owner"]}", who is no superuser',
+            detail="Keys are cast with Embedline's rights, and the owner of a type decides what its casts do.",
+            hint=f"ALTER TYPE {row['type']} OWNER TO a superuser, or drop the pipeline; of a domain, create it again.",
+        )

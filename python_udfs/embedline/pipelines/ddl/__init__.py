@@ -1,0 +1,1 @@
+"""The SQL text of a pipeline's generated tables, functions, triggers and views."""

@@ -1,0 +1,1 @@
+"""PL/Python and PostgreSQL: sessions, locks, errors, rights. Nothing of pipelines."""

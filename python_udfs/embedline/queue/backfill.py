@@ -1,0 +1,282 @@
+"""The backfill: rows that were there before their triggers, read by block range, and the sweep that closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from embedline.catalog.load import Pipeline
+from embedline.core.retry import MAX_CRASHES, ROWS_PER_CLAIM_AFTER_CRASHES
+from embedline.postgres.session import Session, read_and_release
+from embedline.queue.outbox import ClaimedRow, Key
+
+_SWEEP_ROWS = 100_000
+_BLOCKS_PER_RANGE = 128
+
+
+@dataclass
+class ClaimedRange:
+    """A claimed range and its rows. It is no longer than that: the claim leaves the rest of a range to others."""
+
+    range_id: int
+    rows: list[ClaimedRow] = field(default_factory=list)
+
+
+def claim_backfill(
+    session: Session, pipeline: Pipeline, limit: int, worker_id: int | None, *, crash_count: int = 0
+) -> ClaimedRange | None:
+    """Claim the next rows of an open range; None where no range is open or all are in other hands."""
+    while True:
+        rows = session.query(
+            """
+            SELECT r.range_id, r.relation::oid::bigint AS relation, r.next_tid::text AS next_tid, r.end_tid::text AS end_tid,
+                r.crash_count, r.file_node = pg_relation_filenode(r.relation) AS unmoved
+            FROM embedline.backfill_range AS r
+            WHERE r.pipeline_id = $1 AND NOT r.done AND r.claimed_by IS NULL AND least(r.crash_count, $3) = $2
+            ORDER BY r.range_id
+            LIMIT 1
+            FOR UPDATE SKIP LOCKED
+            """,
+            ["bigint", "smallint", "smallint"],
+            pipeline.pipeline_id,
+            crash_count,
+            MAX_CRASHES,
+        )
+        if not rows:
+            return None
+        row = rows[0]
+        if row["unmoved"]:
+            if crash_count:
+                limit = min(limit, ROWS_PER_CLAIM_AFTER_CRASHES.get(crash_count, 1))
+            keys, last_tid = _read_range(session, pipeline, row, limit)
+            range_id = _mark(session, row, last_tid if len(keys) == limit else None, worker_id)
+            return ClaimedRange(range_id, [ClaimedRow(key, crash_count=crash_count) for key in keys])
+        _restart_ranges(session, pipeline, int(row["relation"]))
+
+
+def _read_range(
+    session: Session, pipeline: Pipeline, row: Mapping[str, Any], limit: int
+) -> tuple[list[Key], str | None]:
+    """Return up to `limit` keys from the front of a range, and where the last one stands."""
+    keys = ", ".join(f"array_agg(r.{column}::text) AS {column}" for column in pipeline.quoted_key_columns)
+    found = session.query(
+        f"SELECT max(r.row_tid)::text AS last_tid, {keys}"
+        f" FROM {pipeline.generated('range')}($1::bigint::oid::regclass, $2::tid, $3::tid, $4) AS r",
+        ["bigint", "text", "text", "integer"],
+        row["relation"],
+        row["next_tid"],
+        row["end_tid"],
+        limit,
+    )[0]
+    return list(zip(*(found[column] or () for column in pipeline.key_columns), strict=True)), found["last_tid"]
+
+
+def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, worker_id: int | None) -> int:
+    """Mark a range as claimed up to `last_tid`, or all of it; return the id of what is claimed.
+
+    What is claimed of a longer range becomes a range of its own, so that the next batch can follow while this one is
+    embedded. What is left of a range that was in a crash stays under suspicion; only the rows tried alone are given up.
+    """
+    if last_tid is None:
+        session.query(
+            "UPDATE embedline.backfill_range SET claimed_by = $2 WHERE range_id = $1",
+            ["bigint", "integer"],
+            row["range_id"],
+            worker_id,
+        )
+        return int(row["range_id"])
+    block, offset = last_tid.strip("()").split(",")
+    return int(
+        session.scalar(
+            """
+            WITH rest AS (
+                UPDATE embedline.backfill_range SET next_tid = $2::tid, crash_count = least(crash_count, $5)
+                WHERE range_id = $1 RETURNING pipeline_id, relation, file_node
+            )
+            INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid, claimed_by, crash_count)
+            SELECT rest.pipeline_id, rest.relation, rest.file_node, r.next_tid, $2::tid, $3, $4
+            FROM rest CROSS JOIN (SELECT next_tid FROM embedline.backfill_range WHERE range_id = $1) AS r
+            RETURNING range_id
+            """,
+            ["bigint", "text", "integer", "smallint", "smallint"],
+            row["range_id"],
+            f"({block},{int(offset) + 1})",
+            worker_id,
+            row["crash_count"],
+            MAX_CRASHES - 1,
+        )
+    )
+
+
+def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None:
+    """Make the ranges of a relation anew, and those of relations of the source that have none.
+
+    VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE write a table anew: every row has moved. A relation that is none of
+    the source's was detached or dropped, or the ranges come out of another database, whose numbers mean nothing here: then
+    no relation has any.
+    """
+    session.query(
+        """
+        WITH gone AS (DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 AND relation = $2::oid)
+        INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
+        SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid,
+            format('(%s,0)', least(b + $3, size.blocks))::tid
+        FROM (
+            SELECT $4::oid AS relid UNION SELECT relid FROM pg_partition_tree($4::oid::regclass) WHERE isleaf
+        ) AS leaf
+        JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
+        CROSS JOIN LATERAL (SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
+        CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
+        WHERE c.oid = $2::oid OR NOT EXISTS (
+            SELECT FROM embedline.backfill_range AS r WHERE r.pipeline_id = $1 AND r.relation = c.oid)
+        """,
+        ["bigint", "bigint", "bigint", "bigint"],
+        pipeline.pipeline_id,
+        relation,
+        _BLOCKS_PER_RANGE,
+        pipeline.source_oid,
+    )
+
+
+def finish_range(session: Session, claimed: ClaimedRange, worker_id: int | None) -> None:
+    """Note that a claimed range is read through, fenced by the claim."""
+    session.query(
+        "UPDATE embedline.backfill_range SET done = true, claimed_by = NULL, crash_count = 0"
+        " WHERE range_id = $1 AND claimed_by IS NOT DISTINCT FROM $2",
+        ["bigint", "integer"],
+        claimed.range_id,
+        worker_id,
+    )
+
+
+def take_over(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
+    """Free ranges whose worker died while it had them."""
+    session.query(
+        "UPDATE embedline.backfill_range SET claimed_by = NULL, crash_count = crash_count + 1"
+        " WHERE pipeline_id = $1 AND claimed_by = ANY ($2)",
+        ["bigint", "integer[]"],
+        pipeline.pipeline_id,
+        dead,
+    )
+
+
+def release(session: Session, pipeline: Pipeline, worker_id: int, range_id: int | None = None) -> None:
+    """Free what a worker has, or one range of it."""
+    session.query(
+        "UPDATE embedline.backfill_range SET claimed_by = NULL"
+        " WHERE pipeline_id = $1 AND claimed_by = $2 AND ($3 IS NULL OR range_id = $3)",
+        ["bigint", "integer", "bigint"],
+        pipeline.pipeline_id,
+        worker_id,
+        range_id,
+    )
+
+
+def _merge_ranges(session: Session, pipeline: Pipeline) -> None:
+    """Leave one range for each relation of what was one for each batch."""
+    session.query(
+        """
+        WITH gone AS (DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 RETURNING *)
+        INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid, done)
+        SELECT pipeline_id, relation, file_node, min(next_tid), max(end_tid), true FROM gone
+        GROUP BY pipeline_id, relation, file_node
+        """,
+        ["bigint"],
+        pipeline.pipeline_id,
+    )
+
+
+def missing_keys(session: Session, pipeline: Pipeline, limit: int) -> list[list[str]]:
+    """Return keys of rows that are neither embedded as the pipeline is now nor queued: a list for each key column, or none."""
+    columns = ", ".join(
+        f"array_agg(m.{column}::text) AS key_{i}" for i, column in enumerate(pipeline.quoted_key_columns)
+    )
+    query = f"SELECT {columns} FROM {pipeline.missing_rows()} AS m"
+    values = (limit, pipeline.recipe, pipeline.version.vectors_valid_from, pipeline.altered_at)
+    found = read_and_release(session, lambda: session.query(query, ["integer", "integer", "text", "text"], *values))[0]
+    return [list(keys) for keys in found.values()] if found["key_0"] else []
+
+
+def close_backfill(session: Session, pipeline: Pipeline) -> bool:
+    """Sweep once all ranges are read; mark the version complete where no row is missing. True where work was found.
+
+    An update of an unrelated column can move a row from a block not yet read to one already read, and is not captured:
+    so the end of the ranges is not the end of the backfill. The sweep is one snapshot; whatever is neither embedded as the
+    pipeline is now nor queued in it is queued, by its key: from there on it may move as it likes.
+    """
+    if pipeline.version.state != "backfilling":
+        return False
+    locked = session.scalar(
+        """
+        SELECT version_id FROM embedline.version
+        WHERE version_id = $1 AND state = 'backfilling'
+            AND NOT EXISTS (SELECT FROM embedline.backfill_range WHERE pipeline_id = $2 AND NOT done)
+        FOR UPDATE SKIP LOCKED
+        """,
+        ["bigint", "bigint"],
+        pipeline.version.version_id,
+        pipeline.pipeline_id,
+    )
+    if locked is None:
+        return False
+    # Rows of the backfill that are to be tried again. Not the whole queue: under steady writes that never empties.
+    waiting = session.scalar(f"SELECT 1 FROM {pipeline.outbox} WHERE of_backfill LIMIT 1")
+    if waiting:
+        return False
+    missing = missing_keys(session, pipeline, _SWEEP_ROWS)
+    if missing:
+        session.query(
+            f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, of_backfill)"
+            f" SELECT m.*, true FROM unnest({pipeline.key_arrays()}) AS m",
+            pipeline.key_parameter_types,
+            *missing,
+        )
+        return True
+    session.query(
+        "UPDATE embedline.version SET state = 'complete', completed_at = clock_timestamp() WHERE version_id = $1",
+        ["bigint"],
+        pipeline.version.version_id,
+    )
+    _merge_ranges(session, pipeline)
+    # The planner must know these tables before the first search: without figures it does not choose the index.
+    for table in (pipeline.document, pipeline.chunk, pipeline.vectors):
+        session.execute(f"ANALYZE (SKIP_LOCKED) {table}")
+    return False
+
+
+def restart_backfill(session: Session, pipeline: Pipeline) -> None:
+    """Have the backfill read the whole source again: it settles at no cost whatever is as it should be."""
+    # A range in a worker's hands is finished by it; waiting for its row could be waiting for a long embed_pending.
+    session.query(
+        "DELETE FROM embedline.backfill_range WHERE range_id IN ("
+        "SELECT range_id FROM embedline.backfill_range WHERE pipeline_id = $1 FOR UPDATE SKIP LOCKED)",
+        ["bigint"],
+        pipeline.pipeline_id,
+    )
+    insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
+    session.query(
+        "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
+        ["bigint"],
+        pipeline.version.version_id,
+    )
+
+
+# 128 blocks are 1 MB: a claim's worth of work, and 1,000 ranges for a table of 1 GB.
+_BLOCKS_PER_RANGE = 128
+_INSERT_RANGES = """
+    INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
+    SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid, format('(%s,0)', least(b + $3, size.blocks))::tid
+    FROM (
+        SELECT $2::oid AS relid UNION SELECT relid FROM pg_partition_tree($2::oid::regclass) WHERE isleaf
+    ) AS leaf
+    JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
+    CROSS JOIN LATERAL (
+        SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
+    CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
+"""
+
+
+def insert_ranges(session: Session, pipeline_id: int, source_oid: int) -> None:
+    """Write a backfill row for each range of blocks that the source has now."""
+    session.query(_INSERT_RANGES, ["bigint", "bigint", "bigint"], pipeline_id, source_oid, _BLOCKS_PER_RANGE)

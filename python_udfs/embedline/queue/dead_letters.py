@@ -1,0 +1,246 @@
+"""Dead letters: giving rows up with their reasons, putting them back into the queue, forgetting old ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embedline.catalog.health import MAX_ERROR_CHARACTERS, note_error
+from embedline.catalog.keys import enqueue, from_json, json_names, key_json
+from embedline.catalog.load import Pipeline, load_pipeline
+from embedline.catalog.rights import require_control
+from embedline.errors import InvalidParameter, NotFound
+from embedline.postgres.session import Session, entry_point, sqlstate_of
+from embedline.queue.outbox import ClaimedRow, Key, key_columns
+
+RETENTION_SETTING = "dead_letter_retention"
+# So much of a key is shown before an error's words.
+_SHOWN_KEY_CHARACTERS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A row that is given up: at which stage, with which SQLSTATE and message, with which content."""
+
+    row: ClaimedRow
+    stage: str
+    error_code: str
+    message: str
+    content_hash: bytes | None
+
+
+def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) -> None:
+    """Write dead letters: the rows leave the queue with their reasons, and their outdated chunks leave search."""
+    count = len(pipeline.key_columns)
+    arrays = key_columns([letter.row.key for letter in letters], count)
+    hashes = [letter.content_hash for letter in letters]
+    for table in (*pipeline.chunk_tables, pipeline.generated("hidden")):
+        session.query(
+            f"DELETE FROM {table} AS t USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
+            f" WHERE {pipeline.key_join('t', 'k')}",
+            pipeline.key_parameter_types,
+            *arrays,
+        )
+    session.query(
+        f"""
+        INSERT INTO {pipeline.document} AS d ({pipeline.key_list}, content_hash, state, recipe, embedded_at)
+        SELECT {pipeline.key_list_of("k")}, k.content_hash, 'dead', ${count + 2}, clock_timestamp()
+        FROM unnest({pipeline.key_arrays()}, ${count + 1}) AS k ({pipeline.key_list}, content_hash)
+        ORDER BY {pipeline.key_list_of("k")}
+        ON CONFLICT ({pipeline.key_list}) DO UPDATE SET content_hash = excluded.content_hash, state = 'dead',
+            recipe = excluded.recipe, embedded_at = excluded.embedded_at
+        """,
+        [*pipeline.key_parameter_types, "bytea[]", "integer"],
+        *arrays,
+        hashes,
+        pipeline.recipe,
+    )
+    session.query(
+        f"""
+        INSERT INTO embedline.dead_letter (pipeline_id, key, stage, error_code, message, content_hash, attempts)
+        SELECT $1, l.* FROM unnest($2::text[]::jsonb[], $3, $4, $5, $6, $7) AS l ORDER BY 2
+        ON CONFLICT (pipeline_id, {_digest("key")}) DO UPDATE SET stage = excluded.stage, error_code = excluded.error_code,
+            message = excluded.message, content_hash = excluded.content_hash, attempts = excluded.attempts, created_at = now()
+        """,
+        ["bigint", "text[]", "text[]", "text[]", "text[]", "bytea[]", "integer[]"],
+        pipeline.pipeline_id,
+        [key_json(pipeline, letter.row.key) for letter in letters],
+        [letter.stage for letter in letters],
+        [letter.error_code for letter in letters],
+        [letter.message[:MAX_ERROR_CHARACTERS] for letter in letters],
+        hashes,
+        [letter.row.attempts for letter in letters],
+    )
+    first = letters[0]
+    note_error(session, pipeline, f"{key_json(pipeline, first.row.key)[:_SHOWN_KEY_CHARACTERS]}: {first.message}")
+
+
+def _digest(key: str) -> str:
+    """The indexed expression of a dead letter's key: a key may be as long as an index of the source holds, as JSON longer.
+
+    Written so because convert_to is not immutable; the backslashes are those of the escape format of bytea.
+    """
+    return rf"sha256(replace(({key})::text, E'\\', E'\\\\')::bytea)"
+
+
+def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:
+    """Remove the dead letters of keys that are embedded or gone."""
+    if session.scalar(
+        "SELECT 1 FROM embedline.dead_letter WHERE pipeline_id = $1 LIMIT 1", ["bigint"], pipeline.pipeline_id
+    ):
+        session.query(
+            f"DELETE FROM embedline.dead_letter AS d USING unnest($2::text[]::jsonb[]) AS k (key)"
+            f" WHERE d.pipeline_id = $1 AND {_digest('d.key')} = {_digest('k.key')}",
+            ["bigint", "text[]"],
+            pipeline.pipeline_id,
+            [key_json(pipeline, key) for key in keys],
+        )
+
+
+@entry_point
+def requeue(
+    session: Session, pipeline_name: str, key: str | None, error_code: str | None, include_embedded: bool
+) -> int:
+    """Queue a pipeline's dead letters again, all or those of one key or error code, with their tries counted anew.
+
+    A dead letter stays until its row is embedded or fails again: nothing is lost in between. A key that is not dead is
+    queued too; `include_embedded` has it embedded anew although its content is what it was.
+    """
+    require_control(session, pipeline_name)
+    pipeline = load_pipeline(session, pipeline_name)
+    if key is not None:
+        return _requeue_key(session, pipeline, _read_key(session, pipeline, key), error_code, bool(include_embedded))
+    if include_embedded:
+        raise InvalidParameter(
+            "include_embedded needs a key",
+            hint=f"SELECT * FROM embedline.verify('{pipeline_name}', repair => true) embeds anew what is not as it should be.",
+        )
+    return _requeue_letters(session, pipeline, error_code)
+
+
+@entry_point
+def purge_dead_letters(session: Session, older_than: str | None) -> int:
+    """Forget dead letters that are older than an interval, by default the setting; return how many."""
+    if session.scalar("SELECT $1::interval < interval '0'", ["text"], older_than):
+        raise InvalidParameter(
+            f"older_than must not be negative: {older_than}", hint="SELECT embedline.purge_dead_letters('90 days');"
+        )
+    return purge(session, older_than)
+
+
+def purge(session: Session, older_than: str | None) -> int:
+    """Forget old dead letters. Their documents stay in state dead, so that no sweep queues the rows again."""
+    rows = session.query(
+        """
+        DELETE FROM embedline.dead_letter WHERE created_at < now() - coalesce(
+            $1::interval, (SELECT value::interval FROM embedline.setting WHERE name = $2)) RETURNING 1
+        """,
+        ["text", "text"],
+        older_than,
+        RETENTION_SETTING,
+    )
+    return len(rows)
+
+
+def _requeue_letters(session: Session, pipeline: Pipeline, error_code: str | None) -> int:
+    rows = session.query(
+        f"""
+        WITH letter AS MATERIALIZED (
+            SELECT {from_json(pipeline, "l.key")} FROM embedline.dead_letter AS l
+            WHERE l.pipeline_id = $1 AND ($2 IS NULL OR l.error_code = $2)
+        ), queued AS (
+            {enqueue(pipeline, "letter")}
+        )
+        SELECT coalesce(sum(q.key_count), 0) AS count FROM queued AS q
+        """,
+        ["bigint", "text"],
+        pipeline.pipeline_id,
+        error_code,
+    )
+    return int(rows[0]["count"])
+
+
+def _requeue_key(session: Session, pipeline: Pipeline, key: Key, error_code: str | None, include_embedded: bool) -> int:
+    shown = key_json(pipeline, key)
+    code = session.scalar(
+        f"SELECT error_code FROM embedline.dead_letter WHERE pipeline_id = $1 AND {_digest('key')} = {_digest('$2')}",
+        ["bigint", "jsonb"],
+        pipeline.pipeline_id,
+        shown,
+    )
+    if error_code is not None and code != error_code:
+        return 0
+    if code is None and not _has_row(session, pipeline, key):
+        raise NotFound(
+            f"pipeline {pipeline.name} has neither a dead letter nor a source row of key {shown}",
+            hint="SELECT key FROM embedline.dead_letter lists the dead letters.",
+        )
+    if include_embedded and code is None and not _forget_chunks(session, pipeline, key):
+        return 0
+    session.query(
+        f"INSERT INTO {pipeline.generated('inbox')} ({pipeline.key_list}) VALUES ({pipeline.key_arrays()})",
+        pipeline.key_parameter_types,
+        *([part] for part in key),
+    )
+    return 1
+
+
+def _read_key(session: Session, pipeline: Pipeline, key: str) -> Key:
+    """Return a key given as jsonb in the spelling of its types; raise InvalidParameter where it is none."""
+    names = json_names(pipeline)
+    given = json.loads(key)
+    form = json.dumps({name: "..." for name in names})
+    if not isinstance(given, dict) or set(given) != set(names) or None in given.values():
+        raise InvalidParameter(
+            f"{key} is no key of pipeline {pipeline.name}", hint=f"Give every key column: key => '{form}'."
+        )
+    try:
+        rows = session.query(
+            f"SELECT {pipeline.key_texts_of('k')} AS key FROM (SELECT {from_json(pipeline, '$1')}) AS k",
+            ["jsonb"],
+            key,
+        )
+    except Exception as error:
+        if sqlstate_of(error)[:2] != "22":
+            raise
+        raise InvalidParameter(
+            f"{key} is no key of pipeline {pipeline.name}: {error}",
+            hint=f"Give key => '{form}' with values of the key's types.",
+        ) from error
+    return tuple(rows[0]["key"])
+
+
+def _has_row(session: Session, pipeline: Pipeline, key: Key) -> bool:
+    rows = session.query(
+        f"SELECT * FROM {pipeline.generated('present')}({pipeline.key_arrays()})",
+        pipeline.key_parameter_types,
+        *([part] for part in key),
+    )
+    return bool(rows)
+
+
+def _forget_chunks(session: Session, pipeline: Pipeline, key: Key) -> bool:
+    """Remove a row's chunks and mark its document as not current; False where another session has it in hand."""
+    wanted = f"unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
+    removals = "".join(
+        f""", removed_{number} AS (
+            DELETE FROM {table} AS c USING locked AS l WHERE {pipeline.key_join("l", "c")}
+        )"""
+        for number, table in enumerate(pipeline.chunk_tables)
+    )
+    rows = session.query(
+        f"""
+        WITH locked AS MATERIALIZED (
+            SELECT {pipeline.key_list_of("d")} FROM {pipeline.document} AS d JOIN {wanted} ON {pipeline.key_join("d", "k")}
+            FOR UPDATE OF d SKIP LOCKED
+        ){removals}, marked AS (
+            UPDATE {pipeline.document} AS d SET content_hash = '' FROM locked AS l WHERE {pipeline.key_join("l", "d")}
+        )
+        SELECT (SELECT count(*) FROM locked) = count(*) AS free
+        FROM {pipeline.document} AS d JOIN {wanted} ON {pipeline.key_join("d", "k")}
+        """,
+        pipeline.key_parameter_types,
+        *([part] for part in key),
+    )
+    return bool(rows[0]["free"])

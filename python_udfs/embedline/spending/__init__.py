@@ -1,0 +1,1 @@
+"""What is sent to providers: the ledger, budgets and rate limits."""

@@ -1,0 +1,237 @@
+"""Whether stored vectors are still those of the model: a remote model may change behind its name, a file be replaced.
+
+A vector of another model is as wide as its neighbours and answers queries with nonsense: only embedding the text again
+shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+
+from embedline.catalog import keys
+from embedline.catalog.load import Pipeline
+from embedline.core import vectors
+from embedline.core.embedding import Embedder, ModelConfig
+from embedline.core.sql_text import quote_ident
+from embedline.core.vectors import FloatMatrix
+from embedline.errors import InvalidVectors, ProviderError
+from embedline.models import circuit
+from embedline.models.pool import embedder_for, let_cancel_through, wait_result
+from embedline.postgres.session import Session, as_mapping, hold_source, read_and_release, vector_schema
+from embedline.search.exact_rows import keep_exact
+from embedline.spending import ledger
+
+MAX_SAMPLE = 1000
+# Below this cosine a stored vector is not the model's. Noise stays far above: 5e-8 off 1 with MiniLM in other batches and
+# in float16 columns; remote models round a little more. Another model is far below: unrelated vectors of 384
+# dimensions are within 0.2 of zero.
+_MIN_COSINE = 0.99
+# Dynamic int8 quantises activations by the range of their batch: up to 0.017 off 1 in other batches (MiniLM, 220 texts).
+_MIN_COSINE_INT8 = 0.95
+# A pipeline of which more than this share of the sample is foreign is embedded anew as a whole.
+_EVERYWHERE = 0.5
+# Texts of one request: with chunks of the longest context it stays below the provider's limit of tokens.
+_REQUEST_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class StoredVector:
+    """A sampled chunk: its digest, its row's key, and the vector that the model gives for it now."""
+
+    digest: bytes
+    key: Mapping[str, Any]
+    cosine: float
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a sample showed. `fingerprint` is the model's of now where it is not the one registered."""
+
+    sampled: int = 0
+    foreign: tuple[StoredVector, ...] = ()
+    fingerprint: str | None = None
+    error: str | None = None
+
+    @property
+    def is_finding(self) -> bool:
+        """Whether there is something to report."""
+        return bool(self.foreign or self.fingerprint or self.error)
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether most of the pipeline's vectors must be taken for foreign."""
+        return len(self.foreign) > _EVERYWHERE * self.sampled
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """What a person needs to judge the finding."""
+        if self.error is not None:
+            return {"not_checked": self.error}
+        shown: dict[str, Any] = {"sampled": self.sampled}
+        if self.foreign:
+            worst = min(self.foreign, key=lambda stored: stored.cosine)
+            shown |= {"key": dict(worst.key), "lowest_cosine": round(worst.cosine, 4)}
+            shown["hint"] = (
+                "most vectors are of another model: repair => true embeds all rows again"
+                if self.is_everywhere
+                else "some vectors are of another model: verify a larger sample; repair => true replaces those found"
+            )
+        if self.fingerprint is not None:
+            shown["fingerprint"] = self.fingerprint
+        return shown
+
+
+def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
+    """Embed the texts of up to `sample` random chunks again and compare; asks the model nothing where there are none.
+
+    One probe and one request for each 16 texts, inside the caller's transaction; the statement stays cancellable. No
+    table of the pipeline is locked meanwhile: a TRUNCATE of the source does not wait for the model.
+    """
+    model = pipeline.version.model
+
+    def choose() -> list[dict[str, Any]]:
+        hold_source(session, pipeline.source_oid)
+        return _choose(session, pipeline, sample)
+
+    chosen = read_and_release(session, choose)
+    if not chosen:
+        return Drift()
+    if circuit.is_open(session, model.model_id):
+        return Drift(error=f'model "{model.config.name}" is unavailable for now')
+    texts = [str(row["text"]) for row in chosen]
+    # A token has about four characters; two are on the safe side. The probe is one short text.
+    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], None)
+    if not grant.count:
+        return Drift(error=grant.reason)
+    try:
+        embedder = embedder_for(session, model)
+        info = wait_result(embedder.probe(), let_cancel_through(session))
+        fresh = embed_texts(session, pipeline, embedder, texts)
+    except ProviderError as error:
+        return Drift(error=str(error))
+    finally:
+        if grant.reservation_id is not None:
+            ledger.settle(session, grant.reservation_id, None)
+    stored = vectors.vectors_from_send([row["vector"] for row in chosen], pipeline.version.column_type)
+    cosines = np.einsum("ij,ij->i", vectors.normalise(stored).astype(np.float64), vectors.normalise(fresh))
+    usable = fresh if pipeline.version.distance == "l2" else vectors.normalise(fresh)
+    lowest = lowest_cosine(model.config)
+    foreign = tuple(
+        StoredVector(
+            bytes(row["digest"]), as_mapping(row["key"]), float(cosines[i]), tuple(float(x) for x in usable[i])
+        )
+        for i, row in enumerate(chosen)
+        if cosines[i] < lowest
+    )
+    changed = info.fingerprint if info.fingerprint != (model.probed_fingerprint or model.fingerprint) else None
+    return Drift(len(chosen), foreign, changed)
+
+
+def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str, Any]]:
+    """Return random chunks with their vectors, found through the primary key: the same cost on any table.
+
+    Chunks that are known to be foreign already, and wait for the backfill, are not asked for again.
+    """
+    version = pipeline.version
+    rows = session.query(
+        f"""
+        WITH target AS MATERIALIZED (
+            SELECT b.low + floor(random() * (b.high - b.low + 1))::bigint AS chunk_id
+            FROM (SELECT min(chunk_id) AS low, max(chunk_id) AS high FROM {pipeline.vectors}) AS b
+            CROSS JOIN generate_series(1, $1)
+        ), picked AS MATERIALIZED (
+            SELECT DISTINCT p.chunk_id FROM target AS t CROSS JOIN LATERAL (
+                SELECT v.chunk_id FROM {pipeline.vectors} AS v WHERE v.chunk_id >= t.chunk_id ORDER BY v.chunk_id LIMIT 1
+            ) AS p
+        )
+        SELECT uuid_send(c.content_hash) AS digest, {keys.as_json(pipeline, "c")} AS key, c.prefix, c.content,
+            {vector_schema(session)}.{version.column_type}_send(v.{quote_ident(version.column)}) AS vector
+        FROM picked AS p
+        JOIN {pipeline.vectors} AS v ON v.chunk_id = p.chunk_id
+        JOIN {pipeline.chunk} AS c ON c.chunk_id = p.chunk_id
+        JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "c")}
+        JOIN embedline.version AS w ON w.version_id = $2
+        WHERE w.vectors_valid_from IS NULL OR d.embedded_at >= w.vectors_valid_from
+        """,
+        ["integer", "bigint"],
+        sample,
+        version.version_id,
+    )
+    # Without the norm there is no direction to compare; such vectors are another check's finding.
+    matrix = (
+        vectors.vectors_from_send([row["vector"] for row in rows], version.column_type) if rows else np.zeros((0, 1))
+    )
+    return [
+        {**row, "text": (row["prefix"] or "") + row["content"].strip()} for i, row in enumerate(rows) if matrix[i].any()
+    ]
+
+
+def lowest_cosine(config: ModelConfig) -> float:
+    """Return the cosine below which two vectors of one text are of different models."""
+    return _MIN_COSINE_INT8 if config.options.get("precision") == "int8" else _MIN_COSINE
+
+
+def embed_texts(session: Session, pipeline: Pipeline, embedder: Embedder, texts: Sequence[str]) -> FloatMatrix:
+    """Return one finite vector with a direction for each text; raises ProviderError otherwise."""
+    version, breathe = pipeline.version, let_cancel_through(session)
+    size = min(version.model.config.max_batch_items, _REQUEST_TEXTS)
+    parts = []
+    for start in range(0, len(texts), size):
+        part = texts[start : start + size]
+        block = wait_result(embedder.submit(part, "document"), breathe)
+        matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
+        vectors.check_shape(matrix, len(part), version.dimensions)
+        faults = vectors.find_faults(matrix, version.column_type if version.distance == "l2" else "vector")
+        if faults:
+            raise InvalidVectors(next(iter(faults.values())))
+        parts.append(matrix)
+    return np.concatenate(parts)
+
+
+def replace_vectors(session: Session, pipeline: Pipeline, foreign: Sequence[StoredVector]) -> int:
+    """Write the vectors of now in the place of foreign ones, for every chunk of that text; return for how many texts."""
+    if not foreign:
+        return 0
+    version, schema = pipeline.version, vector_schema(session)
+    column = quote_ident(version.column)
+    rows = session.query(
+        f"""
+        WITH fresh AS MATERIALIZED (
+            SELECT n.digest::uuid AS digest, n.vector::{schema}.{version.vector_type} AS vector
+            FROM unnest($1, $2) AS n (digest, vector)
+        ), locked AS MATERIALIZED (
+            SELECT v.chunk_id, n.digest, n.vector FROM fresh AS n
+            JOIN {pipeline.chunk} AS c ON c.content_hash = n.digest
+            JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
+            FOR UPDATE OF v SKIP LOCKED
+        ), replaced AS (
+            UPDATE {pipeline.vectors} AS v SET {column} = l.vector FROM locked AS l
+            WHERE v.chunk_id = l.chunk_id RETURNING l.chunk_id, l.digest
+        )
+        SELECT count(DISTINCT digest) AS replaced, array_agg(chunk_id) AS chunk_ids FROM replaced
+        """,
+        ["text[]", "text[]"],
+        [str(UUID(bytes=stored.digest)) for stored in foreign],
+        ["[" + ",".join(f"{value:.9g}" for value in stored.vector) + "]" for stored in foreign],
+    )
+    # Copies of the vectors before are ranked no more, and the new ones exactly until they are looked at.
+    changed = rows[0]["chunk_ids"] or []
+    keep_exact(session, pipeline, changed, [None] * len(changed))
+    return int(rows[0]["replaced"])
+
+
+def accept_fingerprint(session: Session, pipeline: Pipeline, found: Drift) -> None:
+    """Register the model's fingerprint of now where its vectors are the stored ones, or all are being made anew."""
+    if found.fingerprint is not None and (found.is_everywhere or not found.foreign):
+        session.query(
+            "UPDATE embedline.model SET fingerprint = $2, probed_fingerprint = NULL WHERE model_id = $1",
+            ["bigint", "text"],
+            pipeline.version.model.model_id,
+            found.fingerprint,
+        )

@@ -1,0 +1,87 @@
+"""The nightly run: every pipeline verified and repaired, old dead letters purged, the ledger rolled up."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal
+
+from embedline.catalog.load import load_pipeline
+from embedline.postgres.session import ENDING, Plpy, Session, SessionCache, entry_point, sqlstate_of
+from embedline.queue.dead_letters import purge
+from embedline.spending import ledger
+from embedline.verify.verify import note_failure, verify_pipeline
+
+# Session advisory lock: of two nightly runs in one database the second returns at once ("Emn1").
+_LOCK = 1164799537
+# Chunks of each pipeline that the model is asked for again: one or two requests, whatever the pipeline's size.
+_SAMPLE = 20
+_KEPT_DAYS = 90
+
+Step = Literal["verify", "failed", "purge"]
+
+
+@entry_point
+def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair: bool, message: str | None) -> None:
+    """Do one step of the nightly run, a transaction of its own; called by run_nightly alone."""
+    if step == "verify" and pipeline_name is not None:
+        pipeline = load_pipeline(session, pipeline_name)
+        # Whoever pauses a pipeline may do so because its provider must not be asked.
+        verify_pipeline(session, pipeline, repair, _SAMPLE if pipeline.state == "active" else 0)
+    elif step == "failed" and pipeline_name is not None:
+        note_failure(session, pipeline_name, message or "")
+    elif step == "purge":
+        purge(session, None)
+        session.query(
+            "DELETE FROM embedline.verification WHERE verified_at < now() - make_interval(days => $1)",
+            ["integer"],
+            _KEPT_DAYS,
+        )
+        session.query(
+            "DELETE FROM embedline.shadow_read WHERE read_at < now() - make_interval(days => $1)",
+            ["integer"],
+            _KEPT_DAYS,
+        )
+        ledger.roll_up(session)
+
+
+def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
+    """Body of a procedure that commits after each pipeline: the trouble of one neither stops nor undoes another.
+
+    Steps run as the SECURITY DEFINER function embedline._nightly_step, because a procedure that commits can be neither
+    SECURITY DEFINER nor have a pinned search_path.
+    """
+    locked = plpy.execute(f"SELECT pg_catalog.pg_try_advisory_lock({_LOCK}) AS locked")
+    if not locked[0]["locked"]:
+        plpy.notice("embedline: a nightly run is under way in another session")
+        return
+    try:
+        rows = plpy.execute("SELECT p.name FROM embedline.pipeline AS p ORDER BY p.pipeline_id")
+        names = [str(row["name"]) for row in rows]
+        plpy.commit()
+        for name in names:
+            _verify(plpy, name, repair)
+        _step(plpy, "purge", None, repair, None)
+        plpy.commit()
+    finally:
+        with contextlib.suppress(Exception):
+            plpy.rollback()
+        plpy.execute(f"SELECT pg_catalog.pg_advisory_unlock({_LOCK})")
+        plpy.commit()
+
+
+def _verify(plpy: Plpy, name: str, repair: bool) -> None:
+    try:
+        _step(plpy, "verify", name, repair, None)
+        plpy.commit()
+    except Exception as error:
+        if sqlstate_of(error) in ENDING:
+            raise
+        plpy.rollback()
+        _step(plpy, "failed", name, repair, str(error))
+        plpy.commit()
+        plpy.warning(f"embedline: pipeline {name} could not be verified: {error}")
+
+
+def _step(plpy: Plpy, step: Step, name: str | None, repair: bool, message: str | None) -> None:
+    plan = plpy.prepare("SELECT embedline._nightly_step($1, $2, $3, $4)", ["text", "text", "boolean", "text"])
+    plpy.execute(plan, [step, name, repair, message])

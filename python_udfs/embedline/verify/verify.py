@@ -1,0 +1,513 @@
+"""Verifying a pipeline: what is stored against what the source asks for, and putting right what differs.
+
+Each check is one statement, hence one snapshot: an application's write and the queue entry that it makes are seen
+together or not at all, and a row in a worker's hands is still queued. Repairs leave the embedding to the workers: rows
+are queued; only what no row asks for any more is deleted here. No statement waits for a row lock of an application.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from embedline.catalog.keys import as_json, enqueue, from_json, not_queued
+from embedline.catalog.load import Pipeline, load_pipeline, load_versions
+from embedline.catalog.source import hidden_source
+from embedline.core.sql_text import quote_ident
+from embedline.errors import InvalidParameter, NotFound
+from embedline.postgres.session import (
+    Session,
+    entry_point,
+    hold_source,
+    prepare_environment,
+    read_and_release,
+    vector_schema,
+)
+from embedline.queue import chunk_queue, coverage
+from embedline.queue.backfill import missing_keys, restart_backfill
+from embedline.search.exact_rows import keep_exact, rebuild_hint
+from embedline.search.index_recall import Measurement
+from embedline.verify import model_drift
+
+# Up to so many rows a repair goes through the queue. More of them would keep live changes waiting: they are left to a
+# new pass of the backfill, which gives way to those.
+QUEUED_ROWS = 10_000
+# float16 rounds the norm of a unit vector by under 5e-4; one that is further off was never normalised.
+_NORM_TOLERANCE = 0.01
+_CAPTURE_EVENTS = ["insert", "update", "delete", "truncate"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: `count` is None where the check could not be made, and `example` then says why."""
+
+    name: str
+    count: int | None
+    repaired: int = 0
+    example: Mapping[str, Any] | None = None
+
+
+@entry_point
+def verify(session: Session, pipeline_name: str, repair: bool | None, sample: int | None) -> list[dict[str, Any]]:
+    """Check a pipeline, repair it where asked to, and note the result; return what was found."""
+    if sample is None or not 0 <= sample <= model_drift.MAX_SAMPLE:
+        raise InvalidParameter(
+            f"sample must be between 0 and {model_drift.MAX_SAMPLE}",
+            hint="sample => 0 checks without asking the model.",
+        )
+    findings = verify_pipeline(session, load_pipeline(session, pipeline_name), bool(repair), sample)
+    return [
+        {
+            "finding": finding.name,
+            "count": finding.count,
+            "repaired": finding.repaired,
+            "example": None if finding.example is None else json.dumps(finding.example),
+        }
+        for finding in findings
+    ]
+
+
+def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: int) -> list[Finding]:
+    """Make all checks of a pipeline and write them into embedline.verification; return those that found something.
+
+    First the model, with no table locked; then what only reads, then what takes row locks: these, and the source's lock of
+    a reader, are held to the transaction's end.
+    """
+    _require_source(session, pipeline)
+    prepare_environment()
+    found = model_drift.examine(session, pipeline, sample) if sample else None
+    hold_source(session, pipeline.source_oid)
+    asked, pipeline = pipeline, load_pipeline(session, pipeline.name)
+    if pipeline.version.version_id != asked.version.version_id:
+        # Cut over meanwhile.
+        found = None
+    findings = _capture_off(session, pipeline)
+    findings += _against_source(session, pipeline, repair)
+    findings += _vectors(session, pipeline, repair)
+    if not chunk_queue.is_behind(session, pipeline):
+        findings += _chunks(session, pipeline, repair)
+    findings += _other_versions(session, pipeline, repair)
+    findings += _gone(session, pipeline, repair)
+    findings += _hidden(session, pipeline, repair)
+    findings += _dead_letters(session, pipeline, repair)
+    if found is not None and found.is_finding:
+        findings.append(_foreign(session, pipeline, found, repair))
+    findings += _unreachable(session, pipeline, repair)
+    merged = _merge(findings)
+    _note(session, pipeline, repair, merged)
+    return merged
+
+
+def note_failure(session: Session, pipeline_name: str, message: str) -> None:
+    """Write into embedline.verification that a pipeline could not be verified."""
+    session.query(
+        "INSERT INTO embedline.verification (pipeline_id, finding_count, repaired_count, error)"
+        " SELECT p.pipeline_id, 0, 0, $2 FROM embedline.pipeline AS p WHERE p.name = $1",
+        ["text", "text"],
+        pipeline_name,
+        message,
+    )
+
+
+def _require_source(session: Session, pipeline: Pipeline) -> None:
+    if session.scalar("SELECT 1 FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.source_oid) is None:
+        raise NotFound(
+            f'the source of pipeline "{pipeline.name}" is gone',
+            hint=f"SELECT embedline.move_pipeline('{pipeline.name}', 'another_table'); or"
+            f" SELECT embedline.drop_pipeline('{pipeline.name}');",
+        )
+    hidden = hidden_source(session, pipeline.source_oid)
+    if hidden is not None:
+        raise hidden
+
+
+def _capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
+    """Capture triggers that are gone or switched off: the cause of most of what the other checks find."""
+    rows = session.query(
+        """
+        WITH found AS (
+            SELECT w.name, t.tgenabled, coalesce(bool_or(t.tgenabled = 'A') OVER (), false) AS always
+            FROM unnest($3::text[]) AS w (name)
+            LEFT JOIN pg_trigger AS t ON t.tgrelid = $1::oid AND t.tgname = 'embedline_' || $2 || '_' || w.name
+        )
+        SELECT f.name, f.tgenabled IS NULL AS gone, f.always FROM found AS f
+        -- What was made to fire in replica mode is off there as soon as it fires in the others alone.
+        WHERE coalesce(f.tgenabled, 'D') IN ('D', 'R') OR (f.always AND f.tgenabled = 'O')
+        """,
+        ["bigint", "text", "text[]"],
+        pipeline.source_oid,
+        pipeline.name,
+        _CAPTURE_EVENTS,
+    )
+    if not rows:
+        return _statement_triggers_of_a_part(session, pipeline)
+    table = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], pipeline.source_oid)
+    trigger = f"embedline_{pipeline.name}_{rows[0]['name']}"
+    remedy = (
+        f"the trigger {trigger} is gone: drop the pipeline and create it again"
+        if rows[0]["gone"]
+        else f"ALTER TABLE {table} ENABLE {'ALWAYS ' if rows[0]['always'] else ''}TRIGGER {trigger};"
+    )
+    return [Finding("capture_off", len(rows), 0, {"trigger": trigger, "hint": remedy})]
+
+
+def _statement_triggers_of_a_part(session: Session, pipeline: Pipeline) -> list[Finding]:
+    """A source that became a part of another table, unseen: no statement trigger of it fires on a write through that."""
+    blind = session.scalar(
+        "SELECT EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = p.source) FROM embedline.pipeline AS p"
+        " WHERE p.pipeline_id = $1 AND p.capture = 'statement'",
+        ["bigint"],
+        pipeline.pipeline_id,
+    )
+    if not blind:
+        return []
+    remedy = f"SELECT embedline.refresh_pipeline('{pipeline.name}');"
+    return [Finding("capture_off", 2, 0, {"trigger": f"embedline_{pipeline.name}_insert", "hint": remedy})]
+
+
+def _against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Rows that lack a document or whose document is not that of their content, filter and recipe.
+
+    While the version is still being filled the backfill will come to them: they are counted as pending.
+    """
+    columns = [f"k.{column}" for column in pipeline.quoted_key_columns]
+    query = f"""
+        WITH found AS MATERIALIZED (
+            SELECT CASE WHEN v.state = 'complete' THEN a.finding ELSE 'pending' END AS finding,
+                {pipeline.key_list_of("a")}
+            FROM embedline.version AS v CROSS JOIN LATERAL {pipeline.generated("audit")}($2, v.vectors_valid_from) AS a
+            WHERE v.version_id = $1
+        ), tally AS (
+            SELECT f.finding, count(*) AS count FROM found AS f GROUP BY f.finding
+        ), wanted AS (
+            SELECT coalesce(sum(t.count), 0) AS count FROM tally AS t WHERE t.finding <> 'pending'
+        ), doomed AS (
+            SELECT {", ".join(f"array_agg({column}::text) AS key_{i}" for i, column in enumerate(columns))} FROM found AS k
+            WHERE k.finding <> 'pending' AND $3 AND (SELECT w.count FROM wanted AS w) <= $4
+        )
+        SELECT t.finding, t.count, d.*,
+            (SELECT {as_json(pipeline, "f")} FROM found AS f WHERE f.finding = t.finding LIMIT 1) AS example
+        FROM tally AS t LEFT JOIN doomed AS d ON t.finding = (SELECT min(other.finding) FROM tally AS other)
+        """
+    values = (pipeline.version.version_id, pipeline.recipe, repair, QUEUED_ROWS)
+    types = ("bigint", "integer", "boolean", "bigint")
+    rows = read_and_release(session, lambda: session.query(query, types, *values))
+    found = [_finding(row) for row in rows]
+    wanted = [finding for finding in found if finding.name != "pending"]
+    keys = next(([row[f"key_{i}"] for i in range(len(columns))] for row in rows if row["key_0"]), [])
+    _queue(session, pipeline, keys)
+    if repair and wanted and not keys:
+        restart_backfill(session, pipeline)
+    return [
+        Finding(
+            finding.name, finding.count, (finding.count or 0) if repair and finding in wanted else 0, finding.example
+        )
+        for finding in found
+    ]
+
+
+def _queue(session: Session, pipeline: Pipeline, keys: Sequence[Sequence[str]]) -> None:
+    """Queue keys, given as a list for each key column, as an application's write does it."""
+    if keys:
+        given = f"unnest({pipeline.key_arrays()}) AS given ({pipeline.key_list})"
+        session.query(enqueue(pipeline, given), pipeline.key_parameter_types, *map(list, keys))
+
+
+def _vectors(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Vectors without a chunk, and vectors of a norm that the distance or the index cannot use.
+
+    The former can only come of writes that no foreign key saw (session_replication_role = replica). A vector of norm
+    zero is in no HNSW index: it is removed, and the check of the chunks then finds the gap.
+    """
+    schema, version = vector_schema(session), pipeline.version
+    column = quote_ident(version.column)
+    norm = f"{schema}.{'vector_norm' if version.column_type == 'vector' else 'l2_norm'}(v.{column})"
+    rows = session.query(
+        f"""
+        WITH bad AS MATERIALIZED (
+            SELECT v.chunk_id, c.chunk_id IS NULL AS orphaned, n.norm = 0 AS is_zero
+            FROM {pipeline.vectors} AS v LEFT JOIN {pipeline.chunk} AS c ON c.chunk_id = v.chunk_id
+            CROSS JOIN LATERAL (SELECT {norm} AS norm) AS n
+            WHERE c.chunk_id IS NULL OR n.norm = 0 OR ($2 AND abs(n.norm - 1) > $3)
+        ), locked AS MATERIALIZED (
+            SELECT b.* FROM {pipeline.vectors} AS v JOIN bad AS b ON b.chunk_id = v.chunk_id
+            WHERE $1 FOR UPDATE OF v SKIP LOCKED
+        ), removed AS (
+            DELETE FROM {pipeline.vectors} AS v USING locked AS l
+            WHERE v.chunk_id = l.chunk_id AND (l.orphaned OR l.is_zero) RETURNING l.orphaned
+        ), mended AS (
+            UPDATE {pipeline.vectors} AS v SET {column} = {schema}.l2_normalize(v.{column}) FROM locked AS l
+            WHERE v.chunk_id = l.chunk_id AND NOT l.orphaned AND NOT l.is_zero RETURNING false AS orphaned
+        ), done AS (
+            SELECT orphaned FROM removed UNION ALL SELECT orphaned FROM mended
+        )
+        SELECT CASE WHEN b.orphaned THEN 'orphaned' ELSE 'unnormalised' END AS finding, count(*) AS count,
+            (SELECT count(*) FROM done AS d WHERE d.orphaned = b.orphaned) AS repaired,
+            jsonb_build_object('chunk_id', min(b.chunk_id)) AS example
+        FROM bad AS b GROUP BY b.orphaned
+        """,
+        ["boolean", "boolean", "double precision"],
+        repair,
+        version.distance != "l2",
+        _NORM_TOLERANCE,
+    )
+    return [_finding(row) for row in rows]
+
+
+def _chunks(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Documents that lack a chunk or a vector, and chunks that belong to no document or to one that must have none.
+
+    A repair marks the document with a hash that no content has, so that the worker writes it anew though its content is
+    what it was; identical chunks lend their vectors as always. A chunk without a vector is never one that a worker is
+    about to complete: both are written in one transaction. Keys without a document are always queued: the worker removes
+    what is left of them.
+    """
+    # After a cutover the version may go without chunks that were accepted.
+    given_up = (
+        "EXISTS (SELECT FROM embedline.version_dead_letter AS l"
+        f" WHERE l.version_id = {pipeline.version.version_id} AND l.chunk_id = c.chunk_id)"
+    )
+    bare = f"NOT EXISTS (SELECT FROM {pipeline.vectors} AS v WHERE v.chunk_id = c.chunk_id) AND NOT {given_up}"
+    keys = ", ".join(
+        f"coalesce(s.{quote_ident(key)}, d.{quote_ident(key)}) AS {quote_ident(key)}" for key in pipeline.key_columns
+    )
+    rows = session.query(
+        f"""
+        WITH stored AS (
+            SELECT {pipeline.key_list_of("c")}, count(*) AS chunks,
+                count(*) FILTER (WHERE v.chunk_id IS NOT NULL OR {given_up}) AS vectors, max(c.seq) AS last_seq
+            FROM {pipeline.chunk} AS c LEFT JOIN {pipeline.vectors} AS v ON v.chunk_id = c.chunk_id
+            GROUP BY {pipeline.key_list_of("c")}
+        ), joined AS (
+            SELECT {keys}, d.state, d.embedded_at, s.chunks, s.vectors, s.last_seq
+            FROM stored AS s FULL JOIN {pipeline.document} AS d ON {pipeline.key_join("s", "d")}
+        ), bad AS MATERIALIZED (
+            SELECT {pipeline.key_list_of("j")}, j.embedded_at,
+                CASE WHEN j.state = 'embedded' THEN 'missing_vector' ELSE 'orphaned' END AS finding
+            FROM joined AS j
+            WHERE CASE WHEN j.state = 'embedded'
+                    THEN j.chunks IS NULL OR j.vectors <> j.chunks OR j.chunks <> j.last_seq + 1
+                    ELSE j.chunks IS NOT NULL END
+                AND {not_queued(pipeline, "j")}
+        ), bare AS MATERIALIZED (
+            SELECT c.chunk_id FROM {pipeline.chunk} AS c JOIN bad AS b ON {pipeline.key_join("b", "c")}
+            WHERE $1 AND {bare} FOR UPDATE OF c SKIP LOCKED
+        ), removed AS (
+            DELETE FROM {pipeline.chunk} AS c USING bare WHERE c.chunk_id = bare.chunk_id
+        ), locked AS MATERIALIZED (
+            -- Written again since the snapshot: that was the repair.
+            SELECT {pipeline.key_list_of("d")} FROM {pipeline.document} AS d JOIN bad AS b ON {pipeline.key_join("b", "d")}
+            WHERE $1 AND d.embedded_at = b.embedded_at FOR UPDATE OF d SKIP LOCKED
+        ), marked AS (
+            UPDATE {pipeline.document} AS d SET content_hash = '' FROM locked AS l WHERE {pipeline.key_join("l", "d")}
+        ), queued AS (
+            {enqueue(pipeline, "bad", "$1 AND (embedded_at IS NULL OR (SELECT count(*) FROM bad) <= $2)")}
+        )
+        SELECT b.finding, count(*) AS count, CASE WHEN $1 THEN count(*) ELSE 0 END AS repaired,
+            (SELECT {as_json(pipeline, "e")} FROM bad AS e WHERE e.finding = b.finding LIMIT 1) AS example
+        FROM bad AS b GROUP BY b.finding
+        """,
+        ["boolean", "bigint"],
+        repair,
+        QUEUED_ROWS,
+    )
+    findings = [_finding(row) for row in rows]
+    if repair and sum(finding.count or 0 for finding in findings) > QUEUED_ROWS:
+        restart_backfill(session, pipeline)
+    return findings
+
+
+def _other_versions(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Chunks that a version beside the serving one lacks, though its backfill is through and nothing of them is queued."""
+    findings = []
+    for other in load_versions(session, pipeline.name):
+        if other.is_serving or other.version.state != "complete":
+            continue
+        if repair:
+            chunk_queue.forget_dead_letters(session, other)
+        missing = coverage.missing_chunks(session, other)
+        if missing:
+            queued = chunk_queue.enqueue_missing(session, other) if repair else 0
+            findings.append(Finding("missing_vector", missing, queued, {"version": other.version.number}))
+    return findings
+
+
+def _gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Documents whose row is gone: removed at once with their chunks and vectors.
+
+    The document rows are locked first, and only then is the source looked at again: no worker can write in between. A
+    worker could still take a row that comes back at this very moment for unchanged; the closing look finds it.
+    """
+    arrays = ", ".join(f"array_agg(l.{quote_ident(key)}) AS {quote_ident(key)}" for key in pipeline.key_columns)
+    gone_chunks = "".join(
+        f""", gone_chunk_{number} AS (
+            DELETE FROM {table} AS t USING doomed AS x WHERE {pipeline.key_join("x", "t")}
+        )"""
+        for number, table in enumerate((*pipeline.chunk_tables, pipeline.generated("hidden")))
+    )
+    rows = session.query(
+        f"""
+        WITH gone AS MATERIALIZED (
+            SELECT * FROM {pipeline.generated("gone")}()
+        ), locked AS MATERIALIZED (
+            SELECT {pipeline.key_list_of("d")} FROM {pipeline.document} AS d JOIN gone AS g ON {pipeline.key_join("g", "d")}
+            WHERE $1 AND d.embedded_at = g.embedded_at FOR UPDATE OF d SKIP LOCKED
+        ), batch AS (
+            SELECT {arrays} FROM (SELECT *, row_number() OVER () AS embedline_row FROM locked) AS l
+            GROUP BY (l.embedline_row - 1) / 1000
+        ), present AS MATERIALIZED (
+            SELECT p.* FROM batch AS b
+            CROSS JOIN LATERAL {pipeline.generated("present")}({pipeline.key_list_of("b")}) AS p ({pipeline.key_list})
+        ), doomed AS MATERIALIZED (
+            SELECT * FROM locked AS l WHERE NOT EXISTS (SELECT FROM present AS p WHERE {pipeline.key_join("p", "l")})
+        ){gone_chunks}, gone_document AS (
+            DELETE FROM {pipeline.document} AS t USING doomed AS x WHERE {pipeline.key_join("x", "t")} RETURNING 1
+        )
+        SELECT 'orphaned' AS finding, count(*) AS count, (SELECT count(*) FROM gone_document) AS repaired,
+            (SELECT {as_json(pipeline, "e")} FROM gone AS e LIMIT 1) AS example
+        FROM gone
+        """,
+        ["boolean"],
+        repair,
+    )
+    finding = _finding(rows[0])
+    if finding.repaired:
+        is_complete = session.scalar(
+            "SELECT state = 'complete' FROM embedline.version WHERE version_id = $1",
+            ["bigint"],
+            pipeline.version.version_id,
+        )
+        _queue(session, pipeline, missing_keys(session, pipeline, QUEUED_ROWS) if is_complete else [])
+    return [finding] if finding.count else []
+
+
+def _hidden(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Keys whose chunks no view shows and that no change queues: a mark and its change are written and settled together."""
+    rows = session.query(
+        f"""
+        WITH stray AS MATERIALIZED (
+            SELECT DISTINCT {pipeline.key_list_of("h")} FROM {pipeline.generated("hidden")} AS h
+            WHERE {not_queued(pipeline, "h")}
+        ), queued AS (
+            {enqueue(pipeline, "stray", "$1")}
+        )
+        SELECT 'hidden' AS finding, count(*) AS count, CASE WHEN $1 THEN count(*) ELSE 0 END AS repaired,
+            (SELECT {as_json(pipeline, "e")} FROM stray AS e LIMIT 1) AS example
+        FROM stray
+        """,
+        ["boolean"],
+        repair,
+    )
+    finding = _finding(rows[0])
+    return [finding] if finding.count else []
+
+
+def _dead_letters(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Dead letters of rows that are gone or embedded. A TRUNCATE leaves one that another transaction has locked."""
+    rows = session.query(
+        f"""
+        WITH letter AS (
+            SELECT l.dead_letter_id, l.key, {from_json(pipeline, "l.key")}
+            FROM embedline.dead_letter AS l WHERE l.pipeline_id = $1
+        ), stray AS MATERIALIZED (
+            SELECT l.dead_letter_id, l.key FROM letter AS l
+            WHERE NOT EXISTS (
+                    SELECT FROM {pipeline.document} AS d WHERE {pipeline.key_join("d", "l")} AND d.state = 'dead')
+                AND {not_queued(pipeline, "l")}
+        ), locked AS MATERIALIZED (
+            SELECT t.dead_letter_id FROM embedline.dead_letter AS t JOIN stray AS s USING (dead_letter_id)
+            WHERE $2 FOR UPDATE OF t SKIP LOCKED
+        ), removed AS (
+            DELETE FROM embedline.dead_letter AS t USING locked AS l WHERE t.dead_letter_id = l.dead_letter_id RETURNING 1
+        )
+        SELECT 'dead_letter' AS finding, count(*) AS count, (SELECT count(*) FROM removed) AS repaired,
+            (SELECT s.key FROM stray AS s LIMIT 1) AS example
+        FROM stray
+        """,
+        ["bigint", "boolean"],
+        pipeline.pipeline_id,
+        repair,
+    )
+    finding = _finding(rows[0])
+    return [finding] if finding.count else []
+
+
+def _unreachable(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
+    """Rows that exact ranking puts among the first of a sample of queries, and search does not find.
+
+    The index of each version is measured again for it. A repair has search rank these rows exactly.
+    """
+    findings = []
+    for version in load_versions(session, pipeline.name):
+        if not version.version.has_index or version.version.state != "complete":
+            continue
+        measured = Measurement(session, version)
+        measured.run()
+        missed = sorted(measured.unreached)
+        if not missed:
+            continue
+        if repair:
+            keep_exact(session, version, missed, [-math.inf] * len(missed))
+        example: dict[str, Any] = {"version": version.version.number, "chunk_id": missed[0]}
+        if measured.is_poor:
+            example["hint"] = rebuild_hint(version)
+        findings.append(Finding("unreachable", len(missed), len(missed) if repair else 0, example))
+    return findings
+
+
+def _foreign(session: Session, pipeline: Pipeline, found: model_drift.Drift, repair: bool) -> Finding:
+    """Report vectors of another model. Repair: those of the sample, or where most are foreign, all of the pipeline."""
+    if found.error is not None:
+        return Finding("foreign", None, 0, found.example)
+    repaired = 0
+    if repair and found.is_everywhere:
+        session.query(
+            "UPDATE embedline.version SET vectors_valid_from = clock_timestamp() WHERE version_id = $1",
+            ["bigint"],
+            pipeline.version.version_id,
+        )
+        restart_backfill(session, pipeline)
+        repaired = len(found.foreign)
+    elif repair:
+        repaired = model_drift.replace_vectors(session, pipeline, found.foreign)
+    if repair:
+        model_drift.accept_fingerprint(session, pipeline, found)
+    return Finding("foreign", len(found.foreign), repaired, found.example)
+
+
+def _finding(row: Mapping[str, Any]) -> Finding:
+    example = row["example"]
+    return Finding(
+        str(row["finding"]),
+        int(row["count"]),
+        int(row.get("repaired") or 0),
+        json.loads(example) if isinstance(example, str) else example,
+    )
+
+
+def _merge(findings: Sequence[Finding]) -> list[Finding]:
+    """Add up what several checks found under one name."""
+    merged: dict[str, Finding] = {}
+    for finding in findings:
+        first = merged.setdefault(finding.name, finding)
+        if first is not finding:
+            count = (first.count or 0) + (finding.count or 0)
+            merged[finding.name] = replace(first, count=count, repaired=first.repaired + finding.repaired)
+    return list(merged.values())
+
+
+def _note(session: Session, pipeline: Pipeline, repair: bool, findings: Sequence[Finding]) -> None:
+    amiss = [finding for finding in findings if finding.name != "pending"]
+    session.query(
+        "INSERT INTO embedline.verification (pipeline_id, repair, finding_count, repaired_count, findings)"
+        " VALUES ($1, $2, $3, $4, $5)",
+        ["bigint", "boolean", "bigint", "bigint", "jsonb"],
+        pipeline.pipeline_id,
+        repair,
+        sum(finding.count or 0 for finding in amiss),
+        sum(finding.repaired for finding in amiss),
+        json.dumps([asdict(finding) for finding in findings]),
+    )

@@ -1,0 +1,1 @@
+"""Versions of a pipeline: add, fill, share traffic, cut over, drop."""

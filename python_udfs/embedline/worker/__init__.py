@@ -1,0 +1,1 @@
+"""Embed what waits: claims, batches, and the two forms of the worker."""

@@ -1,0 +1,237 @@
+"""A batch in work: its claim, its documents, and how they are packed into requests. Values only; the engine moves them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from embedline.catalog.load import Pipeline
+from embedline.core.embedding import EmbeddingBlock
+from embedline.core.tokens import likely_tokens, most_tokens
+from embedline.documents.documents import Document, Vector
+from embedline.documents.readability import Readability
+from embedline.errors import EmbedlineError
+from embedline.models.request_size import Split
+from embedline.queue.backfill import ClaimedRange
+from embedline.queue.outbox import ClaimedRow
+from embedline.worker.batch_size import MAX_BATCH_BYTES
+
+# Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
+_LOCAL_REQUEST_ITEMS = 64
+# What a batch's vectors take on their way, for each value: base64 in the answer, float32 in the block and in the file.
+_BYTES_A_VALUE = 14
+
+
+@dataclass(eq=False)
+class Request:
+    """Texts that are sent together, by digest. `future` is None until it is sent.
+
+    It is granted in a transaction and sent after the commit: a crash in between must not forget the reservation.
+    """
+
+    texts: dict[bytes, str]
+    future: Future[EmbeddingBlock] | None = None
+    # When it was sent, of time.monotonic.
+    sent_at: float = 0.0
+    is_granted: bool = False
+    reservation_id: int | None = None
+
+    @cached_property
+    def tokens(self) -> int:
+        """The estimate that is reserved before it is sent."""
+        return sum(map(likely_tokens, self.texts.values()))
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it was sent and has come back, well or not."""
+        return self.future is not None and self.future.done()
+
+
+@dataclass(eq=False)
+class Unit:
+    """Documents that are embedded and written together: one or more requests, one write.
+
+    `error` is the failure of a request, and `failed` holds the texts of each request that failed. `failures` counts the
+    requests with these texts that failed before in this batch, and `split` the sizes of all parts of the first one that was
+    refused. `cut_sizes` are the estimated sizes of texts that were refused as too long and are asked for in halves. `verdict`
+    is the answer to a harmless text that a failed unit waits for. Times are of time.monotonic: `sent_at`, when the last
+    request that failed was sent, `failed_at`, when that was seen.
+    """
+
+    documents: list[Document]
+    vectors: dict[bytes, Vector] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    faults: dict[bytes, str] = field(default_factory=dict)
+    error: EmbedlineError | None = None
+    failed: list[dict[bytes, str]] = field(default_factory=list)
+    failures: int = 0
+    split: Split | None = None
+    cut_sizes: frozenset[int] = frozenset()
+    verdict: Future[EmbeddingBlock] | None = None
+    sent_at: float = 0.0
+    failed_at: float = 0.0
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether every request has come back, and the verdict on a failed one."""
+        if self.verdict is not None and not self.verdict.done():
+            return False
+        return all(request.is_answered for request in self.requests)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Claimed rows of one pipeline in work. Times are of time.monotonic, in seconds."""
+
+    pipeline: Pipeline
+    rows: list[ClaimedRow]
+    claim_id: int | None = None
+    # When the oldest change of a claim of the inbox was made.
+    enqueued_at: str | None = None
+    claimed_range: ClaimedRange | None = None
+    # When a write was last tried.
+    written_at: float = 0.0
+    is_suspect: bool = False
+    # Content that is read of its rows; those beyond it go back, and are counted.
+    max_bytes: int = MAX_BATCH_BYTES
+    deferred_count: int = 0
+    # Of a version's lane: the rows of its queue, and whether these are of its backfill.
+    queue_ids: list[int] = field(default_factory=list)
+    # How its chunks are looked at before they are embedded; None: not at all.
+    readability: Readability | None = None
+    of_backfill: bool = False
+    found: list[Document] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    embedded_count: int = 0
+    content_bytes: int = 0
+    vector_bytes: int = 0
+    grant_at: float = 0.0
+    write_at: float = 0.0
+    claimed_at: float = field(default_factory=time.monotonic)
+    answered_at: float = 0.0
+    longest_write: float = 0.0
+    tokens_used: dict[int, int | None] = field(default_factory=dict)
+
+    @property
+    def first_requests(self) -> int:
+        """Requests without an answer, of texts that have not failed before."""
+        return sum(not request.is_answered for unit in self.units if not unit.failures for request in unit.requests)
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All requests that are not settled yet."""
+        return (request for unit in self.units for request in unit.requests)
+
+    @property
+    def futures(self) -> list[Future[EmbeddingBlock]]:
+        """Requests in flight. Not those that are done and wait for others of their unit: a wait would end at once."""
+        sent = [request.future for request in self.requests] + [unit.verdict for unit in self.units]
+        return [future for future in sent if future is not None and not future.done()]
+
+    @property
+    def ungranted(self) -> list[Request]:
+        """Requests that wait for a grant."""
+        return [request for request in self.requests if not request.is_granted]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the batch is expected to take at its peak."""
+        return self.content_bytes + self.vector_bytes
+
+
+def request_items(pipeline: Pipeline) -> int:
+    """Inputs that one request of the pipeline's model may carry."""
+    model = pipeline.version.model
+    if model.config.provider == "sentence-transformers":
+        return min(model.request_items, _LOCAL_REQUEST_ITEMS)
+    return model.request_items
+
+
+def vector_memory(pipeline: Pipeline, count: int) -> int:
+    """Bytes that the vectors of `count` chunks take on their way into the table."""
+    return count * pipeline.version.dimensions * _BYTES_A_VALUE
+
+
+def pack(
+    pipeline: Pipeline,
+    found: Iterable[Document],
+    known: Mapping[bytes, Vector],
+    tokens_left: int | None = None,
+    first_items: int | None = None,
+) -> list[Unit]:
+    """Group documents into units of about one request each; a document is never split over two units.
+
+    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget. The first unit
+    may have requests of `first_items`, which is more than the model is known to take.
+    """
+    units: list[Unit] = []
+    items, most = first_items or request_items(pipeline), _request_tokens(pipeline, tokens_left)
+    members: list[Document] = []
+    texts: dict[bytes, str] = {}
+    tokens = 0
+    for document in found:
+        wanted = {c.digest: c.embedded_text for c in document.chunks if c.digest not in known}
+        size = sum(map(most_tokens, wanted.values()))
+        if members and (len(texts) + len(wanted) > items or tokens + size > most):
+            units.append(_unit(members, texts, known, _split(texts, tokens, items, most)))
+            members, texts, tokens = [], {}, 0
+            items = request_items(pipeline)
+        members.append(document)
+        texts |= wanted
+        tokens += size
+    if members:
+        units.append(_unit(members, texts, known, _split(texts, tokens, items, most)))
+    return units
+
+
+def unit_of(pipeline: Pipeline, members: list[Document], known: Mapping[bytes, Vector]) -> Unit:
+    """Return a unit of these documents that asks for what is not `known`, in requests that the model takes."""
+    texts = {c.digest: c.embedded_text for document in members for c in document.chunks if c.digest not in known}
+    tokens = sum(map(most_tokens, texts.values()))
+    return _unit(members, texts, known, _split(texts, tokens, request_items(pipeline), _request_tokens(pipeline, None)))
+
+
+def _unit(
+    members: list[Document], texts: dict[bytes, str], known: Mapping[bytes, Vector], parts: Iterable[dict[bytes, str]]
+) -> Unit:
+    vectors = {c.digest: known[c.digest] for d in members for c in d.chunks if c.digest in known} if known else {}
+    return Unit(members, vectors, [Request(part) for part in parts])
+
+
+def halved_requests(unit: Unit) -> list[Request]:
+    """Return requests of half the size for what a unit still lacks; none if each of its texts failed alone."""
+    if all(len(texts) == 1 for texts in unit.failed):
+        return []
+    parts: list[dict[bytes, str]] = []
+    for failed in unit.failed:
+        texts = list(failed.items())
+        middle = (len(texts) + 1) // 2
+        parts += [dict(texts[:middle]), dict(texts[middle:])]
+    return [Request(part) for part in parts if part]
+
+
+def _request_tokens(pipeline: Pipeline, tokens_left: int | None) -> int:
+    most = pipeline.version.model.config.max_batch_tokens
+    return most if tokens_left is None else max(1, min(most, tokens_left))
+
+
+def _split(texts: dict[bytes, str], tokens: int, items: int, most: int) -> Iterator[dict[bytes, str]]:
+    """Yield the texts in parts of up to `items` texts and `most` tokens; all of them have `tokens`."""
+    if len(texts) <= items and tokens <= most:
+        if texts:
+            yield texts
+        return
+    part: dict[bytes, str] = {}
+    size_of_part = 0
+    for digest, text in texts.items():
+        size = most_tokens(text)
+        if part and (len(part) >= items or size_of_part + size > most):
+            yield part
+            part, size_of_part = {}, 0
+        part[digest] = text
+        size_of_part += size
+    if part:
+        yield part

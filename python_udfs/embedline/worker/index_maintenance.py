@@ -1,0 +1,93 @@
+"""Build and check the vector indexes of pipelines that workers write to."""
+
+from __future__ import annotations
+
+from embedline.catalog.health import contain
+from embedline.catalog.load import Pipeline, load_versions
+from embedline.indexes.build import HAS_CRON, SCHEDULE, build_settings, job, job_command
+from embedline.indexes.definitions import VectorIndex, index_state, load_indexes, own_index
+from embedline.postgres.session import Session, vector_schema
+from embedline.search import exact_rows
+
+_JOBS = """
+    SELECT jobname AS name, command FROM cron.job
+    WHERE database = current_database() AND starts_with(jobname, $1) ORDER BY jobid
+"""
+_UNFINISHED = """
+    SELECT ARRAY(
+        SELECT DISTINCT p.pipeline_id FROM embedline.pipeline AS p
+        JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
+        LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
+        LEFT JOIN pg_class AS c ON c.relnamespace = 'embedline_data'::regnamespace
+            AND c.relname = p.name || '_v' || v.number || '_embedding_idx'
+        LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
+        WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL{builds})
+    )
+"""
+_UNFINISHED_CHECKS = _UNFINISHED.format(builds="")
+_UNFINISHED_BUILDS = _UNFINISHED.format(
+    builds=""" OR v.version_id = p.serving_version_id AND v.state = 'complete' AND v.index_method <> 'none'
+        AND i.indisvalid IS DISTINCT FROM true OR EXISTS (
+            SELECT FROM cron.job AS j WHERE j.database = current_database()
+                AND starts_with(j.jobname, 'embedline index ' || p.name || ' '))"""
+)
+_UNSCHEDULE = "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = current_database() AND jobname = $1"
+
+
+def unfinished(session: Session, name: str | None) -> list[int]:
+    """Return the pipelines, or the one named, with an index to be built or a check of one that goes on: one statement for all."""
+    has_cron = session.scalar(HAS_CRON)
+    return list(session.scalar(_UNFINISHED_BUILDS if has_cron else _UNFINISHED_CHECKS, ["text"], name) or ())
+
+
+def maintain(session: Session, pipeline: Pipeline) -> None:
+    """See to it that the serving version gets its index once it is complete, and that builds by pg_cron come to an end.
+
+    Workers call it every few seconds.
+    """
+    if not session.scalar(HAS_CRON):
+        return
+    jobs = {
+        str(row["name"]): str(row["command"])
+        for row in session.query(_JOBS, ["text"], f"embedline index {pipeline.name} ")
+    }
+    own = own_index(pipeline, vector_schema(session))
+    wants_own = pipeline.version.index_method != "none" and pipeline.version.state == "complete"
+    if not jobs and (not wants_own or index_state(session, own) in ("valid", "building")):
+        return
+    for version in load_versions(session, pipeline.name):
+        for index in load_indexes(session, version):
+            name = job(version, index)
+            is_own = wants_own and version.version.number == pipeline.version.number and index.precision is None
+            if name in jobs or is_own:
+                _look_after(session, version, index, jobs.pop(name, None))
+    for name in jobs:
+        # Of a version or an index that was dropped.
+        session.query(_UNSCHEDULE, ["text"], name)
+
+
+def maintain_contained(session: Session, pipeline: Pipeline) -> None:
+    """Maintain a pipeline's indexes, but for a version beside the serving one; where that fails the others go on."""
+    if not pipeline.is_lane:
+        contain(session, pipeline, lambda: maintain(session, pipeline))
+        contain(session, pipeline, lambda: exact_rows.maintain(session, pipeline))
+
+
+def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:
+    state = index_state(session, index)
+    name = job(pipeline, index)
+    if state == "valid" and command is not None:
+        session.query(_UNSCHEDULE, ["text"], name)
+    elif state == "invalid" or (state == "missing" and command is None):
+        if state == "invalid":
+            # The leftover of a build that failed serves no query and slows every write.
+            session.execute("SET LOCAL lock_timeout = '1s'")
+            session.execute(f"DROP INDEX {index.qualified}")
+        # What failed in parallel is tried again alone: shared memory is what fails most often.
+        _schedule(session, pipeline, index, parallel_workers=0 if state == "invalid" else None)
+
+
+def _schedule(session: Session, pipeline: Pipeline, index: VectorIndex, parallel_workers: int | None) -> None:
+    count = int(session.scalar(f"SELECT count(*) FROM {pipeline.vectors}"))
+    settings = build_settings(session, pipeline, index, count, parallel_workers)
+    session.query(SCHEDULE, ["text", "text"], job(pipeline, index), job_command(pipeline, index, settings))

@@ -68,6 +68,15 @@ lint: _lint-setup ## check style, types, layers, SQL and migrations
 	@.venv/bin/alembic upgrade head --sql >.build/migrations.sql
 	@.venv/bin/squawk --config .squawk.toml .build/migrations.sql
 
+.PHONY: docs _docs-setup
+_docs-setup:
+	@$(BOOTSTRAP) docs-setup
+
+docs: _docs-setup ## build the pages of docs/ as a site into .build/site; a warning fails
+	@echo "» mkdocs build --strict" >&2
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --config-file .mkdocs.yml
+	@echo "  open .build/site/index.html" >&2
+
 golden: ## write sql/README.md from the files of sql/
 	@PYTHONPATH=python_udfs PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.sql_index
 

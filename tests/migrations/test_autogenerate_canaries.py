@@ -12,7 +12,7 @@ from conftest import MakeRole
 from support import create_pipeline, scalar, settle
 
 _NOTHING = "No new upgrade operations detected"
-# As docs/upgrade.md has it.
+# As docs/how-to/upgrade-a-model.md has it.
 _CANARIES = "CREATE TABLE {} (query text, key text, grade numeric DEFAULT 1)"
 _DECLARED = """
 sa.Table(

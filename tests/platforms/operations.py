@@ -1,6 +1,6 @@
-"""The installation and the removal of docs/operations.md, by the page's own words, on a cluster of pg_createcluster.
+"""The installation and the removal, by the words of docs/how-to/install.md and remove.md, on a cluster of pg_createcluster.
 
-The page says how to read it: the `sh` blocks as root, one after the other in one shell, and the `sql` blocks in between with
+The first says how to read it: the `sh` blocks as root, one after the other in one shell, and the `sql` blocks in between with
 psql; of the lines marked “adapt” the one that names PostgreSQL's major version is adapted.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
-_INSTALL, _REMOVE = "## Install on a server", "## Remove"
+INSTALL, REMOVE = Path("docs/how-to/install.md"), Path("docs/how-to/remove.md")
 _BLOCK = re.compile(r"^( *)```(sh|sql)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _MAJOR = re.compile(r"^export PG=\d+", re.MULTILINE)
 # Debian 12 has no package of pgvector, says the page: there the set-up of the checkout has built it from source.
@@ -55,20 +56,18 @@ rm -rf /srv/models
 """
 
 
-def script(page: str, *, pgvector_package: bool) -> str:
-    """Return the shell script that installs by the page, uses what is installed, and removes it by the page."""
-    parts = [_CLUSTER, *_commands(page, _INSTALL), _USE, *_commands(page, _REMOVE), _REMOVED]
+def script(install: str, remove: str, *, pgvector_package: bool) -> str:
+    """Return the shell script that installs by one page, uses what is installed, and removes it by the other."""
+    parts = [_CLUSTER, *_commands(install, INSTALL), _USE, *_commands(remove, REMOVE), _REMOVED]
     text = _MAJOR.sub("export PG=$major", "\n".join(parts))
     return "set -euo pipefail\n" + (text if pgvector_package else _PGVECTOR_PACKAGE.sub("", text))
 
 
-def _commands(page: str, heading: str) -> Iterator[str]:
-    """Return the commands of a section's blocks; each prints its block before."""
-    start = page.find(f"\n{heading}\n")
-    end = page.find("\n## ", start + 1)
-    blocks = _BLOCK.findall(page[start : end if end > 0 else None]) if start >= 0 else []
+def _commands(page: str, name: Path) -> Iterator[str]:
+    """Return the commands of a page's blocks; each prints its block before."""
+    blocks = _BLOCK.findall(page)
     if not blocks:
-        raise SystemExit(f"docs/operations.md has no sh or sql block in a section {heading!r}")
+        raise SystemExit(f"{name} has no sh or sql block")
     for indent, language, text in blocks:
         lines = "\n".join(line.removeprefix(indent) for line in text.splitlines())
         shown = f"cat <<'BLOCK'\n\n» {language}\n{lines}\nBLOCK\n"

@@ -1,4 +1,4 @@
-"""What is tried on a platform: the words of README.md and docs/operations.md, as root and as a user with sudo."""
+"""What is tried on a platform: the words of README.md and docs/how-to/, as root and as a user with sudo."""
 
 from __future__ import annotations
 
@@ -113,8 +113,10 @@ class Attempt:
     def _operations(self) -> str:
         """Put the page's script into the folder, and return how this user runs it as root."""
         offered = self.room.capture(["apt-cache", "search", "--names-only", "postgresql-[0-9]+-pgvector"])
-        page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-        script = operations.script(page, pgvector_package=bool(offered.strip()))
+        install, remove = (
+            (ROOT / page).read_text(encoding="utf-8") for page in (operations.INSTALL, operations.REMOVE)
+        )
+        script = operations.script(install, remove, pgvector_package=bool(offered.strip()))
         (self.room.folder.path / "srv/operations.sh").write_text(script)
         # `make setup`: its models are used and, where Debian has no package of pgvector, the one that it builds.
         return f"make setup\n{'sudo' if self.user == 'sudo' else ''} bash /srv/operations.sh"

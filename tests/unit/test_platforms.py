@@ -1,4 +1,4 @@
-"""How `make platforms` reads docs/operations.md, and how its table keeps what was not measured again."""
+"""How `make platforms` reads the pages on installation and removal, and how its table keeps what was not measured again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 from platforms import operations, table
 from platforms.table import Row
 
-PAGE = """# Operations
-
-## Install on a server
+INSTALL = """# Install on an existing server
 
 1. Say which:
 
@@ -33,14 +31,13 @@ PAGE = """# Operations
    ```sql
    SELECT embedline.schedule_workers(1);
    ```
+"""
 
-## Workers
+REMOVE = """# Remove Embedline
 
-```sh
-of-another-section
+```postgresql
+of_another_database();
 ```
-
-## Remove
 
 ```sh
 rm -rf /opt/embedline
@@ -49,7 +46,7 @@ rm -rf /opt/embedline
 
 
 def test_the_page_s_commands_run_in_their_order() -> None:
-    script = operations.script(PAGE, pgvector_package=True)
+    script = operations.script(INSTALL, REMOVE, pgvector_package=True)
     commands = [
         "\nexport PG=$major # adapt\n",
         '\napt-get install --yes "postgresql-$PG-pgvector"\n',
@@ -60,22 +57,21 @@ def test_the_page_s_commands_run_in_their_order() -> None:
     places = [script.index(command) for command in commands]
     assert places == sorted(places)
     assert "not_a_command" not in script
-    assert "of-another-section" not in script
+    assert "of_another_database" not in script
 
 
 def test_only_the_line_of_a_package_that_is_not_offered_is_left_out() -> None:
-    script = operations.script(PAGE, pgvector_package=False)
+    script = operations.script(INSTALL, REMOVE, pgvector_package=False)
     assert '"postgresql-$PG"' in script
     assert "pgvector" not in script
 
 
-@pytest.mark.parametrize("missing", ["## Install on a server", "## Remove"])
-def test_a_page_without_the_commands_is_refused(missing: str) -> None:
-    with pytest.raises(SystemExit, match=missing):
-        operations.script(PAGE.replace(missing, "## Other"), pgvector_package=True)
-    text = PAGE.replace("```sh\nrm -rf", "```\nrm -rf")
-    with pytest.raises(SystemExit, match="## Remove"):
-        operations.script(text, pgvector_package=True)
+@pytest.mark.parametrize(
+    ("install", "remove", "name"), [("", REMOVE, "install.md"), (INSTALL, REMOVE.replace("```sh", "```"), "remove.md")]
+)
+def test_a_page_without_the_commands_is_refused(install: str, remove: str, name: str) -> None:
+    with pytest.raises(SystemExit, match=name):
+        operations.script(install, remove, pgvector_package=True)
 
 
 def test_a_row_takes_the_place_of_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The page on providers: its own provider runs as it stands there, and its addresses reach the endpoints they name."""
+"""The page on providers of your own: its provider runs as it stands there; and addresses reach the endpoints they name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embedline.embedders import create_embedder, known_options
 from embedline.errors import InputRejected, InvalidParameter, InvalidVectors, TransientProviderError
 from embedline.providers.options import check_options
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "providers.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "add-a-provider.md"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from support import ROOT
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PAGE = r"(?:[\w./-]*/)?[\w-]+\.md"
-# docs/operations.md, “Local models”; README.md#limits; docs/operations.md.
+# docs/how-to/remove.md, “Uninstall”; README.md#limits; docs/dba.md.
 _MENTION = re.compile(rf"(?<![\w/.-])({_PAGE})(?:#([\w-]+)|,? (?:section )?[“\"]([^”\"\n]+)[”\"])?")
 _SOURCES = (".py", ".sql", ".toml", ".ini", ".mako")
 
@@ -27,7 +27,7 @@ def _files() -> list[Path]:
 
 
 def _headings(path: Path) -> list[str]:
-    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^ *```.*?^ *```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return [re.sub(r"[`*]", "", heading).strip() for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
 
 
@@ -57,8 +57,9 @@ def _dangling_links(path: Path) -> Iterator[str]:
 
 def _dangling_mentions(path: Path, text: str) -> Iterator[str]:
     for name, anchor, section in _MENTION.findall(text):
-        # A page beside the file, or from the top of the checkout.
-        page = next((place for place in (path.parent / name, ROOT / name) if place.exists()), ROOT / name)
+        # A page beside the file, from the top of the checkout, or from sql/, whose index is written by a module.
+        places = (path.parent / name, ROOT / name, ROOT / "sql" / name)
+        page = next((place for place in places if place.exists()), ROOT / name)
         if problem := _problem(page, anchor or None, section or None):
             yield f"{path.relative_to(ROOT)}: {problem}"
 
@@ -86,7 +87,7 @@ def test_every_page_and_section_that_is_named_exists() -> None:
         ("see README.md, “Against any other server”", "has no section “Against any other server”"),
         ("see README.md#against-any-other-server", "has no anchor"),
         ("see docs/nowhere.md.", "there is no docs/nowhere.md"),
-        ("see README.md, “Try it”, and docs/operations.md", None),
+        ("see README.md, “Try it”, and docs/dba.md", None),
     ],
 )
 def test_a_reference_that_dangles_is_seen(text: str, problem: str | None) -> None:

@@ -52,6 +52,14 @@ def lint_setup(settings: Settings) -> None:
     virtualenv.ensure_tools(settings)
 
 
+def docs_setup(settings: Settings) -> None:
+    """Install what the site of docs/ is built with."""
+    major = system.choose_major(settings.data_dir)
+    system.ensure_packages(major)
+    virtualenv.ensure_virtualenv(settings, major)
+    virtualenv.ensure_site_builder(settings)
+
+
 def test_setup(settings: Settings) -> None:
     """Install what the tests need beside `up`; TORCH=1 insists on torch, TORCH=0 leaves it out."""
     virtualenv.ensure_tools(settings)
@@ -121,6 +129,7 @@ def psql(settings: Settings) -> None:
 _STEPS = {
     "setup": setup,
     "lint-setup": lint_setup,
+    "docs-setup": docs_setup,
     "test-setup": test_setup,
     "up": up,
     "down": down,

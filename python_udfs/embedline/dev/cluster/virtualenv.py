@@ -21,7 +21,7 @@ from embedline.dev.cluster.settings import Settings
 # The tested version first. A plain `torch` can pull gigabytes of CUDA libraries, so the plan is read before it is followed.
 _TORCH = ("torch==2.13.0", "torch>=2.6")
 _CUDA_PACKAGE = re.compile(r"nvidia-|cuda-|triton")
-_TORCH_EXTRA, _TOOLS_EXTRA, _DEMO_EXTRA = "local", "dev", "demo"
+_TORCH_EXTRA, _TOOLS_EXTRA, _DEMO_EXTRA, _DOCS_EXTRA = "local", "dev", "demo", "docs"
 # Longest interpreter line that the kernel reads (BINPRM_BUF_SIZE); pip writes another form for longer paths.
 _SHEBANG_BYTES = 127
 
@@ -46,6 +46,11 @@ def ensure_virtualenv(settings: Settings, major: int) -> None:
 def ensure_tools(settings: Settings) -> None:
     """Install what tests and linters need."""
     _ensure_layer(settings, _TOOLS_EXTRA, "The developers' tools are up to date")
+
+
+def ensure_site_builder(settings: Settings) -> None:
+    """Install what builds the site of docs/."""
+    _ensure_layer(settings, _DOCS_EXTRA, "The builder of the documentation is up to date")
 
 
 def ensure_torch(settings: Settings, wish: str) -> None:

@@ -8,8 +8,9 @@ from embedline.catalog.source import HIDDEN
 from embedline.catalog.values import ChunkSet, Model, Pipeline, Reach, Version
 from embedline.chunking import ChunkingSpec
 from embedline.core.embedding import ModelConfig
+from embedline.core.json_values import as_list, as_mapping
 from embedline.errors import NotFound
-from embedline.postgres.session import Session, as_list, as_mapping
+from embedline.postgres.session import Session
 
 _MODEL_COLUMNS = """
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import Any
 
 from embedline.catalog.source import Source
 from embedline.core.expression import require_single_expression
+from embedline.core.recipe import Expressions
 from embedline.core.sql_text import quote_ident
 from embedline.errors import InvalidParameter
 from embedline.pipelines.ddl.plan import SourceExpression
@@ -15,8 +15,6 @@ from embedline.postgres.run_as import Undone, create_scratch_schema, run_as_owne
 from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import sqlstate_of
 
-# Parameters that are SQL expressions over a row of the source.
-EXPRESSIONS = ("content", "filter", "document_prefix", "tenant")
 _COLUMN_NAMES = """
     SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped
 """
@@ -43,12 +41,13 @@ _VOLATILE = """
 """
 
 
-def deparsed(session: Session, source: Source, given: dict[str, Any]) -> dict[str, SourceExpression]:
-    """Return the expressions among the parameters that are given, by parameter."""
+def deparsed(
+    session: Session, source: Source, expressions: Expressions, search_path: str
+) -> dict[str, SourceExpression]:
+    """Return the expressions that there are, by parameter, as PostgreSQL reads them with a search_path."""
     found = {
-        parameter: _deparse(session, source, given[parameter], parameter, given["expression_search_path"])
-        for parameter in EXPRESSIONS
-        if given[parameter] is not None
+        parameter: _deparse(session, source, text, parameter, search_path)
+        for parameter, text in expressions.texts().items()
     }
     if "content" in found and not found["content"].columns:
         raise InvalidParameter(

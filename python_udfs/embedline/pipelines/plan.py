@@ -7,6 +7,7 @@ from typing import Any
 
 from embedline.catalog.source import Source, hidden_source
 from embedline.catalog.values import Pipeline
+from embedline.core.recipe import PipelineSpec
 from embedline.core.sql_text import quote_ident
 from embedline.errors import InvalidParameter, NotFound, NotPermitted
 from embedline.pipelines.ddl.plan import CapturePlan, KeyColumn, SourceExpression
@@ -172,9 +173,10 @@ def key_of(session: Session, source: Source, rows: list[dict[str, Any]]) -> tupl
     )
 
 
-def make_plan(session: Session, name: str, source: Source, given: dict[str, Any]) -> CapturePlan:
+def make_plan(session: Session, spec: PipelineSpec, source: Source) -> CapturePlan:
+    """Return the plan of a new pipeline: its key, its expressions and the kind of its triggers."""
     keys = key_of(session, source, load_key(session, source))
-    mode = given["capture"]
+    mode = spec.capture
     if mode == "auto":
         mode = "row" if source.partitioned or source.subscribed or source.is_child else "statement"
     elif mode == "statement" and source.partitioned:
@@ -188,10 +190,10 @@ def make_plan(session: Session, name: str, source: Source, given: dict[str, Any]
             detail="Its statement triggers do not fire on a write through its parent.",
             hint="Leave capture out: auto takes row triggers here.",
         )
-    expressions = deparsed(session, source, given)
+    expressions = deparsed(session, source, spec.expressions, spec.search_path)
     return CapturePlan(
-        name=name, source=source.qualified, keys=keys, content=expressions["content"],
-        filter=expressions.get("filter"), capture=mode, always=source.subscribed or given["capture"] == "row",
+        name=spec.name, source=source.qualified, keys=keys, content=expressions["content"],
+        filter=expressions.get("filter"), capture=mode, always=source.subscribed or spec.capture == "row",
         watch_all=bool(session.scalar(BEFORE_UPDATE, ["bigint"], source.oid)),
         prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"), partitioned=source.partitioned,
     )  # fmt: skip

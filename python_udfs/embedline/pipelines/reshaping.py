@@ -18,6 +18,7 @@ from typing import Any
 from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline, chunk_table_suffix
+from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident
 from embedline.errors import DependentObjects, NotFound
 from embedline.pipelines.alter import expressions_in_use, replace_functions, restart_ranges
@@ -43,7 +44,7 @@ from embedline.pipelines.views import (
 )
 from embedline.postgres.kept_views import KeptView, drop_kept, fill, keep_with_dependents, put_back
 from embedline.postgres.relations import SEARCH_SCHEMA
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 
 # The parameter of each expression, by the suffix of its function.
 _PARAMETERS = {"content": "content", "filter": "filter", "prefix": "document_prefix", "tenant_value": "tenant"}

@@ -17,6 +17,7 @@ from typing import Any
 from embedline.catalog.load import load_versions
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import AlreadyExists, DependentObjects
 from embedline.pipelines.ddl import view as view_sql
@@ -25,7 +26,7 @@ from embedline.pipelines.ddl.view import ShownVersion
 from embedline.postgres.kept_views import COLUMN_COMMENTS, GRANTS, give_grants
 from embedline.postgres.locks import retry_locked
 from embedline.postgres.relations import vector_schema
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 
 MAX_VIEW_COLUMNS = 1600
 _SOURCE_COLUMNS = """

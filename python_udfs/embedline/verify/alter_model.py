@@ -22,6 +22,7 @@ from embedline.catalog.values import Model, Pipeline
 from embedline.core import vectors
 from embedline.core.embedding import Embedder, ModelConfig, ModelInfo
 from embedline.core.prices import check_price
+from embedline.core.recipe import ModelChanges
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.embedders import create_embedder
 from embedline.errors import DimensionMismatch, InvalidParameter, NotReady
@@ -91,19 +92,20 @@ class _Compared:
 
 
 @entry_point
-def alter_model(session: Session, name: str, given: dict[str, Any]) -> None:
+def alter_model(session: Session, name: str, parameters: dict[str, Any]) -> None:
     """Change what is given of a model; NULL keeps. Nothing is changed unless the new endpoint gives the stored vectors.
 
     Superusers only. Holds the model's row, which no worker and no search waits for, while the endpoint is asked.
     """
     require_superuser(session, "alter a model", f"As a superuser, run embedline.alter_model('{name}', ...).")
-    price = check_price(given.pop("price_per_million_tokens"))
-    check_limits(given)
+    changes = ModelChanges.from_parameters(parameters)
+    price = check_price(changes.price)
+    check_limits(changes.limits)
     model = load_model(session, name)
     stored_price = session.scalar(_LOCK, ["bigint"], model.model_id)
     # As it is now: an alteration may have ended while this one waited.
     model = load_model(session, name)
-    config = _wanted(model, given)
+    config = _wanted(model, changes)
     price = stored_price if price is None else price
     if config == model.config and price == stored_price:
         session.plpy.notice(f'model "{name}" is like that already: nothing has changed')
@@ -122,16 +124,18 @@ def _differ_only(before: ModelConfig, after: ModelConfig, fields: Sequence[str])
     return replace(before, **{field: getattr(after, field) for field in fields}) == after
 
 
-def _wanted(model: Model, given: dict[str, Any]) -> ModelConfig:
-    """Return the model's config with what is given; an empty text takes an address or a key's variable away."""
-    config = model.config
-    changes = {limit: given[limit] for limit in _LIMITS if given[limit] is not None}
-    changes |= {field: given[field] or None for field in ("base_url", "api_key_env") if given[field] is not None}
-    if given["model"] is not None:
-        changes["model"] = given["model"]
-    if given["options"] is not None:
-        changes["options"] = _wanted_options(model, given["options"])
-    wanted = replace(config, **changes)
+def _wanted(model: Model, changes: ModelChanges) -> ModelConfig:
+    """Return the model's config with the changes; an empty text takes an address or a key's variable away."""
+    changed: dict[str, Any] = dict(changes.limits.given())
+    if changes.base_url is not None:
+        changed["base_url"] = changes.base_url or None
+    if changes.api_key_env is not None:
+        changed["api_key_env"] = changes.api_key_env or None
+    if changes.model is not None:
+        changed["model"] = changes.model
+    if changes.options is not None:
+        changed["options"] = _wanted_options(model, changes.options)
+    wanted = replace(model.config, **changed)
     if not wanted.model:
         raise InvalidParameter("model must not be empty")
     check_endpoint(wanted.base_url, wanted.api_key_env)
@@ -139,7 +143,7 @@ def _wanted(model: Model, given: dict[str, Any]) -> ModelConfig:
     return wanted
 
 
-def _wanted_options(model: Model, given: Any) -> dict[str, Any]:
+def _wanted_options(model: Model, given: str) -> dict[str, Any]:
     """Return the model's options with those given; null takes one away."""
     config = model.config
     changes = checked_options(config.name, config.provider, given)

@@ -19,7 +19,7 @@ from embedline.catalog.load import load_model, load_pipeline
 from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import Chunk, ChunkingSpec
 from embedline.chunking.factory import make_chunker
-from embedline.core import storage_size
+from embedline.core import names, storage_size
 from embedline.core.expression import require_single_expression
 from embedline.core.prices import TOKENS_PER_PRICE
 from embedline.core.processes import prepare_environment
@@ -210,10 +210,10 @@ def _pipeline_plan(session: Session, name: str, row: dict[str, Any], model_name:
 def _expressions(session: Session, pipeline: Pipeline) -> dict[str, str]:
     """Return the pipeline's expressions over a row t of its source, as they are now: columns may have other names."""
     plan, _ = plan_in_use(session, pipeline)
-    names = {f"{pipeline.name}_{suffix}": suffix for suffix in plan.watched}
+    suffixes = {names.generated(pipeline.name, suffix): suffix for suffix in plan.watched}
     found = {}
-    for row in session.query(_FUNCTIONS, ["text[]"], list(names)):
-        suffix = names[str(row["name"])]
+    for row in session.query(_FUNCTIONS, ["text[]"], list(suffixes)):
+        suffix = suffixes[str(row["name"])]
         inputs = ", ".join(
             f"t.{quote_ident(column)} AS {quote_ident(parameter)}"
             for parameter, (column, _) in zip(row["parameters"] or (), plan.watched[suffix].columns, strict=True)

@@ -11,9 +11,9 @@ import json
 from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.storage_size import hnsw_build_memory, hnsw_bytes
 from embedline.errors import InvalidParameter
-from embedline.indexes.cron_jobs import index_job
 from embedline.indexes.definitions import VectorIndex, create_index_statement, find_index, index_state, load_indexes
 from embedline.indexes.resources import BuildSettings, Need, choose, look_at_machine
 from embedline.postgres.entry import entry_point
@@ -81,7 +81,7 @@ def index_plan(
 
 
 def job(pipeline: Pipeline, index: VectorIndex) -> str:
-    return index_job(pipeline.name, pipeline.version.number, index.precision)
+    return names.index_job(pipeline.name, pipeline.version.number, index.precision)
 
 
 def job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:

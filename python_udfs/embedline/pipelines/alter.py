@@ -12,12 +12,13 @@ from embedline.catalog.rights import require_control
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
 from embedline.chunking import ChunkingSpec
+from embedline.core import names
 from embedline.core.recipe import Expressions, PipelineChanges
 from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
 from embedline.pipelines.ddl.plan import CODE_VERSION, FUNCTIONS, CapturePlan, SourceExpression
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import tenant_index, tenant_index_statements
-from embedline.pipelines.ddl.triggers import trigger_name, update_trigger_statements
+from embedline.pipelines.ddl.triggers import update_trigger_statements
 from embedline.pipelines.expressions import deparsed
 from embedline.pipelines.functions import (
     create_functions,
@@ -195,7 +196,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
         )
     trigger = session.query(
-        _TRIGGER, ["bigint", "name"], source.oid, trigger_name(pipeline.name, "update")
+        _TRIGGER, ["bigint", "name"], source.oid, names.trigger(pipeline.name, "update")
     )  # fmt: skip
     return replace(
         plan,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embedline.catalog.rights import require_control
+from embedline.core.names import trigger
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotFound, NotReady
-from embedline.pipelines.ddl.triggers import trigger_name
 from embedline.pipelines.follow import begin_reshaping, end_reshaping
 from embedline.pipelines.plan import source_oid
 from embedline.pipelines.reshaping import Reshaping
@@ -60,8 +60,8 @@ def take_away(session: Session, source: str) -> None:
     taken: dict[int, _Taken] = session.cache.setdefault(_TAKEN, {})
     retry_locked(session, reshaping.take_away, "a view of the source")
     for name in names:
-        trigger = quote_ident(trigger_name(name, "update"))
-        session.execute(f"DROP TRIGGER IF EXISTS {trigger} ON {label}")
+        capture = quote_ident(trigger(name, "update"))
+        session.execute(f"DROP TRIGGER IF EXISTS {capture} ON {label}")
     transaction = str(session.scalar(_TRANSACTION))
     taken[oid] = _Taken(transaction, names, reshaping, session.scalar(_UPDATED, ["bigint"], oid))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.functions import DEFINER
 from embedline.pipelines.ddl.plan import CapturePlan, KeyColumn
@@ -171,11 +172,11 @@ class KeySwap:
         for table in (pipeline.document, *pipeline.chunk_tables):
             session.execute(f"ALTER TABLE {table} {', '.join(f'DROP COLUMN {column}' for column in old)}")
             session.execute(f"ALTER TABLE {table} {', '.join(required)}")
-        constraint = quote_ident(f"{pipeline.name}_document_pkey")
+        constraint = quote_ident(names.generated(pipeline.name, "document_pkey"))
         session.execute(f"ALTER TABLE {pipeline.document} ADD CONSTRAINT {constraint} PRIMARY KEY ({', '.join(new)})")
-        for suffix, table in zip(_chunk_suffixes(pipeline), pipeline.chunk_tables, strict=True):
-            index = quote_ident(f"{pipeline.name}_{suffix}_key_idx")
-            session.execute(f"CREATE INDEX {index} ON {table} ({', '.join(new)})")
+        for chunk_set in (pipeline.chunk_set, *pipeline.other_sets):
+            index = quote_ident(names.generated(pipeline.name, f"{names.chunk_suffix(chunk_set.number)}_key_idx"))
+            session.execute(f"CREATE INDEX {index} ON {pipeline.chunk_table(chunk_set.number)} ({', '.join(new)})")
         session.execute(hidden_index_statement(plan))
         for table in (pipeline.document, *pipeline.chunk_tables):
             session.execute(f"ANALYZE {table} ({', '.join(new)})")
@@ -228,10 +229,6 @@ class KeySwap:
             [*["text[]"] * count, "bytea[]"],
             *(found[f"key_{i}"] or [] for i in range(count)), found["digests"] or [],
         )  # fmt: skip
-
-
-def _chunk_suffixes(pipeline: Pipeline) -> list[str]:
-    return [table.rsplit(".", 1)[1].strip('"').removeprefix(f"{pipeline.name}_") for table in pipeline.chunk_tables]
 
 
 def _unchanged(pipeline: Pipeline, names: tuple[str, ...], types: tuple[str, ...]) -> tuple[KeyColumn, ...]:

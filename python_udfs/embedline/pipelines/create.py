@@ -7,7 +7,7 @@ from typing import Any
 
 from embedline.catalog.load import load_model, load_pipeline
 from embedline.catalog.rights import caller
-from embedline.catalog.values import chunk_table_suffix
+from embedline.core import names
 from embedline.core.recipe import PipelineSpec
 from embedline.errors import AlreadyExists, InvalidParameter
 from embedline.pipelines.ddl.search_functions import create_search_functions
@@ -59,7 +59,7 @@ def create_pipeline(session: Session, parameters: dict[str, Any]) -> str:
     view = create_routing_view(session, pipeline_id, plan, source, shown)
     create_version_view(session, load_pipeline(session, name), plan, source)
     write_serving_function(session, plan, 1)
-    grant_tables(session, plan, source, ["hidden", chunk_table_suffix(1), "v1"])
+    grant_tables(session, plan, source, ["hidden", names.chunk_suffix(1), names.version_suffix(1)])
     create_search_functions(session, load_pipeline(session, name), plan, source)
     return view
 

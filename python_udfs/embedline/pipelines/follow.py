@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from embedline.catalog.load import load_versions
 from embedline.catalog.rights import require_control
 from embedline.catalog.source import Source
-from embedline.catalog.values import Pipeline, chunk_table_suffix
+from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.errors import EmbedlineError
 from embedline.pipelines.alter import plan_in_use, replace_functions, restart_sweep
 from embedline.pipelines.changed_keys import KeyNow, has_key, has_primary_key, is_small
 from embedline.pipelines.ddl.plan import TABLES, CapturePlan
 from embedline.pipelines.ddl.search_functions import create_search_functions, revoke_search_functions
-from embedline.pipelines.ddl.triggers import resting_trigger_statements, trigger_name
+from embedline.pipelines.ddl.triggers import resting_trigger_statements
 from embedline.pipelines.functions import (
     generated_functions,
     needs_row_triggers,
@@ -192,8 +193,8 @@ def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
     """Give the source's owner of now what the one before had: the functions that read it, the views, and what these read."""
     plan, source = plan_in_use(session, pipeline)
     replace_functions(session, plan, source, [])
-    suffixes = ["hidden", *(chunk_table_suffix(number) for number in chunk_set_numbers(pipeline))]
-    suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
+    suffixes = ["hidden", *(names.chunk_suffix(number) for number in chunk_set_numbers(pipeline))]
+    suffixes += [names.version_suffix(number) for _, number, _ in pipeline.versions]
     grant_tables(session, plan, source, suffixes)
     _write_search_functions(session, pipeline, plan, source)
     if before == source.owner:
@@ -214,7 +215,7 @@ def _write_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
     if not session.scalar(BEFORE_UPDATE, ["bigint"], source.oid):
         return
-    name = trigger_name(plan.name, "update")
+    name = names.trigger(plan.name, "update")
     rows = session.query(
         "SELECT pg_get_triggerdef(oid) AS definition, tgenabled = 'A' AS always FROM pg_trigger"
         " WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",

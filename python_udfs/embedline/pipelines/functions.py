@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from embedline.catalog.source import Source
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.errors import EmbedlineError
 from embedline.pipelines.ddl.audit import audit_function_statements
@@ -65,7 +66,7 @@ def _create_expression_functions(session: Session, plan: CapturePlan, source: So
             WHERE p.pronamespace = $1::regnamespace AND p.proname = $2 AND p.prosqlbody IS NOT NULL AND NOT p.prosecdef
                 AND pg_get_userbyid(p.proowner) = $3
             """,
-            ["text", "text", "name"], schema, f"{plan.name}_{suffix}", source.owner,
+            ["text", "text", "name"], schema, names.generated(plan.name, suffix), source.owner,
         )  # fmt: skip
         if len(created) != 1:
             raise EmbedlineError(
@@ -80,13 +81,13 @@ def generated_functions(session: Session, name: str, suffixes: tuple[str, ...]) 
     return session.query(
         """
         SELECT p.oid::regprocedure::text AS signature, w.suffix
-        FROM unnest($2::text[]) WITH ORDINALITY AS w (suffix, position)
-        JOIN pg_proc AS p ON p.proname = $1 || '_' || w.suffix
+        FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS w (name, suffix, position)
+        JOIN pg_proc AS p ON p.proname = w.name
             AND p.pronamespace IN ('embedline_data'::regnamespace, 'embedline_expression'::regnamespace)
         ORDER BY w.position, p.oid
         """,
-        ["text", "text[]"],
-        name,
+        ["text[]", "text[]"],
+        [names.generated(name, suffix) for suffix in suffixes],
         list(suffixes),
     )
 

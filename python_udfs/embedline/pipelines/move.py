@@ -8,10 +8,10 @@ from embedline.catalog.keys import enqueue
 from embedline.catalog.rights import caller, require_control
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.changed_keys import KeySwap
 from embedline.pipelines.ddl.plan import KeyColumn
-from embedline.pipelines.ddl.triggers import trigger_name
 from embedline.pipelines.follow import accept_source, being_reshaped
 from embedline.pipelines.plan import load_source, source_oid
 from embedline.pipelines.reshaping import Reshaping
@@ -56,8 +56,8 @@ def move_pipeline(session: Session, name: str, new_source: str) -> None:
 
 def _drop_triggers(session: Session, pipeline: Pipeline) -> None:
     """End the capture of the table that was watched, if it is still there."""
-    names = [trigger_name(pipeline.name, event) for event in ("insert", "update", "delete", "truncate")]
-    for row in session.query(_TRIGGERS, ["bigint", "name[]"], pipeline.source_oid, names):
+    triggers = [names.trigger(pipeline.name, event) for event in names.EVENTS]
+    for row in session.query(_TRIGGERS, ["bigint", "name[]"], pipeline.source_oid, triggers):
         session.execute(str(row["statement"]))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from embedline.catalog.source import Source, hidden_source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.recipe import PipelineSpec
 from embedline.core.sql_text import quote_ident
 from embedline.errors import InvalidParameter, NotFound, NotPermitted
@@ -77,7 +78,7 @@ _KEY_TYPES = """
     FROM embedline.pipeline AS p, unnest(p.key_columns) WITH ORDINALITY AS k (name, position)
     JOIN pg_attribute AS a ON a.attname = k.name
     JOIN pg_class AS c ON c.oid = a.attrelid AND c.relnamespace = 'embedline_data'::regnamespace
-    WHERE p.name = $1 AND c.relname = p.name || '_document'
+    WHERE p.name = $1 AND c.relname = $2
 """
 # Of the inputs' old values, then of the new ones: as the function was made, whatever the columns are now.
 _INPUT_TYPES = """
@@ -238,12 +239,15 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
         pipeline.source_oid, first["nspname"], first["relname"], first["owner"], first["relkind"] == "p", False,
         is_child=first["is_child"],
     )  # fmt: skip
-    key_types = session.scalar(_KEY_TYPES, ["text"], pipeline.name) or pipeline.key_types
+    key_types = (
+        session.scalar(_KEY_TYPES, ["text", "text"], pipeline.name, names.generated(pipeline.name, "document"))
+        or pipeline.key_types
+    )
     keys = tuple(
         KeyColumn(str(row["attname"]), column, key_type, None)
         for row, column, key_type in zip(key_rows, pipeline.key_columns, key_types, strict=True)
     )
-    types = session.query(_INPUT_TYPES, ["text"], f"{pipeline.name}_changed")
+    types = session.query(_INPUT_TYPES, ["text"], names.generated(pipeline.name, "changed"))
     inputs = SourceExpression(
         "",
         tuple(

@@ -17,14 +17,15 @@ from typing import Any
 
 from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.source import Source
-from embedline.catalog.values import Pipeline, chunk_table_suffix
+from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident
 from embedline.errors import DependentObjects, NotFound
 from embedline.pipelines.alter import expressions_in_use, replace_functions, restart_ranges
 from embedline.pipelines.changed_keys import KeySwap
 from embedline.pipelines.ddl.plan import CHUNK_COLUMNS, FUNCTIONS, TABLES, CapturePlan, KeyColumn, SourceExpression
-from embedline.pipelines.ddl.search_functions import SUFFIXES, create_search_functions
+from embedline.pipelines.ddl.search_functions import create_search_functions, ranking_names
 from embedline.pipelines.ddl.triggers import trigger_statements
 from embedline.pipelines.expressions import deparse_again
 from embedline.pipelines.functions import generated_functions, rewrite_trigger_functions
@@ -144,7 +145,7 @@ class Reshaping:
         doomed = tuple(suffix for suffix in FUNCTIONS if suffix not in _PARAMETERS)
         for part in self._parts:
             for version in () if ranks_on else load_versions(self._session, part.pipeline.name):
-                for row in self._session.query(_RANKING, ["text", "text[]"], SEARCH_SCHEMA, _ranking_names(version)):
+                for row in self._session.query(_RANKING, ["text", "text[]"], SEARCH_SCHEMA, ranking_names(version)):
                     self._session.execute(f"DROP FUNCTION {row['signature']}")
             for row in generated_functions(self._session, part.pipeline.name, doomed):
                 self._session.execute(f"DROP FUNCTION {row['signature']}")
@@ -331,8 +332,8 @@ class _Part:
     def _give_to_owner(self) -> None:
         """Give the source's owner the rights that the views need, and take them from the owner of another table."""
         plan, pipeline = self.plan, self.pipeline
-        suffixes = [chunk_table_suffix(number) for number in plan.chunk_sets]
-        suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
+        suffixes = [names.chunk_suffix(number) for number in plan.chunk_sets]
+        suffixes += [names.version_suffix(number) for _, number, _ in pipeline.versions]
         grant_tables(self.session, plan, self.source, suffixes)
         before = self.stored["owner"]
         if before is None or before == self.source.owner:
@@ -341,11 +342,6 @@ class _Part:
         self.session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
         for version in load_versions(self.session, pipeline.name):
             self.session.execute(f"REVOKE ALL ON {version.exact} FROM {quote_ident(before)}")
-
-
-def _ranking_names(version: Pipeline) -> list[str]:
-    """Return the names of the functions that rank a version; the table of rows that they rank exactly stays."""
-    return [f"{version.name}_v{version.version.number}_{suffix}" for suffix in SUFFIXES]
 
 
 def _routing_layout(pipeline: Pipeline, stored: dict[str, Any], view: KeptView) -> list[_Shown]:

@@ -17,6 +17,7 @@ from typing import Any
 from embedline.catalog.load import load_versions
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import AlreadyExists, DependentObjects
@@ -78,8 +79,7 @@ def view_query(
 
 def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:
     """Return the qualified, quoted name of the routing view, or of one version's view."""
-    suffix = "_embedding" if number is None else f"_embedding_v{number}"
-    return f"{quote_ident(source.schema)}.{quote_ident(pipeline_name + suffix)}"
+    return f"{quote_ident(source.schema)}.{quote_ident(names.view(pipeline_name, number))}"
 
 
 def create_routing_view(

@@ -7,8 +7,9 @@ from typing import Any
 
 from embedline.catalog.load import load_model, load_version, load_versions
 from embedline.catalog.rights import require_control
-from embedline.catalog.values import Model, Pipeline, chunk_table_suffix
+from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import ChunkingSpec
+from embedline.core import names
 from embedline.core.recipe import ChunkingChoice, IndexSpec, VersionChoice, VersionSpec
 from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import AlreadyExists
@@ -77,7 +78,7 @@ def add_embedding_version(session: Session, name: str, parameters: dict[str, Any
     store_backfill(session, insert_version(session, pipeline.pipeline_id, new), choice.backfill)
     added = load_version(session, name, number)
     create_version_view(session, added, plan, source)
-    grant_tables(session, plan, source, [chunk_table_suffix(set_number), f"v{number}"])
+    grant_tables(session, plan, source, [names.chunk_suffix(set_number), names.version_suffix(number)])
     create_search_functions(session, added, plan, source)
     _begin(session, pipeline, added, is_new_set)
     return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 from embedline.catalog.health import contain
 from embedline.catalog.load import load_versions
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.indexes.build import HAS_CRON, SCHEDULE, build_settings, job, job_command
 from embedline.indexes.definitions import VectorIndex, index_state, load_indexes, own_index
 from embedline.postgres.relations import vector_schema
@@ -50,8 +51,7 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
     if not session.scalar(HAS_CRON):
         return
     jobs = {
-        str(row["name"]): str(row["command"])
-        for row in session.query(_JOBS, ["text"], f"embedline index {pipeline.name} ")
+        str(row["name"]): str(row["command"]) for row in session.query(_JOBS, ["text"], names.index_jobs(pipeline.name))
     }
     own = own_index(pipeline, vector_schema(session))
     wants_own = pipeline.version.index_method != "none" and pipeline.version.state == "complete"

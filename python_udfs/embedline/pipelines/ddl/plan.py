@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedline.catalog.values import chunk_table_suffix
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import EXPRESSION_SCHEMA, data_name
 
@@ -16,7 +16,7 @@ FUNCTIONS = (
     *("changed", "digest", "tenant_or_null"),
     *("content", "filter", "prefix", "tenant_value"),
 )
-TRIGGER_FUNCTIONS = ("capture_insert", "capture_update", "capture_delete", "capture_truncate")
+TRIGGER_FUNCTIONS = tuple(map(names.capture_suffix, names.EVENTS))
 # Suffixes of the tables that belong to a pipeline and to none of its chunk sets or versions.
 TABLES = ("inbox", "deleted", "hidden", "lent", "claim", "outbox", "document")
 CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "embedding")
@@ -74,15 +74,15 @@ class CapturePlan:
     @property
     def chunk_tables(self) -> list[str]:
         """Qualified, quoted names of the tables of all chunk sets."""
-        return [self.generated(chunk_table_suffix(number)) for number in self.chunk_sets]
+        return [self.generated(names.chunk_suffix(number)) for number in self.chunk_sets]
 
     def generated(self, suffix: str) -> str:
         """Qualified, quoted name of a generated object."""
-        return data_name(f"{self.name}_{suffix}")
+        return data_name(names.generated(self.name, suffix))
 
     def expression(self, suffix: str, schema: str = EXPRESSION_SCHEMA) -> str:
         """Qualified, quoted name of the function of a user's expression."""
-        return f"{schema}.{quote_ident(f'{self.name}_{suffix}')}"
+        return f"{schema}.{quote_ident(names.generated(self.name, suffix))}"
 
     def enqueue(self, keys: str, rows: str, table: str = "inbox") -> str:
         """Return the INSERT of a row source's keys into the inbox or another table, 100 keys a row at most."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.view import is_shown
@@ -44,7 +45,7 @@ def exact_table_statements(pipeline: Pipeline, schema: str) -> list[str]:
     return [
         f"""CREATE TABLE {exact} (
             chunk_id bigint NOT NULL
-                CONSTRAINT {quote_ident(f"{pipeline.name}_v{pipeline.version.number}_exact_pkey")} PRIMARY KEY,
+                CONSTRAINT {quote_ident(_name(pipeline, "exact_pkey"))} PRIMARY KEY,
             embedding {schema}.{pipeline.version.vector_type} NOT NULL,
             similarity real
         )""",
@@ -54,6 +55,15 @@ def exact_table_statements(pipeline: Pipeline, schema: str) -> list[str]:
         " 'How near the vector is to a sample of all; NULL: not looked at yet; -Infinity: a search has missed it'",
         f"REVOKE ALL ON TABLE {exact} FROM public",
     ]
+
+
+def ranking_names(pipeline: Pipeline) -> list[str]:
+    """Return the names of the functions that rank the pipeline's version."""
+    return [_name(pipeline, suffix) for suffix in SUFFIXES]
+
+
+def _name(pipeline: Pipeline, part: str) -> str:
+    return names.of_version(pipeline.name, pipeline.version.number, part)
 
 
 def function_statements(plan: CapturePlan, pipeline: Pipeline, schema: str) -> list[str]:
@@ -143,7 +153,7 @@ def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
         """,
         ["text", "text[]"],
         SEARCH_SCHEMA,
-        [f"{pipeline.name}_v{pipeline.version.number}_{suffix}" for suffix in SUFFIXES],
+        ranking_names(pipeline),
     )
     for row in rows:
         session.execute(f"DROP FUNCTION {row['signature']}")

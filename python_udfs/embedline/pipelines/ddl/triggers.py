@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embedline.core import names
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.postgres.relations import data_name
@@ -56,14 +57,14 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
         statement
         for event, body in bodies.items()
         for statement in (
-            f"""CREATE OR REPLACE FUNCTION {plan.generated("capture_" + event)}()
+            f"""CREATE OR REPLACE FUNCTION {plan.generated(names.capture_suffix(event))}()
             RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
         AS """
             + quote_literal(f"""
             BEGIN{body}
             END
             """),
-            f"REVOKE ALL ON FUNCTION {plan.generated('capture_' + event)}() FROM public",
+            f"REVOKE ALL ON FUNCTION {plan.generated(names.capture_suffix(event))}() FROM public",
         )
     ]
 
@@ -71,7 +72,7 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
 def resting_trigger_statements(name: str) -> list[str]:
     """Trigger functions that capture nothing: for a source that has lost its key. A write must not fail because of that."""
     return [
-        f"CREATE OR REPLACE FUNCTION {data_name(f'{name}_capture_{event}')}() RETURNS trigger"
+        f"CREATE OR REPLACE FUNCTION {data_name(names.generated(name, names.capture_suffix(event)))}() RETURNS trigger"
         " LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NULL; END'"
         for event in ("insert", "update", "delete")
     ]
@@ -183,11 +184,6 @@ def _row_bodies(plan: CapturePlan) -> dict[str, str]:
     }
 
 
-def trigger_name(pipeline: str, event: str) -> str:
-    """Name of a capture trigger on the source."""
-    return f"embedline_{pipeline}_{event}"
-
-
 def _differs(column: str) -> str:
     # As text and byte by byte: some types have no equality (json), and equal is not the same (numeric 1.0 and 1.00, citext).
     name = quote_ident(column)
@@ -219,6 +215,8 @@ def update_trigger_statements(plan: CapturePlan) -> list[str]:
 
 
 def _trigger(plan: CapturePlan, event: str, clause: str) -> list[str]:
-    name = quote_ident(trigger_name(plan.name, event))
-    create = f"CREATE OR REPLACE TRIGGER {name} {clause} EXECUTE FUNCTION {plan.generated('capture_' + event)}()"
+    name = quote_ident(names.trigger(plan.name, event))
+    create = (
+        f"CREATE OR REPLACE TRIGGER {name} {clause} EXECUTE FUNCTION {plan.generated(names.capture_suffix(event))}()"
+    )
     return [create, *([f"ALTER TABLE {plan.source} ENABLE ALWAYS TRIGGER {name}"] if plan.always else [])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedline.catalog.values import chunk_table_suffix
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CapturePlan
 
@@ -33,7 +33,7 @@ def view_query(
     the source still does, and is used first. Row-level security would not be used first, so a source with it (`has_policies`)
     keeps the plain join.
     """
-    vector = f"v.{quote_ident(f'embedding_v{shown.number}')}"
+    vector = f"v.{quote_ident(names.vector_column(shown.number))}"
     chunk_sources = {
         "chunk_id": "c.chunk_id",
         "chunk_seq": "c.seq",
@@ -47,7 +47,10 @@ def view_query(
         for column, name, of_chunk in columns
     ]
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
-    chunk, vectors = plan.generated(chunk_table_suffix(shown.chunk_set)), plan.generated(f"v{shown.number}")
+    chunk, vectors = (
+        plan.generated(names.chunk_suffix(shown.chunk_set)),
+        plan.generated(names.version_suffix(shown.number)),
+    )
     if len(plan.keys) > 1 and not has_policies:
         return (
             f"SELECT {', '.join(selected)} FROM {vectors} AS v JOIN {chunk} AS c ON v.chunk_id = c.chunk_id"

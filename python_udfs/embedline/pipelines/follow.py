@@ -6,9 +6,9 @@ refresh_pipeline does it by hand, and brings the views up to date.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from embedline.catalog.load import load_versions
 from embedline.catalog.rights import require_control
@@ -21,7 +21,7 @@ from embedline.pipelines.alter import plan_in_use, replace_functions, restart_sw
 from embedline.pipelines.changed_keys import KeyNow, has_key, has_primary_key, is_small
 from embedline.pipelines.ddl.plan import TABLES, CapturePlan
 from embedline.pipelines.ddl.search_functions import create_search_functions, revoke_search_functions
-from embedline.pipelines.ddl.triggers import resting_trigger_statements
+from embedline.pipelines.ddl.triggers import resting_trigger_statements, update_trigger_statements
 from embedline.pipelines.functions import (
     generated_functions,
     needs_row_triggers,
@@ -213,17 +213,14 @@ def _write_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
 
 
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
+    """Have the trigger fire on every update, if a BEFORE trigger may change an input that the statement does not name."""
     if not session.scalar(BEFORE_UPDATE, ["bigint"], source.oid):
         return
     name = names.trigger(plan.name, "update")
     rows = session.query(
-        "SELECT pg_get_triggerdef(oid) AS definition, tgenabled = 'A' AS always FROM pg_trigger"
-        " WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
+        "SELECT tgenabled = 'A' AS always FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
         ["bigint", "name"], source.oid, name,
     )  # fmt: skip
-    if not rows:
-        return
-    session.execute(f"DROP TRIGGER {quote_ident(name)} ON {source.qualified}")
-    session.execute(re.sub(r"AFTER UPDATE OF .*? ON ", "AFTER UPDATE ON ", str(rows[0]["definition"]), count=1))
-    if rows[0]["always"]:
-        session.execute(f"ALTER TABLE {source.qualified} ENABLE ALWAYS TRIGGER {quote_ident(name)}")
+    if rows:
+        for statement in update_trigger_statements(replace(plan, watch_all=True, always=bool(rows[0]["always"]))):
+            session.execute(statement)

@@ -36,16 +36,7 @@ _SNAPSHOT_SECONDS = 2.0
 _CATCH_UP_CHUNKS = 500
 _PATIENCE_SECONDS = 0.0
 
-# Numbers are given again, and a change of what is embedded leaves nothing of what a gate has measured.
-_GATE = """
-    SELECT e.evaluation_id, e.verdict FROM embedline.evaluation AS e
-    JOIN embedline.pipeline AS p ON p.pipeline_id = e.pipeline_id
-    JOIN embedline.version AS s ON s.version_id = p.serving_version_id
-    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2
-        AND (e.baseline_version_id, e.baseline_fingerprint) = (s.version_id, s.fingerprint)
-        AND (p.altered_at IS NULL OR e.evaluated_at > p.altered_at)
-    ORDER BY e.evaluation_id DESC LIMIT 1
-"""
+_GATE = "SELECT evaluation_id, verdict FROM embedline._gate($1)"
 # Where the serving version came from. A rollback is no such step: after it, the way back is the next cutover.
 _CAME_FROM = """
     SELECT v.number FROM embedline.cutover AS c JOIN embedline.version AS v ON v.version_id = c.from_version_id
@@ -148,7 +139,7 @@ def _require_no_older_snapshot(session: Session, target: Pipeline) -> None:
 
 def _require_gate(session: Session, target: Pipeline, override_reason: str | None) -> tuple[int | None, str | None]:
     """Return the evaluation that opens the cutover, and the reason to go without; raise where there is neither."""
-    rows = session.query(_GATE, ["bigint", "text"], target.version.version_id, target.version.fingerprint)
+    rows = session.query(_GATE, ["bigint"], target.version.version_id)
     verdict = rows[0]["verdict"] if rows else None
     evaluation_id = int(rows[0]["evaluation_id"]) if rows else None
     if verdict == "pass" or (override_reason or "").strip():

@@ -1,6 +1,6 @@
--- The evaluation that decides on a cutover to a version, if there is one. embedline.cutover and embedline.versions ask it.
+-- The evaluation that decides on a cutover to a version, if there is one. cutover and the view versions ask it.
 -- It is of the version's recipe as it is now, and later than the last alteration of the pipeline. It compares with the
--- serving version, known by its fingerprint, because numbers are given again. For the serving version any baseline counts.
+-- serving version, known by its fingerprint, as numbers are given again. For the serving version any baseline counts.
 -- SECURITY DEFINER: a reader sees the verdict in embedline.versions, but not the evaluations.
 CREATE OR REPLACE FUNCTION embedline._gate(wanted_version_id bigint)
 RETURNS TABLE (evaluation_id bigint, verdict text)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from embedline.core import names
+from embedline.postgres.cron import has_cron
 from embedline.postgres.session import Session
 
 
 def forget_index_jobs(session: Session, name: str, number: int | None = None, precision: str | None = None) -> None:
     """Take away the jobs that build indexes of what is about to be dropped: a pipeline, a version, or one of its indexes."""
-    if not session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
+    if not has_cron(session):
         return
     prefix = names.index_jobs(name) if number is None else f"{names.index_job(name, number, precision)} "
     session.query(

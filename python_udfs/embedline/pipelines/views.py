@@ -344,7 +344,7 @@ def _refresh_routing_view(session: Session, pipeline: Pipeline, plan: CapturePla
             )
             shown = replace(shown, type_name=None)
         else:
-            _make_fresh(session, pipeline, plan, source, view, attributes, shown)
+            _make_fresh(session, pipeline, plan, source, view, shown)
             return
     taken = {name for _, name, _ in layout}
     known = {attributes[column]: name for column, name, of_chunk in layout if not of_chunk}
@@ -363,10 +363,10 @@ def _make_fresh(
     plan: CapturePlan,
     source: Source,
     view: dict[str, Any],
-    attributes: dict[str, int],
     shown: ShownVersion,
 ) -> None:
-    """Make the routing view anew with all columns of the source under the names that they have now."""
+    """Recreate the routing view with all columns of the source under the names that they have now."""
+    attributes = _source_attributes(session, source)
     of_chunk = {pipeline.view_columns[column]: column for column in CHUNK_COLUMNS}
     names = {column: free_name(column, list(of_chunk)) for column in attributes}
     fresh = [(column, name, False) for column, name in names.items()] + [(c, n, True) for n, c in of_chunk.items()]

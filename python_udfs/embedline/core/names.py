@@ -20,12 +20,12 @@ def chunk_suffix(chunk_set: int) -> str:
 
 
 def version_suffix(number: int, part: str | None = None) -> str:
-    """Return the suffix of a version's table (v2), or of what belongs to it (v2_exact, v2_nearest)."""
+    """Return the suffix of a version's table (v2) or of a part of it (v2_exact)."""
     return f"v{number}" if part is None else f"v{number}_{part}"
 
 
 def of_version(pipeline: str, number: int, part: str | None = None) -> str:
-    """Return the name of a version's table (docs_v2), or of what belongs to it (docs_v2_exact)."""
+    """Return the name of a version's table, or of a part (docs_v2_exact)."""
     return generated(pipeline, version_suffix(number, part))
 
 
@@ -35,7 +35,7 @@ def vector_column(number: int) -> str:
 
 
 def vector_index(pipeline: str, number: int, precision: str | None = None) -> str:
-    """Return the name of a version's index: that of its column, or one of less precision."""
+    """Return the name of the index of a version's column, or of a precision."""
     return of_version(pipeline, number, f"{precision or 'embedding'}_idx")
 
 

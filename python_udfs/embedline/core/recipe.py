@@ -16,7 +16,10 @@ from embedline.core.json_values import as_mapping
 
 @dataclass(frozen=True)
 class Expressions:
-    """SQL expressions over a row of the source, as the user wrote them; None if there is none."""
+    """SQL expressions over a row of the source; None if there is none.
+
+    They are as the user wrote them.
+    """
 
     content: str | None = None
     filter: str | None = None
@@ -69,7 +72,10 @@ class ChunkingChoice:
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """The index of a version's vectors: its method ("hnsw" or "none") and pgvector's options for it."""
+    """The index of a version's vectors.
+
+    `method` is "hnsw" or "none"; `options` are pgvector's.
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -86,7 +92,10 @@ class VersionSpec:
 
 @dataclass(frozen=True)
 class BackfillSpec:
-    """Order in which a version is filled, and chunks a second at most; None sets no limit."""
+    """Order and rate of a version's fill.
+
+    `rate` are chunks a second at most; None sets no limit.
+    """
 
     order: str
     rate: int | None = None
@@ -147,7 +156,10 @@ class PipelineChanges:
 
 @dataclass(frozen=True)
 class VersionChoice:
-    """A version as add_embedding_version is asked for it; None takes what the serving version has."""
+    """A version as add_embedding_version is asked for it.
+
+    None takes the serving version's value.
+    """
 
     model: str
     column_type: str | None
@@ -229,7 +241,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class ModelChanges:
-    """Changes of a model as alter_model is asked for them; None keeps. `options` is the text of a jsonb value."""
+    """Changes of a model as alter_model is asked for them; None keeps.
+
+    `options` is the text of a jsonb value.
+    """
 
     model: str | None
     base_url: str | None

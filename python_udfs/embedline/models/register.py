@@ -47,7 +47,10 @@ INSERT_TYPES = (
 
 @entry_point
 def create_model(session: Session, parameters: dict[str, Any]) -> str:
-    """Probe a model, store what it is, return its name. Raises where the declaration does not fit the model."""
+    """Probe a model, store what it is, return its name.
+
+    Raises if the declaration does not fit the model.
+    """
     spec = ModelSpec.from_parameters(parameters)
     price = check_price(spec.price)
     config = _validated_config(session, spec)
@@ -101,7 +104,7 @@ def drop_model(session: Session, name: str) -> None:
 
 
 def probe(session: Session, config: ModelConfig) -> ModelInfo:
-    """Ask the model for its dimensions and limits; the statement stays cancellable meanwhile."""
+    """Ask the model for its dimensions and limits; the statement can be cancelled."""
     embedder = create_embedder(config)
     try:
         return wait_result(embedder.probe(), let_cancel_through(session))
@@ -110,7 +113,10 @@ def probe(session: Session, config: ModelConfig) -> ModelInfo:
 
 
 def checked_options(name: str, provider: str, given: str | None) -> dict[str, Any]:
-    """Return a model's options, as PL/Python hands them over, if its provider knows them."""
+    """Return a model's options if its provider knows them.
+
+    They come as the text of a jsonb value.
+    """
     loaded = json.loads(given or "{}")
     if not isinstance(loaded, dict):
         raise InvalidParameter(
@@ -148,7 +154,7 @@ def check_limits(limits: RequestLimits) -> None:
 
 
 def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
-    """Raise for an address that is none or holds a secret, and for a key in place of its variable's name."""
+    """Raise unless the address is one without a secret and the key is a variable."""
     if base_url is not None and not re.match(r"https?://[^/\s]", base_url):
         raise InvalidParameter(
             "base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1."

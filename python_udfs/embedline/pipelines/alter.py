@@ -1,4 +1,4 @@
-"""Changing the recipe of a pipeline that is in use, and writing its generated functions anew after an upgrade."""
+"""Alter the recipe of a pipeline in use; regenerate functions after an upgrade."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ _FOREIGN_KEY_TYPES = """
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a pipeline is to be: its expressions as the user wrote them, its chunking, and its weight."""
+    """The expressions, chunking and weight that a pipeline is to have.
+
+    Expressions are as the user wrote them.
+    """
 
     expressions: Expressions
     spec: ChunkingSpec
@@ -100,7 +103,9 @@ class _Wanted:
 
 @entry_point
 def alter_pipeline(session: Session, name: str, parameters: dict[str, Any]) -> None:
-    """Change what is given of a pipeline's recipe; rows that this concerns are embedded again one by one.
+    """Change the given parts of a pipeline's recipe.
+
+    Rows that this concerns are embedded again one by one.
 
     Search goes on meanwhile with what is stored. Chunks that come out as before keep their vectors and cost nothing.
     """
@@ -173,7 +178,10 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
 
 
 def replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
-    """Drop and create the generated functions; those of expressions that have not changed stay as they are."""
+    """Drop and create the generated functions.
+
+    Those of expressions that have not changed stay as they are.
+    """
     kept = {suffix for suffix in _FUNCTIONS.values() if suffix not in changed}
     doomed = tuple(suffix for suffix in FUNCTIONS if suffix not in kept)
     for row in generated_functions(session, plan.name, doomed):
@@ -186,7 +194,10 @@ def replace_functions(session: Session, plan: CapturePlan, source: Source, chang
 
 
 def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
-    """Return the plan of a pipeline as it is: expressions without text, with the columns' names of now."""
+    """Return the current plan of a pipeline, and its source.
+
+    Expressions are without text, with the columns' current names.
+    """
     plan, source = current_plan(session, pipeline)
     expressions = expressions_in_use(session, pipeline)
     content = expressions.get("content")
@@ -210,7 +221,10 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
 
 
 def expressions_in_use(session: Session, pipeline: Pipeline) -> dict[str, SourceExpression]:
-    """Return the input columns of each expression, by the suffix of its function, as what reads the source calls these."""
+    """Return the input columns of each expression, by its function's suffix.
+
+    The names are those by which the functions that read the source call the columns.
+    """
     types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], pipeline.source_oid)}
     reading = session.scalar(_BODY, ["text"], f"{pipeline.name}_read") or ""
     telling = session.scalar(_BODY, ["text"], f"{pipeline.name}_tenant") or ""
@@ -222,7 +236,10 @@ def expressions_in_use(session: Session, pipeline: Pipeline) -> dict[str, Source
 
 
 def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExpression | None:
-    """Return the input columns of an expression's function, as a function's body calls it; None where it does not."""
+    """Return an expression's input columns as a function's body calls it.
+
+    None if the body does not call it.
+    """
     call = re.search(rf'embedline_(?:data|expression)\."?{function}"?\(((?:{_ARGUMENT}(?:, )?)*)\)', body)
     if call is None:
         return None
@@ -244,7 +261,10 @@ def _store(session: Session, pipeline: Pipeline, wanted: _Wanted, search_path: s
 
 
 def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> None:
-    """Have every row looked at again; those whose content, recipe and filter still agree cost one comparison."""
+    """Have every row read again.
+
+    Rows whose content, recipe and filter still agree cost one comparison.
+    """
     version = pipeline.version
     fingerprint = version_fingerprint(
         version.model, version.column_type, version.distance, wanted.spec, wanted.expressions.document_prefix
@@ -268,7 +288,7 @@ def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> No
 
 
 def restart_sweep(session: Session, pipeline: Pipeline) -> None:
-    """Have the sweep that closes the backfill look once more for rows without a document."""
+    """Have the closing sweep of the backfill search again for missing documents."""
     session.query(
         "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
         ["bigint"], pipeline.version.version_id,
@@ -284,7 +304,7 @@ def restart_ranges(session: Session, pipeline: Pipeline) -> None:
 
 @entry_point
 def regenerate_pipelines(session: Session) -> None:
-    """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
+    """Regenerate the functions that another version of Embedline generated."""
     for row in session.query(_OUTDATED, ["integer"], CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
         if "content" not in expressions_in_use(session, pipeline):

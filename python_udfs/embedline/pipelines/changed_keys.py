@@ -1,4 +1,4 @@
-"""Another key of the source: by which columns its rows are known now, and how the generated tables follow without a loss.
+"""Exchange the key of a pipeline in its generated tables, without a loss.
 
 Documents and chunks keep their ids, and so their vectors: only the columns of the key are exchanged. Which row a document
 belongs to is told by the old key where its columns are still there, else by the content: a document has the hash of the
@@ -55,14 +55,17 @@ _HAS_PRIMARY = "SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = $1::oid AND
 
 @dataclass(frozen=True)
 class KeyNow:
-    """The key of a pipeline as its source has it now; `names` of the columns, None where one is gone or of another type."""
+    """The key of a pipeline as its source has it now.
+
+    `names` are its columns; None if one of them is gone or has another type.
+    """
 
     names: tuple[str, ...] | None
     is_key: bool
 
     @classmethod
     def of(cls, session: Session, pipeline: Pipeline) -> KeyNow:
-        """Look at the columns that the pipeline knows its rows by."""
+        """Read the columns by which the pipeline knows its rows."""
         rows = session.query(_KEY_COLUMNS, ["bigint"], pipeline.pipeline_id)
         types = stored_types(session, pipeline)
         is_there = all(row["name"] is not None for row in rows) and [row["type"] for row in rows] == list(types)
@@ -71,7 +74,10 @@ class KeyNow:
 
 
 def stored_types(session: Session, pipeline: Pipeline) -> tuple[str, ...]:
-    """Return the types of the key as the generated tables hold it: a type may have been renamed."""
+    """Return the types of the key in the generated tables.
+
+    The source may have renamed a type.
+    """
     rows = session.query(
         "SELECT format_type(a.atttypid, a.atttypmod) AS type FROM unnest($2::text[]) WITH ORDINALITY AS k (name, position)"
         " JOIN pg_attribute AS a ON a.attname = k.name AND a.attrelid = to_regclass($1) ORDER BY k.position",
@@ -101,7 +107,10 @@ def is_small(session: Session, pipeline: Pipeline) -> bool:
 
 @dataclass(frozen=True)
 class KeySwap:
-    """Which key a pipeline is to have. `rows_by` are the source's columns of the old key, None where content has to tell."""
+    """The key that a pipeline is to have.
+
+    `rows_by` are the source's columns of the old key; None if documents are matched to rows by content.
+    """
 
     pipeline: Pipeline
     keys: tuple[KeyColumn, ...]
@@ -110,7 +119,10 @@ class KeySwap:
 
     @classmethod
     def wanted(cls, session: Session, pipeline: Pipeline, source: Source, *, is_moved: bool) -> KeySwap:
-        """Return the key that the pipeline keeps where it is one, else the one that the source has; raises where it has none."""
+        """Return the wanted key: the current one if it still is a key.
+
+        Otherwise it is the key that the source has. Raises if there is none.
+        """
         types = stored_types(session, pipeline)
         now = KeyNow.of(session, pipeline)
         if is_moved:
@@ -132,7 +144,10 @@ class KeySwap:
         return cls(pipeline, keys, is_needed=True)
 
     def begin(self, session: Session) -> None:
-        """Give the generated tables the columns of the new key beside the old ones; what is queued is left to the sweep."""
+        """Add the columns of the new key to the generated tables.
+
+        The old ones stay beside them. The sweep finds again the rows that were queued.
+        """
         pipeline = self.pipeline
         hidden = pipeline.generated("hidden")
         # What no search may show must not be mapped to a row.
@@ -152,7 +167,10 @@ class KeySwap:
             session.execute(f"ALTER TABLE {table} {', '.join(added)}")
 
     def finish(self, session: Session, plan: CapturePlan, source: Source) -> None:
-        """Fill the new columns, take the old ones away, and make the key of them. Reads all rows of the source."""
+        """Fill the new columns, drop the old ones, and make the key.
+
+        Reads all rows of the source.
+        """
         pipeline = self.pipeline
         if self.rows_by is not None:
             self._map_by_row(session, plan, self.rows_by)
@@ -189,7 +207,10 @@ class KeySwap:
         session.execute(f"UPDATE {self.pipeline.document} AS d SET {values} FROM {plan.rows} AS s WHERE {same}")
 
     def _map_by_content(self, session: Session, plan: CapturePlan, source: Source) -> None:
-        """Give each document the row that has its content: of rows with the same content each has one, and it fits any."""
+        """Give each document a row that has its content.
+
+        Of several rows with the same content each gets one document, and any fits.
+        """
         function = plan.generated("contents")
         keys = ", ".join(f"{quote_ident(key.name)} {key.type}" for key in self.keys)
         inputs = ", ".join(f"source_row.{quote_ident(name)}" for name, _ in plan.expression_columns)

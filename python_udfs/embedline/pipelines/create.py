@@ -34,7 +34,10 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}\Z")
 
 @entry_point
 def create_pipeline(session: Session, parameters: dict[str, Any]) -> str:
-    """Create everything of a pipeline; return its routing view. Takes O(blocks) of the source, embeds nothing."""
+    """Create a pipeline; return its routing view.
+
+    Takes O(blocks) of the source and embeds nothing.
+    """
     spec = PipelineSpec.from_parameters(parameters)
     name = _validated_name(session, spec.name)
     role = caller(session)

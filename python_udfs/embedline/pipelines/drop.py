@@ -19,7 +19,10 @@ from embedline.postgres.session import Session
 
 @entry_point
 def drop_pipeline(session: Session, name: str) -> None:
-    """Remove a pipeline with its triggers, view, functions and tables; the source stays as it is."""
+    """Remove a pipeline with all that was generated for it.
+
+    The source stays as it is.
+    """
     require_control(session, name)
     bound_lock_wait(session)
     forget_index_jobs(session, name)

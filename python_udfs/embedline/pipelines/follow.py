@@ -1,4 +1,4 @@
-"""Following a source: the names and types of its columns, its owner and its parent may change under a pipeline.
+"""Follow a source whose columns, owner or parent change.
 
 The event trigger embedline_follow_source calls this where what is stored of a source is no longer what is;
 refresh_pipeline does it by hand, and brings the views up to date.
@@ -66,7 +66,9 @@ _TRANSACTION = "SELECT pg_current_xact_id()::text"
 
 @entry_point
 def refresh_pipeline(session: Session, name: str) -> None:
-    """Add new source columns to the routing view, and watch every update where a BEFORE trigger now exists.
+    """Bring a pipeline's views and triggers up to date with its source.
+
+    Adds new columns to the views, and watches every update if a BEFORE trigger exists now.
 
     Follows another key of the source, however much has to be exchanged for it.
     """
@@ -107,7 +109,10 @@ def follow_source(session: Session, name: str) -> None:
 
 
 def _could_reshape(session: Session, pipeline: Pipeline) -> bool:
-    """Follow another key at once; where that is refused, warn and return False: status shows what to run."""
+    """Follow another key at once; return False, with a warning, if that is refused.
+
+    embedline.status then shows what to run.
+    """
     try:
         with session.plpy.subtransaction():
             _reshape(session, pipeline)
@@ -124,7 +129,10 @@ def _could_reshape(session: Session, pipeline: Pipeline) -> bool:
 
 
 def _needs_reshaping(session: Session, pipeline: Pipeline) -> bool:
-    """Whether the key is another one, or the functions that read the source went with a column that was dropped."""
+    """Return True if the pipeline's objects must be written again.
+
+    The key is another one, or functions that read the source went with a dropped column.
+    """
     now = KeyNow.of(session, pipeline)
     if now.names is None or (not now.is_key and has_key(session, pipeline)):
         return True
@@ -152,7 +160,10 @@ def being_reshaped(session: Session, names: Sequence[str]) -> Iterator[None]:
 
 
 def begin_reshaping(session: Session, names: Sequence[str]) -> None:
-    """Leave these pipelines to this transaction. They rest, which a rollback to a savepoint undoes, as the cache does not."""
+    """Leave these pipelines to this transaction.
+
+    They rest, which a rollback to a savepoint undoes; it does not undo the cache.
+    """
     transaction = str(session.scalar(_TRANSACTION))
     session.cache.setdefault(_RESHAPED, {}).update(dict.fromkeys(names, transaction))
     for name in names:
@@ -190,7 +201,10 @@ def _follow(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
 
 
 def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
-    """Give the source's owner of now what the one before had: the functions that read it, the views, and what these read."""
+    """Give the source's current owner the rights of the one before.
+
+    These are the functions that read the source, the views, and the tables that the views read.
+    """
     plan, source = plan_in_use(session, pipeline)
     replace_functions(session, plan, source, [])
     suffixes = ["hidden", *(names.chunk_suffix(number) for number in chunk_set_numbers(pipeline))]
@@ -213,7 +227,10 @@ def _write_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
 
 
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
-    """Have the trigger fire on every update, if a BEFORE trigger may change an input that the statement does not name."""
+    """Have the trigger fire on every update if the source has a BEFORE trigger.
+
+    Such a trigger may change an input that the statement does not name.
+    """
     if not session.scalar(BEFORE_UPDATE, ["bigint"], source.oid):
         return
     name = names.trigger(plan.name, "update")

@@ -1,4 +1,4 @@
-"""The plan of a pipeline's capture: its source, its key and its expressions, new or as they are stored."""
+"""Make the plan of a pipeline's capture, new or from stored values."""
 
 from __future__ import annotations
 
@@ -147,7 +147,10 @@ def load_key(session: Session, source: Source) -> list[dict[str, Any]]:
 
 
 def key_of(session: Session, source: Source, rows: list[dict[str, Any]]) -> tuple[KeyColumn, ...]:
-    """Return the key of these rows of KEY; raise InvalidParameter where it is none that a pipeline can have."""
+    """Return the key of these rows of KEY.
+
+    Raises InvalidParameter if a pipeline cannot have it.
+    """
     if not rows:
         near = [str(row["reason"]) for row in session.query(_NEARLY_KEYS, ["bigint"], source.oid)]
         raise InvalidParameter(
@@ -175,7 +178,7 @@ def key_of(session: Session, source: Source, rows: list[dict[str, Any]]) -> tupl
 
 
 def make_plan(session: Session, spec: PipelineSpec, source: Source) -> CapturePlan:
-    """Return the plan of a new pipeline: its key, its expressions and the kind of its triggers."""
+    """Return the plan of a new pipeline: key, expressions and kind of triggers."""
     keys = key_of(session, source, load_key(session, source))
     mode = spec.capture
     if mode == "auto":
@@ -206,7 +209,10 @@ def _key_column_name(source_name: str, position: int) -> str:
 
 
 def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
-    """Return what is needed to write a pipeline's trigger functions and view, with the names of now."""
+    """Return the plan for trigger functions and views, and the source.
+
+    Columns have their current names.
+    """
     session.query("SELECT embedline._resolve_attributes()")
     key_rows, input_rows = (
         session.query(

@@ -32,7 +32,7 @@ def check_choices(given: Mapping[str, str | None]) -> None:
 
 
 def check_version(spec: VersionSpec, model: Model) -> None:
-    """Raise unless the parts of a version are known ones, and fit together and the model."""
+    """Raise unless a version's parts are known and fit together and the model."""
     column_type, method = spec.column_type, spec.index.method
     check_choices({"column_type": column_type, "distance": spec.distance, "index_method": method})
     dimensions = model.config.dimensions or 0
@@ -64,13 +64,13 @@ def check_weight(weight: float | None) -> float:
 
 
 def first_chunking(choice: ChunkingChoice, model: Model) -> ChunkingSpec:
-    """Return the chunking of a new pipeline, checked against the number of tokens that the model reads."""
+    """Return the chunking of a new pipeline, if the model reads that many tokens."""
     tokens = _default_tokens(model) if choice.tokens is None else choice.tokens
     return _fitting(chunking_spec(str(choice.method), tokens, choice.overlap, choice.options or {}), model)
 
 
 def next_chunking(choice: ChunkingChoice, current: ChunkingSpec, model: Model) -> ChunkingSpec:
-    """Return the current chunking with the parameters of a choice, checked against the model."""
+    """Return the current chunking with a choice's changes, if it fits the model."""
     method = choice.method or current.method
     options = choice.options
     if options is None:

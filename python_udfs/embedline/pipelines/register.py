@@ -116,7 +116,10 @@ def insert_version(session: Session, pipeline_id: int, version: NewVersion) -> i
 
 
 def recipe_stamp(fingerprints: Sequence[str]) -> int:
-    """Return the stamp of documents that are cut as these fingerprints ask for, as PostgreSQL's integer."""
+    """Return the stamp of documents chunked as these fingerprints ask for.
+
+    It is an integer of PostgreSQL.
+    """
     text = fingerprints[0] if len(fingerprints) == 1 else recipe_fingerprint({"fingerprints": list(fingerprints)})
     return int.from_bytes(bytes.fromhex(text[:8]), "big", signed=True)
 
@@ -124,7 +127,10 @@ def recipe_stamp(fingerprints: Sequence[str]) -> int:
 def version_fingerprint(
     model: Model, column_type: str, distance: str, spec: ChunkingSpec, document_prefix: str | None
 ) -> str:
-    """Return the fingerprint of all that decides a version's chunks and vectors but the content, which has its own hash."""
+    """Return the fingerprint of a version's recipe.
+
+    It covers all that decides chunks and vectors but the content, which has its own hash.
+    """
     return recipe_fingerprint({
         "model": model.fingerprint, "document_prefix": model.config.document_prefix,
         "query_prefix": model.config.query_prefix, "dimensions": model.config.dimensions, "column_type": column_type,

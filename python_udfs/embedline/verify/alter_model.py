@@ -1,4 +1,6 @@
-"""Changing what a registered model is asked through: its endpoint, key, limits and the options that leave vectors alone.
+"""Alter the endpoint, key, limits and options of a registered model.
+
+Options that decide its vectors stay.
 
 The stored vectors stay. So an endpoint is accepted only if it gives them again: a sample of stored chunks is embedded by the
 new endpoint and compared by cosine, with the bound that `verify` uses each night. A lower bound would let a server in int8
@@ -93,7 +95,9 @@ class _Compared:
 
 @entry_point
 def alter_model(session: Session, name: str, parameters: dict[str, Any]) -> None:
-    """Change what is given of a model; NULL keeps. Nothing is changed unless the new endpoint gives the stored vectors.
+    """Change the given parameters of a model; NULL keeps.
+
+    Nothing is changed unless the new endpoint gives the stored vectors.
 
     Superusers only. Holds the model's row, which no worker and no search waits for, while the endpoint is asked.
     """
@@ -125,7 +129,10 @@ def _differ_only(before: ModelConfig, after: ModelConfig, fields: Sequence[str])
 
 
 def _wanted(model: Model, changes: ModelChanges) -> ModelConfig:
-    """Return the model's config with the changes; an empty text takes an address or a key's variable away."""
+    """Return the model's config with the changes.
+
+    An empty text takes an address or a key's variable away.
+    """
     changed: dict[str, Any] = dict(changes.limits.given())
     if changes.base_url is not None:
         changed["base_url"] = changes.base_url or None
@@ -157,7 +164,10 @@ def _wanted_options(model: Model, given: str) -> dict[str, Any]:
 
 
 def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
-    """Probe the new endpoint and compare what is stored; note what is known of it now. Raises if it will not do."""
+    """Probe the new endpoint, compare its vectors with those stored, note it.
+
+    Raises if it cannot take the place of the old one.
+    """
     # What the endpoint before was like says nothing about this one.
     embedder = create_embedder(replace(config, learned={}))
     try:
@@ -184,7 +194,10 @@ def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
 
 
 def _checked_fingerprint(session: Session, model: Model, info: ModelInfo, embedder: Embedder) -> str:
-    """Return the fingerprint of the model behind its new endpoint: the stored one if it gives the stored vectors."""
+    """Return the fingerprint of the model behind its new endpoint.
+
+    It is the stored one if the endpoint gives the stored vectors.
+    """
     versions = _versions(session, model)
     compared = _compare(session, versions, embedder)
     if not compared and versions:
@@ -229,7 +242,10 @@ def _versions(session: Session, model: Model) -> list[Pipeline]:
 
 
 def _compare(session: Session, versions: list[Pipeline], embedder: Embedder) -> list[_Compared]:
-    """Embed a sample of the versions' chunks with the new endpoint, and compare; none where no vector is stored."""
+    """Embed a sample of the versions' chunks with the new endpoint, and compare.
+
+    Returns none if no vector is stored.
+    """
     found: list[_Compared] = []
     for pipeline in random.sample(versions, len(versions)):
         if len(found) < _SAMPLE:
@@ -271,7 +287,9 @@ def _compare_version(session: Session, pipeline: Pipeline, embedder: Embedder, s
 
 
 def _take_fingerprint(session: Session, versions: list[Pipeline], fingerprint: str) -> None:
-    """Give versions that hold no vectors the fingerprint of what will fill them, and drop what is in flight for them.
+    """Give versions without vectors the fingerprint of their new endpoint.
+
+    Rows in flight for them are dropped.
 
     The versions are this transaction's alone: a worker that comes with vectors of the endpoint before finds another
     generation, or another fingerprint, and its rows are embedded again.

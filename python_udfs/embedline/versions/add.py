@@ -85,7 +85,10 @@ def add_embedding_version(session: Session, name: str, parameters: dict[str, Any
 
 
 def _begin(session: Session, pipeline: Pipeline, added: Pipeline, is_new_set: bool) -> None:
-    """Queue what the version has to embed: chunks that are there, or through another look at every row where they are not."""
+    """Queue the version's work.
+
+    It is the stored chunks, or every row again if they are not chunked for it.
+    """
     session.query(
         "UPDATE embedline.pipeline SET generation = generation + 1 WHERE pipeline_id = $1",
         ["bigint"], pipeline.pipeline_id,
@@ -103,7 +106,7 @@ def _begin(session: Session, pipeline: Pipeline, added: Pipeline, is_new_set: bo
 
 
 def _version_spec(session: Session, pipeline: Pipeline, model: Model, choice: VersionChoice) -> VersionSpec:
-    """Return the version's column and index: as chosen, else as the serving version has them."""
+    """Return the version's column and index; the serving version gives the rest."""
     serving = pipeline.version
     index = IndexSpec(serving.index_method, serving.index_options)
     spec = choice.over(VersionSpec(serving.column_type, serving.distance, index))
@@ -123,7 +126,7 @@ def _version_spec(session: Session, pipeline: Pipeline, model: Model, choice: Ve
 
 
 def _chunk_set(session: Session, pipeline: Pipeline, model: Model, choice: ChunkingChoice) -> tuple[ChunkingSpec, int]:
-    """Return the version's chunking and the number of its chunk set: an existing one, or the next."""
+    """Return the version's chunking and the number of its chunk set."""
     spec = pipeline.spec
     is_readable = _reads_chunks(session, pipeline, model)
     if not choice.is_given and not is_readable:

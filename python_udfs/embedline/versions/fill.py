@@ -1,4 +1,4 @@
-"""The order and speed in which a version is filled, and chunks that it could not embed."""
+"""Set order and rate of a version's fill; accept chunks it could not embed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def store_backfill(session: Session, version_id: int, spec: BackfillSpec) -> Non
 
 @entry_point
 def configure_backfill(session: Session, name: str, number: int, order: str | None, rate: int | None) -> None:
-    """Set in which order and how fast a version is filled, from the next claim on; without an order it stays."""
+    """Set the order and rate of a version's fill, from the next claim on.
+
+    Without an order it stays as it is.
+    """
     require_control(session, name)
     version = load_version(session, name, number).version
     wanted = BackfillSpec(order or version.backfill_order, rate)
@@ -47,7 +50,9 @@ def configure_backfill(session: Session, name: str, number: int, order: str | No
 
 @entry_point
 def accept_dead_letters(session: Session, name: str, number: int) -> int:
-    """Let a version go without the chunks that it could not embed; return how many are accepted now.
+    """Accept that a version lacks the chunks that it could not embed.
+
+    Returns how many are accepted now.
 
     Refused where nothing else is embedded: such a version is not one with a few gaps.
     """
@@ -71,7 +76,10 @@ def accept_dead_letters(session: Session, name: str, number: int) -> int:
 
 @entry_point
 def requeue_version(session: Session, name: str, number: int) -> int:
-    """Queue the chunks that a version could not embed, with their tries counted anew; return how many."""
+    """Queue the chunks that a version could not embed; return how many.
+
+    Their tries are counted from zero.
+    """
     require_control(session, name)
     pipeline = load_version(session, name, number)
     rows = session.query(_QUARANTINED, ["bigint"], pipeline.version.version_id)

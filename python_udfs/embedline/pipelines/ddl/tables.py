@@ -89,7 +89,10 @@ _SIGNALLED = (("inbox", "INSERT"), ("outbox", "INSERT OR UPDATE"), ("deleted", "
 
 
 def signal_statements(plan: CapturePlan) -> list[str]:
-    """The triggers that tell workers that something waits: whatever queues a key, in whatever way, passes them."""
+    """Return the triggers that tell workers of new work.
+
+    Whatever queues a key, in whatever way, passes them.
+    """
     return [
         f"CREATE TRIGGER embedline_signal AFTER {events} ON {plan.generated(suffix)} FOR EACH STATEMENT"
         f" EXECUTE FUNCTION embedline._signal_work({quote_literal(plan.name).strip()})"
@@ -125,7 +128,7 @@ def chunk_set_statements(plan: CapturePlan, number: int) -> list[str]:
 
 
 def deletion_statements(plan: CapturePlan) -> list[str]:
-    """Tables of deleted keys, as applications append them, of keys whose chunks no view shows, and of vectors to lend."""
+    """Return the tables of deleted keys, hidden keys and vectors to lend."""
     deleted, hidden, lent = (plan.generated(suffix) for suffix in ("deleted", "hidden", "lent"))
     arrays = ", ".join(
         f"{quote_ident(key.name)} {key.type}[]{f' COLLATE {key.collation}' if key.collation else ''} NOT NULL"
@@ -167,13 +170,16 @@ def deletion_statements(plan: CapturePlan) -> list[str]:
 
 
 def hidden_index_statement(plan: CapturePlan) -> str:
-    """Return the statement that creates the index by which a chunk's key is looked up among the hidden ones."""
+    """Return the index by which hidden keys are looked up."""
     index = quote_ident(names.generated(plan.name, "hidden_key_idx"))
     return f"CREATE INDEX {index} ON {plan.generated('hidden')} ({plan.key_names})"
 
 
 def claim_statements(plan: CapturePlan) -> list[str]:
-    """The table of claims: one row for all keys that a worker took out of the inbox at once."""
+    """Return the table of claims.
+
+    It has one row for all keys that a worker took out of the inbox at once.
+    """
     table = plan.generated("claim")
     arrays = ", ".join(
         f"{quote_ident(key.name)} {key.type}[]{f' COLLATE {key.collation}' if key.collation else ''} NOT NULL"
@@ -193,7 +199,10 @@ def claim_statements(plan: CapturePlan) -> list[str]:
 
 
 def outbox_index_statements(plan: CapturePlan) -> list[str]:
-    """Indexes of the outbox: what is claimed, what is due, what was in hand when a worker died, what a backfill waits for."""
+    """Return the indexes of the outbox.
+
+    They find claimed keys, due ones, those in flight when a worker died, and those of a backfill.
+    """
     outbox = plan.generated("outbox")
     entries = {
         "claim": "(claimed_by) WHERE claimed_by IS NOT NULL",
@@ -213,7 +222,10 @@ def tenant_index(plan: CapturePlan) -> str:
 
 
 def tenant_index_statements(plan: CapturePlan) -> list[str]:
-    """The index through which claims share the queue among tenants; only where there are tenants."""
+    """Return the index by which claims share the queue among tenants.
+
+    There is none without a tenant expression.
+    """
     if plan.tenant is None:
         return []
     index = quote_ident(tenant_index(plan))

@@ -9,10 +9,12 @@ from embedline.postgres.relations import data_name
 
 
 def trigger_function_statements(plan: CapturePlan) -> list[str]:
-    """Trigger functions, SECURITY DEFINER: an application role needs no right on our tables.
+    """Return the trigger functions.
+
+    They are SECURITY DEFINER, so an application role needs no right on our tables.
 
     They run as Embedline's owner, and what casts a column of another type than when they were written may be a function of
-    the source's owner: so they look at the types first.
+    the source's owner. So they check the types first.
     """
     bodies = _statement_bodies(plan) if plan.capture == "statement" else _row_bodies(plan)
     changed = " OR ".join(_differs(key.source_name) for key in plan.keys)
@@ -70,7 +72,10 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
 
 
 def resting_trigger_statements(name: str) -> list[str]:
-    """Trigger functions that capture nothing: for a source that has lost its key. A write must not fail because of that."""
+    """Return trigger functions that capture nothing.
+
+    They are for a source that has lost its key: a write must not fail because of that.
+    """
     return [
         f"CREATE OR REPLACE FUNCTION {data_name(names.generated(name, names.capture_suffix(event)))}() RETURNS trigger"
         " LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NULL; END'"
@@ -79,7 +84,10 @@ def resting_trigger_statements(name: str) -> list[str]:
 
 
 def _type_guard(plan: CapturePlan, row: str, rows: str | None) -> str:
-    """The test that the key of a row, or of a transition table's rows, has the types that it is cast to, or domains over them."""
+    """Return the test that a key has the types that it is cast to.
+
+    It is of one row, or of a transition table's rows. Domains over the types pass.
+    """
     row = "r" if rows else row
     other = " OR ".join(
         f"pg_typeof({row}.{quote_ident(key.source_name)}) <> {wanted}"
@@ -106,10 +114,10 @@ def _statement_bodies(plan: CapturePlan) -> dict[str, str]:
     )
     return {
         # A row may come under the key of a deleted one whose chunks still stand: these must not be shown with it. Large
-        # loads look for such only while deleted keys wait: 50,000 rows beside 1,000,000 documents cost 1.3 times the bare
-        # insert without the look, 1.9 times with it. A look-up for each row, because the first statement of a session
+        # loads search for such only while deleted keys wait: 50,000 rows beside 1,000,000 documents cost 1.3 times the bare
+        # insert without the search, 1.9 times with it. A look-up for each row, because the first statement of a session
         # decides the plan for all later ones. An old snapshot may see neither the deletion nor which chunks stand: there all
-        # new rows are hidden until a worker has looked at them.
+        # new rows are hidden until a worker has compared them.
         "insert": f"""
         {plan.enqueue(plan.keys_of_row("n"), "new_rows AS n")}
         IF {_OLD_SNAPSHOT} THEN
@@ -141,7 +149,9 @@ _OLD_SNAPSHOT = "current_setting('transaction_isolation') IN ('repeatable read',
 
 
 def _hide(plan: CapturePlan, arrays: str) -> str:
-    """Hide the chunks of keys, given as arrays, unless their row asks for exactly these.
+    """Return the statement that hides the chunks of keys, given as arrays.
+
+    Chunks that are exactly those of their row stay shown.
 
     An error of the owner's expressions hides them all: the application's write goes through.
     """
@@ -159,7 +169,10 @@ def _hide(plan: CapturePlan, arrays: str) -> str:
 
 
 def _hide_row(plan: CapturePlan) -> str:
-    """Hide chunks that stand under the key of a new row, as the trigger of INSERT does it for a statement."""
+    """Return the statement that hides stored chunks under a new row's key.
+
+    The trigger of INSERT does the same for a statement.
+    """
     key = " AND ".join(
         f"d.{quote_ident(key.name)} = NEW.{quote_ident(key.source_name)}::{key.type}" for key in plan.keys
     )
@@ -191,7 +204,10 @@ def _differs(column: str) -> str:
 
 
 def trigger_statements(plan: CapturePlan) -> list[str]:
-    """Triggers on the source. CREATE TRIGGER takes SHARE ROW EXCLUSIVE on it for an instant."""
+    """Return the triggers on the source.
+
+    CREATE TRIGGER takes SHARE ROW EXCLUSIVE on it for an instant.
+    """
     if plan.capture == "statement":
         insert, delete = (
             "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT",

@@ -11,7 +11,9 @@ from embedline.pipelines.ddl.plan import CapturePlan
 
 @dataclass(frozen=True)
 class ShownVersion:
-    """The version that a view shows: its number, its chunk set, and the type that the view gives the vectors.
+    """The version that a view shows.
+
+    It has a number, a chunk set, and the type that the view gives the vectors.
 
     The routing view shows them without dimensions ("public.vector"): so CREATE OR REPLACE VIEW can put a version of other
     dimensions in their place, and an index is found all the same. `type_name` None leaves the column's own type.
@@ -25,7 +27,9 @@ class ShownVersion:
 def view_query(
     plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: ShownVersion, *, has_policies: bool = False
 ) -> str:
-    """The query of a view; `columns` are (column, its name in the view, whether it is one of CHUNK_COLUMNS).
+    """Return the query of a view.
+
+    `columns` are (column, its name in the view, whether it is one of CHUNK_COLUMNS).
 
     For a join over a key of several columns the planner multiplies what each column keeps: it expected 5 rows of 4,999, and
     ranked all exactly rather than by the index. Of a LEFT JOIN it expects all rows of the left side. The condition leaves out

@@ -93,7 +93,7 @@ TO embedline_reader, embedline_worker;
 GRANT SELECT ON
 embedline.version_queue, embedline.version_dead_letter, embedline.evaluation, embedline.cutover, embedline.shadow_read
 TO embedline_admin;
-GRANT EXECUTE ON FUNCTION embedline._version_counts(text, integer, integer, bigint)
+GRANT EXECUTE ON FUNCTION embedline._version_counts(text, integer, integer, bigint), embedline._gate(bigint)
 TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline._note_shadow_read(bigint, integer, double precision, double precision, double precision)

@@ -43,19 +43,7 @@ CROSS JOIN LATERAL (
     FROM embedline.cutover AS o
     WHERE o.to_version_id = p.serving_version_id AND o.from_version_id = v.version_id AND o.kind = 'cutover'
 ) AS w
-INNER JOIN embedline.version AS s ON p.serving_version_id = s.version_id
-LEFT JOIN LATERAL (
-    SELECT g.verdict FROM embedline.evaluation AS g
-    WHERE
-        g.version_id = v.version_id AND g.kind = 'gate' AND g.fingerprint = v.fingerprint
-        AND (
-            (g.baseline_version_id = s.version_id AND g.baseline_fingerprint = s.fingerprint)
-            OR v.version_id = s.version_id
-        )
-        AND (p.altered_at IS NULL OR g.evaluated_at > p.altered_at)
-    ORDER BY g.evaluation_id DESC
-    LIMIT 1
-) AS e ON true;
+LEFT JOIN LATERAL embedline._gate(v.version_id) AS e ON true;
 
 COMMENT ON VIEW embedline.versions IS 'One row per version of a pipeline: what it has and lacks, its index, its gate, and until when it is kept';
 COMMENT ON COLUMN embedline.versions.missing IS 'Chunks without a vector of this version: queued, dead letters, or of the backfill';

@@ -341,6 +341,35 @@ def test_a_before_trigger_made_later_is_seen_after_a_refresh(pages: psycopg.Conn
     assert_exact(pages)
 
 
+def test_a_refresh_watches_every_update_of_a_source_with_any_column_name(database: psycopg.Connection) -> None:
+    database.execute('CREATE TABLE note (id bigint PRIMARY KEY, "a ON b" text NOT NULL, views integer NOT NULL)')
+    database.execute("INSERT INTO note VALUES (1, 'first', 0)")
+    create_pipeline(database, "note", "note", '"a ON b"')
+    settle(database)
+    database.execute(
+        "CREATE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql AS"
+        """ $$ BEGIN NEW."a ON b" := 'seen ' || NEW.views || ' times'; RETURN NEW; END $$;"""
+        " CREATE TRIGGER stamp BEFORE UPDATE ON note FOR EACH ROW EXECUTE FUNCTION stamp()"
+    )
+    database.execute("SELECT embedline.refresh_pipeline('note')")
+    database.execute("UPDATE note SET views = 7")
+    assert drain(database) == 1
+    assert scalar(database, "SELECT chunk FROM note_embedding") == "seen 7 times"
+
+
+def test_a_refresh_keeps_a_trigger_that_fires_for_replicated_rows(database: psycopg.Connection) -> None:
+    create_pages(database, 5)
+    create_pipeline(database, capture="row")
+    settle(database)
+    database.execute(_BEFORE_TRIGGER)
+    database.execute("ALTER TABLE page ENABLE ALWAYS TRIGGER stamp")
+    database.execute("SELECT embedline.refresh_pipeline('page')")
+    with database.transaction():
+        database.execute("SET LOCAL session_replication_role = replica")
+        database.execute("UPDATE page SET views = 7 WHERE id = 1")
+    assert queued(database) == 1
+
+
 def test_a_before_trigger_that_skips_rows_enqueues_nothing(pages: psycopg.Connection) -> None:
     pages.execute(
         "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;"

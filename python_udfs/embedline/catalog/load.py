@@ -8,8 +8,9 @@ from embedline.catalog.source import HIDDEN
 from embedline.catalog.values import ChunkSet, Model, Pipeline, Reach, Version
 from embedline.chunking import ChunkingSpec
 from embedline.core.embedding import ModelConfig
+from embedline.core.json_values import as_list, as_mapping
 from embedline.errors import NotFound
-from embedline.postgres.session import Session, as_list, as_mapping
+from embedline.postgres.session import Session
 
 _MODEL_COLUMNS = """
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
@@ -21,8 +22,8 @@ _CHUNK_SET_COLUMNS = """
     s.number AS chunk_set, s.chunk_set_id, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options
 """
 # One row for each version of each pipeline; `others` are the versions beside it, `sets` the other ways of chunking.
-_VERSION_SQL = f"""
-    SELECT p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
+_VERSION_COLUMNS = f"""
+    p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
            p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, p.altered_at::text AS altered_at,
            {_CHUNK_SET_COLUMNS},
            p.document_prefix_expression, p.tenant_expression, p.weight, v.fingerprint AS version_fingerprint,
@@ -38,12 +39,15 @@ _VERSION_SQL = f"""
             FROM embedline.version AS o WHERE o.pipeline_id = p.pipeline_id) AS versions,
            (SELECT jsonb_agg(to_jsonb(t) - 'tokenizer' ORDER BY t.number) FROM embedline.chunk_set AS t
             WHERE t.pipeline_id = p.pipeline_id AND t.number <> v.chunk_set) AS other_sets
+"""
+_VERSION_TABLES = """
     FROM embedline.pipeline AS p
     JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
     JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
     JOIN embedline.model AS m ON m.model_id = v.model_id
     LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
 """
+_VERSION_SQL = f"SELECT {_VERSION_COLUMNS} {_VERSION_TABLES}"
 _PIPELINE_SQL = f"{_VERSION_SQL} WHERE v.version_id = p.serving_version_id"
 PIPELINE_BY_NAME = f"{_PIPELINE_SQL} AND p.name = $1"
 _VERSIONS_BY_NAME = f"{_VERSION_SQL} WHERE p.name = $1 ORDER BY v.number"
@@ -54,26 +58,24 @@ _METERED = f"""
         OR EXISTS (SELECT FROM embedline.rate_limit AS l WHERE l.model_id = m.model_id)) AS metered,
     v.last_error AS version_error,
     (SELECT h.last_error FROM embedline.pipeline_health AS h WHERE h.pipeline_id = p.pipeline_id) AS last_error,
-    EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source AND {HIDDEN}) AS is_hidden,
+    EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source AND {HIDDEN}) AS is_hidden
 """
-# A source that was dropped takes its functions along; its pipeline must not stop the others.
-ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
-    AND p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
-    AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
-    ORDER BY p.pipeline_id
-"""
-_SOME_PIPELINES = ACTIVE_PIPELINES.replace(
-    "ORDER BY p.pipeline_id", "AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
-)
-# Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
-_LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
+# Versions as workers see them. A source that was dropped takes its functions along; its pipeline must not stop the others.
+_WORK_SQL = f"""
+    SELECT {_METERED}, {_VERSION_COLUMNS} {_VERSION_TABLES}
     WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
         AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
-        AND (v.version_id <> p.serving_version_id
-            OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
-    ORDER BY v.version_id
 """
-_SOME_LANES = _LANES.replace("ORDER BY v.version_id", "AND v.version_id = ANY ($2) ORDER BY v.version_id")
+_ACTIVE_SQL = f"{_WORK_SQL} AND v.version_id = p.serving_version_id"
+ACTIVE_PIPELINES = f"{_ACTIVE_SQL} ORDER BY p.pipeline_id"
+_SOME_PIPELINES = f"{_ACTIVE_SQL} AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
+# Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
+_FILLING_SQL = f"""
+    {_WORK_SQL} AND (v.version_id <> p.serving_version_id
+        OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
+"""
+_LANES = f"{_FILLING_SQL} ORDER BY v.version_id"
+_SOME_LANES = f"{_FILLING_SQL} AND v.version_id = ANY ($2) ORDER BY v.version_id"
 
 
 def load_pipeline(session: Session, name: str) -> Pipeline:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.errors import NotFound
 from embedline.postgres.session import Session
 
 # By its name, which a dump and pg_upgrade keep; in the catalogue, because whoever asks may not name what is in the schema.
 _SERVING_FUNCTION = """
     SELECT pg_get_functiondef(oid) FROM pg_proc
-    WHERE proname = $1 || '_serving' AND pronamespace = 'embedline_data'::regnamespace
+    WHERE proname = $1 AND pronamespace = 'embedline_data'::regnamespace
 """
 
 
@@ -21,7 +22,8 @@ def serving_number(session: Session, pipeline: Pipeline) -> int:
     Raises NotFound where nothing says so: the catalogue is of the statement's snapshot, and the view may be of a later one.
     """
     function = f"{pipeline.generated('serving')}()"
-    found = re.search(r"SELECT (\d+)", session.scalar(_SERVING_FUNCTION, ["text"], pipeline.name) or "")
+    body = session.scalar(_SERVING_FUNCTION, ["text"], names.generated(pipeline.name, "serving"))
+    found = re.search(r"SELECT (\d+)", body or "")
     if found is None:
         raise NotFound(
             f"the function {function} is gone or changed, which says what version serves",

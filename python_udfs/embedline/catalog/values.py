@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from embedline.chunking import ChunkingSpec
+from embedline.core import names
 from embedline.core.embedding import ModelConfig
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import SEARCH_SCHEMA, data_name
@@ -72,7 +73,7 @@ class Version:
     @property
     def column(self) -> str:
         """Name of the vector column."""
-        return f"embedding_v{self.number}"
+        return names.vector_column(self.number)
 
     @property
     def operator(self) -> str:
@@ -163,7 +164,7 @@ class Pipeline:
 
     def generated(self, suffix: str) -> str:
         """Return the qualified, quoted name of a generated object, such as the outbox."""
-        return data_name(f"{self.name}_{suffix}")
+        return data_name(names.generated(self.name, suffix))
 
     @cached_property
     def outbox(self) -> str:
@@ -177,7 +178,7 @@ class Pipeline:
 
     def chunk_table(self, number: int) -> str:
         """Return the table of a chunk set."""
-        return self.generated(chunk_table_suffix(number))
+        return self.generated(names.chunk_suffix(number))
 
     @cached_property
     def chunk_tables(self) -> list[str]:
@@ -192,16 +193,17 @@ class Pipeline:
     @cached_property
     def vectors(self) -> str:
         """The version's table."""
-        return self.generated(f"v{self.version.number}")
+        return self.generated(names.version_suffix(self.version.number))
 
     @cached_property
     def exact(self) -> str:
         """The table of the version's vectors that every search ranks exactly."""
-        return self.generated(f"v{self.version.number}_exact")
+        return self.generated(names.version_suffix(self.version.number, "exact"))
 
     def search_function(self, suffix: str) -> str:
         """Return the qualified, quoted name of a function that ranks the version's chunks; see search_functions."""
-        return f"{SEARCH_SCHEMA}.{quote_ident(f'{self.name}_v{self.version.number}_{suffix}')}"
+        name = names.of_version(self.name, self.version.number, suffix)
+        return f"{SEARCH_SCHEMA}.{quote_ident(name)}"
 
     @cached_property
     def key_list(self) -> str:
@@ -245,8 +247,3 @@ class Pipeline:
     def key_parameter_types(self) -> list[str]:
         """Types of the parameters of `key_arrays`."""
         return ["text[]"] * len(self.key_columns)
-
-
-def chunk_table_suffix(number: int) -> str:
-    """Return what follows the pipeline's name in the name of a chunk set's table."""
-    return "chunk" if number == 1 else f"chunk_{number}"

@@ -33,6 +33,16 @@ _EMBEDDED = re.compile(r"embedline worker: (([\d,]+) rows? embedded.*)")
 
 
 @dataclass(frozen=True)
+class _Size:
+    """Blocks that the backfill has not read; rows and pages of the source when it was analysed; its pages now."""
+
+    blocks: int
+    tuples: float
+    pages: int
+    pages_now: int
+
+
+@dataclass(frozen=True)
 class Task:
     """What is left of a pipeline, or of a version that is filled; `left` None: not known."""
 
@@ -80,27 +90,27 @@ class WorkerDisplay:
 
     def _pipelines(self, execute: Execute) -> list[Task]:
         found = []
-        for name, pending, percent, is_complete, error, dead, *size, source in execute(
+        for name, pending, percent, is_complete, error, dead, *counts, source in execute(
             _PIPELINES.format(name=self._name)
         ):
-            unread: float | None = 0.0 if is_complete else self._unread(execute, source, 1 - percent / 100, *size)
+            unread: float | None = (
+                0.0 if is_complete else self._unread(execute, source, 1 - percent / 100, _Size(*counts))
+            )
             # The last rows are counted when the backfill is closed.
             left = None if unread is None else max(int(pending + unread), 0 if is_complete else 1)
             remedy = f"SELECT embedline.requeue({quote_literal(name)});"
             found.append(Task(name, "rows", left, not is_complete, float(percent), error, int(dead), remedy))
         return found
 
-    def _unread(
-        self, execute: Execute, source: str, share: float, blocks: int, tuples: float, pages: int, pages_now: int
-    ) -> float | None:
+    def _unread(self, execute: Execute, source: str, share: float, size: _Size) -> float | None:
         """Return about how many rows are in the blocks that the backfill has not read; None if nothing tells."""
-        if tuples >= 0 and pages > 0:
-            return float(blocks) * tuples / pages
-        rows = tuples if tuples >= 0 else self._rows(execute, source)
+        if size.tuples >= 0 and size.pages > 0:
+            return float(size.blocks) * size.tuples / size.pages
+        rows = size.tuples if size.tuples >= 0 else self._rows(execute, source)
         if rows is None:
             return None
         # A partitioned table has no pages of its own.
-        return rows * (min(blocks / pages_now, 1.0) if pages_now else share)
+        return rows * (min(size.blocks / size.pages_now, 1.0) if size.pages_now else share)
 
     def _rows(self, execute: Execute, source: str) -> float | None:
         if source not in self._planned:

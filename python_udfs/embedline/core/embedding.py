@@ -79,4 +79,4 @@ class Embedder(Protocol):
         """Ask the model once for its dimensions and limits."""
 
     def close(self) -> None:
-        """Give back connections and threads."""
+        """Release connections and threads."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from embedline.catalog.values import ChunkSet, Pipeline, chunk_table_suffix
+from embedline.catalog.values import ChunkSet, Pipeline
 from embedline.chunking import Chunk
+from embedline.core import names
 from embedline.core.sql_text import quote_literal
 from embedline.documents.copy import copy_rows
 from embedline.documents.values import Document, StoredChunk
@@ -113,7 +114,7 @@ def apply(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, changes: Ch
 
 
 def _next_chunk_ids(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, count: int) -> npt.NDArray[np.int64]:
-    sequence = pipeline.generated(f"{chunk_table_suffix(chunk_set.number)}_chunk_id_seq")
+    sequence = pipeline.generated(f"{names.chunk_suffix(chunk_set.number)}_chunk_id_seq")
     rows = session.query(
         f"SELECT array_agg(nextval({quote_literal(sequence)}::regclass)) AS ids FROM generate_series(1, $1)",
         ["integer"],

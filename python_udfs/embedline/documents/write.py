@@ -68,7 +68,9 @@ def write_documents(
         _give_up_chunks(session, pipeline, ids, changes.added, [documents[i] for i in result.written])
         enqueue_chunks(session, pipeline.other_versions(pipeline.chunk_set.number), ids, of_backfill=of_backfill)
     for chunk_set in pipeline.other_sets:
-        _write_other_set(session, pipeline, chunk_set, documents, result.written, set(marks), of_backfill=of_backfill)
+        ids = _write_other_set(session, pipeline, chunk_set, documents, result.written, set(marks))
+        if ids.size:
+            enqueue_chunks(session, pipeline.other_versions(chunk_set.number), ids, of_backfill=of_backfill)
     written = set(result.written)
     _update_state(session, pipeline, [documents[i] for i in result.written if i in free])
     take_back(session, pipeline, [documents[i] for i in sorted(fresh - written)])
@@ -131,10 +133,8 @@ def _write_other_set(
     documents: Sequence[Document],
     written: Sequence[int],
     marked: Collection[int],
-    *,
-    of_backfill: bool,
-) -> None:
-    """Write the documents' chunks of another set; the versions that embed them are left to their own time."""
+) -> npt.NDArray[np.int64]:
+    """Write the documents' chunks of another set; return the ids of new ones, which their versions embed later."""
     stored = stored_chunks(session, pipeline, documents, written, chunk_set)
     changes, replaced = Changes(), list[int]()
     for index in written:
@@ -144,9 +144,7 @@ def _write_other_set(
         if index in marked:
             replaced += change[0]
     keep_vectors(session, pipeline, chunk_set, replaced)
-    ids = apply(session, pipeline, chunk_set, changes)
-    if ids.size:
-        enqueue_chunks(session, pipeline.other_versions(chunk_set.number), ids, of_backfill=of_backfill)
+    return apply(session, pipeline, chunk_set, changes)
 
 
 def enqueue_chunks(

@@ -1,4 +1,4 @@
-"""What embedding a table will take before anything is paid for: rows, tokens, money, bytes and hours.
+"""Estimate rows, tokens, money, bytes and hours before anything is paid for.
 
 Runs with the caller's rights: the sample reads the table, and evaluates the content, as the caller; only a superuser does it
 as the source's owner, for the expressions of a pipeline are that role's code. No provider is asked
@@ -19,7 +19,7 @@ from embedline.catalog.load import load_model, load_pipeline
 from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import Chunk, ChunkingSpec
 from embedline.chunking.factory import make_chunker
-from embedline.core import storage_size
+from embedline.core import names, storage_size
 from embedline.core.expression import require_single_expression
 from embedline.core.prices import TOKENS_PER_PRICE
 from embedline.core.processes import prepare_environment
@@ -103,7 +103,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Speed:
-    """A model as a buyer sees it: what a million tokens cost, how fast it is, and where that is known from."""
+    """A model's price of a million tokens, its speed, and their origin."""
 
     name: str
     local: bool
@@ -115,7 +115,10 @@ class _Speed:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The sample, chunked and counted: values of each sampled row, and the texts of some chunks."""
+    """The sample, chunked and counted.
+
+    It has values of each sampled row, and the texts of some chunks.
+    """
 
     sample: Sample
     accepted: list[float]
@@ -208,12 +211,15 @@ def _pipeline_plan(session: Session, name: str, row: dict[str, Any], model_name:
 
 
 def _expressions(session: Session, pipeline: Pipeline) -> dict[str, str]:
-    """Return the pipeline's expressions over a row t of its source, as they are now: columns may have other names."""
+    """Return the pipeline's expressions over a row t of its source.
+
+    They have the columns' current names.
+    """
     plan, _ = plan_in_use(session, pipeline)
-    names = {f"{pipeline.name}_{suffix}": suffix for suffix in plan.watched}
+    suffixes = {names.generated(pipeline.name, suffix): suffix for suffix in plan.watched}
     found = {}
-    for row in session.query(_FUNCTIONS, ["text[]"], list(names)):
-        suffix = names[str(row["name"])]
+    for row in session.query(_FUNCTIONS, ["text[]"], list(suffixes)):
+        suffix = suffixes[str(row["name"])]
         inputs = ", ".join(
             f"t.{quote_ident(column)} AS {quote_ident(parameter)}"
             for parameter, (column, _) in zip(row["parameters"] or (), plan.watched[suffix].columns, strict=True)
@@ -365,7 +371,7 @@ def _cost(speed: _Speed, tokens: Amount, suffix: str) -> list[Figure]:
 
 
 def _remaining(session: Session, plan: _Plan, own: _Speed, measured: _Measured) -> list[Figure]:
-    """What of the pipeline is still to do: rows without a document, and changes that wait."""
+    """Return the work that is left: rows without a document, waiting changes."""
     row = session.query("SELECT * FROM embedline._work_done($1)", ["text"], plan.pipeline)[0]
     accepted = measured.sample.total(measured.accepted)
     missing = Amount(max(accepted.value - row["documents"], 0.0), accepted.margin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,9 +13,10 @@ from embedline.catalog import progress
 from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.values import Pipeline, Version
 from embedline.core.processes import prepare_environment
-from embedline.errors import InvalidParameter, NotReady
+from embedline.errors import NotReady
 from embedline.gate import report, statistics
 from embedline.gate.index_fidelity import Fidelity, measure, require_index
+from embedline.gate.options import GateOptions
 from embedline.gate.queries import QuerySet, load_queries
 from embedline.gate.report import Row
 from embedline.gate.statistics import FloatArray, Verdict
@@ -46,30 +47,15 @@ _RECORD_TYPES = [
 
 
 @dataclass(frozen=True)
-class GateOptions:
-    """What a caller decides of a gate."""
+class Evaluation:
+    """An evaluation that is to be stored; `verdicts` are the whole, the index's and the quality's."""
 
-    k: int
-    margin: float
-    query_count: int
-    breakdown: str | None
-    seed: int
-    min_recall: float
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.k <= 100:
-            raise InvalidParameter(f"k must be between 1 and 100, not {self.k}")
-        if not 0 <= self.margin < 1:
-            raise InvalidParameter(
-                f"margin must be at least 0 and below 1, not {self.margin:g}",
-                hint="0.01 lets a version lose one point.",
-            )
-        if not 1 <= self.query_count <= 100_000:
-            raise InvalidParameter(f"query_count must be between 1 and 100000, not {self.query_count}")
-        if not 0 <= self.seed < 2**63:
-            raise InvalidParameter("seed must be at least 0")
-        if not 0 < self.min_recall <= 1:
-            raise InvalidParameter(f"min_recall must be above 0 and at most 1, not {self.min_recall:g}")
+    kind: Literal["gate", "preview"]
+    verdicts: tuple[Verdict, Verdict, Verdict]
+    queries: QuerySet
+    options: GateOptions
+    fingerprint: str
+    evidence: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,11 @@ def _evaluate(session: Session, new: Pipeline, canaries: str | None, options: Ga
         report.verdict_row(verdict, measured, quality, note),
         *report.fidelity_rows(measured, k), *rows, *_latency(session, subjects, queries),
     ]  # fmt: skip
-    _record_gate(session, subjects, queries, options, (verdict, measured, quality), rows, canaries)
+    asked = {"canaries": canaries, "queries": queries.note, "min_recall": options.min_recall}
+    evidence = asked | _evidence(subjects, measured, rows)
+    verdicts = (verdict, measured.verdict, quality)
+    baseline = old.version if len(subjects) == 2 else None
+    record(session, new, baseline, Evaluation("gate", verdicts, queries, options, new.version.fingerprint, evidence))
     return [row.as_dict() for row in rows]
 
 
@@ -171,9 +161,7 @@ def _compare(subjects: Sequence[_Subject], queries: QuerySet, options: GateOptio
     found = [subject.search.rankings.keys for subject in subjects]
     rows.append(report.overlap_row(found[0], found[1], options.k))
     if options.breakdown is not None:
-        rows += report.group_rows(
-            scores[0], scores[1], queries.groups, options.breakdown, options.k, options.margin, options.seed
-        )
+        rows += report.group_rows(scores[0], scores[1], queries.groups, options.breakdown, options)
     return compared[statistics.DECIDING].verdict, rows
 
 
@@ -196,32 +184,20 @@ def _latency(session: Session, subjects: Sequence[_Subject], queries: QuerySet) 
     ]
 
 
-def _record_gate(
-    session: Session, subjects: Sequence[_Subject], queries: QuerySet, options: GateOptions,
-    verdicts: tuple[Verdict, Fidelity, Verdict], rows: Sequence[Row], canaries: str | None,
-) -> None:  # fmt: skip
-    new = subjects[-1].pipeline
-    verdict, measured, quality = verdicts
-    evidence = {
-        "canaries": canaries, "queries": queries.note, "min_recall": options.min_recall,
+def _evidence(subjects: Sequence[_Subject], measured: Fidelity, rows: Sequence[Row]) -> dict[str, Any]:
+    return {
         "index": measured.chosen.index if measured.chosen else None,
         "models": [subject.pipeline.version.model.config.name for subject in subjects],
         "rows": [row.as_dict() for row in rows],
-    }  # fmt: skip
-    record(
-        session, new, subjects[0].pipeline.version if len(subjects) == 2 else None, "gate",
-        (verdict, measured.verdict, quality), queries, options, new.version.fingerprint, evidence,
-    )  # fmt: skip
+    }
 
 
-def record(
-    session: Session, pipeline: Pipeline, baseline: Version | None, kind: str, verdicts: tuple[Verdict, Verdict, Verdict],
-    queries: QuerySet, options: GateOptions, fingerprint: str, evidence: dict[str, Any],
-) -> None:  # fmt: skip
-    """Store an evaluation; `verdicts` are the whole, the index's and the quality's."""
+def record(session: Session, pipeline: Pipeline, baseline: Version | None, evaluation: Evaluation) -> None:
+    """Store an evaluation of the pipeline's version against a baseline, if it has one."""
+    queries, options = evaluation.queries, evaluation.options
     session.query(
         _RECORD, _RECORD_TYPES, pipeline.pipeline_id, pipeline.version.version_id,
         *((baseline.number, baseline.version_id, baseline.fingerprint) if baseline else (None, None, None)),
-        kind, *verdicts, queries.source, len(queries.texts), options.k, options.margin, options.seed, fingerprint,
-        json.dumps(evidence),
+        evaluation.kind, *evaluation.verdicts, queries.source, len(queries.texts), options.k, options.margin,
+        options.seed, evaluation.fingerprint, json.dumps(evaluation.evidence),
     )  # fmt: skip

@@ -24,8 +24,9 @@ from embedline.core.tokens import plausible_tokens
 from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.gate import report, statistics
-from embedline.gate.evaluate import GateOptions, record, score_rankings
+from embedline.gate.evaluate import Evaluation, record, score_rankings
 from embedline.gate.model_bridge import Bridge, fit_bridge
+from embedline.gate.options import GateOptions
 from embedline.gate.queries import PROBES, QuerySet, draw_places, load_queries
 from embedline.gate.report import Row
 from embedline.models import circuit
@@ -90,8 +91,8 @@ def preview_version(
     }  # fmt: skip
     # There is no version of that model: the row belongs to the serving one, under the model's own fingerprint.
     record(
-        session, pipeline, pipeline.version, "preview", (verdict, "inconclusive", verdict), queries, options,
-        model.fingerprint, evidence,
+        session, pipeline, pipeline.version,
+        Evaluation("preview", (verdict, "inconclusive", verdict), queries, options, model.fingerprint, evidence),
     )  # fmt: skip
     return [row.as_dict() for row in rows]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from embedline.gate import statistics
 from embedline.gate.index_fidelity import Fidelity
+from embedline.gate.options import GateOptions
 from embedline.gate.statistics import Comparison, FloatArray, Verdict
 
 # Old and new share less than this of their results: worth a look, though a better model finds other things.
@@ -129,7 +130,7 @@ def latency_rows(what: str, old: Sequence[float] | None, new: Sequence[float], d
 
 
 def group_rows(
-    old: FloatArray, new: FloatArray, groups: Sequence[str | None], column: str, k: int, margin: float, seed: int
+    old: FloatArray, new: FloatArray, groups: Sequence[str | None], column: str, options: GateOptions
 ) -> list[Row]:
     """The deciding measure of each group: never decides, but a group that falls beyond chance is an alarm.
 
@@ -144,12 +145,12 @@ def group_rows(
     for name in largest:
         chosen = labels == name
         compared = statistics.judge(
-            old[chosen, statistics.DECIDING], new[chosen, statistics.DECIDING], margin, seed, confidence
+            old[chosen, statistics.DECIDING], new[chosen, statistics.DECIDING], options.margin, options.seed, confidence
         )
         falls = compared.high < 0
         detail = f"{compared.queries} queries" + ("; falls by more than chance explains" if falls else "")
         rows.append(Row(
-            f"nDCG@{k}, {column} = {name}", compared.old, compared.new, compared.difference, compared.low, compared.high,
+            f"nDCG@{options.k}, {column} = {name}", compared.old, compared.new, compared.difference, compared.low, compared.high,
             "alarm" if falls else None, detail,
         ))  # fmt: skip
     return rows

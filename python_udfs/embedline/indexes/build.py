@@ -11,11 +11,12 @@ import json
 from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.storage_size import hnsw_build_memory, hnsw_bytes
 from embedline.errors import InvalidParameter
-from embedline.indexes.cron_jobs import index_job
 from embedline.indexes.definitions import VectorIndex, create_index_statement, find_index, index_state, load_indexes
 from embedline.indexes.resources import BuildSettings, Need, choose, look_at_machine
+from embedline.postgres import cron
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.session import Session
@@ -26,8 +27,8 @@ _DEFAULT_M = 16
 # First key of the session advisory lock that builds on one table exclude each other by ("Emi1"); the second is the table's oid.
 _BUILD_LOCK_CLASS = 1164798257
 _TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
-HAS_CRON = "SELECT to_regclass('cron.job') IS NOT NULL"
-SCHEDULE = "SELECT cron.schedule($1, '* * * * *', $2)"
+# A job of an index begins at the next full minute, and again each minute until it is taken away.
+_EACH_MINUTE = "* * * * *"
 
 
 def build_settings(
@@ -81,10 +82,16 @@ def index_plan(
 
 
 def job(pipeline: Pipeline, index: VectorIndex) -> str:
-    return index_job(pipeline.name, pipeline.version.number, index.precision)
+    """Return the name of the job that builds an index."""
+    return names.index_job(pipeline.name, pipeline.version.number, index.precision)
 
 
-def job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:
+def schedule_build(session: Session, pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> None:
+    """Have pg_cron build an index."""
+    cron.schedule(session, job(pipeline, index), _EACH_MINUTE, _job_command(pipeline, index, settings))
+
+
+def _job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:
     """Return a job's command: one statement, which carries its settings in a comment.
 
     A job has a session of its own, but SET and CREATE INDEX CONCURRENTLY in one string would be one transaction. The event
@@ -122,7 +129,7 @@ def build_vector_index(session: Session, name: str, number: int | None) -> str:
             session.plpy.notice(f"{index.name}: {notice}")
         if states[index] == "invalid":
             session.execute(f"DROP INDEX {index.qualified}")
-        session.query(SCHEDULE, ["text", "text"], job(pipeline, index), job_command(pipeline, index, settings))
+        schedule_build(session, pipeline, index, settings)
         done.append(
             f"pg_cron builds {index.name} at the next full minute, with maintenance_work_mem ="
             f" {settings.maintenance_work_mem_kb // 1024} MB and {settings.parallel_workers} parallel workers"
@@ -131,7 +138,7 @@ def build_vector_index(session: Session, name: str, number: int | None) -> str:
 
 
 def _require_cron(session: Session, pipeline: Pipeline) -> None:
-    if not session.scalar(HAS_CRON):
+    if not cron.has_cron(session):
         raise InvalidParameter(
             "pg_cron is not installed in this database",
             detail="CREATE INDEX CONCURRENTLY cannot run in a function.",

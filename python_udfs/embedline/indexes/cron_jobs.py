@@ -1,20 +1,17 @@
-"""The names of pg_cron's jobs that build indexes, and removing them."""
+"""Remove pg_cron's jobs that build indexes."""
 
 from __future__ import annotations
 
+from embedline.core import names
+from embedline.postgres.cron import has_cron
 from embedline.postgres.session import Session
-
-
-def index_job(name: str, number: int, precision: str | None) -> str:
-    """Return the name of the job that builds an index of a version."""
-    return f"embedline index {name} v{number}" + (f" {precision}" if precision else "")
 
 
 def forget_index_jobs(session: Session, name: str, number: int | None = None, precision: str | None = None) -> None:
     """Take away the jobs that build indexes of what is about to be dropped: a pipeline, a version, or one of its indexes."""
-    if not session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
+    if not has_cron(session):
         return
-    prefix = f"embedline index {name} " if number is None else f"{index_job(name, number, precision)} "
+    prefix = names.index_jobs(name) if number is None else f"{names.index_job(name, number, precision)} "
     session.query(
         "SELECT cron.unschedule(jobid) FROM cron.job"
         " WHERE database = current_database() AND starts_with(jobname || ' ', $1)",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import NotFound
 from embedline.postgres.relations import data_name, vector_schema
@@ -50,7 +51,7 @@ def own_index(pipeline: Pipeline, schema: str) -> VectorIndex:
     version = pipeline.version
     return VectorIndex(
         precision=None,
-        name=f"{pipeline.name}_v{version.number}_embedding_idx",
+        name=names.vector_index(pipeline.name, version.number),
         operand="{}",
         operator=f"OPERATOR({schema}.{version.operator})",
         operator_class=f"{schema}.{version.operator_class}",
@@ -81,7 +82,7 @@ def precision_index(pipeline: Pipeline, schema: str, row: dict[str, Any]) -> Vec
     }[kind]
     return VectorIndex(
         precision=str(row["name"]),
-        name=f"{pipeline.name}_v{version.number}_{row['name']}_idx",
+        name=names.vector_index(pipeline.name, version.number, str(row["name"])),
         operand=operand,
         operator=f"OPERATOR({schema}.{operator})",
         operator_class=f"{schema}.{operator_class}",

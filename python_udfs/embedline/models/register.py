@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -12,6 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 from embedline.catalog.rights import require_superuser
 from embedline.core.embedding import ModelConfig, ModelInfo
 from embedline.core.prices import check_price
+from embedline.core.recipe import ModelSpec, RequestLimits
 from embedline.embedders import create_embedder, known_options
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound
 from embedline.models.pool import let_cancel_through, wait_result
@@ -45,9 +47,13 @@ INSERT_TYPES = (
 
 @entry_point
 def create_model(session: Session, parameters: dict[str, Any]) -> str:
-    """Probe a model, store what it is, return its name. Raises where the declaration does not fit the model."""
-    price = check_price(parameters.pop("price_per_million_tokens"))
-    config = _validated_config(session, parameters)
+    """Probe a model, store what it is, return its name.
+
+    Raises if the declaration does not fit the model.
+    """
+    spec = ModelSpec.from_parameters(parameters)
+    price = check_price(spec.price)
+    config = _validated_config(session, spec)
     if session.scalar("SELECT model_id FROM embedline.model WHERE name = $1", ["text"], config.name) is not None:
         raise AlreadyExists(
             f'there is a model "{config.name}" already',
@@ -98,7 +104,7 @@ def drop_model(session: Session, name: str) -> None:
 
 
 def probe(session: Session, config: ModelConfig) -> ModelInfo:
-    """Ask the model for its dimensions and limits; the statement stays cancellable meanwhile."""
+    """Ask the model for its dimensions and limits; the statement can be cancelled."""
     embedder = create_embedder(config)
     try:
         return wait_result(embedder.probe(), let_cancel_through(session))
@@ -106,8 +112,11 @@ def probe(session: Session, config: ModelConfig) -> ModelInfo:
         embedder.close()
 
 
-def checked_options(name: str, provider: str, given: Any) -> dict[str, Any]:
-    """Return a model's options, as PL/Python hands them over, if its provider knows them."""
+def checked_options(name: str, provider: str, given: str | None) -> dict[str, Any]:
+    """Return a model's options if its provider knows them.
+
+    They come as the text of a jsonb value.
+    """
     loaded = json.loads(given or "{}")
     if not isinstance(loaded, dict):
         raise InvalidParameter(
@@ -134,17 +143,18 @@ def _refuse_secrets(base_url: str | None) -> None:
         )
 
 
-def check_limits(given: dict[str, Any]) -> None:
-    """Raise for a limit of requests that cannot be used; NULL, where it may be given, is not looked at."""
+def check_limits(limits: RequestLimits) -> None:
+    """Raise for a limit of requests that cannot be used; one that is not given passes."""
+    given = limits.given()
     for name, (low, high) in _LIMITS.items():
-        if given[name] is not None and not low <= given[name] <= high:
+        if name in given and not low <= given[name] <= high:
             raise InvalidParameter(f"{name} must be between {low} and {high}, not {given[name]}")
-    if given["timeout_seconds"] is not None and not given["timeout_seconds"] > 0:
+    if limits.timeout_seconds is not None and not limits.timeout_seconds > 0:
         raise InvalidParameter("timeout_seconds must be above 0")
 
 
 def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
-    """Raise for an address that is none or holds a secret, and for a key in place of its variable's name."""
+    """Raise unless the address is one without a secret and the key is a variable."""
     if base_url is not None and not re.match(r"https?://[^/\s]", base_url):
         raise InvalidParameter(
             "base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1."
@@ -167,16 +177,20 @@ def check_directory(provider: str, model: str) -> None:
         )
 
 
-def _validated_config(session: Session, given: dict[str, Any]) -> ModelConfig:
-    for required in ("name", "provider", "model"):
-        if not given[required]:
+def _validated_config(session: Session, spec: ModelSpec) -> ModelConfig:
+    for required, value in (("name", spec.name), ("provider", spec.provider), ("model", spec.model)):
+        if not value:
             raise InvalidParameter(f"{required} must not be empty")
-    check_limits(given)
-    if given["dimensions"] is not None and not 1 <= given["dimensions"] <= 16_000:
+    check_limits(spec.limits)
+    if spec.dimensions is not None and not 1 <= spec.dimensions <= 16_000:
         raise InvalidParameter("dimensions must be between 1 and 16000: pgvector stores no longer vector")
-    hint = f"As a superuser, run embedline.create_model('{given['name']}', ...); any embedline_admin may then use it."
+    hint = f"As a superuser, run embedline.create_model('{spec.name}', ...); any embedline_admin may then use it."
     require_superuser(session, "register a model", hint)
-    check_endpoint(given["base_url"], given["api_key_env"])
-    options = checked_options(given["name"], given["provider"], given.pop("options"))
-    check_directory(given["provider"], given["model"])
-    return ModelConfig(**given, options=options)
+    check_endpoint(spec.base_url, spec.api_key_env)
+    options = checked_options(spec.name, spec.provider, spec.options)
+    check_directory(spec.provider, spec.model)
+    return ModelConfig(
+        name=spec.name, provider=spec.provider, model=spec.model, dimensions=spec.dimensions, revision=spec.revision,
+        base_url=spec.base_url, api_key_env=spec.api_key_env, document_prefix=spec.document_prefix,
+        query_prefix=spec.query_prefix, options=options, **asdict(spec.limits),
+    )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Changing the recipe of a pipeline that is in use, and writing its generated functions anew after an upgrade."""
+"""Alter the recipe of a pipeline in use; regenerate functions after an upgrade."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from embedline.catalog.load import load_pipeline, load_versions
@@ -12,12 +12,14 @@ from embedline.catalog.rights import require_control
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
 from embedline.chunking import ChunkingSpec
+from embedline.core import names
+from embedline.core.recipe import Expressions, PipelineChanges
 from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
 from embedline.pipelines.ddl.plan import CODE_VERSION, FUNCTIONS, CapturePlan, SourceExpression
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import tenant_index, tenant_index_statements
-from embedline.pipelines.ddl.triggers import trigger_name, update_trigger_statements
-from embedline.pipelines.expressions import EXPRESSIONS, deparsed
+from embedline.pipelines.ddl.triggers import update_trigger_statements
+from embedline.pipelines.expressions import deparsed
 from embedline.pipelines.functions import (
     create_functions,
     generated_functions,
@@ -26,16 +28,17 @@ from embedline.pipelines.functions import (
     use_row_triggers,
 )
 from embedline.pipelines.plan import current_plan
-from embedline.pipelines.recipe_check import check_weight, spec_for
+from embedline.pipelines.recipe_check import check_weight, next_chunking
 from embedline.pipelines.register import recipe_stamp, version_fingerprint
 from embedline.pipelines.state import load_alone
 from embedline.pipelines.views import refresh_views, write_serving_function
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import data_name
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 from embedline.queue.backfill import insert_ranges
 
+# Expressions that alter_pipeline may drop.
 _OPTIONAL = ("filter", "document_prefix", "tenant")
 # Suffix of the generated function of each expression.
 _FUNCTIONS = {"content": "content", "filter": "filter", "document_prefix": "prefix", "tenant": "tenant_value"}
@@ -88,85 +91,75 @@ _FOREIGN_KEY_TYPES = """
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a pipeline is to be: its expressions as the user wrote them, its chunking, and its weight."""
+    """The expressions, chunking and weight that a pipeline is to have.
 
-    expressions: dict[str, str | None]
+    Expressions are as the user wrote them.
+    """
+
+    expressions: Expressions
     spec: ChunkingSpec
     weight: float
 
 
 @entry_point
-def alter_pipeline(session: Session, name: str, given: dict[str, Any]) -> None:
-    """Change what is given of a pipeline's recipe; rows that this concerns are embedded again one by one.
+def alter_pipeline(session: Session, name: str, parameters: dict[str, Any]) -> None:
+    """Change the given parts of a pipeline's recipe.
+
+    Rows that this concerns are embedded again one by one.
 
     Search goes on meanwhile with what is stored. Chunks that come out as before keep their vectors and cost nothing.
     """
+    changes = PipelineChanges.from_parameters(parameters)
     require_control(session, name)
     bound_lock_wait(session)
     pipeline = load_alone(session, name)
     # Alterations of one pipeline follow each other. NO KEY: a worker that writes a dead letter does not wait.
-    stored = session.query(_STORED, ["text"], name)[0]
+    stored = Expressions(**session.query(_STORED, ["text"], name)[0])
     current = _Wanted(stored, pipeline.spec, pipeline.weight)
-    wanted = _wanted(pipeline, current, given)
+    wanted = _wanted(pipeline, current, changes)
     if wanted == current:
         session.plpy.notice(f'pipeline "{name}" is like that already: nothing has changed')
         return
-    changed = [parameter for parameter in EXPRESSIONS if wanted.expressions[parameter] != stored[parameter]]
+    changed = wanted.expressions.differing(stored)
     if len(pipeline.versions) > 1 and (wanted.spec != current.spec or "document_prefix" in changed):
         raise InvalidParameter(
             f'the chunking of pipeline "{name}" cannot change while it has {len(pipeline.versions)} versions',
             hint=f"SELECT embedline.drop_embedding_version('{name}', number) first, or give the next version another chunking.",
         )
     if changed:
-        _replace_expressions(session, pipeline, changed, given)
-    _store(session, pipeline, wanted, given["expression_search_path"] if changed else None)
+        _replace_expressions(session, pipeline, changed, changes)
+    _store(session, pipeline, wanted, changes.search_path if changed else None)
     if wanted.spec != current.spec or set(changed) - {"tenant"}:
         _begin_backfill(session, pipeline, wanted)
 
 
-def _wanted(pipeline: Pipeline, current: _Wanted, given: dict[str, Any]) -> _Wanted:
-    dropped = set(given["drop"] or ())
-    if unknown := dropped - set(_OPTIONAL):
+def _wanted(pipeline: Pipeline, current: _Wanted, changes: PipelineChanges) -> _Wanted:
+    if unknown := changes.dropped - set(_OPTIONAL):
         raise InvalidParameter(
             f'"{sorted(unknown)[0]}" cannot be dropped from a pipeline', hint=f"Use one of {', '.join(_OPTIONAL)}."
         )
-    expressions: dict[str, str | None] = {}
-    for parameter in EXPRESSIONS:
-        if given[parameter] is not None and parameter in dropped:
+    given = changes.expressions.texts()
+    for parameter in given:
+        if parameter in changes.dropped:
             raise InvalidParameter(
                 f"{parameter} is given and dropped at the same time", hint="Leave it out of drop, or of the call."
             )
-        kept = None if parameter in dropped else current.expressions[parameter]
-        expressions[parameter] = given[parameter] if given[parameter] is not None else kept
-    weight = current.weight if given["weight"] is None else given["weight"]
-    check_weight(weight)
-    return _Wanted(expressions, _wanted_spec(pipeline, given), weight)
+    kept = {name: text for name, text in current.expressions.texts().items() if name not in changes.dropped}
+    weight = check_weight(current.weight if changes.weight is None else changes.weight)
+    spec = next_chunking(changes.chunking, pipeline.spec, pipeline.version.model)
+    return _Wanted(Expressions(**{**kept, **given}), spec, weight)
 
 
-def _wanted_spec(pipeline: Pipeline, given: dict[str, Any]) -> ChunkingSpec:
-    spec = pipeline.spec
-    method = given["chunking"] or spec.method
-    options = given["chunking_options"]
-    if options is None:
-        # Options belong to a method.
-        options = dict(spec.options) if method == spec.method else {}
-    return spec_for(
-        method,
-        spec.tokens if given["chunk_tokens"] is None else given["chunk_tokens"],
-        spec.overlap if given["chunk_overlap"] is None else given["chunk_overlap"],
-        as_mapping(options),
-        pipeline.version.model,
-    )
+def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str], changes: PipelineChanges) -> None:
+    """Rewrite the functions of changed expressions and all that depends on them.
 
-
-def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str], given: dict[str, Any]) -> None:
-    """Write the functions of changed expressions anew, all that read through them, and the trigger that names their columns."""
+    These are the functions that read through them, and the trigger that names their columns.
+    """
     plan, source = plan_in_use(session, pipeline)
     # What CREATE TRIGGER needs below. Taken first: so no write and no other alteration comes between the two.
     session.execute(f"LOCK TABLE {source.qualified} IN SHARE ROW EXCLUSIVE MODE")
     plan, source = plan_in_use(session, pipeline)
-    values = {parameter: given[parameter] if parameter in changed else None for parameter in EXPRESSIONS}
-    found = deparsed(session, source, {**values, "expression_search_path": given["expression_search_path"]})
+    found = deparsed(session, source, changes.expressions.only(changed), changes.search_path)
     plan = replace(
         plan,
         content=found.get("content", plan.content),
@@ -185,7 +178,10 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
 
 
 def replace_functions(session: Session, plan: CapturePlan, source: Source, changed: list[str]) -> None:
-    """Drop and create the generated functions; those of expressions that have not changed stay as they are."""
+    """Drop and create the generated functions.
+
+    Those of expressions that have not changed stay as they are.
+    """
     kept = {suffix for suffix in _FUNCTIONS.values() if suffix not in changed}
     doomed = tuple(suffix for suffix in FUNCTIONS if suffix not in kept)
     for row in generated_functions(session, plan.name, doomed):
@@ -198,7 +194,10 @@ def replace_functions(session: Session, plan: CapturePlan, source: Source, chang
 
 
 def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
-    """Return the plan of a pipeline as it is: expressions without text, with the columns' names of now."""
+    """Return the current plan of a pipeline, and its source.
+
+    Expressions are without text, with the columns' current names.
+    """
     plan, source = current_plan(session, pipeline)
     expressions = expressions_in_use(session, pipeline)
     content = expressions.get("content")
@@ -208,7 +207,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
         )
     trigger = session.query(
-        _TRIGGER, ["bigint", "name"], source.oid, trigger_name(pipeline.name, "update")
+        _TRIGGER, ["bigint", "name"], source.oid, names.trigger(pipeline.name, "update")
     )  # fmt: skip
     return replace(
         plan,
@@ -222,7 +221,10 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
 
 
 def expressions_in_use(session: Session, pipeline: Pipeline) -> dict[str, SourceExpression]:
-    """Return the input columns of each expression, by the suffix of its function, as what reads the source calls these."""
+    """Return the input columns of each expression, by its function's suffix.
+
+    The names are those by which the functions that read the source call the columns.
+    """
     types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], pipeline.source_oid)}
     reading = session.scalar(_BODY, ["text"], f"{pipeline.name}_read") or ""
     telling = session.scalar(_BODY, ["text"], f"{pipeline.name}_tenant") or ""
@@ -234,7 +236,10 @@ def expressions_in_use(session: Session, pipeline: Pipeline) -> dict[str, Source
 
 
 def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExpression | None:
-    """Return the input columns of an expression's function, as a function's body calls it; None where it does not."""
+    """Return an expression's input columns as a function's body calls it.
+
+    None if the body does not call it.
+    """
     call = re.search(rf'embedline_(?:data|expression)\."?{function}"?\(((?:{_ARGUMENT}(?:, )?)*)\)', body)
     if call is None:
         return None
@@ -246,7 +251,7 @@ def _store(session: Session, pipeline: Pipeline, wanted: _Wanted, search_path: s
     session.query(
         _STORE,
         ["text", "text", "text", "text", "text", "text", "double precision"],
-        pipeline.name, *(wanted.expressions[parameter] for parameter in EXPRESSIONS), search_path, wanted.weight,
+        pipeline.name, *astuple(wanted.expressions), search_path, wanted.weight,
     )  # fmt: skip
     session.query(
         _STORE_CHUNKING, ["bigint", "text", "integer", "integer", "jsonb"],
@@ -256,17 +261,20 @@ def _store(session: Session, pipeline: Pipeline, wanted: _Wanted, search_path: s
 
 
 def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> None:
-    """Have every row looked at again; those whose content, recipe and filter still agree cost one comparison."""
+    """Have every row read again.
+
+    Rows whose content, recipe and filter still agree cost one comparison.
+    """
     version = pipeline.version
     fingerprint = version_fingerprint(
-        version.model, version.column_type, version.distance, wanted.spec, wanted.expressions["document_prefix"]
+        version.model, version.column_type, version.distance, wanted.spec, wanted.expressions.document_prefix
     )
     # Not now(): workers may have written since this transaction began, before it had the versions to itself.
     session.query(
         "UPDATE embedline.pipeline SET altered_at = clock_timestamp() WHERE pipeline_id = $1",
         ["bigint"], pipeline.pipeline_id,
     )  # fmt: skip
-    decisive = (wanted.spec, wanted.expressions["document_prefix"]) != (pipeline.spec, pipeline.document_prefix)
+    decisive = (wanted.spec, wanted.expressions.document_prefix) != (pipeline.spec, pipeline.document_prefix)
     if decisive:
         session.query(
             "UPDATE embedline.version SET fingerprint = $2 WHERE version_id = $1",
@@ -280,7 +288,7 @@ def _begin_backfill(session: Session, pipeline: Pipeline, wanted: _Wanted) -> No
 
 
 def restart_sweep(session: Session, pipeline: Pipeline) -> None:
-    """Have the sweep that closes the backfill look once more for rows without a document."""
+    """Have the closing sweep of the backfill search again for missing documents."""
     session.query(
         "UPDATE embedline.version SET state = 'backfilling', completed_at = NULL WHERE version_id = $1",
         ["bigint"], pipeline.version.version_id,
@@ -296,7 +304,7 @@ def restart_ranges(session: Session, pipeline: Pipeline) -> None:
 
 @entry_point
 def regenerate_pipelines(session: Session) -> None:
-    """Write the generated functions anew of every pipeline that another version of Embedline wrote them for."""
+    """Regenerate the functions that another version of Embedline generated."""
     for row in session.query(_OUTDATED, ["integer"], CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
         if "content" not in expressions_in_use(session, pipeline):

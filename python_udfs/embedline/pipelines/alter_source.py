@@ -1,4 +1,4 @@
-"""Around a statement of the user's that changes a source: what stands in its way is taken away before, and put back after.
+"""Take a pipeline's objects off its source around a statement of the user's.
 
 The statement itself runs between the two in the SQL function alter_source, with the rights of its caller: nothing
 here runs any text of theirs. What was taken away is kept in the session, for the transaction that did so.
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embedline.catalog.rights import require_control
+from embedline.core.names import trigger
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotFound, NotReady
-from embedline.pipelines.ddl.triggers import trigger_name
 from embedline.pipelines.follow import begin_reshaping, end_reshaping
 from embedline.pipelines.plan import source_oid
 from embedline.pipelines.reshaping import Reshaping
@@ -42,7 +42,10 @@ class _Taken:
 
 @entry_point
 def take_away(session: Session, source: str) -> None:
-    """Take away what PostgreSQL would refuse to change the source for: views, functions and the trigger on its columns."""
+    """Take away the objects that would make PostgreSQL refuse the change.
+
+    These are the views, the functions, and the trigger on the source's columns.
+    """
     oid = source_oid(session, source)
     label = session.scalar(_LABEL, ["bigint"], oid)
     names = [str(row["name"]) for row in session.query(_PIPELINES, ["bigint"], oid)]
@@ -60,15 +63,18 @@ def take_away(session: Session, source: str) -> None:
     taken: dict[int, _Taken] = session.cache.setdefault(_TAKEN, {})
     retry_locked(session, reshaping.take_away, "a view of the source")
     for name in names:
-        trigger = quote_ident(trigger_name(name, "update"))
-        session.execute(f"DROP TRIGGER IF EXISTS {trigger} ON {label}")
+        capture = quote_ident(trigger(name, "update"))
+        session.execute(f"DROP TRIGGER IF EXISTS {capture} ON {label}")
     transaction = str(session.scalar(_TRANSACTION))
     taken[oid] = _Taken(transaction, names, reshaping, session.scalar(_UPDATED, ["bigint"], oid))
 
 
 @entry_point
 def put_back(session: Session, source_number: int) -> None:
-    """Put back what was taken away of a source in this transaction, for the source as it is now."""
+    """Put back the objects that this transaction has taken off a source.
+
+    They are written for the source as it is now.
+    """
     taken: dict[int, _Taken] = session.cache.setdefault(_TAKEN, {})
     found = taken.pop(source_number, None)
     if found is None or found.transaction != session.scalar(_TRANSACTION):

@@ -1,4 +1,4 @@
-"""Another key of the source: by which columns its rows are known now, and how the generated tables follow without a loss.
+"""Exchange the key of a pipeline in its generated tables, without a loss.
 
 Documents and chunks keep their ids, and so their vectors: only the columns of the key are exchanged. Which row a document
 belongs to is told by the old key where its columns are still there, else by the content: a document has the hash of the
@@ -12,6 +12,7 @@ from typing import Any
 
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.functions import DEFINER
 from embedline.pipelines.ddl.plan import CapturePlan, KeyColumn
@@ -54,14 +55,17 @@ _HAS_PRIMARY = "SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = $1::oid AND
 
 @dataclass(frozen=True)
 class KeyNow:
-    """The key of a pipeline as its source has it now; `names` of the columns, None where one is gone or of another type."""
+    """The key of a pipeline as its source has it now.
+
+    `names` are its columns; None if one of them is gone or has another type.
+    """
 
     names: tuple[str, ...] | None
     is_key: bool
 
     @classmethod
     def of(cls, session: Session, pipeline: Pipeline) -> KeyNow:
-        """Look at the columns that the pipeline knows its rows by."""
+        """Read the columns by which the pipeline knows its rows."""
         rows = session.query(_KEY_COLUMNS, ["bigint"], pipeline.pipeline_id)
         types = stored_types(session, pipeline)
         is_there = all(row["name"] is not None for row in rows) and [row["type"] for row in rows] == list(types)
@@ -70,7 +74,10 @@ class KeyNow:
 
 
 def stored_types(session: Session, pipeline: Pipeline) -> tuple[str, ...]:
-    """Return the types of the key as the generated tables hold it: a type may have been renamed."""
+    """Return the types of the key in the generated tables.
+
+    The source may have renamed a type.
+    """
     rows = session.query(
         "SELECT format_type(a.atttypid, a.atttypmod) AS type FROM unnest($2::text[]) WITH ORDINALITY AS k (name, position)"
         " JOIN pg_attribute AS a ON a.attname = k.name AND a.attrelid = to_regclass($1) ORDER BY k.position",
@@ -100,7 +107,10 @@ def is_small(session: Session, pipeline: Pipeline) -> bool:
 
 @dataclass(frozen=True)
 class KeySwap:
-    """Which key a pipeline is to have. `rows_by` are the source's columns of the old key, None where content has to tell."""
+    """The key that a pipeline is to have.
+
+    `rows_by` are the source's columns of the old key; None if documents are matched to rows by content.
+    """
 
     pipeline: Pipeline
     keys: tuple[KeyColumn, ...]
@@ -109,7 +119,10 @@ class KeySwap:
 
     @classmethod
     def wanted(cls, session: Session, pipeline: Pipeline, source: Source, *, is_moved: bool) -> KeySwap:
-        """Return the key that the pipeline keeps where it is one, else the one that the source has; raises where it has none."""
+        """Return the wanted key: the current one if it still is a key.
+
+        Otherwise it is the key that the source has. Raises if there is none.
+        """
         types = stored_types(session, pipeline)
         now = KeyNow.of(session, pipeline)
         if is_moved:
@@ -131,7 +144,10 @@ class KeySwap:
         return cls(pipeline, keys, is_needed=True)
 
     def begin(self, session: Session) -> None:
-        """Give the generated tables the columns of the new key beside the old ones; what is queued is left to the sweep."""
+        """Add the columns of the new key to the generated tables.
+
+        The old ones stay beside them. The sweep finds again the rows that were queued.
+        """
         pipeline = self.pipeline
         hidden = pipeline.generated("hidden")
         # What no search may show must not be mapped to a row.
@@ -151,7 +167,10 @@ class KeySwap:
             session.execute(f"ALTER TABLE {table} {', '.join(added)}")
 
     def finish(self, session: Session, plan: CapturePlan, source: Source) -> None:
-        """Fill the new columns, take the old ones away, and make the key of them. Reads all rows of the source."""
+        """Fill the new columns, drop the old ones, and make the key.
+
+        Reads all rows of the source.
+        """
         pipeline = self.pipeline
         if self.rows_by is not None:
             self._map_by_row(session, plan, self.rows_by)
@@ -171,11 +190,11 @@ class KeySwap:
         for table in (pipeline.document, *pipeline.chunk_tables):
             session.execute(f"ALTER TABLE {table} {', '.join(f'DROP COLUMN {column}' for column in old)}")
             session.execute(f"ALTER TABLE {table} {', '.join(required)}")
-        constraint = quote_ident(f"{pipeline.name}_document_pkey")
+        constraint = quote_ident(names.generated(pipeline.name, "document_pkey"))
         session.execute(f"ALTER TABLE {pipeline.document} ADD CONSTRAINT {constraint} PRIMARY KEY ({', '.join(new)})")
-        for suffix, table in zip(_chunk_suffixes(pipeline), pipeline.chunk_tables, strict=True):
-            index = quote_ident(f"{pipeline.name}_{suffix}_key_idx")
-            session.execute(f"CREATE INDEX {index} ON {table} ({', '.join(new)})")
+        for chunk_set in (pipeline.chunk_set, *pipeline.other_sets):
+            index = quote_ident(names.generated(pipeline.name, f"{names.chunk_suffix(chunk_set.number)}_key_idx"))
+            session.execute(f"CREATE INDEX {index} ON {pipeline.chunk_table(chunk_set.number)} ({', '.join(new)})")
         session.execute(hidden_index_statement(plan))
         for table in (pipeline.document, *pipeline.chunk_tables):
             session.execute(f"ANALYZE {table} ({', '.join(new)})")
@@ -188,7 +207,10 @@ class KeySwap:
         session.execute(f"UPDATE {self.pipeline.document} AS d SET {values} FROM {plan.rows} AS s WHERE {same}")
 
     def _map_by_content(self, session: Session, plan: CapturePlan, source: Source) -> None:
-        """Give each document the row that has its content: of rows with the same content each has one, and it fits any."""
+        """Give each document a row that has its content.
+
+        Of several rows with the same content each gets one document, and any fits.
+        """
         function = plan.generated("contents")
         keys = ", ".join(f"{quote_ident(key.name)} {key.type}" for key in self.keys)
         inputs = ", ".join(f"source_row.{quote_ident(name)}" for name, _ in plan.expression_columns)
@@ -228,10 +250,6 @@ class KeySwap:
             [*["text[]"] * count, "bytea[]"],
             *(found[f"key_{i}"] or [] for i in range(count)), found["digests"] or [],
         )  # fmt: skip
-
-
-def _chunk_suffixes(pipeline: Pipeline) -> list[str]:
-    return [table.rsplit(".", 1)[1].strip('"').removeprefix(f"{pipeline.name}_") for table in pipeline.chunk_tables]
 
 
 def _unchanged(pipeline: Pipeline, names: tuple[str, ...], types: tuple[str, ...]) -> tuple[KeyColumn, ...]:

@@ -7,14 +7,15 @@ from typing import Any
 
 from embedline.catalog.load import load_model, load_pipeline
 from embedline.catalog.rights import caller
-from embedline.catalog.values import chunk_table_suffix
+from embedline.core import names
+from embedline.core.recipe import PipelineSpec
 from embedline.errors import AlreadyExists, InvalidParameter
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import storage_statements
 from embedline.pipelines.ddl.triggers import trigger_function_statements, trigger_statements
 from embedline.pipelines.functions import create_functions
 from embedline.pipelines.plan import load_source, make_plan, source_oid
-from embedline.pipelines.recipe_check import check_recipe, spec_for
+from embedline.pipelines.recipe_check import check_choices, check_version, check_weight, first_chunking
 from embedline.pipelines.register import create_version_table, grant_tables, register
 from embedline.pipelines.views import (
     create_routing_view,
@@ -32,21 +33,27 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}\Z")
 
 
 @entry_point
-def create_pipeline(session: Session, given: dict[str, Any]) -> str:
-    """Create everything of a pipeline; return its routing view. Takes O(blocks) of the source, embeds nothing."""
-    name = _validated_name(session, given["name"])
+def create_pipeline(session: Session, parameters: dict[str, Any]) -> str:
+    """Create a pipeline; return its routing view.
+
+    Takes O(blocks) of the source and embeds nothing.
+    """
+    spec = PipelineSpec.from_parameters(parameters)
+    name = _validated_name(session, spec.name)
     role = caller(session)
-    source = load_source(session, source_oid(session, given["source"]), role)
-    model = load_model(session, given["model"])
-    check_recipe(given, model)
+    source = load_source(session, source_oid(session, spec.source), role)
+    model = load_model(session, spec.model)
+    check_version(spec.version, model)
+    check_choices({"capture": spec.capture})
+    check_weight(spec.weight)
     bound_lock_wait(session)
-    spec = spec_for(given["chunking"], given["chunk_tokens"], given["chunk_overlap"], given["chunking_options"], model)
-    plan = make_plan(session, name, source, given)
+    chunking = first_chunking(spec.chunking, model)
+    plan = make_plan(session, spec, source)
     for statement in storage_statements(plan):
         session.execute(statement)
     create_functions(session, plan, source)
-    pipeline_id = register(session, given, plan, source, model, spec)
-    create_version_table(session, plan, 1, 1, given["column_type"], model.config.dimensions)
+    pipeline_id = register(session, spec, plan, source, model, chunking)
+    create_version_table(session, plan, 1, 1, spec.version.column_type, model.config.dimensions)
     for statement in (*trigger_function_statements(plan), *trigger_statements(plan)):
         session.execute(statement)
     # Only now, under the triggers' lock: no row can come between the measured size and the capture.
@@ -55,7 +62,7 @@ def create_pipeline(session: Session, given: dict[str, Any]) -> str:
     view = create_routing_view(session, pipeline_id, plan, source, shown)
     create_version_view(session, load_pipeline(session, name), plan, source)
     write_serving_function(session, plan, 1)
-    grant_tables(session, plan, source, ["hidden", chunk_table_suffix(1), "v1"])
+    grant_tables(session, plan, source, ["hidden", names.chunk_suffix(1), names.version_suffix(1)])
     create_search_functions(session, load_pipeline(session, name), plan, source)
     return view
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.rights import require_control
+from embedline.core import names
 from embedline.indexes.cron_jobs import forget_index_jobs
 from embedline.pipelines.ddl.plan import FUNCTIONS, TABLES, TRIGGER_FUNCTIONS
 from embedline.pipelines.ddl.search_functions import drop_search_functions
@@ -18,7 +19,10 @@ from embedline.postgres.session import Session
 
 @entry_point
 def drop_pipeline(session: Session, name: str) -> None:
-    """Remove a pipeline with its triggers, view, functions and tables; the source stays as it is."""
+    """Remove a pipeline with all that was generated for it.
+
+    The source stays as it is.
+    """
     require_control(session, name)
     bound_lock_wait(session)
     forget_index_jobs(session, name)
@@ -27,10 +31,9 @@ def drop_pipeline(session: Session, name: str) -> None:
         SELECT format('%I', t.tgname) AS trigger, t.tgrelid::regclass::text AS source FROM pg_trigger AS t
         JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE p.pronamespace = 'embedline_data'::regnamespace AND t.tgparentid = 0
-            AND p.proname = ANY (
-                SELECT $1 || '_capture_' || e FROM unnest('{insert,update,delete,truncate}'::text[]) AS e)
+            AND p.proname = ANY ($1)
         """,
-        ["text"], name,
+        ["text[]"], [names.generated(name, suffix) for suffix in TRIGGER_FUNCTIONS],
     ):  # fmt: skip
         session.execute(f"DROP TRIGGER {row['trigger']} ON {row['source']}")
     pipeline = load_pipeline(session, name)

@@ -1,13 +1,13 @@
-"""Users' expressions as PostgreSQL has parsed them, with the columns that they read."""
+"""Read users' expressions, with the columns that they name."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from typing import Any
 
 from embedline.catalog.source import Source
 from embedline.core.expression import require_single_expression
+from embedline.core.recipe import Expressions
 from embedline.core.sql_text import quote_ident
 from embedline.errors import InvalidParameter
 from embedline.pipelines.ddl.plan import SourceExpression
@@ -15,8 +15,6 @@ from embedline.postgres.run_as import Undone, create_scratch_schema, run_as_owne
 from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import sqlstate_of
 
-# Parameters that are SQL expressions over a row of the source.
-EXPRESSIONS = ("content", "filter", "document_prefix", "tenant")
 _COLUMN_NAMES = """
     SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped
 """
@@ -43,12 +41,13 @@ _VOLATILE = """
 """
 
 
-def deparsed(session: Session, source: Source, given: dict[str, Any]) -> dict[str, SourceExpression]:
-    """Return the expressions among the parameters that are given, by parameter."""
+def deparsed(
+    session: Session, source: Source, expressions: Expressions, search_path: str
+) -> dict[str, SourceExpression]:
+    """Return the expressions as PostgreSQL reads them, by parameter."""
     found = {
-        parameter: _deparse(session, source, given[parameter], parameter, given["expression_search_path"])
-        for parameter in EXPRESSIONS
-        if given[parameter] is not None
+        parameter: _deparse(session, source, text, parameter, search_path)
+        for parameter, text in expressions.texts().items()
     }
     if "content" in found and not found["content"].columns:
         raise InvalidParameter(
@@ -60,12 +59,18 @@ def deparsed(session: Session, source: Source, given: dict[str, Any]) -> dict[st
 def deparse_again(
     session: Session, source: Source, expression: str, parameter: str, search_path: str, known_as: dict[str, str]
 ) -> SourceExpression:
-    """Read a stored expression again, whose columns may have other names now: `known_as` tells the names that it uses."""
+    """Read a stored expression again, whose columns may have been renamed.
+
+    `known_as` maps the current names to those that it uses.
+    """
     return _deparse(session, source, expression, parameter, search_path, known_as)
 
 
 def _rename_columns(session: Session, table: str, known_as: dict[str, str]) -> list[tuple[str, str]]:
-    """Give columns of an empty copy of the source the names of before; return the renamings that undo it."""
+    """Give columns of an empty copy of the source their former names.
+
+    Returns the renamings that undo it.
+    """
     undo = []
     there = {str(row["attname"]) for row in session.query(_COLUMN_NAMES, ["text"], table)}
     moved = {now: then for now, then in known_as.items() if now != then}
@@ -88,7 +93,9 @@ def _deparse(
     search_path: str,
     known_as: dict[str, str] | None = None,
 ) -> SourceExpression:
-    """Let PostgreSQL resolve the expression with the caller's search_path, and print it back fully qualified.
+    """Let PostgreSQL resolve an expression with the caller's search_path.
+
+    It is printed back fully qualified.
 
     A CHECK constraint on an empty copy of the table takes exactly what is wanted: an expression over one row, without
     aggregates, window or set-returning functions and subqueries, and prints it with bare column names.

@@ -1,4 +1,4 @@
-"""Following a source: the names and types of its columns, its owner and its parent may change under a pipeline.
+"""Follow a source whose columns, owner or parent change.
 
 The event trigger embedline_follow_source calls this where what is stored of a source is no longer what is;
 refresh_pipeline does it by hand, and brings the views up to date.
@@ -6,21 +6,22 @@ refresh_pipeline does it by hand, and brings the views up to date.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from embedline.catalog.load import load_versions
 from embedline.catalog.rights import require_control
 from embedline.catalog.source import Source
-from embedline.catalog.values import Pipeline, chunk_table_suffix
+from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.errors import EmbedlineError
 from embedline.pipelines.alter import plan_in_use, replace_functions, restart_sweep
 from embedline.pipelines.changed_keys import KeyNow, has_key, has_primary_key, is_small
 from embedline.pipelines.ddl.plan import TABLES, CapturePlan
 from embedline.pipelines.ddl.search_functions import create_search_functions, revoke_search_functions
-from embedline.pipelines.ddl.triggers import resting_trigger_statements, trigger_name
+from embedline.pipelines.ddl.triggers import resting_trigger_statements, update_trigger_statements
 from embedline.pipelines.functions import (
     generated_functions,
     needs_row_triggers,
@@ -65,7 +66,9 @@ _TRANSACTION = "SELECT pg_current_xact_id()::text"
 
 @entry_point
 def refresh_pipeline(session: Session, name: str) -> None:
-    """Add new source columns to the routing view, and watch every update where a BEFORE trigger now exists.
+    """Bring a pipeline's views and triggers up to date with its source.
+
+    Adds new columns to the views, and watches every update if a BEFORE trigger exists now.
 
     Follows another key of the source, however much has to be exchanged for it.
     """
@@ -106,7 +109,10 @@ def follow_source(session: Session, name: str) -> None:
 
 
 def _could_reshape(session: Session, pipeline: Pipeline) -> bool:
-    """Follow another key at once; where that is refused, warn and return False: status shows what to run."""
+    """Follow another key at once; return False, with a warning, if that is refused.
+
+    embedline.status then shows what to run.
+    """
     try:
         with session.plpy.subtransaction():
             _reshape(session, pipeline)
@@ -123,7 +129,10 @@ def _could_reshape(session: Session, pipeline: Pipeline) -> bool:
 
 
 def _needs_reshaping(session: Session, pipeline: Pipeline) -> bool:
-    """Whether the key is another one, or the functions that read the source went with a column that was dropped."""
+    """Return True if the pipeline's objects must be written again.
+
+    The key is another one, or functions that read the source went with a dropped column.
+    """
     now = KeyNow.of(session, pipeline)
     if now.names is None or (not now.is_key and has_key(session, pipeline)):
         return True
@@ -151,7 +160,10 @@ def being_reshaped(session: Session, names: Sequence[str]) -> Iterator[None]:
 
 
 def begin_reshaping(session: Session, names: Sequence[str]) -> None:
-    """Leave these pipelines to this transaction. They rest, which a rollback to a savepoint undoes, as the cache does not."""
+    """Leave these pipelines to this transaction.
+
+    They rest, which a rollback to a savepoint undoes; it does not undo the cache.
+    """
     transaction = str(session.scalar(_TRANSACTION))
     session.cache.setdefault(_RESHAPED, {}).update(dict.fromkeys(names, transaction))
     for name in names:
@@ -189,11 +201,14 @@ def _follow(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
 
 
 def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
-    """Give the source's owner of now what the one before had: the functions that read it, the views, and what these read."""
+    """Give the source's current owner the rights of the one before.
+
+    These are the functions that read the source, the views, and the tables that the views read.
+    """
     plan, source = plan_in_use(session, pipeline)
     replace_functions(session, plan, source, [])
-    suffixes = ["hidden", *(chunk_table_suffix(number) for number in chunk_set_numbers(pipeline))]
-    suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
+    suffixes = ["hidden", *(names.chunk_suffix(number) for number in chunk_set_numbers(pipeline))]
+    suffixes += [names.version_suffix(number) for _, number, _ in pipeline.versions]
     grant_tables(session, plan, source, suffixes)
     _write_search_functions(session, pipeline, plan, source)
     if before == source.owner:
@@ -212,17 +227,17 @@ def _write_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
 
 
 def _refresh_update_trigger(session: Session, plan: CapturePlan, source: Source) -> None:
+    """Have the trigger fire on every update if the source has a BEFORE trigger.
+
+    Such a trigger may change an input that the statement does not name.
+    """
     if not session.scalar(BEFORE_UPDATE, ["bigint"], source.oid):
         return
-    name = trigger_name(plan.name, "update")
+    name = names.trigger(plan.name, "update")
     rows = session.query(
-        "SELECT pg_get_triggerdef(oid) AS definition, tgenabled = 'A' AS always FROM pg_trigger"
-        " WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
+        "SELECT tgenabled = 'A' AS always FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2 AND tgattr <> ''",
         ["bigint", "name"], source.oid, name,
     )  # fmt: skip
-    if not rows:
-        return
-    session.execute(f"DROP TRIGGER {quote_ident(name)} ON {source.qualified}")
-    session.execute(re.sub(r"AFTER UPDATE OF .*? ON ", "AFTER UPDATE ON ", str(rows[0]["definition"]), count=1))
-    if rows[0]["always"]:
-        session.execute(f"ALTER TABLE {source.qualified} ENABLE ALWAYS TRIGGER {quote_ident(name)}")
+    if rows:
+        for statement in update_trigger_statements(replace(plan, watch_all=True, always=bool(rows[0]["always"]))):
+            session.execute(statement)

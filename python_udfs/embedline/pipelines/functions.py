@@ -1,4 +1,4 @@
-"""Create the generated functions of a pipeline, and the triggers that fit its source."""
+"""Create a pipeline's generated functions and the triggers for its source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from embedline.catalog.source import Source
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.errors import EmbedlineError
 from embedline.pipelines.ddl.audit import audit_function_statements
@@ -34,7 +35,10 @@ _NOTE_SOURCE = """
 
 
 def create_functions(session: Session, plan: CapturePlan, source: Source) -> None:
-    """Create the functions that read the source; those of users' expressions only where the plan has their text."""
+    """Create the functions that read the source.
+
+    Those of users' expressions are created only if the plan has their text.
+    """
     owner = quote_ident(source.owner)
     _create_expression_functions(session, plan, source)
     for statement in (
@@ -47,7 +51,7 @@ def create_functions(session: Session, plan: CapturePlan, source: Source) -> Non
     tables = ", ".join(plan.generated(suffix) for suffix in TABLES)
     session.execute(f"GRANT SELECT ON {tables} TO {owner}")
     # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's. The owner
-    # may name them, and nothing else: whoever can name a function that is theirs can alter it to run as its caller.
+    # may name them, and nothing else, because a role that can name a function of its own can alter it to run as its caller.
     session.execute(f"GRANT USAGE ON SCHEMA {EXPRESSION_SCHEMA} TO {owner}")
     for row in generated_functions(session, plan.name, FUNCTIONS):
         session.execute(f"REVOKE ALL ON FUNCTION {row['signature']} FROM public")
@@ -55,7 +59,10 @@ def create_functions(session: Session, plan: CapturePlan, source: Source) -> Non
 
 
 def _create_expression_functions(session: Session, plan: CapturePlan, source: Source) -> None:
-    """Create the functions of users' expressions as the source's owner, and take them out of the owner's reach."""
+    """Create the functions of users' expressions as the source's owner.
+
+    They are then moved out of the owner's reach.
+    """
     schema = create_scratch_schema(session, source.owner)
     for suffix, statement in content_function_statements(plan, schema).items():
         run_as_owner(session, source.owner, statement)
@@ -65,7 +72,7 @@ def _create_expression_functions(session: Session, plan: CapturePlan, source: So
             WHERE p.pronamespace = $1::regnamespace AND p.proname = $2 AND p.prosqlbody IS NOT NULL AND NOT p.prosecdef
                 AND pg_get_userbyid(p.proowner) = $3
             """,
-            ["text", "text", "name"], schema, f"{plan.name}_{suffix}", source.owner,
+            ["text", "text", "name"], schema, names.generated(plan.name, suffix), source.owner,
         )  # fmt: skip
         if len(created) != 1:
             raise EmbedlineError(
@@ -76,35 +83,41 @@ def _create_expression_functions(session: Session, plan: CapturePlan, source: So
 
 
 def generated_functions(session: Session, name: str, suffixes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return signature and suffix of a pipeline's generated functions of these suffixes, in their order."""
+    """Return signature and suffix of a pipeline's generated functions, in order."""
     return session.query(
         """
         SELECT p.oid::regprocedure::text AS signature, w.suffix
-        FROM unnest($2::text[]) WITH ORDINALITY AS w (suffix, position)
-        JOIN pg_proc AS p ON p.proname = $1 || '_' || w.suffix
+        FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS w (name, suffix, position)
+        JOIN pg_proc AS p ON p.proname = w.name
             AND p.pronamespace IN ('embedline_data'::regnamespace, 'embedline_expression'::regnamespace)
         ORDER BY w.position, p.oid
         """,
-        ["text", "text[]"],
-        name,
+        ["text[]", "text[]"],
+        [names.generated(name, suffix) for suffix in suffixes],
         list(suffixes),
     )
 
 
 def rewrite_trigger_functions(session: Session, plan: CapturePlan) -> None:
-    """Write the functions anew that name the source's columns and their types in plain text, and note what they name."""
+    """Rewrite the functions that name the source's columns and types as text.
+
+    Notes which columns and types they name.
+    """
     for statement in (*trigger_function_statements(plan), range_function_statement(plan)):
         session.execute(statement)
     session.query(_NOTE_SOURCE, ["text", "text[]"], plan.name, [key.type for key in plan.keys])
 
 
 def needs_row_triggers(plan: CapturePlan, source: Source) -> bool:
-    """Whether the source became a part of another table: its statement triggers do not fire on a write through that."""
+    """Return True if the source became a part of another table.
+
+    Its statement triggers do not fire on a write through the parent.
+    """
     return plan.capture == "statement" and source.is_child
 
 
 def use_row_triggers(session: Session, plan: CapturePlan) -> CapturePlan:
-    """Put row triggers in the place of the statement triggers; return the plan with them."""
+    """Replace the statement triggers by row triggers; return the plan with them."""
     plan = replace(plan, capture="row")
     session.query("UPDATE embedline.pipeline SET capture = 'row' WHERE name = $1", ["text"], plan.name)
     for statement in (*trigger_function_statements(plan), *trigger_statements(plan)):

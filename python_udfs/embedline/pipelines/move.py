@@ -1,4 +1,4 @@
-"""Going over to another table: one that has taken the source's place, or holds its rows from now on."""
+"""Move a pipeline to a table that takes its source's place."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from embedline.catalog.keys import enqueue
 from embedline.catalog.rights import caller, require_control
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.changed_keys import KeySwap
 from embedline.pipelines.ddl.plan import KeyColumn
-from embedline.pipelines.ddl.triggers import trigger_name
 from embedline.pipelines.follow import accept_source, being_reshaped
 from embedline.pipelines.plan import load_source, source_oid
 from embedline.pipelines.reshaping import Reshaping
@@ -28,7 +28,9 @@ _TRIGGERS = """
 
 @entry_point
 def move_pipeline(session: Session, name: str, new_source: str) -> None:
-    """Have a pipeline watch another table of the same key and columns; what is the same there is not embedded again.
+    """Have a pipeline watch another table of the same key and columns.
+
+    Rows with the same content are not embedded again.
 
     Search goes on with what is stored: its views and functions are exchanged at the end, in milliseconds. Workers then
     compare each row of the table with what is stored, and take away what has no row any more.
@@ -56,13 +58,16 @@ def move_pipeline(session: Session, name: str, new_source: str) -> None:
 
 def _drop_triggers(session: Session, pipeline: Pipeline) -> None:
     """End the capture of the table that was watched, if it is still there."""
-    names = [trigger_name(pipeline.name, event) for event in ("insert", "update", "delete", "truncate")]
-    for row in session.query(_TRIGGERS, ["bigint", "name[]"], pipeline.source_oid, names):
+    triggers = [names.trigger(pipeline.name, event) for event in names.EVENTS]
+    for row in session.query(_TRIGGERS, ["bigint", "name[]"], pipeline.source_oid, triggers):
         session.execute(str(row["statement"]))
 
 
 def _queue_gone(session: Session, pipeline: Pipeline, source: Source, keys: tuple[KeyColumn, ...]) -> None:
-    """Queue the documents that have no row in the other table: workers take them away. Reads keys alone."""
+    """Queue the documents that have no row in the other table.
+
+    Workers remove them. Reads keys alone.
+    """
     rows = source.qualified if source.partitioned else f"ONLY {source.qualified}"
     same = " AND ".join(f"s.{quote_ident(key.source_name)} = d.{quote_ident(key.name)}" for key in keys)
     gone = f"{pipeline.document} AS d"

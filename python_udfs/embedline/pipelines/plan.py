@@ -1,4 +1,4 @@
-"""The plan of a pipeline's capture: its source, its key and its expressions, new or as they are stored."""
+"""Make the plan of a pipeline's capture, new or from stored values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from embedline.catalog.source import Source, hidden_source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
+from embedline.core.recipe import PipelineSpec
 from embedline.core.sql_text import quote_ident
 from embedline.errors import InvalidParameter, NotFound, NotPermitted
 from embedline.pipelines.ddl.plan import CapturePlan, KeyColumn, SourceExpression
@@ -76,7 +78,7 @@ _KEY_TYPES = """
     FROM embedline.pipeline AS p, unnest(p.key_columns) WITH ORDINALITY AS k (name, position)
     JOIN pg_attribute AS a ON a.attname = k.name
     JOIN pg_class AS c ON c.oid = a.attrelid AND c.relnamespace = 'embedline_data'::regnamespace
-    WHERE p.name = $1 AND c.relname = p.name || '_document'
+    WHERE p.name = $1 AND c.relname = $2
 """
 # Of the inputs' old values, then of the new ones: as the function was made, whatever the columns are now.
 _INPUT_TYPES = """
@@ -145,7 +147,10 @@ def load_key(session: Session, source: Source) -> list[dict[str, Any]]:
 
 
 def key_of(session: Session, source: Source, rows: list[dict[str, Any]]) -> tuple[KeyColumn, ...]:
-    """Return the key of these rows of KEY; raise InvalidParameter where it is none that a pipeline can have."""
+    """Return the key of these rows of KEY.
+
+    Raises InvalidParameter if a pipeline cannot have it.
+    """
     if not rows:
         near = [str(row["reason"]) for row in session.query(_NEARLY_KEYS, ["bigint"], source.oid)]
         raise InvalidParameter(
@@ -172,9 +177,10 @@ def key_of(session: Session, source: Source, rows: list[dict[str, Any]]) -> tupl
     )
 
 
-def make_plan(session: Session, name: str, source: Source, given: dict[str, Any]) -> CapturePlan:
+def make_plan(session: Session, spec: PipelineSpec, source: Source) -> CapturePlan:
+    """Return the plan of a new pipeline: key, expressions and kind of triggers."""
     keys = key_of(session, source, load_key(session, source))
-    mode = given["capture"]
+    mode = spec.capture
     if mode == "auto":
         mode = "row" if source.partitioned or source.subscribed or source.is_child else "statement"
     elif mode == "statement" and source.partitioned:
@@ -188,10 +194,10 @@ def make_plan(session: Session, name: str, source: Source, given: dict[str, Any]
             detail="Its statement triggers do not fire on a write through its parent.",
             hint="Leave capture out: auto takes row triggers here.",
         )
-    expressions = deparsed(session, source, given)
+    expressions = deparsed(session, source, spec.expressions, spec.search_path)
     return CapturePlan(
-        name=name, source=source.qualified, keys=keys, content=expressions["content"],
-        filter=expressions.get("filter"), capture=mode, always=source.subscribed or given["capture"] == "row",
+        name=spec.name, source=source.qualified, keys=keys, content=expressions["content"],
+        filter=expressions.get("filter"), capture=mode, always=source.subscribed or spec.capture == "row",
         watch_all=bool(session.scalar(BEFORE_UPDATE, ["bigint"], source.oid)),
         prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"), partitioned=source.partitioned,
     )  # fmt: skip
@@ -203,7 +209,10 @@ def _key_column_name(source_name: str, position: int) -> str:
 
 
 def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
-    """Return what is needed to write a pipeline's trigger functions and view, with the names of now."""
+    """Return the plan for trigger functions and views, and the source.
+
+    Columns have their current names.
+    """
     session.query("SELECT embedline._resolve_attributes()")
     key_rows, input_rows = (
         session.query(
@@ -236,12 +245,15 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
         pipeline.source_oid, first["nspname"], first["relname"], first["owner"], first["relkind"] == "p", False,
         is_child=first["is_child"],
     )  # fmt: skip
-    key_types = session.scalar(_KEY_TYPES, ["text"], pipeline.name) or pipeline.key_types
+    key_types = (
+        session.scalar(_KEY_TYPES, ["text", "text"], pipeline.name, names.generated(pipeline.name, "document"))
+        or pipeline.key_types
+    )
     keys = tuple(
         KeyColumn(str(row["attname"]), column, key_type, None)
         for row, column, key_type in zip(key_rows, pipeline.key_columns, key_types, strict=True)
     )
-    types = session.query(_INPUT_TYPES, ["text"], f"{pipeline.name}_changed")
+    types = session.query(_INPUT_TYPES, ["text"], names.generated(pipeline.name, "changed"))
     inputs = SourceExpression(
         "",
         tuple(

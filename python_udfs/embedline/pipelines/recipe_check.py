@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 from embedline.catalog.values import Model
 from embedline.chunking import ChunkingSpec, chunking_spec
+from embedline.core.recipe import ChunkingChoice, VersionSpec
+from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import InvalidParameter
-from embedline.postgres.session import as_mapping
 
-# pgvector 0.8: HNSW indexes up to 2,000 dimensions of vector and 4,000 of halfvec.
-INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000}
+_CHOICES = {
+    "column_type": ("vector", "halfvec"),
+    "distance": ("cosine", "inner_product", "l2"),
+    "index_method": ("hnsw", "none"),
+    "capture": ("auto", "statement", "row"),
+}
+# Smallest and largest value of each of pgvector's options of an HNSW index.
+_INDEX_OPTIONS = {"m": (2, 100), "ef_construction": (4, 1000)}
 _DEFAULT_CHUNK_TOKENS = 256
 
 
-def check_recipe(given: dict[str, Any], model: Model) -> None:
-    """Raise where parameters of a version are none, or do not fit together or the model."""
-    choices = {
-        "column_type": ("vector", "halfvec"),
-        "distance": ("cosine", "inner_product", "l2"),
-        "index_method": ("hnsw", "none"),
-        "capture": ("auto", "statement", "row"),
-    }
-    for parameter, allowed in choices.items():
-        if given[parameter] not in allowed:
+def check_choices(given: Mapping[str, str | None]) -> None:
+    """Raise unless each of these parameters has one of its known values."""
+    for parameter, value in given.items():
+        if value not in _CHOICES[parameter]:
             raise InvalidParameter(
-                f'{parameter} "{given[parameter]}" is not known', hint=f"Use one of {', '.join(allowed)}."
+                f'{parameter} "{value}" is not known', hint=f"Use one of {', '.join(_CHOICES[parameter])}."
             )
-    check_weight(given["weight"])
+
+
+def check_version(spec: VersionSpec, model: Model) -> None:
+    """Raise unless a version's parts are known and fit together and the model."""
+    column_type, method = spec.column_type, spec.index.method
+    check_choices({"column_type": column_type, "distance": spec.distance, "index_method": method})
     dimensions = model.config.dimensions or 0
-    limit = INDEX_DIMENSIONS[given["column_type"]]
-    if given["index_method"] == "hnsw" and dimensions > limit:
+    limit = INDEX_DIMENSIONS[column_type]
+    if method == "hnsw" and dimensions > limit:
         hint = "Use index_method => 'none', or a model of fewer dimensions."
-        if given["column_type"] == "vector" and dimensions <= INDEX_DIMENSIONS["halfvec"]:
+        if column_type == "vector" and dimensions <= INDEX_DIMENSIONS["halfvec"]:
             hint = "Use column_type => 'halfvec', which HNSW indexes up to 4000 dimensions."
         raise InvalidParameter(
-            f"HNSW indexes {given['column_type']} up to {limit} dimensions; {dimensions} are too many", hint=hint
+            f"HNSW indexes {column_type} up to {limit} dimensions; {dimensions} are too many", hint=hint
         )
-    options = as_mapping(given["index_options"])
-    for option, value in options.items():
-        low, high = {"m": (2, 100), "ef_construction": (4, 1000)}.get(option, (1, 0))
+    for option, value in spec.index.options.items():
+        low, high = _INDEX_OPTIONS.get(option, (1, 0))
         if not isinstance(value, int) or not low <= value <= high:
             raise InvalidParameter(
                 f'index option "{option}" cannot be {value}',
@@ -48,21 +53,42 @@ def check_recipe(given: dict[str, Any], model: Model) -> None:
             )
 
 
-def check_weight(weight: float | None) -> None:
-    """Raise unless the value can be a pipeline's weight."""
+def check_weight(weight: float | None) -> float:
+    """Return the value if it can be a pipeline's weight."""
     if weight is None or not 0 < weight < math.inf:
         raise InvalidParameter(
             f"weight cannot be {weight}",
             hint="Use a number above 0: a pipeline of weight 2 gets twice the share of one of 1.",
         )
+    return weight
 
 
-def spec_for(method: str, tokens: int | None, overlap: int, options: Any, model: Model) -> ChunkingSpec:
-    """Return the chunking recipe of these parameters, checked against what the model reads."""
-    limit = model.max_tokens
+def first_chunking(choice: ChunkingChoice, model: Model) -> ChunkingSpec:
+    """Return the chunking of a new pipeline, if the model reads that many tokens."""
+    tokens = _default_tokens(model) if choice.tokens is None else choice.tokens
+    return _fitting(chunking_spec(str(choice.method), tokens, choice.overlap, choice.options or {}), model)
+
+
+def next_chunking(choice: ChunkingChoice, current: ChunkingSpec, model: Model) -> ChunkingSpec:
+    """Return the current chunking with a choice's changes, if it fits the model."""
+    method = choice.method or current.method
+    options = choice.options
+    if options is None:
+        # Options belong to a method.
+        options = dict(current.options) if method == current.method else {}
+    tokens = current.tokens if choice.tokens is None else choice.tokens
     if tokens is None:
-        tokens = min(_DEFAULT_CHUNK_TOKENS, limit or _DEFAULT_CHUNK_TOKENS)
-    spec = chunking_spec(method, tokens, overlap, as_mapping(options))
+        tokens = _default_tokens(model)
+    overlap = current.overlap if choice.overlap is None else choice.overlap
+    return _fitting(chunking_spec(method, tokens, overlap, options), model)
+
+
+def _default_tokens(model: Model) -> int:
+    return min(_DEFAULT_CHUNK_TOKENS, model.max_tokens or _DEFAULT_CHUNK_TOKENS)
+
+
+def _fitting(spec: ChunkingSpec, model: Model) -> ChunkingSpec:
+    limit = model.max_tokens
     if spec.tokens is not None and limit is not None and spec.tokens > limit:
         raise InvalidParameter(
             f"chunk_tokens {spec.tokens} does not fit the model",

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from embedline.catalog.rights import caller
 from embedline.catalog.source import Source
 from embedline.catalog.values import Model
 from embedline.chunking import ChunkingSpec
 from embedline.core.fingerprint import recipe_fingerprint
+from embedline.core.recipe import PipelineSpec, VersionSpec
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CODE_VERSION, CapturePlan
 from embedline.pipelines.ddl.tables import version_statements
 from embedline.postgres.relations import vector_schema
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 
 
 def create_version_table(
@@ -28,8 +29,9 @@ def create_version_table(
 
 
 def register(
-    session: Session, given: dict[str, Any], plan: CapturePlan, source: Source, model: Model, spec: ChunkingSpec
+    session: Session, spec: PipelineSpec, plan: CapturePlan, source: Source, model: Model, chunking: ChunkingSpec
 ) -> int:
+    """Register a pipeline with its first chunk set and version; return its id."""
     pipeline_id = session.scalar(
         """
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
@@ -47,15 +49,16 @@ def register(
         """,
         ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "name[]", "text", "text",
          "double precision", "integer", "text", "text"],
-        plan.name, source.oid, given["content"], given["filter"], given["expression_search_path"],
+        plan.name, source.oid, spec.expressions.content, spec.expressions.filter, spec.search_path,
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
-        plan.capture, caller(session), [name for name, _ in plan.expression_columns], given["document_prefix"],
-        given["tenant"], given["weight"], CODE_VERSION, source.schema, source.name,
+        plan.capture, caller(session), [name for name, _ in plan.expression_columns],
+        spec.expressions.document_prefix, spec.expressions.tenant, spec.weight, CODE_VERSION, source.schema, source.name,
     )  # fmt: skip
     session.query("SELECT embedline._resolve_attributes()")
-    insert_chunk_set(session, pipeline_id, 1, spec, model)
-    fingerprint = version_fingerprint(model, given["column_type"], given["distance"], spec, given["document_prefix"])
-    version_id = insert_version(session, pipeline_id, 1, 1, model, given, fingerprint)
+    insert_chunk_set(session, pipeline_id, 1, chunking, model)
+    column_type, distance = spec.version.column_type, spec.version.distance
+    fingerprint = version_fingerprint(model, column_type, distance, chunking, spec.expressions.document_prefix)
+    version_id = insert_version(session, pipeline_id, NewVersion(1, 1, model, spec.version, fingerprint))
     session.query(
         "UPDATE embedline.pipeline SET serving_version_id = $2, recipe = $3 WHERE pipeline_id = $1",
         ["bigint", "bigint", "integer"], pipeline_id, version_id, recipe_stamp([fingerprint]),
@@ -76,16 +79,20 @@ def insert_chunk_set(session: Session, pipeline_id: int, number: int, spec: Chun
     )  # fmt: skip
 
 
-def insert_version(
-    session: Session,
-    pipeline_id: int,
-    number: int,
-    chunk_set: int,
-    model: Model,
-    given: dict[str, Any],
-    fingerprint: str,
-) -> int:
-    """Register a version with the recipe's parameters; return its id."""
+@dataclass(frozen=True)
+class NewVersion:
+    """A version that is to be registered; `chunk_set` is the number of its chunk set."""
+
+    number: int
+    chunk_set: int
+    model: Model
+    spec: VersionSpec
+    fingerprint: str
+
+
+def insert_version(session: Session, pipeline_id: int, version: NewVersion) -> int:
+    """Register a version; return its id."""
+    spec = version.spec
     return int(
         session.scalar(
             """
@@ -95,21 +102,24 @@ def insert_version(
             """,
             ["bigint", "integer", "integer", "bigint", "integer", "text", "text", "text", "jsonb", "text"],
             pipeline_id,
-            number,
-            chunk_set,
-            model.model_id,
-            model.config.dimensions,
-            given["column_type"],
-            given["distance"],
-            given["index_method"],
-            json.dumps(dict(as_mapping(given["index_options"]))),
-            fingerprint,
+            version.number,
+            version.chunk_set,
+            version.model.model_id,
+            version.model.config.dimensions,
+            spec.column_type,
+            spec.distance,
+            spec.index.method,
+            json.dumps(dict(spec.index.options)),
+            version.fingerprint,
         )
     )
 
 
 def recipe_stamp(fingerprints: Sequence[str]) -> int:
-    """Return the stamp of documents that are cut as these fingerprints ask for, as PostgreSQL's integer."""
+    """Return the stamp of documents chunked as these fingerprints ask for.
+
+    It is an integer of PostgreSQL.
+    """
     text = fingerprints[0] if len(fingerprints) == 1 else recipe_fingerprint({"fingerprints": list(fingerprints)})
     return int.from_bytes(bytes.fromhex(text[:8]), "big", signed=True)
 
@@ -117,7 +127,10 @@ def recipe_stamp(fingerprints: Sequence[str]) -> int:
 def version_fingerprint(
     model: Model, column_type: str, distance: str, spec: ChunkingSpec, document_prefix: str | None
 ) -> str:
-    """Return the fingerprint of all that decides a version's chunks and vectors but the content, which has its own hash."""
+    """Return the fingerprint of a version's recipe.
+
+    It covers all that decides chunks and vectors but the content, which has its own hash.
+    """
     return recipe_fingerprint({
         "model": model.fingerprint, "document_prefix": model.config.document_prefix,
         "query_prefix": model.config.query_prefix, "dimensions": model.config.dimensions, "column_type": column_type,

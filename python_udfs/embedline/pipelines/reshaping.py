@@ -1,4 +1,4 @@
-"""Taking a pipeline's objects off its source, and putting them on what the source is afterwards.
+"""Take a pipeline's objects off its source, and put them on what it becomes.
 
 PostgreSQL refuses to change a column that a view, a function or a trigger of ours names. So these are taken away, the source
 is changed, and they are written again for what it is then, in one transaction: `Reshaping.take_away` and `put_back`. The
@@ -17,13 +17,15 @@ from typing import Any
 
 from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.source import Source
-from embedline.catalog.values import Pipeline, chunk_table_suffix
+from embedline.catalog.values import Pipeline
+from embedline.core import names
+from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident
 from embedline.errors import DependentObjects, NotFound
 from embedline.pipelines.alter import expressions_in_use, replace_functions, restart_ranges
 from embedline.pipelines.changed_keys import KeySwap
 from embedline.pipelines.ddl.plan import CHUNK_COLUMNS, FUNCTIONS, TABLES, CapturePlan, KeyColumn, SourceExpression
-from embedline.pipelines.ddl.search_functions import SUFFIXES, create_search_functions
+from embedline.pipelines.ddl.search_functions import create_search_functions, ranking_names
 from embedline.pipelines.ddl.triggers import trigger_statements
 from embedline.pipelines.expressions import deparse_again
 from embedline.pipelines.functions import generated_functions, rewrite_trigger_functions
@@ -43,7 +45,7 @@ from embedline.pipelines.views import (
 )
 from embedline.postgres.kept_views import KeptView, drop_kept, fill, keep_with_dependents, put_back
 from embedline.postgres.relations import SEARCH_SCHEMA
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 
 # The parameter of each expression, by the suffix of its function.
 _PARAMETERS = {"content": "content", "filter": "filter", "prefix": "document_prefix", "tenant_value": "tenant"}
@@ -102,7 +104,10 @@ _STORE_VERSION_VIEW = "UPDATE embedline.version SET view = $2::regclass WHERE ve
 
 @dataclass(frozen=True)
 class Input:
-    """A column that an expression reads: its number in the source, what it is called there, and in the expression."""
+    """A column that an expression reads.
+
+    It has its number and name in the source, and the name that the expression uses.
+    """
 
     number: int | None
     name: str
@@ -112,7 +117,10 @@ class Input:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A column of the routing view: the source's number and name of it, or the column of the chunk."""
+    """A column of the routing view.
+
+    It is a column of the source, by number and name, or of the chunk.
+    """
 
     name: str
     number: int | None
@@ -121,10 +129,10 @@ class _Shown:
 
 
 class Reshaping:
-    """Pipelines whose objects are off their source for as long as the transaction needs."""
+    """Pipelines whose objects are off their source within a transaction."""
 
     def __init__(self, session: Session, pipelines: Sequence[Pipeline]) -> None:
-        """Look at all that has to be known of the pipelines while their objects are there; changes nothing."""
+        """Read all that must be known of the pipelines before; changes nothing."""
         session.query("SELECT embedline._resolve_attributes()")
         self._session = session
         versions = [version for pipeline in pipelines for version in load_versions(session, pipeline.name)]
@@ -134,7 +142,9 @@ class Reshaping:
         self._parts = [_Part.of(session, pipeline, self._kept) for pipeline in pipelines]
 
     def take_away(self, *, ranks_on: bool = False) -> None:
-        """Drop the views with those built on them, and the functions that read the source or rank its rows.
+        """Drop the views, those built on them, and the functions that read the source.
+
+        Functions that rank its rows go too, unless `ranks_on`.
 
         What ranks can be replaced in place where the key keeps its type (`ranks_on`): a search that has begun has looked its
         function up, and would not find it again.
@@ -143,7 +153,7 @@ class Reshaping:
         doomed = tuple(suffix for suffix in FUNCTIONS if suffix not in _PARAMETERS)
         for part in self._parts:
             for version in () if ranks_on else load_versions(self._session, part.pipeline.name):
-                for row in self._session.query(_RANKING, ["text", "text[]"], SEARCH_SCHEMA, _ranking_names(version)):
+                for row in self._session.query(_RANKING, ["text", "text[]"], SEARCH_SCHEMA, ranking_names(version)):
                     self._session.execute(f"DROP FUNCTION {row['signature']}")
             for row in generated_functions(self._session, part.pipeline.name, doomed):
                 self._session.execute(f"DROP FUNCTION {row['signature']}")
@@ -178,7 +188,10 @@ class Reshaping:
 
 @dataclass
 class _Part:
-    """One pipeline of a reshaping; `plan`, `source` and `columns` are those of afterwards."""
+    """One pipeline of a reshaping.
+
+    `plan`, `source` and `columns` are those after the change.
+    """
 
     session: Session
     pipeline: Pipeline
@@ -191,7 +204,7 @@ class _Part:
 
     @classmethod
     def of(cls, session: Session, pipeline: Pipeline, kept: Sequence[KeptView]) -> _Part:
-        """Look at the pipeline."""
+        """Read the pipeline."""
         stored = session.query(_STORED, ["text"], pipeline.name)[0]
         view = next((view for view in kept if view.oid == pipeline.view_oid), None)
         layout = _routing_layout(pipeline, stored, view) if view is not None else []
@@ -225,7 +238,10 @@ class _Part:
     def _plan(
         self, source: Source, columns: dict[int, dict[str, Any]], keys: tuple[KeyColumn, ...], *, is_moved: bool
     ) -> tuple[CapturePlan, list[str]]:
-        """Return the plan for the source as it is, and the suffixes of the expressions that are read again."""
+        """Return the plan for the current source, and the expressions to read again.
+
+        The latter are named by suffix.
+        """
         by_name = {str(row["attname"]): row for row in columns.values()}
         expressions: dict[str, SourceExpression] = {}
         changed = []
@@ -262,7 +278,10 @@ class _Part:
         )
 
     def _layout_now(self, columns: dict[int, dict[str, Any]], *, is_moved: bool) -> list[tuple[str, str, bool]]:
-        """Return (column, its name in the routing view, whether it is of the chunk); columns that are gone are left out."""
+        """Return (column, name in the routing view, whether it is of the chunk).
+
+        Columns that are gone are left out.
+        """
         by_name = {str(row["attname"]): row for row in columns.values()}
         layout = []
         for shown in self.layout:
@@ -316,7 +335,7 @@ class _Part:
         put_back(self.session, view, query=query)
 
     def create_missing_views(self) -> None:
-        """Create the views that went with a CASCADE, and the function that tells which version serves."""
+        """Create views that went with a CASCADE, and the serving function."""
         session, plan, source = self.session, self.plan, self.source
         pipeline = load_pipeline(session, self.pipeline.name)
         if pipeline.view_oid is None or not view_exists(session, pipeline.view_oid):
@@ -328,10 +347,13 @@ class _Part:
         write_serving_function(session, plan, pipeline.version.number)
 
     def _give_to_owner(self) -> None:
-        """Give the source's owner the rights that the views need, and take them from the owner of another table."""
+        """Give the source's owner the rights that the views need.
+
+        They are taken from the owner of another table.
+        """
         plan, pipeline = self.plan, self.pipeline
-        suffixes = [chunk_table_suffix(number) for number in plan.chunk_sets]
-        suffixes += [f"v{number}" for _, number, _ in pipeline.versions]
+        suffixes = [names.chunk_suffix(number) for number in plan.chunk_sets]
+        suffixes += [names.version_suffix(number) for _, number, _ in pipeline.versions]
         grant_tables(self.session, plan, self.source, suffixes)
         before = self.stored["owner"]
         if before is None or before == self.source.owner:
@@ -340,11 +362,6 @@ class _Part:
         self.session.execute(f"REVOKE ALL ON {tables} FROM {quote_ident(before)}")
         for version in load_versions(self.session, pipeline.name):
             self.session.execute(f"REVOKE ALL ON {version.exact} FROM {quote_ident(before)}")
-
-
-def _ranking_names(version: Pipeline) -> list[str]:
-    """Return the names of the functions that rank a version; the table of rows that they rank exactly stays."""
-    return [f"{version.name}_v{version.version.number}_{suffix}" for suffix in SUFFIXES]
 
 
 def _routing_layout(pipeline: Pipeline, stored: dict[str, Any], view: KeptView) -> list[_Shown]:
@@ -373,7 +390,10 @@ def load_source_now(session: Session, oid: int, pipeline: Pipeline) -> Source:
 
 
 def _inputs(session: Session, pipeline: Pipeline, stored: dict[str, Any]) -> dict[str, tuple[Input, ...]]:
-    """Return the columns that each expression reads, as the functions say; those of a CASCADE are known from the catalogue."""
+    """Return the columns that each expression reads, from its function.
+
+    Those that went with a CASCADE are known from the catalogue.
+    """
     functions = session.query(_ARGUMENTS, ["text", "text[]"], pipeline.name, list(_PARAMETERS))
     now = {int(row["attnum"]): str(row["attname"]) for row in session.query(_COLUMNS, ["bigint"], pipeline.source_oid)}
     numbers = {name: number for number, name in now.items()}

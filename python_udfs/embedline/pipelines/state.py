@@ -28,9 +28,9 @@ def _set_state(session: Session, name: str, state: str) -> None:
 
 
 def load_alone(session: Session, name: str, *, holds_source: bool = True) -> Pipeline:
-    """Return the pipeline as it is once nobody else changes its versions, and keep it so to the end of the transaction.
+    """Return the pipeline, kept from other changes to the end of the transaction.
 
-    Whoever has something to wait for before it touches a generated table holds the source only then (`holds_source`): a
+    A caller that has to wait before it touches a generated table holds the source only then (`holds_source`): a
     TRUNCATE waits for that, and every writer behind it.
     """
     change_versions(session, load_pipeline(session, name).pipeline_id)

@@ -1,4 +1,4 @@
-"""The views of a pipeline: the routing view, which shows the serving version, and one view for each version alone.
+"""Create and recreate the routing view and the view of each version.
 
 Everything that ranks by a version that it has chosen itself (search, evaluate, shadow reads) reads that version's view: so
 it never meets another model's vectors, whatever is cut over meanwhile. The routing view is for the users' own statements.
@@ -17,6 +17,8 @@ from typing import Any
 from embedline.catalog.load import load_versions
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
+from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import AlreadyExists, DependentObjects
 from embedline.pipelines.ddl import view as view_sql
@@ -25,7 +27,7 @@ from embedline.pipelines.ddl.view import ShownVersion
 from embedline.postgres.kept_views import COLUMN_COMMENTS, GRANTS, give_grants
 from embedline.postgres.locks import retry_locked
 from embedline.postgres.relations import vector_schema
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 
 MAX_VIEW_COLUMNS = 1600
 _SOURCE_COLUMNS = """
@@ -70,15 +72,17 @@ def view_exists(session: Session, oid: int) -> bool:
 def view_query(
     session: Session, source: Source, plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: ShownVersion
 ) -> str:
-    """Return the query of a view over these columns, in the form that row-level security of the source asks for."""
+    """Return the query of a view over these columns.
+
+    Its form depends on row-level security of the source.
+    """
     has_policies = bool(session.scalar(_HAS_POLICIES, ["bigint"], source.oid))
     return view_sql.view_query(plan, columns, shown, has_policies=has_policies)
 
 
 def view_name(source: Source, pipeline_name: str, number: int | None = None) -> str:
     """Return the qualified, quoted name of the routing view, or of one version's view."""
-    suffix = "_embedding" if number is None else f"_embedding_v{number}"
-    return f"{quote_ident(source.schema)}.{quote_ident(pipeline_name + suffix)}"
+    return f"{quote_ident(source.schema)}.{quote_ident(names.view(pipeline_name, number))}"
 
 
 def create_routing_view(
@@ -105,7 +109,10 @@ def create_routing_view(
 
 
 def create_version_view(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
-    """Create the view over one version alone; its columns have the names that the routing view gives them."""
+    """Create the view over one version alone.
+
+    Its columns have the names that the routing view gives them.
+    """
     version = pipeline.version
     view = view_name(source, plan.name, version.number)
     _require_free(session, view, "the view of each version is <name>_embedding_v<number>")
@@ -169,10 +176,12 @@ def shown_version(session: Session, pipeline: Pipeline) -> ShownVersion:
 
 
 def show_version(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
-    """Have the routing view show `pipeline.version`. Takes ACCESS EXCLUSIVE on the view to the end of the transaction.
+    """Have the routing view show `pipeline.version`.
+
+    Takes ACCESS EXCLUSIVE on the view to the end of the transaction.
 
     The view is replaced in place wherever it can be: what depends on it stays. Where the type of the vectors changes it is
-    dropped and made anew with its owner, grants, comments and options, or refused where something depends on it.
+    dropped and recreated with its owner, grants, comments and options, or refused where something depends on it.
     """
     shown = shown_version(session, pipeline)
     view = _view(session, pipeline)
@@ -187,7 +196,10 @@ def show_version(session: Session, pipeline: Pipeline, plan: CapturePlan, source
 
 
 def require_swappable(session: Session, pipeline: Pipeline) -> None:
-    """Raise, with their names, where objects depend on the routing view that it cannot keep when it shows this version."""
+    """Raise if the routing view cannot show this version with its dependents.
+
+    The error names the objects that depend on it.
+    """
     view = _view(session, pipeline)
     shown = shown_version(session, pipeline)
     if view is None or (view["type"], view["typmod"]) == (_type_name(session, shown), -1):
@@ -220,7 +232,7 @@ def _options(view: dict[str, Any]) -> str:
 
 
 def _layout(session: Session, pipeline: Pipeline, source: Source, view: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """Return the routing view's columns in their order, with the names that the source's columns have now.
+    """Return the routing view's columns in order, with their source's names now.
 
     A renamed column keeps its old name in the view; it is known by its attribute number.
     """
@@ -241,7 +253,9 @@ def _layout(session: Session, pipeline: Pipeline, source: Source, view: dict[str
 
 
 def attributes_by_name(columns: Sequence[str], attributes: dict[str, int], of_chunk: dict[str, str]) -> dict[str, int]:
-    """Return what a view with these columns shows that was made before the numbers were kept.
+    """Return the columns that a view shows which has no stored numbers.
+
+    Such a view was made before the numbers were kept.
 
     Columns only ever joined a view at its end, in the order in which they joined the source: so those without a name in
     common belong together in order.
@@ -252,7 +266,10 @@ def attributes_by_name(columns: Sequence[str], attributes: dict[str, int], of_ch
 
 
 def await_view(session: Session, pipeline: Pipeline) -> None:
-    """Wait until the routing view can be had alone, and let it go again: what follows locks rows and must not wait for it."""
+    """Wait for the lock on the routing view, and release it again.
+
+    The steps that follow lock rows and must not wait for the view.
+    """
     view = _view(session, pipeline)
     if view is None:
         return
@@ -289,7 +306,7 @@ def _make_anew(session: Session, pipeline: Pipeline, view: dict[str, Any], query
 
 
 def refresh_views(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
-    """Have all views show what the source has now; missing ones are made anew."""
+    """Have all views show the source's current columns; recreate missing ones."""
     _refresh_routing_view(session, pipeline, plan, source)
     for version in load_versions(session, pipeline.name):
         oid = version.version.view_oid
@@ -315,7 +332,10 @@ def require_no_dependents(session: Session, view_oid: int | None) -> None:
 
 
 def require_droppable(session: Session, view: str, view_oid: int | None) -> None:
-    """Raise, with their names, where objects depend on a view of a pipeline that is to go."""
+    """Raise if objects depend on a view that is to be dropped.
+
+    The error names them.
+    """
     dependents = [str(row["object"]) for row in session.query(_DEPENDENTS, ["bigint"], view_oid)]
     if dependents:
         raise DependentObjects(
@@ -335,7 +355,7 @@ def _refresh_routing_view(session: Session, pipeline: Pipeline, plan: CapturePla
     is_typed = (view["type"], view["typmod"]) == (_type_name(session, shown), -1)
     is_renamed = any(column != name for column, name, of_chunk in layout if not of_chunk)
     if is_renamed or not is_typed:
-        # CREATE OR REPLACE VIEW renames no column and changes no type: the view is made anew where nothing depends on it.
+        # CREATE OR REPLACE VIEW renames no column and changes no type: the view is recreated if nothing depends on it.
         if not is_renamed and session.query(_DEPENDENTS, ["bigint"], pipeline.view_oid):
             session.plpy.notice(
                 f"{view['name']} keeps the type {view['full_type']}: other objects depend on it",
@@ -343,7 +363,7 @@ def _refresh_routing_view(session: Session, pipeline: Pipeline, plan: CapturePla
             )
             shown = replace(shown, type_name=None)
         else:
-            _make_fresh(session, pipeline, plan, source, view, attributes, shown)
+            _make_fresh(session, pipeline, plan, source, view, shown)
             return
     taken = {name for _, name, _ in layout}
     known = {attributes[column]: name for column, name, of_chunk in layout if not of_chunk}
@@ -362,10 +382,10 @@ def _make_fresh(
     plan: CapturePlan,
     source: Source,
     view: dict[str, Any],
-    attributes: dict[str, int],
     shown: ShownVersion,
 ) -> None:
-    """Make the routing view anew with all columns of the source under the names that they have now."""
+    """Recreate the routing view with all columns under their current names."""
+    attributes = _source_attributes(session, source)
     of_chunk = {pipeline.view_columns[column]: column for column in CHUNK_COLUMNS}
     names = {column: free_name(column, list(of_chunk)) for column in attributes}
     fresh = [(column, name, False) for column, name in names.items()] + [(c, n, True) for n, c in of_chunk.items()]
@@ -386,7 +406,9 @@ def _note_attributes(session: Session, pipeline: Pipeline, attributes: dict[str,
 
 
 def write_serving_function(session: Session, plan: CapturePlan, number: int) -> None:
-    """Write the function whose body names the serving version, in the transaction that changes the routing view.
+    """Write the function that names the serving version.
+
+    It is written in the transaction that changes the routing view.
 
     Its body is read through the system cache (pg_get_functiondef), which knows no snapshot, just as the parser reads the
     view: a REPEATABLE READ transaction that began before a cutover and reads the view after it embeds with the same model.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -77,17 +76,3 @@ class Session:
 def _has_rows(result: Result) -> bool:
     # A command without RETURNING counts rows that it does not hand out.
     return len(result) > 0
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return a jsonb value, which PL/Python hands over as text, as a mapping."""
-
-    loaded = json.loads(value) if isinstance(value, str) else value
-    return loaded if isinstance(loaded, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return a jsonb array, which PL/Python hands over as text, as a list; NULL as none."""
-
-    loaded = json.loads(value) if isinstance(value, str) else value
-    return loaded if isinstance(loaded, list) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotReady
 from embedline.postgres.relations import vector_schema
@@ -114,7 +115,7 @@ def require_index(session: Session, pipeline: Pipeline) -> None:
     name, number = pipeline.name, pipeline.version.number
     if pipeline.version.index_method == "none":
         return
-    state = session.scalar("SELECT embedline._index_state($1)", ["text"], f"{name}_v{number}_embedding_idx")
+    state = session.scalar("SELECT embedline._index_state($1)", ["text"], names.vector_index(name, number))
     if state != "valid":
         raise NotReady(
             f'version {number} of pipeline "{name}" has no valid vector index',

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embedline.catalog.load import load_versions
 from embedline.catalog.values import Pipeline
-from embedline.core import vectors
+from embedline.core import names, vectors
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix
 from embedline.indexes.definitions import EF_CONSTRUCTION, own_index
@@ -93,7 +93,7 @@ def advance(session: Session, pipeline: Pipeline, seconds: float = _SECONDS) -> 
         return False
     if rows[0]["is_own"]:
         return False  # Who writes behind the check has to see pending_to, so it must be committed first.
-    writing = set(session.scalar(_WRITERS, ["name"], f"{pipeline.name}_v{pipeline.version.number}"))
+    writing = set(session.scalar(_WRITERS, ["name"], names.of_version(pipeline.name, pipeline.version.number)))
     if rows[0]["pending_writers"] is None and writing:
         session.query(
             "UPDATE embedline.index_reach SET pending_writers = $2 WHERE version_id = $1",

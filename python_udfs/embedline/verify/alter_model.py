@@ -1,4 +1,6 @@
-"""Changing what a registered model is asked through: its endpoint, key, limits and the options that leave vectors alone.
+"""Alter the endpoint, key, limits and options of a registered model.
+
+Options that decide its vectors stay.
 
 The stored vectors stay. So an endpoint is accepted only if it gives them again: a sample of stored chunks is embedded by the
 new endpoint and compared by cosine, with the bound that `verify` uses each night. A lower bound would let a server in int8
@@ -22,6 +24,7 @@ from embedline.catalog.values import Model, Pipeline
 from embedline.core import vectors
 from embedline.core.embedding import Embedder, ModelConfig, ModelInfo
 from embedline.core.prices import check_price
+from embedline.core.recipe import ModelChanges
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.embedders import create_embedder
 from embedline.errors import DimensionMismatch, InvalidParameter, NotReady
@@ -91,19 +94,22 @@ class _Compared:
 
 
 @entry_point
-def alter_model(session: Session, name: str, given: dict[str, Any]) -> None:
-    """Change what is given of a model; NULL keeps. Nothing is changed unless the new endpoint gives the stored vectors.
+def alter_model(session: Session, name: str, parameters: dict[str, Any]) -> None:
+    """Change the given parameters of a model; NULL keeps.
+
+    Nothing is changed unless the new endpoint gives the stored vectors.
 
     Superusers only. Holds the model's row, which no worker and no search waits for, while the endpoint is asked.
     """
     require_superuser(session, "alter a model", f"As a superuser, run embedline.alter_model('{name}', ...).")
-    price = check_price(given.pop("price_per_million_tokens"))
-    check_limits(given)
+    changes = ModelChanges.from_parameters(parameters)
+    price = check_price(changes.price)
+    check_limits(changes.limits)
     model = load_model(session, name)
     stored_price = session.scalar(_LOCK, ["bigint"], model.model_id)
     # As it is now: an alteration may have ended while this one waited.
     model = load_model(session, name)
-    config = _wanted(model, given)
+    config = _wanted(model, changes)
     price = stored_price if price is None else price
     if config == model.config and price == stored_price:
         session.plpy.notice(f'model "{name}" is like that already: nothing has changed')
@@ -122,16 +128,21 @@ def _differ_only(before: ModelConfig, after: ModelConfig, fields: Sequence[str])
     return replace(before, **{field: getattr(after, field) for field in fields}) == after
 
 
-def _wanted(model: Model, given: dict[str, Any]) -> ModelConfig:
-    """Return the model's config with what is given; an empty text takes an address or a key's variable away."""
-    config = model.config
-    changes = {limit: given[limit] for limit in _LIMITS if given[limit] is not None}
-    changes |= {field: given[field] or None for field in ("base_url", "api_key_env") if given[field] is not None}
-    if given["model"] is not None:
-        changes["model"] = given["model"]
-    if given["options"] is not None:
-        changes["options"] = _wanted_options(model, given["options"])
-    wanted = replace(config, **changes)
+def _wanted(model: Model, changes: ModelChanges) -> ModelConfig:
+    """Return the model's config with the changes.
+
+    An empty text takes an address or a key's variable away.
+    """
+    changed: dict[str, Any] = dict(changes.limits.given())
+    if changes.base_url is not None:
+        changed["base_url"] = changes.base_url or None
+    if changes.api_key_env is not None:
+        changed["api_key_env"] = changes.api_key_env or None
+    if changes.model is not None:
+        changed["model"] = changes.model
+    if changes.options is not None:
+        changed["options"] = _wanted_options(model, changes.options)
+    wanted = replace(model.config, **changed)
     if not wanted.model:
         raise InvalidParameter("model must not be empty")
     check_endpoint(wanted.base_url, wanted.api_key_env)
@@ -139,7 +150,7 @@ def _wanted(model: Model, given: dict[str, Any]) -> ModelConfig:
     return wanted
 
 
-def _wanted_options(model: Model, given: Any) -> dict[str, Any]:
+def _wanted_options(model: Model, given: str) -> dict[str, Any]:
     """Return the model's options with those given; null takes one away."""
     config = model.config
     changes = checked_options(config.name, config.provider, given)
@@ -153,7 +164,10 @@ def _wanted_options(model: Model, given: Any) -> dict[str, Any]:
 
 
 def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
-    """Probe the new endpoint and compare what is stored; note what is known of it now. Raises if it will not do."""
+    """Probe the new endpoint, compare its vectors with those stored, note it.
+
+    Raises if it cannot take the place of the old one.
+    """
     # What the endpoint before was like says nothing about this one.
     embedder = create_embedder(replace(config, learned={}))
     try:
@@ -180,7 +194,10 @@ def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
 
 
 def _checked_fingerprint(session: Session, model: Model, info: ModelInfo, embedder: Embedder) -> str:
-    """Return the fingerprint of the model behind its new endpoint: the stored one if it gives the stored vectors."""
+    """Return the fingerprint of the model behind its new endpoint.
+
+    It is the stored one if the endpoint gives the stored vectors.
+    """
     versions = _versions(session, model)
     compared = _compare(session, versions, embedder)
     if not compared and versions:
@@ -225,7 +242,10 @@ def _versions(session: Session, model: Model) -> list[Pipeline]:
 
 
 def _compare(session: Session, versions: list[Pipeline], embedder: Embedder) -> list[_Compared]:
-    """Embed a sample of the versions' chunks with the new endpoint, and compare; none where no vector is stored."""
+    """Embed a sample of the versions' chunks with the new endpoint, and compare.
+
+    Returns none if no vector is stored.
+    """
     found: list[_Compared] = []
     for pipeline in random.sample(versions, len(versions)):
         if len(found) < _SAMPLE:
@@ -267,7 +287,9 @@ def _compare_version(session: Session, pipeline: Pipeline, embedder: Embedder, s
 
 
 def _take_fingerprint(session: Session, versions: list[Pipeline], fingerprint: str) -> None:
-    """Give versions that hold no vectors the fingerprint of what will fill them, and drop what is in flight for them.
+    """Give versions without vectors the fingerprint of their new endpoint.
+
+    Rows in flight for them are dropped.
 
     The versions are this transaction's alone: a worker that comes with vectors of the endpoint before finds another
     generation, or another fingerprint, and its rows are embedded again.

@@ -8,6 +8,7 @@ from embedline.catalog.keys import as_json, enqueue, from_json, not_queued
 from embedline.catalog.load import load_versions
 from embedline.catalog.source import hidden_source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotFound
 from embedline.postgres.rollback import read_and_release
@@ -55,7 +56,7 @@ def capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
     if not rows:
         return _statement_triggers_of_a_part(session, pipeline)
     table = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], pipeline.source_oid)
-    trigger = f"embedline_{pipeline.name}_{rows[0]['name']}"
+    trigger = names.trigger(pipeline.name, str(rows[0]["name"]))
     remedy = (
         f"the trigger {trigger} is gone: drop the pipeline and create it again"
         if rows[0]["gone"]
@@ -75,7 +76,7 @@ def _statement_triggers_of_a_part(session: Session, pipeline: Pipeline) -> list[
     if not blind:
         return []
     remedy = f"SELECT embedline.refresh_pipeline('{pipeline.name}');"
-    return [Finding("capture_off", 2, 0, {"trigger": f"embedline_{pipeline.name}_insert", "hint": remedy})]
+    return [Finding("capture_off", 2, 0, {"trigger": names.trigger(pipeline.name, "insert"), "hint": remedy})]
 
 
 def against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:

@@ -17,6 +17,7 @@ from embedline.catalog import keys
 from embedline.catalog.values import Pipeline
 from embedline.core import vectors
 from embedline.core.embedding import Embedder, ModelConfig
+from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidVectors, ProviderError
@@ -25,7 +26,7 @@ from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.postgres.locks import hold_source
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.rollback import read_and_release
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 from embedline.search.exact_rows import keep_exact
 from embedline.spending import ledger
 

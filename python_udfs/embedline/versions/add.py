@@ -7,16 +7,20 @@ from typing import Any
 
 from embedline.catalog.load import load_model, load_version, load_versions
 from embedline.catalog.rights import require_control
-from embedline.catalog.values import Model, Pipeline, chunk_table_suffix
+from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import ChunkingSpec
+from embedline.core import names
+from embedline.core.recipe import ChunkingChoice, IndexSpec, VersionChoice, VersionSpec
+from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import AlreadyExists
 from embedline.pipelines.alter import restart_ranges
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import chunk_set_statements
 from embedline.pipelines.functions import rewrite_trigger_functions
 from embedline.pipelines.plan import current_plan
-from embedline.pipelines.recipe_check import INDEX_DIMENSIONS, check_recipe, spec_for
+from embedline.pipelines.recipe_check import check_version, next_chunking
 from embedline.pipelines.register import (
+    NewVersion,
     create_version_table,
     grant_tables,
     insert_chunk_set,
@@ -28,14 +32,12 @@ from embedline.pipelines.state import load_alone
 from embedline.pipelines.views import create_version_view
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import retry_locked
-from embedline.postgres.session import Session, as_mapping
+from embedline.postgres.session import Session
 from embedline.queue import chunk_queue
 from embedline.versions.fill import check_backfill, store_backfill
 
 # A model with another tokenizer may count more tokens in a chunk than the one it was cut by: so much room must be left.
 _TOKENIZER_MARGIN = 2
-_RECIPE = ("column_type", "distance", "index_method", "index_options")
-_CHUNKING = ("chunking", "chunk_tokens", "chunk_overlap", "chunking_options")
 _SAME_TOKENIZER = """
     SELECT s.tokenizer IS NOT DISTINCT FROM m.tokenizer
     FROM embedline.chunk_set AS s, embedline.model AS m WHERE s.chunk_set_id = $1 AND m.model_id = $2
@@ -43,16 +45,20 @@ _SAME_TOKENIZER = """
 
 
 @entry_point
-def add_embedding_version(session: Session, name: str, given: dict[str, Any]) -> int:
-    """Create a version, begin to write it with every change, queue what is there; return its number. Embeds nothing."""
+def add_embedding_version(session: Session, name: str, parameters: dict[str, Any]) -> int:
+    """Create a version and queue its work; return its number.
+
+    Every change is written to it from now on. Embeds nothing.
+    """
+    choice = VersionChoice.from_parameters(parameters)
     require_control(session, name)
-    check_backfill(given["backfill_order"], given["backfill_rate"])
-    model = load_model(session, given.pop("model"))
+    check_backfill(choice.backfill)
+    model = load_model(session, choice.model)
     pipeline = load_alone(session, name)
-    recipe = _recipe(session, pipeline, model, given)
-    check_recipe({**recipe, "capture": "auto", "weight": 1.0}, model)
-    spec, set_number = _chunk_set(session, pipeline, model, given)
-    fingerprint = version_fingerprint(model, recipe["column_type"], recipe["distance"], spec, pipeline.document_prefix)
+    spec = _version_spec(session, pipeline, model, choice)
+    check_version(spec, model)
+    chunking, set_number = _chunk_set(session, pipeline, model, choice.chunking)
+    fingerprint = version_fingerprint(model, spec.column_type, spec.distance, chunking, pipeline.document_prefix)
     _require_new(pipeline, load_versions(session, name), fingerprint)
     number = max(number for _, number, _ in pipeline.versions) + 1
     plan, source = current_plan(session, pipeline)
@@ -61,25 +67,28 @@ def add_embedding_version(session: Session, name: str, given: dict[str, Any]) ->
         plan = replace(plan, chunk_sets=(*plan.chunk_sets, set_number))
         for statement in chunk_set_statements(plan, set_number):
             session.execute(statement)
-        insert_chunk_set(session, pipeline.pipeline_id, set_number, spec, model)
+        insert_chunk_set(session, pipeline.pipeline_id, set_number, chunking, model)
         rewrite_trigger_functions(session, plan)
     retry_locked(
         session,
-        lambda: create_version_table(session, plan, number, set_number, recipe["column_type"], model.config.dimensions),
+        lambda: create_version_table(session, plan, number, set_number, spec.column_type, model.config.dimensions),
         "the chunk table",
     )
-    version_id = insert_version(session, pipeline.pipeline_id, number, set_number, model, recipe, fingerprint)
-    store_backfill(session, version_id, given["backfill_order"], given["backfill_rate"])
+    new = NewVersion(number, set_number, model, spec, fingerprint)
+    store_backfill(session, insert_version(session, pipeline.pipeline_id, new), choice.backfill)
     added = load_version(session, name, number)
     create_version_view(session, added, plan, source)
-    grant_tables(session, plan, source, [chunk_table_suffix(set_number), f"v{number}"])
+    grant_tables(session, plan, source, [names.chunk_suffix(set_number), names.version_suffix(number)])
     create_search_functions(session, added, plan, source)
     _begin(session, pipeline, added, is_new_set)
     return number
 
 
 def _begin(session: Session, pipeline: Pipeline, added: Pipeline, is_new_set: bool) -> None:
-    """Queue what the version has to embed: chunks that are there, or through another look at every row where they are not."""
+    """Queue the version's work.
+
+    It is the stored chunks, or every row again if they are not chunked for it.
+    """
     session.query(
         "UPDATE embedline.pipeline SET generation = generation + 1 WHERE pipeline_id = $1",
         ["bigint"], pipeline.pipeline_id,
@@ -96,56 +105,40 @@ def _begin(session: Session, pipeline: Pipeline, added: Pipeline, is_new_set: bo
     restart_ranges(session, pipeline)
 
 
-def _recipe(session: Session, pipeline: Pipeline, model: Model, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters of the version's column and index: those given, else as the serving version has them."""
+def _version_spec(session: Session, pipeline: Pipeline, model: Model, choice: VersionChoice) -> VersionSpec:
+    """Return the version's column and index; the serving version gives the rest."""
     serving = pipeline.version
-    current: dict[str, Any] = {
-        "column_type": serving.column_type, "distance": serving.distance,
-        "index_method": serving.index_method, "index_options": dict(serving.index_options),
-    }  # fmt: skip
-    recipe = {name: current[name] if given[name] is None else given[name] for name in _RECIPE}
-    recipe["index_options"] = dict(as_mapping(recipe["index_options"]))
+    index = IndexSpec(serving.index_method, serving.index_options)
+    spec = choice.over(VersionSpec(serving.column_type, serving.distance, index))
     dimensions = model.config.dimensions or 0
     if (
-        given["column_type"] is None
-        and recipe["index_method"] == "hnsw"
+        choice.column_type is None
+        and spec.index.method == "hnsw"
         and INDEX_DIMENSIONS["vector"] < dimensions <= INDEX_DIMENSIONS["halfvec"]
-        and recipe["column_type"] == "vector"
+        and spec.column_type == "vector"
     ):
-        recipe["column_type"] = "halfvec"
+        spec = replace(spec, column_type="halfvec")
         session.plpy.notice(
             f"column_type is halfvec: the model has {dimensions} dimensions,"
             f" and HNSW indexes vector up to {INDEX_DIMENSIONS['vector']}"
         )
-    return recipe
+    return spec
 
 
-def _chunk_set(session: Session, pipeline: Pipeline, model: Model, given: dict[str, Any]) -> tuple[ChunkingSpec, int]:
-    """Return how the version's contents are chunked, and the number of the chunk set: one that is there, or the next."""
+def _chunk_set(session: Session, pipeline: Pipeline, model: Model, choice: ChunkingChoice) -> tuple[ChunkingSpec, int]:
+    """Return the version's chunking and the number of its chunk set."""
     spec = pipeline.spec
-    if all(given[name] is None for name in _CHUNKING):
-        if not _reads_chunks(session, pipeline, model):
-            tokens = min(spec.tokens or 1, model.max_tokens or spec.tokens or 1)
-            spec = replace(spec, tokens=tokens, overlap=min(spec.overlap, tokens - 1))
-            session.plpy.notice(
-                f"version is chunked anew, in up to {tokens} tokens of the model",
-                detail=f'Model "{model.config.name}" reads {model.max_tokens} tokens of its own;'
-                f" the chunks that are there have up to {pipeline.spec.tokens} of another model's.",
-            )
-            return spec, _next_set(pipeline)
-        return spec, pipeline.chunk_set.number
-    method = given["chunking"] or spec.method
-    options = given["chunking_options"]
-    if options is None:
-        options = dict(spec.options) if method == spec.method else {}
-    wanted = spec_for(
-        method,
-        spec.tokens if given["chunk_tokens"] is None else given["chunk_tokens"],
-        spec.overlap if given["chunk_overlap"] is None else given["chunk_overlap"],
-        as_mapping(options),
-        model,
-    )
-    if wanted == spec and _reads_chunks(session, pipeline, model):
+    is_readable = _reads_chunks(session, pipeline, model)
+    if not choice.is_given and not is_readable:
+        tokens = min(spec.tokens or 1, model.max_tokens or spec.tokens or 1)
+        session.plpy.notice(
+            f"version is chunked anew, in up to {tokens} tokens of the model",
+            detail=f'Model "{model.config.name}" reads {model.max_tokens} tokens of its own;'
+            f" the chunks that are there have up to {spec.tokens} of another model's.",
+        )
+        return replace(spec, tokens=tokens, overlap=min(spec.overlap, tokens - 1)), _next_set(pipeline)
+    wanted = next_chunking(choice, spec, model) if choice.is_given else spec
+    if wanted == spec and is_readable:
         return spec, pipeline.chunk_set.number
     return wanted, _next_set(pipeline)
 

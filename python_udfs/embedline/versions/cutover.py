@@ -1,7 +1,7 @@
-"""Cutting over to another version, and back: gates first, then one swap of the routing view and the catalogue.
+"""Cut over to another version, and back.
 
 The swap is the last thing that a call does: the routing view is locked for milliseconds, and readers wait no longer than one
-try for that lock (database.retry_locked). Workers' writes are kept out while the version catches up with the last chunks, so
+try for that lock (`retry_locked`). Workers' writes are kept out while the version catches up with the last chunks, so
 nothing that the outgoing version shows is missing from the incoming one.
 """
 
@@ -27,25 +27,16 @@ from embedline.queue import chunk_queue, coverage
 from embedline.worker.batch import Batch
 from embedline.worker.engine import Engine
 
-# So long a version may take to embed what was written in the last moments.
+# Seconds in which a version may embed the chunks of the last changes.
 _CUTOVER_SECONDS, _ROLLBACK_SECONDS = 2.0, 2.0
-# So long the swap tries for the routing view, which was to be had before: rows that were caught up with are locked.
+# Seconds in which the swap tries for the routing view. It was free before; rows that the version caught up with are locked.
 _SWAP_SECONDS = 2.0
-# So long a cutover waits for transactions that would see the version empty.
+# Seconds in which a cutover waits for transactions that would see the version empty.
 _SNAPSHOT_SECONDS = 2.0
 _CATCH_UP_CHUNKS = 500
 _PATIENCE_SECONDS = 0.0
 
-# Numbers are given again, and a change of what is embedded leaves nothing of what a gate has measured.
-_GATE = """
-    SELECT e.evaluation_id, e.verdict FROM embedline.evaluation AS e
-    JOIN embedline.pipeline AS p ON p.pipeline_id = e.pipeline_id
-    JOIN embedline.version AS s ON s.version_id = p.serving_version_id
-    WHERE e.version_id = $1 AND e.kind = 'gate' AND e.fingerprint = $2
-        AND (e.baseline_version_id, e.baseline_fingerprint) = (s.version_id, s.fingerprint)
-        AND (p.altered_at IS NULL OR e.evaluated_at > p.altered_at)
-    ORDER BY e.evaluation_id DESC LIMIT 1
-"""
+_GATE = "SELECT evaluation_id, verdict FROM embedline._gate($1)"
 # Where the serving version came from. A rollback is no such step: after it, the way back is the next cutover.
 _CAME_FROM = """
     SELECT v.number FROM embedline.cutover AS c JOIN embedline.version AS v ON v.version_id = c.from_version_id
@@ -71,7 +62,7 @@ _LEFT = """
         bool_or(not_before <= clock_timestamp() AND crash_count = 0) AS is_due
     FROM embedline.version_queue WHERE version_id = $1 AND chunk_ids IS NOT NULL
 """
-# What is recorded where nobody gave a reason and there is nothing that a gate could measure.
+# Reason that is recorded if none was given and a gate has nothing to measure.
 _EMPTY = "the pipeline is empty"
 # Whether a session waits for a lock on a table.
 _IS_WANTED = """
@@ -82,7 +73,10 @@ _IS_WANTED = """
 
 @entry_point
 def cutover(session: Session, name: str, number: int, override_reason: str | None) -> None:
-    """Have a version serve, if it is complete, indexed, and its gate has passed or is overridden with a reason."""
+    """Have a version serve if it is complete, indexed, and its gate has passed.
+
+    A reason overrides the gate.
+    """
     require_control(session, name)
     pipeline = load_alone(session, name, holds_source=False)
     target = load_version(session, name, number)
@@ -110,7 +104,10 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
 
 @entry_point
 def rollback(session: Session, name: str) -> int:
-    """Have the version serve again that served before; it was written with every change. Return its number."""
+    """Have the version serve again that served before; return its number.
+
+    It was written with every change.
+    """
     require_control(session, name)
     pipeline = load_alone(session, name, holds_source=False)
     number = session.scalar(_CAME_FROM, ["bigint"], pipeline.version.version_id)
@@ -134,7 +131,10 @@ def rollback(session: Session, name: str) -> int:
 
 
 def _require_no_older_snapshot(session: Session, target: Pipeline) -> None:
-    """Raise where transactions go on that began before the version was complete: the view would show them gaps."""
+    """Raise if transactions are open that began before the version was complete.
+
+    The view would show them gaps.
+    """
     limit = time.monotonic() + _SNAPSHOT_SECONDS
     while pids := session.scalar(_OLDER_SNAPSHOTS, ["bigint"], target.version.version_id):
         if time.monotonic() > limit:
@@ -147,8 +147,11 @@ def _require_no_older_snapshot(session: Session, target: Pipeline) -> None:
 
 
 def _require_gate(session: Session, target: Pipeline, override_reason: str | None) -> tuple[int | None, str | None]:
-    """Return the evaluation that opens the cutover, and the reason to go without; raise where there is neither."""
-    rows = session.query(_GATE, ["bigint", "text"], target.version.version_id, target.version.fingerprint)
+    """Return the evaluation that opens the cutover, and the reason to override.
+
+    Raises if there is neither.
+    """
+    rows = session.query(_GATE, ["bigint"], target.version.version_id)
     verdict = rows[0]["verdict"] if rows else None
     evaluation_id = int(rows[0]["evaluation_id"]) if rows else None
     if verdict == "pass" or (override_reason or "").strip():
@@ -167,7 +170,10 @@ def _require_gate(session: Session, target: Pipeline, override_reason: str | Non
 
 
 def _is_empty(session: Session, target: Pipeline) -> bool:
-    """Look at the pipeline's tables behind the source, as a TRUNCATE locks them, and let all go: there is more to wait for."""
+    """Return True if the pipeline's tables are empty behind a held source.
+
+    All locks are released again, because more waits follow.
+    """
     found = False
     with contextlib.suppress(LetGo), session.plpy.subtransaction():
         hold_source(session, target.source_oid)
@@ -177,10 +183,12 @@ def _is_empty(session: Session, target: Pipeline) -> bool:
 
 
 def _catch_up(session: Session, target: Pipeline, seconds: float) -> int:
-    """Embed the chunks that the version lacks yet, beside its workers; return how many are left after so long.
+    """Embed the chunks that the version lacks, beside its workers, for a time.
+
+    Returns how many are left.
 
     Or before, where the provider is known to be away, and where somebody wants the source alone, for a TRUNCATE: workers
-    then write nothing more of it, and nobody who comes after can write at all.
+    then write nothing more of it, and no later writer can write at all.
     """
     prepare_environment()
     engine = Engine(session, None, _PATIENCE_SECONDS)
@@ -226,7 +234,7 @@ def _swap(
         # What reads the source belongs to the version that serves: it goes on.
         session.query(_GO_ON, ["bigint"], coming.version_id)
     if kind == "cutover":
-        # Everybody has it now; whoever was kept back on purpose stays so.
+        # All callers have it now; those kept on another version on purpose stay there.
         for table in ("embedline.traffic", "embedline.traffic_tenant"):
             session.query(f"DELETE FROM {table} WHERE version_id = $1", ["bigint"], target.version.version_id)
     write_serving_function(session, plan, target.version.number)

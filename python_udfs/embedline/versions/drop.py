@@ -41,7 +41,10 @@ _FORGET_MODEL = """
 
 @entry_point
 def drop_embedding_version(session: Session, name: str, number: int, window: str | None) -> None:
-    """Take a version away with its table, view, queue and evaluations, and its chunks and model where nothing uses them."""
+    """Drop a version with its table, view, queue and evaluations.
+
+    Its chunks and its model go too if nothing uses them.
+    """
     require_control(session, name)
     pipeline = load_alone(session, name)
     doomed = load_version(session, name, number)

@@ -1,7 +1,7 @@
-"""Gradual cutovers: which version answers a search call, and what another would have answered.
+"""Share search calls between versions, for a gradual cutover.
 
 A share of the calls, or single tenants, are served by a version that the routing view does not show yet. A caller stays with
-its version: the share is drawn from a hash of its tenant, its session key, or its database session, not anew each time.
+its version: the share is drawn from a hash of its tenant, its session key, or its database session, not at each call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _STORE_TENANT = """
 def set_traffic(
     session: Session, name: str, number: int | None, share: float | None, shadow_share: float | None
 ) -> None:
-    """Have a version serve a share of search calls, and answer another in the shadow; without a version: none."""
+    """Have a version serve a share of search calls, or answer in the shadow.
+
+    Without a version: none.
+    """
     require_control(session, name)
     pipeline = load_pipeline(session, name)
     if number is None:
@@ -48,7 +51,10 @@ def set_traffic(
 
 @entry_point
 def set_tenant_version(session: Session, name: str, tenant: str, number: int | None) -> None:
-    """Have a version answer the search calls of a tenant; without a version: the one that serves everybody."""
+    """Have a version answer the search calls of a tenant.
+
+    Without a version: the one that serves all others.
+    """
     require_control(session, name)
     pipeline = load_pipeline(session, name)
     if not tenant:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from embedline.catalog.health import contain
 from embedline.catalog.load import load_versions
 from embedline.catalog.values import Pipeline
-from embedline.indexes.build import HAS_CRON, SCHEDULE, build_settings, job, job_command
+from embedline.core import names
+from embedline.indexes.build import build_settings, job, schedule_build
 from embedline.indexes.definitions import VectorIndex, index_state, load_indexes, own_index
+from embedline.postgres.cron import has_cron, unschedule
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 from embedline.search import exact_rows
@@ -33,13 +35,11 @@ _UNFINISHED_BUILDS = _UNFINISHED.format(
             SELECT FROM cron.job AS j WHERE j.database = current_database()
                 AND starts_with(j.jobname, 'embedline index ' || p.name || ' '))"""
 )
-_UNSCHEDULE = "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = current_database() AND jobname = $1"
 
 
 def unfinished(session: Session, name: str | None) -> list[int]:
     """Return the pipelines, or the one named, with an index to be built or a check of one that goes on: one statement for all."""
-    has_cron = session.scalar(HAS_CRON)
-    return list(session.scalar(_UNFINISHED_BUILDS if has_cron else _UNFINISHED_CHECKS, ["text"], name) or ())
+    return list(session.scalar(_UNFINISHED_BUILDS if has_cron(session) else _UNFINISHED_CHECKS, ["text"], name) or ())
 
 
 def maintain(session: Session, pipeline: Pipeline) -> None:
@@ -47,11 +47,10 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
 
     Workers call it every few seconds.
     """
-    if not session.scalar(HAS_CRON):
+    if not has_cron(session):
         return
     jobs = {
-        str(row["name"]): str(row["command"])
-        for row in session.query(_JOBS, ["text"], f"embedline index {pipeline.name} ")
+        str(row["name"]): str(row["command"]) for row in session.query(_JOBS, ["text"], names.index_jobs(pipeline.name))
     }
     own = own_index(pipeline, vector_schema(session))
     wants_own = pipeline.version.index_method != "none" and pipeline.version.state == "complete"
@@ -65,7 +64,7 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
                 _look_after(session, version, index, jobs.pop(name, None))
     for name in jobs:
         # Of a version or an index that was dropped.
-        session.query(_UNSCHEDULE, ["text"], name)
+        unschedule(session, name)
 
 
 def maintain_contained(session: Session, pipeline: Pipeline) -> None:
@@ -79,7 +78,7 @@ def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, comman
     state = index_state(session, index)
     name = job(pipeline, index)
     if state == "valid" and command is not None:
-        session.query(_UNSCHEDULE, ["text"], name)
+        unschedule(session, name)
     elif state == "invalid" or (state == "missing" and command is None):
         if state == "invalid":
             # The leftover of a build that failed serves no query and slows every write.
@@ -92,4 +91,4 @@ def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, comman
 def _schedule(session: Session, pipeline: Pipeline, index: VectorIndex, parallel_workers: int | None) -> None:
     count = int(session.scalar(f"SELECT count(*) FROM {pipeline.vectors}"))
     settings = build_settings(session, pipeline, index, count, parallel_workers)
-    session.query(SCHEDULE, ["text", "text"], job(pipeline, index), job_command(pipeline, index, settings))
+    schedule_build(session, pipeline, index, settings)

@@ -10,6 +10,7 @@ from typing import Any
 
 from embedline.core.sql_text import quote_literal
 from embedline.errors import InvalidParameter
+from embedline.postgres import cron
 from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 
@@ -56,7 +57,6 @@ _MOVED = """
     WHERE j.database = current_database() AND starts_with(j.jobname, 'embedline ')
         AND (j.nodename, j.nodeport) IS DISTINCT FROM (current_setting('cron.host'), current_setting('port')::integer)
 """
-_SCHEDULE = "SELECT cron.schedule($1, $2, $3)"
 _OWN_JOB = "SELECT jobid FROM cron.job WHERE database = current_database() AND jobname = $1"
 
 
@@ -71,7 +71,7 @@ class Trouble:
 
 def _require_cron(session: Session, job: str, schedule: str, command: str) -> None:
     """Raise unless jobs can be scheduled here; the HINT says how to schedule such a job elsewhere."""
-    if session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
+    if cron.has_cron(session):
         version = session.scalar("SELECT extversion FROM pg_extension WHERE extname = 'pg_cron'")
         if _uses_background_workers(session) and _version(version) < (1, 5):
             raise InvalidParameter(
@@ -112,13 +112,8 @@ def schedule_workers(session: Session, count: int) -> int:
     for slot in range(1, count + 1):
         for schedule in _SCHEDULES:
             name = f"embedline worker {slot}" + (" at start" if schedule == "@reboot" else "")
-            session.query(
-                _SCHEDULE,
-                ["text", "text", "text"],
-                name,
-                schedule,
-                f"CALL embedline.run_worker(max_seconds => {_WORKER_SECONDS}, slot => {slot})",
-            )
+            command = f"CALL embedline.run_worker(max_seconds => {_WORKER_SECONDS}, slot => {slot})"
+            cron.schedule(session, name, schedule, command)
     if not session.query(_OWN_JOB, ["text"], _NIGHTLY_JOB):
         _schedule_nightly(session, _NIGHTLY_AT, repair=True)
     _refresh_addresses(session)
@@ -154,7 +149,7 @@ def _refresh_addresses(session: Session) -> None:
     """
     for row in session.query(_MOVED):
         session.query("SELECT cron.unschedule($1::bigint)", ["bigint"], row["jobid"])
-        session.query(_SCHEDULE, ["text", "text", "text"], row["name"], row["schedule"], row["command"])
+        cron.schedule(session, row["name"], row["schedule"], row["command"])
 
 
 @entry_point
@@ -253,7 +248,7 @@ def _version(text: object) -> tuple[int, ...]:
 @entry_point
 def unschedule_workers(session: Session) -> int:
     """Take the jobs away, the nightly one too, and ask the resident workers to stop; return how many were asked."""
-    if session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
+    if cron.has_cron(session):
         _unschedule(session, above=0)
         _unschedule_nightly(session)
     return len(
@@ -265,7 +260,7 @@ def unschedule_workers(session: Session) -> int:
 def schedule_nightly(session: Session, at: str | None, repair: bool) -> None:
     """Schedule the nightly run at a time of day (HH:MM, in pg_cron's time zone) instead of when it was; None: never."""
     if at is None:
-        if session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
+        if cron.has_cron(session):
             _unschedule_nightly(session)
         return
     _require_cron(session, _NIGHTLY_JOB, _daily(at), _nightly_command(repair))
@@ -273,17 +268,11 @@ def schedule_nightly(session: Session, at: str | None, repair: bool) -> None:
 
 
 def _schedule_nightly(session: Session, at: str, repair: bool) -> None:
-    session.query(
-        _SCHEDULE,
-        ["text", "text", "text"],
-        _NIGHTLY_JOB,
-        _daily(at),
-        _nightly_command(repair),
-    )
+    cron.schedule(session, _NIGHTLY_JOB, _daily(at), _nightly_command(repair))
 
 
 def _unschedule_nightly(session: Session) -> None:
-    session.query(f"SELECT cron.unschedule(j.jobid) FROM ({_OWN_JOB}) AS j", ["text"], _NIGHTLY_JOB)
+    cron.unschedule(session, _NIGHTLY_JOB)
 
 
 def _daily(at: str) -> str:
@@ -302,7 +291,7 @@ def let_launcher_breathe(session: Session) -> None:
     DROP DATABASE, which waits until every process has taken note, would hang until the worker's end (measured: over
     16 s and going on; 1 s with this). A change in cron.job makes the launcher read its jobs anew, and take note.
     """
-    if session.scalar("SELECT to_regclass('cron.job') IS NOT NULL") and session.scalar(
+    if cron.has_cron(session) and session.scalar(
         "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'ProcSignalBarrier' LIMIT 1"
     ):
         session.execute(

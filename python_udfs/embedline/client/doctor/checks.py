@@ -14,6 +14,7 @@ import embedline
 from embedline.client.doctor.packages import version_number
 from embedline.client.doctor.server import Finding, Server
 from embedline.client.install import ENCODING_REMEDY
+from embedline.core.names import vector_index
 
 # Bytes of shared memory that the smallest parallel index build asks for at once; with less it is built serially.
 _SMALLEST_PARALLEL_BUILD = 72 * 1024**2
@@ -183,7 +184,7 @@ def index_reach(server: Server) -> Iterator[Finding]:
             advice = (
                 f"Searches find less than the {target:g} that is asked for. Build the index again with a better graph."
             )
-            index = f'embedline_data."{name}_v{number}_embedding_idx"'
+            index = f'embedline_data."{vector_index(name, number)}"'
             rebuild = (f"ALTER INDEX {index} SET (ef_construction = 400);", f"REINDEX INDEX CONCURRENTLY {index};")
             yield Finding(check, "warning", f"recall@10 {recall:.3f} with ef_search {ef_search}", advice, rebuild)
         else:

@@ -16,6 +16,7 @@ from embedline.client.migrations import comparison
 from embedline.client.migrations.canary_tables import TableName, find_canary_tables
 from embedline.client.migrations.chain import PHASES, Upgrade, reversed_operations
 from embedline.client.migrations.declaration import find_declaration
+from embedline.core import names
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -97,7 +98,7 @@ def hide_operations(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
     own = {(schema, name) for schema, name in connection.exec_driver_sql(_VIEWS)} | _undeclared_canary_tables(context)
     triggers = {(schema, name) for schema, name in connection.exec_driver_sql(_TRIGGERS)}
     declaration = find_declaration(context.migration_context.config)
-    to_come = {f"{name}_embedding" for name in declaration.pipelines} if declaration else set()
+    to_come = {names.view(name) for name in declaration.pipelines} if declaration else set()
 
     def is_own(operation: MigrateOperation) -> bool:
         schema = getattr(operation, "schema", None) or default

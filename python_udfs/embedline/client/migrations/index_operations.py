@@ -25,6 +25,7 @@ from embedline.client.migrations.execution import (
     stored_version,
 )
 from embedline.client.migrations.statements import call, literal
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.errors import EmbedlineError
 
@@ -139,7 +140,7 @@ def _build(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
 
 
 def _bare_index_name(operation: Any) -> str:
-    return f"{operation.pipeline}_v{operation.version}_embedding_idx"
+    return names.vector_index(operation.pipeline, operation.version)
 
 
 def _index_name(operation: Any) -> str:

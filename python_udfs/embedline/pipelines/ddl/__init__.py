@@ -11,5 +11,5 @@ Bodies are quoted as constants: between dollar signs, a column's name that holds
 
 No function takes the source's row type as a parameter: PostgreSQL would then refuse ALTER TABLE ... ADD COLUMN ...
 DEFAULT. So trigger functions name the columns in plain text, and the event trigger embedline_follow_source writes them
-anew when one is renamed.
+again when one is renamed.
 """

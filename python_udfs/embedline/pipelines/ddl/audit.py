@@ -1,4 +1,4 @@
-"""Generating the functions through which embedline.verify and a backfill's closing sweep read a source, as its owner."""
+"""Generate the functions by which verify and the closing sweep read a source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from embedline.pipelines.ddl.plan import CapturePlan, SourceExpression
 
 
 def audit_function_statements(plan: CapturePlan) -> list[str]:
-    """The functions of a pipeline's audit; they call the content and filter functions, which must be there."""
+    """Return the statements of a pipeline's audit functions.
+
+    They call the content and filter functions, which must exist.
+    """
     return [
         _digest_statement(plan), _missing_statement(plan), _audit_statement(plan), _gone_statement(plan),
         _present_statement(plan), _foreign_statement(plan),
@@ -16,7 +19,9 @@ def audit_function_statements(plan: CapturePlan) -> list[str]:
 
 
 def _missing_statement(plan: CapturePlan) -> str:
-    """The closing sweep of a backfill: an update that moved a row to a block already read was not captured.
+    """Return the function of a backfill's closing sweep.
+
+    An update that moved a row to a block already read was not captured.
 
     Such a row has no document, or, where rows are read again, one of before: cut by another recipe, by another model, or of
     the content and filter of before an alteration. Only of the last kind is the content computed, so that the sweep of rows
@@ -47,7 +52,9 @@ def _missing_statement(plan: CapturePlan) -> str:
 
 
 def _digest_statement(plan: CapturePlan) -> str:
-    """What must be stored of a row: NULL where the filter refuses it, no bytes without content, else the content's hash.
+    """Return the function that tells what must be stored of a row.
+
+    NULL if the filter refuses it, no bytes without content, else the content's hash.
 
     One byte says that an expression raises: a single poison row must not end the audit of a million. The block with its
     exception handler costs about 1 µs a row.
@@ -75,7 +82,9 @@ def _call(plan: CapturePlan, suffix: str, expression: SourceExpression) -> str:
 
 
 def _audit_statement(plan: CapturePlan) -> str:
-    """Rows of the source that have not stored what they should, and that are not queued: one statement, one snapshot.
+    """Return the function that finds rows which are not stored as they should be.
+
+    Queued rows are left out. One statement, one snapshot.
 
     OFFSET 0 keeps the digest from being computed once for each time that the CASE names it.
     """
@@ -108,7 +117,10 @@ def _audit_statement(plan: CapturePlan) -> str:
 
 
 def _gone_statement(plan: CapturePlan) -> str:
-    """Documents whose row is gone and that are not queued, with the time of their last write."""
+    """Return the function that finds documents without a row.
+
+    Queued ones are left out. It gives the time of their last write.
+    """
     selected = ", ".join(f"d.{quote_ident(key.name)}" for key in plan.keys)
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("gone")}()
         RETURNS TABLE ({_key_definitions(plan)}, embedded_at timestamptz)
@@ -121,7 +133,10 @@ def _gone_statement(plan: CapturePlan) -> str:
 
 
 def _present_statement(plan: CapturePlan) -> str:
-    """Which of these keys have a row now. VOLATILE: it looks with a snapshot of its own, past that of its caller."""
+    """Return the function that tells which keys have a row now.
+
+    VOLATILE: its snapshot is newer than its caller's.
+    """
     arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
     selected = ", ".join(f"wanted.{quote_ident(key.name)}" for key in plan.keys)
     parameters = ", ".join(f"${i + 1}" for i in range(len(plan.keys)))
@@ -135,7 +150,10 @@ def _present_statement(plan: CapturePlan) -> str:
 
 
 def _foreign_statement(plan: CapturePlan) -> str:
-    """Which of these keys have chunks that are not those of the row that is there now. VOLATILE, as _present_statement."""
+    """Return the function that tells which keys have chunks of another row.
+
+    VOLATILE, as _present_statement.
+    """
     arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
     selected = ", ".join(f"wanted.{quote_ident(key.name)}" for key in plan.keys)
     parameters = ", ".join(f"${i + 1}" for i in range(len(plan.keys)))
@@ -167,7 +185,10 @@ def _same_source_key(plan: CapturePlan, other: str) -> str:
 
 
 def _not_queued(plan: CapturePlan, alias: str) -> str:
-    """Neither in the outbox, the inbox or the deleted keys, nor in a claim, which stands until all of its keys are done."""
+    """Return the condition that a key is not queued.
+
+    It is neither in the outbox, the inbox or the deleted keys, nor in a claim, which stands until all of its keys are done.
+    """
     taken = ", ".join(f"i.{quote_ident(key.name)}" for key in plan.keys)
     same = _same_key(plan, "q", alias)
     return f"NOT EXISTS (SELECT FROM {plan.generated('outbox')} AS q WHERE {same})" + "".join(

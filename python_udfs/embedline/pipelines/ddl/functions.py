@@ -11,7 +11,10 @@ DEFINER = "SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_securi
 
 
 def content_function_statements(plan: CapturePlan, schema: str) -> dict[str, str]:
-    """The users' expressions as functions of their input columns, by suffix. Inlined by the planner where they are called."""
+    """Return the functions of the users' expressions, by suffix.
+
+    Their parameters are the input columns. The planner inlines them where they are called.
+    """
     functions = dict(plan.watched)
     if plan.tenant is not None:
         functions["tenant_value"] = plan.tenant
@@ -26,7 +29,10 @@ def content_function_statements(plan: CapturePlan, schema: str) -> dict[str, str
 
 
 def changed_function_statement(plan: CapturePlan) -> str:
-    """The function that tells whether a change of input columns changes what is embedded; an error counts as a change."""
+    """Return the function that tells if input columns changed the content.
+
+    An error counts as a change.
+    """
     columns = plan.expression_columns
     parameters = [
         f"{side}_{i + 1} {column_type}" for side in ("old", "new") for i, (_, column_type) in enumerate(columns)
@@ -52,7 +58,10 @@ def changed_function_statement(plan: CapturePlan) -> str:
 
 
 def read_function_statements(plan: CapturePlan) -> list[str]:
-    """SECURITY DEFINER functions of the source's owner through which workers read the source."""
+    """Return the functions through which workers read the source.
+
+    They are SECURITY DEFINER, of the source's owner.
+    """
     content = plan.call("content", plan.content, "source_row")
     prefix = plan.call("prefix", plan.prefix, "source_row") if plan.prefix else "NULL::text"
     accepted = f"coalesce({plan.call('filter', plan.filter, 'source_row')}, false)" if plan.filter else "true"
@@ -110,7 +119,10 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
 
 
 def content_hash_sql(plan: CapturePlan, content: str, prefix: str) -> str:
-    """The hash that tells whether a row must be embedded again: of its content and, where there is one, its prefix."""
+    """Return the hash of a row's content and prefix.
+
+    A row with another hash must be embedded again.
+    """
     hashed = f"sha256(convert_to({content}, 'UTF8'))"
     if plan.prefix is None:
         return hashed
@@ -119,7 +131,9 @@ def content_hash_sql(plan: CapturePlan, content: str, prefix: str) -> str:
 
 
 def tenant_function_statements(plan: CapturePlan) -> list[str]:
-    """SECURITY DEFINER function of the source's owner that tells whose rows those of an array of keys are.
+    """Return the function that gives the tenants of an array of keys.
+
+    It is SECURITY DEFINER, of the source's owner.
 
     An expression that fails must not hold the queue up: such a row has no tenant.
     """
@@ -155,7 +169,10 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
 
 
 def range_function_statement(plan: CapturePlan) -> str:
-    """The function that reads keys of a block range of the source or of one of its partitions."""
+    """Return the function that reads the keys of a block range.
+
+    The range is of the source or of one of its partitions.
+    """
     returned_keys = ", ".join(f"{quote_ident(key.name)} {key.type}" for key in plan.keys)
     return f"""CREATE OR REPLACE FUNCTION {plan.generated("range")}(
             relation regclass, from_tid tid, to_tid tid, row_limit integer)

@@ -1,14 +1,14 @@
-"""What the generated objects of a pipeline are made from: names, key columns, expressions."""
+"""Values from which a pipeline's objects are generated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedline.catalog.values import chunk_table_suffix
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import EXPRESSION_SCHEMA, data_name
 
-# The generated functions of a pipeline of another number are written anew by the next upgrade: raise it when they change.
+# The next upgrade regenerates the functions of pipelines that have another number. Raise it when they change.
 CODE_VERSION = 7
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (
@@ -16,7 +16,7 @@ FUNCTIONS = (
     *("changed", "digest", "tenant_or_null"),
     *("content", "filter", "prefix", "tenant_value"),
 )
-TRIGGER_FUNCTIONS = ("capture_insert", "capture_update", "capture_delete", "capture_truncate")
+TRIGGER_FUNCTIONS = tuple(map(names.capture_suffix, names.EVENTS))
 # Suffixes of the tables that belong to a pipeline and to none of its chunk sets or versions.
 TABLES = ("inbox", "deleted", "hidden", "lent", "claim", "outbox", "document")
 CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "embedding")
@@ -24,7 +24,10 @@ CHUNK_COLUMNS = ("chunk_id", "chunk_seq", "chunk_start", "chunk_end", "chunk", "
 
 @dataclass(frozen=True)
 class KeyColumn:
-    """One column of the source's key: as the source names it now, as the generated tables name it, and its type."""
+    """One column of the source's key.
+
+    It has the source's name of now, the name in the generated tables, and its type.
+    """
 
     source_name: str
     name: str
@@ -40,7 +43,9 @@ class KeyColumn:
 
 @dataclass(frozen=True)
 class SourceExpression:
-    """A user's expression as PostgreSQL prints it, with bare column names, and the (name, type) of its input columns.
+    """A user's expression as PostgreSQL prints it, and its input columns.
+
+    The text has bare column names; the columns are (name, type).
 
     An empty `text` stands for an expression whose generated function is there already and stays as it is.
     """
@@ -68,24 +73,30 @@ class CapturePlan:
 
     @property
     def rows(self) -> str:
-        """The source as a FROM item: rows of a plain table's children are none of its rows, and not captured."""
+        """The source as a FROM item.
+
+        Rows of a plain table's children are none of its rows, and not captured.
+        """
         return self.source if self.partitioned else f"ONLY {self.source}"
 
     @property
     def chunk_tables(self) -> list[str]:
         """Qualified, quoted names of the tables of all chunk sets."""
-        return [self.generated(chunk_table_suffix(number)) for number in self.chunk_sets]
+        return [self.generated(names.chunk_suffix(number)) for number in self.chunk_sets]
 
     def generated(self, suffix: str) -> str:
         """Qualified, quoted name of a generated object."""
-        return data_name(f"{self.name}_{suffix}")
+        return data_name(names.generated(self.name, suffix))
 
     def expression(self, suffix: str, schema: str = EXPRESSION_SCHEMA) -> str:
         """Qualified, quoted name of the function of a user's expression."""
-        return f"{schema}.{quote_ident(f'{self.name}_{suffix}')}"
+        return f"{schema}.{quote_ident(names.generated(self.name, suffix))}"
 
     def enqueue(self, keys: str, rows: str, table: str = "inbox") -> str:
-        """Return the INSERT of a row source's keys into the inbox or another table, 100 keys a row at most."""
+        """Return the INSERT of keys into the inbox or another table.
+
+        One row takes 100 keys at most.
+        """
         listed = ", ".join(f"array_agg(k.{quote_ident(key.name)})" for key in self.keys)
         return (
             f"INSERT INTO {self.generated(table)} ({self.key_names}) SELECT {listed}"
@@ -105,7 +116,7 @@ class CapturePlan:
 
     @property
     def watched(self) -> dict[str, SourceExpression]:
-        """The expressions, by the suffix of their function, of which a change is a change of what is to be embedded."""
+        """The expressions that decide the content, by their function's suffix."""
         expressions = {"content": self.content, "filter": self.filter, "prefix": self.prefix}
         return {suffix: expression for suffix, expression in expressions.items() if expression is not None}
 
@@ -136,7 +147,9 @@ class CapturePlan:
 
 
 def _none_null(columns: list[str]) -> str:
-    """The condition that a row has a key: while the key of a source is exchanged its columns may be NULL.
+    """Return the condition that a row has a key.
+
+    While the key of a source is exchanged its columns may be NULL.
 
     Such a row is found by its new key when the pipeline follows. In the queue it would stop every claim.
     """

@@ -1,4 +1,4 @@
-"""Generating what ranks a version's chunks: four functions of each version, and the table of rows ranked exactly.
+"""Generate the functions that rank a version's chunks, and its exact table.
 
     embedline_search.<pipeline>_v<n>_nearest(query, row_limit)                   by the index, as far as it reaches
     embedline_search.<pipeline>_v<n>_beside(query, row_limit, after, newest)    exactly, what the index may not reach
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.view import is_shown
@@ -33,10 +34,10 @@ _RETURNS = "TABLE (chunk_id bigint, key text, chunk text, distance double precis
 
 
 def exact_table_statements(pipeline: Pipeline, schema: str) -> list[str]:
-    """Return the table of rows that every search ranks exactly, whatever the index finds.
+    """Return the table of rows that every search ranks exactly.
 
     Vectors are copied into it, inline: 2,000 of 256 dimensions are ranked in 1.2 ms, through the version's primary key in
-    3.8 ms. It has no foreign key, which would cost each DELETE a look; rows that are gone drop out in the join.
+    3.8 ms. It has no foreign key, which would cost each DELETE a look-up; rows that are gone drop out in the join.
     """
     exact = pipeline.exact
     element = 2 if pipeline.version.column_type == "halfvec" else 4
@@ -44,7 +45,7 @@ def exact_table_statements(pipeline: Pipeline, schema: str) -> list[str]:
     return [
         f"""CREATE TABLE {exact} (
             chunk_id bigint NOT NULL
-                CONSTRAINT {quote_ident(f"{pipeline.name}_v{pipeline.version.number}_exact_pkey")} PRIMARY KEY,
+                CONSTRAINT {quote_ident(_name(pipeline, "exact_pkey"))} PRIMARY KEY,
             embedding {schema}.{pipeline.version.vector_type} NOT NULL,
             similarity real
         )""",
@@ -54,6 +55,15 @@ def exact_table_statements(pipeline: Pipeline, schema: str) -> list[str]:
         " 'How near the vector is to a sample of all; NULL: not looked at yet; -Infinity: a search has missed it'",
         f"REVOKE ALL ON TABLE {exact} FROM public",
     ]
+
+
+def ranking_names(pipeline: Pipeline) -> list[str]:
+    """Return the names of the functions that rank the pipeline's version."""
+    return [_name(pipeline, suffix) for suffix in SUFFIXES]
+
+
+def _name(pipeline: Pipeline, part: str) -> str:
+    return names.of_version(pipeline.name, pipeline.version.number, part)
 
 
 def function_statements(plan: CapturePlan, pipeline: Pipeline, schema: str) -> list[str]:
@@ -94,7 +104,9 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline, schema: str) -> l
 
 
 def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: str, ranking: str) -> str:
-    """Return a function around a ranking of (chunk_id, distance, considered): its rows as the source shows them.
+    """Return a function around a ranking, which shows rows as the source does.
+
+    The ranking gives (chunk_id, distance, considered).
 
     `considered` is the number of rows that the index had, or what ranks in its place: less than asked for means no more.
     """
@@ -111,7 +123,10 @@ def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: st
 
 
 def create_search_functions(session: Session, pipeline: Pipeline, plan: CapturePlan, source: Source) -> None:
-    """Create what ranks the pipeline's version, or write it again; readers and the source's owner may use it."""
+    """Create or replace the functions that rank the pipeline's version.
+
+    Readers and the source's owner may use them.
+    """
     schema = vector_schema(session)
     is_new = session.scalar("SELECT to_regclass($1) IS NULL", ["text"], pipeline.exact)
     for statement in (
@@ -128,14 +143,17 @@ def create_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
 
 
 def revoke_search_functions(session: Session, pipeline: Pipeline, role: str) -> None:
-    """Take what ranks the pipeline's version from the owner that the source had before."""
+    """Revoke the rank functions from the owner that the source had before."""
     functions = ", ".join(pipeline.search_function(suffix) for suffix in SUFFIXES)
     session.execute(f"REVOKE ALL ON FUNCTION {functions} FROM {quote_ident(role)}")
     session.execute(f"REVOKE ALL ON {pipeline.exact} FROM {quote_ident(role)}")
 
 
 def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
-    """Drop what ranks the pipeline's version; before the tables, which the functions' bodies name."""
+    """Drop the functions that rank the pipeline's version.
+
+    They go before the tables, which their bodies name.
+    """
     rows = session.query(
         """
         SELECT p.oid::regprocedure::text AS signature FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
@@ -143,7 +161,7 @@ def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
         """,
         ["text", "text[]"],
         SEARCH_SCHEMA,
-        [f"{pipeline.name}_v{pipeline.version.number}_{suffix}" for suffix in SUFFIXES],
+        ranking_names(pipeline),
     )
     for row in rows:
         session.execute(f"DROP FUNCTION {row['signature']}")

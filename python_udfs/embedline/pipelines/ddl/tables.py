@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedline.catalog.values import chunk_table_suffix
+from embedline.core import names
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.pipelines.ddl.plan import CapturePlan
 
@@ -56,7 +56,7 @@ def storage_statements(plan: CapturePlan) -> list[str]:
             last_error text,
             of_backfill boolean NOT NULL DEFAULT false,
             tenant text,
-            CONSTRAINT {quote_ident(plan.name + "_outbox_pkey")} PRIMARY KEY (outbox_id)
+            CONSTRAINT {quote_ident(names.generated(plan.name, "outbox_pkey"))} PRIMARY KEY (outbox_id)
         ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
             autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 100000,
             autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 5000)""",
@@ -69,11 +69,11 @@ def storage_statements(plan: CapturePlan) -> list[str]:
         f"""CREATE TABLE {document} (
             {columns},
             content_hash bytea,
-            state text NOT NULL CONSTRAINT {quote_ident(plan.name + "_document_state_check")}
+            state text NOT NULL CONSTRAINT {quote_ident(names.generated(plan.name, "document_state_check"))}
                 CHECK (state IN ('embedded', 'empty', 'dead')),
             embedded_at timestamptz NOT NULL,
             recipe integer,
-            CONSTRAINT {quote_ident(plan.name + "_document_pkey")} PRIMARY KEY ({plan.key_names})
+            CONSTRAINT {quote_ident(names.generated(plan.name, "document_pkey"))} PRIMARY KEY ({plan.key_names})
         ) WITH (fillfactor = 80)""",
         f"COMMENT ON TABLE {document} IS 'What was last embedded of each source row: embedded (its chunks are current), "
         "empty (content is NULL, no chunks), dead (see embedline.dead_letter)'",
@@ -89,7 +89,10 @@ _SIGNALLED = (("inbox", "INSERT"), ("outbox", "INSERT OR UPDATE"), ("deleted", "
 
 
 def signal_statements(plan: CapturePlan) -> list[str]:
-    """The triggers that tell workers that something waits: whatever queues a key, in whatever way, passes them."""
+    """Return the triggers that tell workers of new work.
+
+    Whatever queues a key, in whatever way, passes them.
+    """
     return [
         f"CREATE TRIGGER embedline_signal AFTER {events} ON {plan.generated(suffix)} FOR EACH STATEMENT"
         f" EXECUTE FUNCTION embedline._signal_work({quote_literal(plan.name).strip()})"
@@ -99,8 +102,8 @@ def signal_statements(plan: CapturePlan) -> list[str]:
 
 def chunk_set_statements(plan: CapturePlan, number: int) -> list[str]:
     """The table of one chunk set."""
-    suffix = chunk_table_suffix(number)
-    chunk, name = plan.generated(suffix), f"{plan.name}_{suffix}"
+    suffix = names.chunk_suffix(number)
+    chunk, name = plan.generated(suffix), names.generated(plan.name, suffix)
     columns = ", ".join(key.definition for key in plan.keys)
     # Shorter for later sets: with the longest pipeline name it must stay an identifier.
     hash_index = f"{name}_content_hash_idx" if number == 1 else f"{name}_hash_idx"
@@ -125,7 +128,7 @@ def chunk_set_statements(plan: CapturePlan, number: int) -> list[str]:
 
 
 def deletion_statements(plan: CapturePlan) -> list[str]:
-    """Tables of deleted keys, as applications append them, of keys whose chunks no view shows, and of vectors to lend."""
+    """Return the tables of deleted keys, hidden keys and vectors to lend."""
     deleted, hidden, lent = (plan.generated(suffix) for suffix in ("deleted", "hidden", "lent"))
     arrays = ", ".join(
         f"{quote_ident(key.name)} {key.type}[]{f' COLLATE {key.collation}' if key.collation else ''} NOT NULL"
@@ -152,7 +155,7 @@ def deletion_statements(plan: CapturePlan) -> list[str]:
             vector bytea NOT NULL,
             kept_at timestamptz NOT NULL DEFAULT now()
         )""",
-        f"CREATE INDEX {quote_ident(plan.name + '_lent_hash_idx')} ON {lent} (content_hash)",
+        f"CREATE INDEX {quote_ident(names.generated(plan.name, 'lent_hash_idx'))} ON {lent} (content_hash)",
         f"COMMENT ON TABLE {lent} IS '{LENT_COMMENT}'",
         *(
             statement
@@ -167,13 +170,16 @@ def deletion_statements(plan: CapturePlan) -> list[str]:
 
 
 def hidden_index_statement(plan: CapturePlan) -> str:
-    """Return the statement that creates the index by which a chunk's key is looked up among the hidden ones."""
-    index = quote_ident(f"{plan.name}_hidden_key_idx")
+    """Return the index by which hidden keys are looked up."""
+    index = quote_ident(names.generated(plan.name, "hidden_key_idx"))
     return f"CREATE INDEX {index} ON {plan.generated('hidden')} ({plan.key_names})"
 
 
 def claim_statements(plan: CapturePlan) -> list[str]:
-    """The table of claims: one row for all keys that a worker took out of the inbox at once."""
+    """Return the table of claims.
+
+    It has one row for all keys that a worker took out of the inbox at once.
+    """
     table = plan.generated("claim")
     arrays = ", ".join(
         f"{quote_ident(key.name)} {key.type}[]{f' COLLATE {key.collation}' if key.collation else ''} NOT NULL"
@@ -185,7 +191,7 @@ def claim_statements(plan: CapturePlan) -> list[str]:
             {arrays},
             claimed_by integer NOT NULL,
             enqueued_at timestamptz NOT NULL,
-            CONSTRAINT {quote_ident(plan.name + "_claim_pkey")} PRIMARY KEY (claim_id)
+            CONSTRAINT {quote_ident(names.generated(plan.name, "claim_pkey"))} PRIMARY KEY (claim_id)
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500)""",
         f"COMMENT ON TABLE {table} IS 'Changed keys in the hands of a worker, all of one claim in one row'",
         f"REVOKE ALL ON TABLE {table} FROM public",
@@ -193,24 +199,33 @@ def claim_statements(plan: CapturePlan) -> list[str]:
 
 
 def outbox_index_statements(plan: CapturePlan) -> list[str]:
-    """Indexes of the outbox: what is claimed, what is due, what was in hand when a worker died, what a backfill waits for."""
+    """Return the indexes of the outbox.
+
+    They find claimed keys, due ones, those in flight when a worker died, and those of a backfill.
+    """
     outbox = plan.generated("outbox")
+    entries = {
+        "claim": "(claimed_by) WHERE claimed_by IS NOT NULL",
+        "due": "(not_before, outbox_id) WHERE claimed_by IS NULL",
+        "suspect": "(crash_count, not_before) WHERE claimed_by IS NULL AND crash_count > 0",
+        "backfill": "(outbox_id) WHERE of_backfill",
+    }
     return [
-        f"CREATE INDEX {quote_ident(plan.name + '_outbox_claim_idx')} ON {outbox} (claimed_by) WHERE claimed_by IS NOT NULL",
-        f"CREATE INDEX {quote_ident(plan.name + '_outbox_due_idx')} ON {outbox} (not_before, outbox_id) WHERE claimed_by IS NULL",
-        f"CREATE INDEX {quote_ident(plan.name + '_outbox_suspect_idx')} ON {outbox} (crash_count, not_before)"
-        " WHERE claimed_by IS NULL AND crash_count > 0",
-        f"CREATE INDEX {quote_ident(plan.name + '_outbox_backfill_idx')} ON {outbox} (outbox_id) WHERE of_backfill",
+        f"CREATE INDEX {quote_ident(names.generated(plan.name, f'outbox_{name}_idx'))} ON {outbox} {entry}"
+        for name, entry in entries.items()
     ]
 
 
 def tenant_index(plan: CapturePlan) -> str:
     """Name of the index of `tenant_index_statements`."""
-    return f"{plan.name}_outbox_tenant_idx"
+    return names.generated(plan.name, "outbox_tenant_idx")
 
 
 def tenant_index_statements(plan: CapturePlan) -> list[str]:
-    """The index through which claims share the queue among tenants; only where there are tenants."""
+    """Return the index by which claims share the queue among tenants.
+
+    There is none without a tenant expression.
+    """
     if plan.tenant is None:
         return []
     index = quote_ident(tenant_index(plan))
@@ -219,15 +234,15 @@ def tenant_index_statements(plan: CapturePlan) -> list[str]:
 
 def version_statements(plan: CapturePlan, number: int, vector_type: str, chunk_set: int = 1) -> list[str]:
     """The table of one version's vectors of the chunks of a set."""
-    table = plan.generated(f"v{number}")
+    table = plan.generated(names.version_suffix(number))
     return [
         f"""CREATE TABLE {table} (
-            chunk_id bigint NOT NULL CONSTRAINT {quote_ident(f"{plan.name}_v{number}_chunk_id_fkey")}
-                REFERENCES {plan.generated(chunk_table_suffix(chunk_set))} ON DELETE CASCADE,
-            {quote_ident(f"embedding_v{number}")} {vector_type} NOT NULL,
-            CONSTRAINT {quote_ident(f"{plan.name}_v{number}_pkey")} PRIMARY KEY (chunk_id)
+            chunk_id bigint NOT NULL CONSTRAINT {quote_ident(names.of_version(plan.name, number, "chunk_id_fkey"))}
+                REFERENCES {plan.generated(names.chunk_suffix(chunk_set))} ON DELETE CASCADE,
+            {quote_ident(names.vector_column(number))} {vector_type} NOT NULL,
+            CONSTRAINT {quote_ident(names.of_version(plan.name, number, "pkey"))} PRIMARY KEY (chunk_id)
         )""",
         # Vectors of up to 2 kB stay in the row; longer ones go out of line uncompressed: floats do not compress.
-        f"ALTER TABLE {table} ALTER COLUMN {quote_ident(f'embedding_v{number}')} SET STORAGE EXTERNAL",
+        f"ALTER TABLE {table} ALTER COLUMN {quote_ident(names.vector_column(number))} SET STORAGE EXTERNAL",
         f"REVOKE ALL ON TABLE {table} FROM public",
     ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from embedline.core import names
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.postgres.relations import data_name
 
 
 def trigger_function_statements(plan: CapturePlan) -> list[str]:
-    """Trigger functions, SECURITY DEFINER: an application role needs no right on our tables.
+    """Return the trigger functions.
+
+    They are SECURITY DEFINER, so an application role needs no right on our tables.
 
     They run as Embedline's owner, and what casts a column of another type than when they were written may be a function of
-    the source's owner: so they look at the types first.
+    the source's owner. So they check the types first.
     """
     bodies = _statement_bodies(plan) if plan.capture == "statement" else _row_bodies(plan)
     changed = " OR ".join(_differs(key.source_name) for key in plan.keys)
@@ -56,29 +59,35 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
         statement
         for event, body in bodies.items()
         for statement in (
-            f"""CREATE OR REPLACE FUNCTION {plan.generated("capture_" + event)}()
+            f"""CREATE OR REPLACE FUNCTION {plan.generated(names.capture_suffix(event))}()
             RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
         AS """
             + quote_literal(f"""
             BEGIN{body}
             END
             """),
-            f"REVOKE ALL ON FUNCTION {plan.generated('capture_' + event)}() FROM public",
+            f"REVOKE ALL ON FUNCTION {plan.generated(names.capture_suffix(event))}() FROM public",
         )
     ]
 
 
 def resting_trigger_statements(name: str) -> list[str]:
-    """Trigger functions that capture nothing: for a source that has lost its key. A write must not fail because of that."""
+    """Return trigger functions that capture nothing.
+
+    They are for a source that has lost its key: a write must not fail because of that.
+    """
     return [
-        f"CREATE OR REPLACE FUNCTION {data_name(f'{name}_capture_{event}')}() RETURNS trigger"
+        f"CREATE OR REPLACE FUNCTION {data_name(names.generated(name, names.capture_suffix(event)))}() RETURNS trigger"
         " LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NULL; END'"
         for event in ("insert", "update", "delete")
     ]
 
 
 def _type_guard(plan: CapturePlan, row: str, rows: str | None) -> str:
-    """The test that the key of a row, or of a transition table's rows, has the types that it is cast to, or domains over them."""
+    """Return the test that a key has the types that it is cast to.
+
+    It is of one row, or of a transition table's rows. Domains over the types pass.
+    """
     row = "r" if rows else row
     other = " OR ".join(
         f"pg_typeof({row}.{quote_ident(key.source_name)}) <> {wanted}"
@@ -105,10 +114,10 @@ def _statement_bodies(plan: CapturePlan) -> dict[str, str]:
     )
     return {
         # A row may come under the key of a deleted one whose chunks still stand: these must not be shown with it. Large
-        # loads look for such only while deleted keys wait: 50,000 rows beside 1,000,000 documents cost 1.3 times the bare
-        # insert without the look, 1.9 times with it. A look-up for each row, because the first statement of a session
+        # loads search for such only while deleted keys wait: 50,000 rows beside 1,000,000 documents cost 1.3 times the bare
+        # insert without the search, 1.9 times with it. A look-up for each row, because the first statement of a session
         # decides the plan for all later ones. An old snapshot may see neither the deletion nor which chunks stand: there all
-        # new rows are hidden until a worker has looked at them.
+        # new rows are hidden until a worker has compared them.
         "insert": f"""
         {plan.enqueue(plan.keys_of_row("n"), "new_rows AS n")}
         IF {_OLD_SNAPSHOT} THEN
@@ -140,7 +149,9 @@ _OLD_SNAPSHOT = "current_setting('transaction_isolation') IN ('repeatable read',
 
 
 def _hide(plan: CapturePlan, arrays: str) -> str:
-    """Hide the chunks of keys, given as arrays, unless their row asks for exactly these.
+    """Return the statement that hides the chunks of keys, given as arrays.
+
+    Chunks that are exactly those of their row stay shown.
 
     An error of the owner's expressions hides them all: the application's write goes through.
     """
@@ -158,7 +169,10 @@ def _hide(plan: CapturePlan, arrays: str) -> str:
 
 
 def _hide_row(plan: CapturePlan) -> str:
-    """Hide chunks that stand under the key of a new row, as the trigger of INSERT does it for a statement."""
+    """Return the statement that hides stored chunks under a new row's key.
+
+    The trigger of INSERT does the same for a statement.
+    """
     key = " AND ".join(
         f"d.{quote_ident(key.name)} = NEW.{quote_ident(key.source_name)}::{key.type}" for key in plan.keys
     )
@@ -183,11 +197,6 @@ def _row_bodies(plan: CapturePlan) -> dict[str, str]:
     }
 
 
-def trigger_name(pipeline: str, event: str) -> str:
-    """Name of a capture trigger on the source."""
-    return f"embedline_{pipeline}_{event}"
-
-
 def _differs(column: str) -> str:
     # As text and byte by byte: some types have no equality (json), and equal is not the same (numeric 1.0 and 1.00, citext).
     name = quote_ident(column)
@@ -195,7 +204,10 @@ def _differs(column: str) -> str:
 
 
 def trigger_statements(plan: CapturePlan) -> list[str]:
-    """Triggers on the source. CREATE TRIGGER takes SHARE ROW EXCLUSIVE on it for an instant."""
+    """Return the triggers on the source.
+
+    CREATE TRIGGER takes SHARE ROW EXCLUSIVE on it for an instant.
+    """
     if plan.capture == "statement":
         insert, delete = (
             "REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT",
@@ -219,6 +231,8 @@ def update_trigger_statements(plan: CapturePlan) -> list[str]:
 
 
 def _trigger(plan: CapturePlan, event: str, clause: str) -> list[str]:
-    name = quote_ident(trigger_name(plan.name, event))
-    create = f"CREATE OR REPLACE TRIGGER {name} {clause} EXECUTE FUNCTION {plan.generated('capture_' + event)}()"
+    name = quote_ident(names.trigger(plan.name, event))
+    create = (
+        f"CREATE OR REPLACE TRIGGER {name} {clause} EXECUTE FUNCTION {plan.generated(names.capture_suffix(event))}()"
+    )
     return [create, *([f"ALTER TABLE {plan.source} ENABLE ALWAYS TRIGGER {name}"] if plan.always else [])]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedline.catalog.values import chunk_table_suffix
+from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CapturePlan
 
 
 @dataclass(frozen=True)
 class ShownVersion:
-    """The version that a view shows: its number, its chunk set, and the type that the view gives the vectors.
+    """The version that a view shows.
+
+    It has a number, a chunk set, and the type that the view gives the vectors.
 
     The routing view shows them without dimensions ("public.vector"): so CREATE OR REPLACE VIEW can put a version of other
     dimensions in their place, and an index is found all the same. `type_name` None leaves the column's own type.
@@ -25,7 +27,9 @@ class ShownVersion:
 def view_query(
     plan: CapturePlan, columns: list[tuple[str, str, bool]], shown: ShownVersion, *, has_policies: bool = False
 ) -> str:
-    """The query of a view; `columns` are (column, its name in the view, whether it is one of CHUNK_COLUMNS).
+    """Return the query of a view.
+
+    `columns` are (column, its name in the view, whether it is one of CHUNK_COLUMNS).
 
     For a join over a key of several columns the planner multiplies what each column keeps: it expected 5 rows of 4,999, and
     ranked all exactly rather than by the index. Of a LEFT JOIN it expects all rows of the left side. The condition leaves out
@@ -33,7 +37,7 @@ def view_query(
     the source still does, and is used first. Row-level security would not be used first, so a source with it (`has_policies`)
     keeps the plain join.
     """
-    vector = f"v.{quote_ident(f'embedding_v{shown.number}')}"
+    vector = f"v.{quote_ident(names.vector_column(shown.number))}"
     chunk_sources = {
         "chunk_id": "c.chunk_id",
         "chunk_seq": "c.seq",
@@ -47,7 +51,10 @@ def view_query(
         for column, name, of_chunk in columns
     ]
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
-    chunk, vectors = plan.generated(chunk_table_suffix(shown.chunk_set)), plan.generated(f"v{shown.number}")
+    chunk, vectors = (
+        plan.generated(names.chunk_suffix(shown.chunk_set)),
+        plan.generated(names.version_suffix(shown.number)),
+    )
     if len(plan.keys) > 1 and not has_policies:
         return (
             f"SELECT {', '.join(selected)} FROM {vectors} AS v JOIN {chunk} AS c ON v.chunk_id = c.chunk_id"

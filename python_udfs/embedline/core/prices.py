@@ -1,4 +1,4 @@
-"""What tokens cost: prices are for a million of them."""
+"""Check the prices of tokens, which are for a million of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ TOKENS_PER_PRICE = 1_000_000
 
 
 def check_price(price: Decimal | None) -> Decimal | None:
-    """Return the price of a million tokens if it is one; None: not known."""
+    """Return the price of a million tokens, None if it is not known.
+
+    Raises InvalidParameter if it is negative or not a finite number.
+    """
     if price is not None and not (price.is_finite() and price >= 0):
         raise InvalidParameter(
             f"price_per_million_tokens must be at least 0, not {price}",

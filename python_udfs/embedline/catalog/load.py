@@ -1,4 +1,4 @@
-"""Reading the catalogue: models, pipelines and versions as values."""
+"""Read the catalogue: models, pipelines and versions as values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODEL_COLUMNS = """
 _CHUNK_SET_COLUMNS = """
     s.number AS chunk_set, s.chunk_set_id, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options
 """
-# One row for each version of each pipeline; `others` are the versions beside it, `sets` the other ways of chunking.
+# Select one row for each version of each pipeline; `others` are its other versions, `sets` the other chunk sets.
 _VERSION_SQL = f"""
     SELECT p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
            p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, p.altered_at::text AS altered_at,
@@ -47,7 +47,7 @@ _VERSION_SQL = f"""
 _PIPELINE_SQL = f"{_VERSION_SQL} WHERE v.version_id = p.serving_version_id"
 PIPELINE_BY_NAME = f"{_PIPELINE_SQL} AND p.name = $1"
 _VERSIONS_BY_NAME = f"{_VERSION_SQL} WHERE p.name = $1 ORDER BY v.number"
-# Only workers ask whether requests are counted: readers, who search, may not read budgets.
+# Only workers ask whether requests are counted, because readers, who search, may not read budgets.
 _METERED = f"""
     (m.provider <> 'sentence-transformers' OR m.price_per_million_tokens IS NOT NULL
         OR EXISTS (SELECT FROM embedline.spending_cap AS s WHERE s.pipeline_id = p.pipeline_id OR s.model_id = m.model_id)
@@ -56,7 +56,7 @@ _METERED = f"""
     (SELECT h.last_error FROM embedline.pipeline_health AS h WHERE h.pipeline_id = p.pipeline_id) AS last_error,
     EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source AND {HIDDEN}) AS is_hidden,
 """
-# A source that was dropped takes its functions along; its pipeline must not stop the others.
+# A source that was dropped takes its functions along. Its pipeline must not stop the others.
 ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
     AND p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
     AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
@@ -65,7 +65,8 @@ ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)
 _SOME_PIPELINES = ACTIVE_PIPELINES.replace(
     "ORDER BY p.pipeline_id", "AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
 )
-# Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
+# Versions that are filled from the chunks: all but the serving one, and the serving one while it lags after its
+# cutover.
 _LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
     WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
         AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
@@ -95,13 +96,19 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
 
 
 def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
-    """Return a lane for each version that is filled from the chunks of the others' work: of all pipelines or the one named."""
+    """Return a version fill for each version that is filled from the chunks.
+
+    `name` limits them to one pipeline.
+    """
     rows = session.query(_LANES, ["text"], name)
     return [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
 
 
 def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
-    """Return of these pipelines and lanes, by their `lane_id`, what workers serve now."""
+    """Return the pipelines and version fills of these ids that workers serve now.
+
+    The ids are `lane_id`s, which are negative for version fills.
+    """
     pipelines, lanes = [i for i in lane_ids if i >= 0], [-i for i in lane_ids if i < 0]
     found: list[Pipeline] = []
     if pipelines:
@@ -114,7 +121,10 @@ def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
 
 
 def load_versions(session: Session, name: str) -> list[Pipeline]:
-    """Return the pipeline of that name once for each of its versions, by number, or raise NotFound."""
+    """Return the pipeline of that name once for each of its versions, by number.
+
+    Raises NotFound if there is no such pipeline.
+    """
     found = [pipeline_from_row(row) for row in session.query(_VERSIONS_BY_NAME, ["text"], name)]
     return found or [load_pipeline(session, name)]
 
@@ -132,7 +142,7 @@ def load_version(session: Session, name: str, number: int) -> Pipeline:
 
 
 def load_all_pipelines(session: Session) -> list[Pipeline]:
-    """Return every pipeline, in whatever state."""
+    """Return all pipelines, in any state."""
     return [pipeline_from_row(row) for row in session.query(_PIPELINE_SQL)]
 
 

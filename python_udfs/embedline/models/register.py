@@ -1,4 +1,4 @@
-"""Registering embedding models."""
+"""Register embedding models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embedline.postgres.session import Session
 from embedline.providers.options import check_options
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
-# Parameters of a query that are secrets; api-version and the like are none.
+# Names of query parameters that hold secrets; api-version and the like do not.
 _SECRET_PARAMETER = re.compile(r"key|token|secret|passw|signature|credential|\Asig\Z|\Acode\Z|auth", re.IGNORECASE)
 _LIMITS = {
     "max_batch_items": (1, 100_000),
@@ -45,7 +45,10 @@ INSERT_TYPES = (
 
 @entry_point
 def create_model(session: Session, parameters: dict[str, Any]) -> str:
-    """Probe a model, store what it is, return its name. Raises where the declaration does not fit the model."""
+    """Probe a model, store its facts, return its name.
+
+    Raises an error if the declaration does not fit the model.
+    """
     price = check_price(parameters.pop("price_per_million_tokens"))
     config = _validated_config(session, parameters)
     if session.scalar("SELECT model_id FROM embedline.model WHERE name = $1", ["text"], config.name) is not None:
@@ -98,7 +101,7 @@ def drop_model(session: Session, name: str) -> None:
 
 
 def probe(session: Session, config: ModelConfig) -> ModelInfo:
-    """Ask the model for its dimensions and limits; the statement stays cancellable meanwhile."""
+    """Ask the model for its dimensions and limits; the statement stays cancellable."""
     embedder = create_embedder(config)
     try:
         return wait_result(embedder.probe(), let_cancel_through(session))
@@ -107,7 +110,7 @@ def probe(session: Session, config: ModelConfig) -> ModelInfo:
 
 
 def checked_options(name: str, provider: str, given: Any) -> dict[str, Any]:
-    """Return a model's options, as PL/Python hands them over, if its provider knows them."""
+    """Return a model's options, given as JSON text, if its provider knows them."""
     loaded = json.loads(given or "{}")
     if not isinstance(loaded, dict):
         raise InvalidParameter(
@@ -119,7 +122,10 @@ def checked_options(name: str, provider: str, given: Any) -> dict[str, Any]:
 
 
 def _refuse_secrets(base_url: str | None) -> None:
-    """Raise where an address carries a credential: readers see the address."""
+    """Raise InvalidParameter if an address carries a credential.
+
+    Readers see the address.
+    """
     try:
         parts = urlsplit(base_url or "")
         names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
@@ -135,7 +141,10 @@ def _refuse_secrets(base_url: str | None) -> None:
 
 
 def check_limits(given: dict[str, Any]) -> None:
-    """Raise for a limit of requests that cannot be used; NULL, where it may be given, is not looked at."""
+    """Raise InvalidParameter for a limit of requests that cannot be used.
+
+    NULL is not checked.
+    """
     for name, (low, high) in _LIMITS.items():
         if given[name] is not None and not low <= given[name] <= high:
             raise InvalidParameter(f"{name} must be between {low} and {high}, not {given[name]}")
@@ -144,7 +153,10 @@ def check_limits(given: dict[str, Any]) -> None:
 
 
 def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
-    """Raise for an address that is none or holds a secret, and for a key in place of its variable's name."""
+    """Raise InvalidParameter for an unusable address or a key instead of its variable.
+
+    An address must not hold a secret.
+    """
     if base_url is not None and not re.match(r"https?://[^/\s]", base_url):
         raise InvalidParameter(
             "base_url must begin with http:// or https://", hint="For example http://127.0.0.1:11434/v1."
@@ -159,7 +171,7 @@ def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
 
 
 def check_directory(provider: str, model: str) -> None:
-    """Raise if a local model's directory is not there."""
+    """Raise InvalidParameter if a local model's directory is not there."""
     if provider == "sentence-transformers" and os.path.isabs(model) and not os.path.isdir(model):
         raise InvalidParameter(
             f'there is no model directory "{model}" that the server can read',

@@ -36,7 +36,7 @@ _TOOL_COMMENT = re.compile(r"#\s*(?:noqa|type:|pragma|ruff:|fmt:|mypy:|!)")
 _TRAILING_TOOL_COMMENT = re.compile(r"#\s*(?:noqa|type: ignore).*$")
 # A sentence ends at its mark; a list item, a table row and a line before an indented example end one, too.
 _SENTENCE_END = re.compile(
-    r"(?<=[.!?])[\"')\]”`]*\s+|(?<=[.!?][\"')\]”`])\s+|\n\s*\n|\n\s*(?:[-*]|\d+\.)\s+|:(?=\s*\n)"
+    r"(?<=[.!?])[\"')\]”`]*\s+|(?<=[.!?][\"')\]”`])\s+|\n\s*\n|\n\s*(?:[-*]|\d+\.)\s+|:(?=\s*\n)|\n {4,}"
 )
 _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|cf|vs|etc|approx|no)\.", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""The names of pg_cron's jobs that build indexes, and removing them."""
+"""Name pg_cron's jobs that build indexes, and remove them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ def index_job(name: str, number: int, precision: str | None) -> str:
 
 
 def forget_index_jobs(session: Session, name: str, number: int | None = None, precision: str | None = None) -> None:
-    """Take away the jobs that build indexes of what is about to be dropped: a pipeline, a version, or one of its indexes."""
+    """Remove the jobs that build indexes of an object about to be dropped.
+
+    The object is a pipeline, a version, or one of its indexes.
+    """
     if not session.scalar("SELECT to_regclass('cron.job') IS NOT NULL"):
         return
     prefix = f"embedline index {name} " if number is None else f"{index_job(name, number, precision)} "

@@ -21,10 +21,10 @@ RETIRED = {
     r"(?!-|\s+(?:like|for)\b)",
     "contain": r"\bcontain(?:s|ed|ing)?\s+(?:an?\s+|the\s+|its\s+|this\s+|such\s+)?(?:errors?|failures?|faults?|troubles?)\b"
     r"|\b(?:errors?|failures?|faults?|troubles?)\s+(?:is|are|was|were|be|being)\s+contained\b",
-    "let go": r"\blet(?:s|ting)?\s+(?:[\w']+\s+){0,2}?go\b",
+    "let go": r"\blet(?:s|ting)?\s+(?:[\w']+\s+){0,2}?go\b(?!\s+on\b)",
     "in hand": r"\bin\s+(?:[\w']+\s+){0,2}?hands?\b",
     "anew": r"\banew\b",
-    "nobody": r"\bnobody\b",
+    "nobody": r"(?<!\A)\bnobody\b|\bnobody\b(?!\Z)",  # a string of its own is the operating system's user
     "whoever": r"\bwhoever\b",
     "to be had": r"\bto be had\b",
 }

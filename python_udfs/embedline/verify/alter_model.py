@@ -4,7 +4,7 @@ Its endpoint, key, limits, and the options that do not decide vectors can be alt
 endpoint is accepted only if it gives them again. The new endpoint embeds a sample of stored chunks, which is compared
 by cosine, with the bound that `verify` uses each night.
 
-With a lower bound a server in int8 would pass, whose vectors of MiniLM had a median of 0.9915 and went down to 0.9794
+With a lower bound a server in int8 would pass. Its vectors of MiniLM had a median of 0.9915 and went down to 0.9794
 (300 paragraphs). But an endpoint that puts a prefix before each text would pass, too: its median was 0.9840.
 """
 

@@ -26,7 +26,7 @@ def serving_number(session: Session, pipeline: Pipeline) -> int:
     found = re.search(r"SELECT (\d+)", session.scalar(_SERVING_FUNCTION, ["text"], pipeline.name) or "")
     if found is None:
         raise NotFound(
-            f"the function {function} is gone or changed, which says what version serves",
+            f"the function {function}, which names the serving version, is gone or changed",
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') recreates it.",
         )
     return int(found[1])

@@ -87,7 +87,7 @@ def heading_paths(text: str, on_piece: OnPiece) -> Iterator[Heading]:
 def _headings(text: str, on_piece: OnPiece) -> Iterator[tuple[int, int, str]]:
     """Yield (offset, level, title), parsing window by window.
 
-    A block of the outermost level that is followed by another one is whole, whatever comes later. So the last block of
+    A block of the outermost level that is followed by another one is whole for certain. So the last block of
     a window begins the next. A block that fills its window is read again in one twice as long.
     """
     from markdown_it import MarkdownIt

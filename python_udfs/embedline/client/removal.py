@@ -93,9 +93,9 @@ _REMOVE = f"""
         doomed text;
         messages text := current_setting('client_min_messages');
     BEGIN
-        -- Workers begin each step with it, holding nothing: they end there when it is gone, and no deadlock comes of them.
+        -- Workers begin each step with this table, holding no lock. They end when it is gone, without a deadlock.
         LOCK TABLE embedline.worker;
-        -- They would look at each statement below.
+        -- They would fire for each statement below.
         FOR doomed IN
             SELECT format('DROP EVENT TRIGGER %I', e.evtname) FROM pg_catalog.pg_event_trigger AS e
             JOIN pg_catalog.pg_proc AS f ON f.oid = e.evtfoid WHERE f.pronamespace = 'embedline'::regnamespace

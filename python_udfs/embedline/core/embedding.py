@@ -1,4 +1,4 @@
-"""Define what a provider is given, what it returns, and its protocol."""
+"""Define a provider's input, its output, and its protocol."""
 
 from __future__ import annotations
 

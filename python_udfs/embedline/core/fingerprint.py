@@ -1,4 +1,4 @@
-"""Fingerprints: one hash of everything that decides what a stored vector means."""
+"""Hash everything that decides the meaning of a stored vector."""
 
 from __future__ import annotations
 

@@ -17,6 +17,6 @@ def check_price(price: Decimal | None) -> Decimal | None:
     if price is not None and not (price.is_finite() and price >= 0):
         raise InvalidParameter(
             f"price_per_million_tokens must be at least 0, not {price}",
-            hint="Give what the provider takes for 1,000,000 tokens, for example 0.02; NULL where it is not known.",
+            hint="Pass the provider's price of 1,000,000 tokens, for example 0.02, or NULL if it is not known.",
         )
     return price

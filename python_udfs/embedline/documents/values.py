@@ -13,7 +13,7 @@ from embedline.errors import EmbedlineError
 from embedline.queue.outbox import ClaimedRow, Key
 
 Vector = npt.NDArray[np.float32]
-# Stands for the vector of a chunk that is not embedded, where a vector is required.
+# Stands for the vector of a chunk that is not embedded, in lists that need a vector for each chunk.
 NO_VECTOR: Vector = np.empty(0, dtype=np.float32)
 
 

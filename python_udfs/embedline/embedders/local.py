@@ -54,7 +54,7 @@ class _Call:
 
 @dataclass
 class _Link:
-    """A connection with what is still to be sent and the calls that wait for answers."""
+    """A connection with its unsent bytes and the calls that wait for answers."""
 
     socket: socket.socket
     decoder: FrameDecoder = field(default_factory=FrameDecoder)

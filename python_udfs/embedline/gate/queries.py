@@ -49,8 +49,8 @@ _GREATEST_GRADE = 1_000_000
 class QuerySet:
     """Queries with the grades of the keys that answer each.
 
-    `groups` holds the group of each if a column was named. `source` is 'canary' or 'known_item'. `note` tells a person
-    where they come from and what was left out. `is_all` means that the corpus gives no more known items.
+    `groups` holds the group of each if a column was named. `source` is 'canary' or 'known_item'. `note` names
+    their origin and the omitted ones for a person. `is_all` means that the corpus gives no more known items.
     """
 
     source: str

@@ -54,7 +54,7 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
     if session.scalar("SELECT model_id FROM embedline.model WHERE name = $1", ["text"], config.name) is not None:
         raise AlreadyExists(
             f'there is a model "{config.name}" already',
-            hint=f"SELECT embedline.drop_model('{config.name}') removes it where no pipeline uses it.",
+            hint=f"SELECT embedline.drop_model('{config.name}') removes it if no pipeline uses it.",
         )
     info = probe(session, config)
     if config.dimensions is not None and info.dimensions != config.dimensions:
@@ -130,11 +130,11 @@ def _refuse_secrets(base_url: str | None) -> None:
         parts = urlsplit(base_url or "")
         names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
     except ValueError:
-        raise InvalidParameter("base_url is no address", hint="For example http://127.0.0.1:11434/v1.") from None
+        raise InvalidParameter("base_url is not an address", hint="For example http://127.0.0.1:11434/v1.") from None
     if "@" in parts.netloc or any(_SECRET_PARAMETER.search(name) for name in names):
         raise InvalidParameter(
             "base_url must not hold a user, a password or a key",
-            detail="The address is not shown here, but everybody who may search sees it in embedline.model.",
+            detail="The address is not shown here, but every role that may search can read it in embedline.model.",
             hint="Start the server with the key in a variable and pass api_key_env => 'ITS_NAME'; a header of another name"
             ' than Authorization is options => \'{"key_header": "api-key"}\'.',
         )
@@ -165,7 +165,7 @@ def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
     if api_key_env is not None and not _KEY_VARIABLE.match(api_key_env):
         raise InvalidParameter(
             "api_key_env must be the name of an environment variable of the server",
-            detail="The value that was given is not shown: it may be the key itself.",
+            detail="The given value is not shown, because it may be the key itself.",
             hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
         )
 

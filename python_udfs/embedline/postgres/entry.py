@@ -89,7 +89,7 @@ def require_given(**values: object) -> None:
     """Raise InvalidParameter for the first value that is NULL."""
     for name, value in values.items():
         if value is None:
-            raise InvalidParameter(f"{name} must not be NULL", hint="Leave it out: then it has its default.")
+            raise InvalidParameter(f"{name} must not be NULL", hint="Leave it out to use its default.")
 
 
 def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:

@@ -142,7 +142,7 @@ def _check_body(model: str, option: str, body: Mapping[str, Any]) -> None:
         if _SECRET_MEMBER.search(member):
             raise InvalidParameter(
                 f'option "{option}" of model "{model}" must not hold a secret, such as "{member}"',
-                detail="Its value is not shown here, but everybody who may search sees it in embedline.model.",
+                detail="Its value is not shown here, but every role that may search can read it in embedline.model.",
                 hint="Start the server with the key in a variable and pass api_key_env => 'ITS_NAME'.",
             )
 

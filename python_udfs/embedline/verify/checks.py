@@ -47,7 +47,7 @@ def capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
             LEFT JOIN pg_trigger AS t ON t.tgrelid = $1::oid AND t.tgname = 'embedline_' || $2 || '_' || w.name
         )
         SELECT f.name, f.tgenabled IS NULL AS gone, f.always FROM found AS f
-        -- What was made to fire in replica mode is off there as soon as it fires in the others alone.
+        -- A trigger that was made to fire in replica mode is off there if it fires only in the other modes.
         WHERE coalesce(f.tgenabled, 'D') IN ('D', 'R') OR (f.always AND f.tgenabled = 'O')
         """,
         ["bigint", "text", "text[]"],

@@ -60,7 +60,7 @@ def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
     """
     locked = plpy.execute(f"SELECT pg_catalog.pg_try_advisory_lock({_LOCK}) AS locked")
     if not locked[0]["locked"]:
-        plpy.notice("embedline: a nightly run is under way in another session")
+        plpy.notice("embedline: another session runs a nightly run already")
         return
     try:
         rows = plpy.execute("SELECT p.name FROM embedline.pipeline AS p ORDER BY p.pipeline_id")

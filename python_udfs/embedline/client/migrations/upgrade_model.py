@@ -86,8 +86,8 @@ def _require_change(create: CreatePipelineOp, stored: StoredPipeline) -> None:
     wanted = {name: value for name, value in create.written().items() if name in comparison.RECIPE}
     for version in stored.versions:
         if all(version[name] == value for name, value in wanted.items()):
-            state = "serves" if version["serving"] else "is on its way"
-            raise CommandError(f'version {version["number"]} of pipeline "{stored.name}" is that, and {state}')
+            state = "serves" if version["serving"] else "is being filled"
+            raise CommandError(f'version {version["number"]} of pipeline "{stored.name}" has this recipe, and {state}')
 
 
 def _with_model(upgrade: Upgrade, catalogue: Catalogue, declaration: Declaration | None) -> Upgrade:

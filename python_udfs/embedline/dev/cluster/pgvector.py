@@ -147,7 +147,7 @@ def _build(major: int) -> None:
     source = distribution_source(_APT_SOURCES, release.get("VERSION_CODENAME", ""))
     if release.get("ID") != "debian" or source is None:
         raise SetupError(
-            f"apt offers no postgresql-{major}-pgvector, and its source package can be had only on Debian\n"
+            f"apt offers no postgresql-{major}-pgvector, and only Debian offers its source package\n"
             f"Install pgvector 0.8.0 or newer for PostgreSQL {major}, then run make again."
         )
     as_root(["make", "install"])  # without root it would fail at the very end

@@ -323,7 +323,7 @@ class Cluster:
             status = folder.lstat()
             if folder.is_symlink() or status.st_uid != user.pw_uid or status.st_mode & 0o077:
                 raise SetupError(
-                    f"{folder} belongs to somebody else or is open to others\nRemove it, then run: make up"
+                    f"{folder} belongs to another user or is open to others\nRemove it, then run: make up"
                 ) from None
 
     def _check_port_is_free(self) -> None:

@@ -70,6 +70,6 @@ def load_settings() -> Settings:
     text = os.environ.get("EMBEDLINE_PORT") or str(DEFAULT_PORT)
     if not text.isdecimal() or not 1024 <= int(text) <= 65535:
         raise SetupError(
-            f"EMBEDLINE_PORT={text} is no port number\nUse a number from 1024 to 65535, for example {DEFAULT_PORT}."
+            f"EMBEDLINE_PORT={text} is not a port number\nUse a number from 1024 to 65535, for example {DEFAULT_PORT}."
         )
     return Settings(root=root, data_dir=data_dir, port=int(text))

@@ -23,9 +23,10 @@ each time, in the order functions, procedures, triggers, views, security. The re
 The body of a wrapper imports, calls and returns. The last column names the function in `python_udfs/embedline/` that does the
 work. It has the name of the SQL object. `make golden` writes this page, and a test compares it with the files.
 """
+_TRIGGERS = (SQL / "triggers" / "README.md").relative_to(SQL)
 _NOTES = {
     "triggers": "The triggers of sources are generated for each pipeline, because their functions know the types of the source's"
-    " key. See [triggers/README.md](triggers/README.md)."
+    f" key. See [{_TRIGGERS}]({_TRIGGERS})."
 }
 _FOLDERS = ("functions", "procedures", "views", "triggers", "security")
 

@@ -1,4 +1,4 @@
-"""Alembic environment: checks the server, runs the revisions, and replays the functions once at head."""
+"""Check the server, run the revisions, and replay the functions once at head."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ _VERSION_TABLE = {"version_table": "alembic_version", "version_table_schema": "e
 
 
 def _goes_to_base() -> bool:
-    """Return True for a downgrade after which no revision is left, however the command names its end."""
+    """Return True for a downgrade after which no revision is left.
+
+    The command may name its end in any way.
+    """
     migration = context.get_context()
     plan = migration.opts.get("fn")
-    # `stamp base` has base for its end, too, and changes nothing; other commands are not asked what they would do.
+    # `stamp base` ends at base, too, but changes nothing. The plans of other commands are not run here.
     if plan is None or getattr(plan, "__name__", "") != "downgrade":
         return False
     steps = list(plan(migration.get_current_heads(), migration))
@@ -27,9 +30,9 @@ def _goes_to_base() -> bool:
 
 
 def _tell_warnings(connection: Connection) -> None:
-    """Log what the server warns of while it runs the revisions, and what a downgrade leaves behind.
+    """Log the server's warnings during the revisions, and a downgrade's leftovers.
 
-    Other notices, such as "already exists, skipping", are no news.
+    Other notices, such as "already exists, skipping", are not worth a line.
     """
 
     def hear(notice: Diagnostic) -> None:
@@ -62,7 +65,7 @@ def run_offline() -> None:
 
 def run_online() -> None:
     try:
-        # Without a pool of SQLAlchemy's: the connection closes with the block.
+        # Without a pool of SQLAlchemy's, so that the connection closes with the block.
         with engine(context.config.get_main_option("sqlalchemy.url")).connect() as connection:
             applied = context.config.attributes.get("on_version_apply")
             context.configure(connection=connection, on_version_apply=applied, **_VERSION_TABLE)
@@ -92,7 +95,7 @@ def run_online() -> None:
     except EmbedlineError as error:
         raise SystemExit("ERROR: " + lines(error.message, error.detail, error.hint)) from None
     except DBAPIError as error:
-        # What a person can do something about is in the server's message; the statement and our frames are not that.
+        # A person can only act on the server's message, so the statement and our frames are left out.
         told = server_message(error.orig)
         if told is None:
             raise

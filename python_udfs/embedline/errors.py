@@ -86,19 +86,21 @@ class ProviderError(EmbedlineError):
     """The embedding provider failed."""
 
     sqlstate = "EL010"
-    # Whether the provider said no before it did any work, so that nothing was paid for.
+    # True if the provider refused before it did any work, so that nothing was paid for.
     is_refusal = False
 
 
 class TransientProviderError(ProviderError):
-    """The embedding provider is unavailable for now; the same request may succeed later.
+    """The embedding provider is unavailable for now.
 
-    `retry_after` is the provider's own wish in seconds, if it gave one. `throttled` marks a rate limit and `unreachable`
-    that there was no connection: neither is about the texts. Of any other failure an answer to a harmless text decides.
+    The same request may succeed later. `retry_after` is the wait in seconds that the provider asked for, if it named
+    one. `throttled` marks a rate limit, `unreachable` a missing connection: neither is about the texts. For any other
+    failure the answer to a harmless text decides whether the texts are the cause.
     """
 
     sqlstate = "EL011"
-    # Whether a gateway or an overloaded server said so, whatever was asked: another form of the request changes nothing.
+    # True if a gateway or an overloaded server answered. It would refuse any request, so another form of it changes
+    # nothing.
     is_gateway = False
 
     def __init__(
@@ -121,7 +123,7 @@ class InputRejected(ProviderError):
     """The embedding provider rejected the input; a smaller part of it may be accepted."""
 
     sqlstate = "EL012"
-    # Whether the provider says that the input is too long.
+    # True if the provider says that the input is too long.
     is_too_long = False
 
 

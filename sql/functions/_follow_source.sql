@@ -1,4 +1,4 @@
--- Write a pipeline's functions anew for its source as it is now.
+-- Recreate a pipeline's functions for its source as it is now.
 CREATE OR REPLACE FUNCTION embedline._follow_source(pipeline_name text)
 RETURNS void
 LANGUAGE plpython3u

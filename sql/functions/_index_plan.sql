@@ -1,4 +1,4 @@
--- How a client is to build an index: statement, settings, notices; refuses while the version is not verified.
+-- Return how a client should build an index: statement, settings, notices. Refuses while the version is not verified.
 CREATE OR REPLACE FUNCTION embedline._index_plan(
     pipeline_name text, version_number integer, precision_name text, parallel_workers integer
 )
@@ -12,4 +12,4 @@ AS $python$
     return build.index_plan(plpy, GD, pipeline_name, version_number, precision_name, parallel_workers)
 $python$;
 
-COMMENT ON FUNCTION embedline._index_plan(text, integer, text, integer) IS 'Internal: how embedline build-index and Alembic build an index.';
+COMMENT ON FUNCTION embedline._index_plan(text, integer, text, integer) IS 'Internal: return how embedline build-index and Alembic build an index.';

@@ -1,6 +1,8 @@
--- State of an index of embedline_data, in one place for all that show or act on it: missing, building, invalid, valid.
--- A build reports which index it builds once that is in the catalogue; for an instant before, only the table.
--- SECURITY DEFINER: a reader may not name the schema, and builds of other roles are hidden from all but superusers.
+-- Return the state of an index of embedline_data: missing, building, invalid, valid. All callers that show the state
+-- or act on it use this function. A build reports its index once that is in the catalogue; for an instant before, only
+-- the table.
+-- SECURITY DEFINER, because a reader may not name the schema, and builds of other roles are hidden from all but
+-- superusers.
 CREATE OR REPLACE FUNCTION embedline._index_state(index_name text)
 RETURNS text
 LANGUAGE sql
@@ -22,4 +24,4 @@ AS $sql$
     ), 'missing')
 $sql$;
 
-COMMENT ON FUNCTION embedline._index_state(text) IS 'Internal: whether an index is missing, building, invalid or valid.';
+COMMENT ON FUNCTION embedline._index_state(text) IS 'Internal: return whether an index is missing, building, invalid or valid.';

@@ -1,4 +1,4 @@
--- Whether a type is the wanted one, or a domain over it.
+-- Return true if a type is the wanted one, or a domain over it.
 CREATE OR REPLACE FUNCTION embedline._is_type(given regtype, wanted regtype)
 RETURNS boolean
 LANGUAGE sql
@@ -14,4 +14,4 @@ AS $sql$
     SELECT EXISTS (SELECT FROM base AS b WHERE b.type_oid = wanted::oid)
 $sql$;
 
-COMMENT ON FUNCTION embedline._is_type(regtype, regtype) IS 'Internal: whether a type is another, or a domain over it.';
+COMMENT ON FUNCTION embedline._is_type(regtype, regtype) IS 'Internal: return true if a type is the wanted one, or a domain over it.';

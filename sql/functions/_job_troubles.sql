@@ -1,4 +1,4 @@
--- Our pg_cron jobs that do not run, why, and what to run: for schedule_workers and `embedline doctor`.
+-- List our pg_cron jobs that do not run, with the reason and the remedy. For schedule_workers and `embedline doctor`.
 CREATE OR REPLACE FUNCTION embedline._job_troubles()
 RETURNS TABLE (jobs text, trouble text, remedy text)
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     return schedule.job_troubles(plpy, GD)
 $python$;
 
-COMMENT ON FUNCTION embedline._job_troubles() IS 'Internal: jobs of this database that do not run, why, and the statements to run.';
+COMMENT ON FUNCTION embedline._job_troubles() IS 'Internal: list the jobs of this database that do not run, with the reason and the statements to run.';

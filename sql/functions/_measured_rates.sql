@@ -1,4 +1,5 @@
--- How fast each model was: from the ledger of the last 30 days, else as estimate last measured it on this machine.
+-- Return the speed of each model. It is from the ledger of the last 30 days, else from estimate's last measurement on
+-- this machine.
 CREATE OR REPLACE FUNCTION embedline._measured_rates()
 RETURNS TABLE (model_id bigint, tokens_per_second double precision, origin text)
 LANGUAGE sql
@@ -26,4 +27,4 @@ AS $sql$
     WHERE l.model_id IS NOT NULL OR r.model_id IS NOT NULL;
 $sql$;
 
-COMMENT ON FUNCTION embedline._measured_rates() IS 'Internal: tokens a second of each model that was measured.';
+COMMENT ON FUNCTION embedline._measured_rates() IS 'Internal: return the tokens per second of each measured model.';

@@ -1,4 +1,4 @@
--- One step of the nightly run, each a transaction of its own; called by run_nightly alone.
+-- Do one step of the nightly run, a transaction of its own; only run_nightly calls it.
 CREATE OR REPLACE FUNCTION embedline._nightly_step(
     step text,
     pipeline_name text,
@@ -11,7 +11,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET jit = off
--- Keys travel as text: the session's own formats must not change them.
+-- Keys travel as text, so the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
 SET timezone = 'UTC'
@@ -22,4 +22,4 @@ AS $python$
     nightly.nightly_step(plpy, GD, step, pipeline_name, repair, message)
 $python$;
 
-COMMENT ON FUNCTION embedline._nightly_step(text, text, boolean, text) IS 'Internal: one step of the nightly run.';
+COMMENT ON FUNCTION embedline._nightly_step(text, text, boolean, text) IS 'Internal: do one step of the nightly run.';

@@ -1,4 +1,4 @@
--- Keep what estimate measured of a local model, so that it can be compared with others later.
+-- Store estimate's measurement of a local model, so that it can be compared with others later.
 CREATE OR REPLACE FUNCTION embedline._note_rate(model_name text, tokens_per_second double precision)
 RETURNS void
 LANGUAGE sql
@@ -12,4 +12,4 @@ AS $sql$
         DO UPDATE SET tokens_per_second = excluded.tokens_per_second, measured_at = excluded.measured_at;
 $sql$;
 
-COMMENT ON FUNCTION embedline._note_rate(text, double precision) IS 'Internal: keep the measured speed of a model.';
+COMMENT ON FUNCTION embedline._note_rate(text, double precision) IS 'Internal: store the measured speed of a model.';

@@ -1,4 +1,4 @@
--- Keep how two versions compared in one search call; nothing of the query is kept. Called by search alone.
+-- Store how two versions compared in one search call. Nothing of the query is stored. Only search calls it.
 CREATE OR REPLACE FUNCTION embedline._note_shadow_read(
     shadow_version_id bigint,
     k integer,
@@ -19,4 +19,4 @@ $sql$;
 
 COMMENT ON FUNCTION embedline._note_shadow_read(
     bigint, integer, double precision, double precision, double precision
-) IS 'Internal: one row of embedline.shadow_read.';
+) IS 'Internal: add a row to embedline.shadow_read.';

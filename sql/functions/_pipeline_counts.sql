@@ -1,5 +1,6 @@
--- What waits in a pipeline's generated tables, for embedline.status. Counts the queue: cost grows with the backlog.
--- Where nothing waits it takes 0.02 to 0.1 ms, because 1,000 pipelines must be shown in 0.3 s; planning the count: 0.2.
+-- Count the waiting changes in a pipeline's generated tables, for embedline.status. The cost grows with the backlog.
+-- If nothing waits it takes 0.02 to 0.1 ms, because 1,000 pipelines must be shown in 0.3 s. Planning the count takes
+-- 0.2 ms.
 CREATE OR REPLACE FUNCTION embedline._pipeline_counts(pipeline_name text)
 RETURNS TABLE (pending bigint, oldest_enqueued_at timestamptz, last_row_error text)
 LANGUAGE plpgsql
@@ -39,15 +40,15 @@ BEGIN
                 pipeline_name || '_deleted'
             ) INTO pending, oldest_enqueued_at, last_row_error;
         END IF;
-        -- Back to before the block: in one transaction, the locks of 1,000 pipelines' tables are too many.
+        -- Roll the block back, because one transaction cannot hold the locks of 1,000 pipelines' tables.
         RAISE EXCEPTION USING ERRCODE = 'EL000';
     EXCEPTION
         WHEN SQLSTATE 'EL000' OR undefined_table THEN
-            -- Counted, or a pipeline that is being dropped in another session.
+            -- The counts are done, or another session is dropping the pipeline.
             NULL;
     END;
     RETURN NEXT;
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._pipeline_counts(text) IS 'Internal: counts of a pipeline''s queue.';
+COMMENT ON FUNCTION embedline._pipeline_counts(text) IS 'Internal: count a pipeline''s queue.';

@@ -1,11 +1,11 @@
--- Put back what _take_away took of a source in this transaction.
+-- Restore the objects that _take_away dropped for a source in this transaction.
 CREATE OR REPLACE FUNCTION embedline._put_back(source_number bigint)
 RETURNS void
 LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- What is generated must not depend on the session.
+-- Generated code must not depend on the session.
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$

@@ -1,11 +1,11 @@
--- Write the generated functions of existing pipelines anew where this version of Embedline wants others.
+-- Recreate the generated functions of existing pipelines if this version of Embedline has others.
 CREATE OR REPLACE FUNCTION embedline._regenerate_pipelines()
 RETURNS void
 LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- What is generated must not depend on the session.
+-- Generated code must not depend on the session.
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$

@@ -1,5 +1,5 @@
--- A dump translates names, not attribute numbers, and numbers columns anew where one was dropped: so in a restored
--- database those of every pipeline are found again by the names that the columns had.
+-- Find the columns of all pipelines again, by their names, in a restored database. A dump translates names, but not
+-- attribute numbers. A restore renumbers the columns if one had been dropped.
 CREATE OR REPLACE FUNCTION embedline._resolve_attributes()
 RETURNS void
 LANGUAGE plpgsql
@@ -8,7 +8,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    -- An oid alone could be the same by chance in another cluster.
+    -- An oid alone could be the same in another cluster by chance.
     here text := (
         SELECT s.system_identifier || '/' || d.oid || '/'
         FROM pg_control_system() AS s CROSS JOIN pg_database AS d WHERE d.datname = current_database()
@@ -24,7 +24,7 @@ BEGIN
     LOOP
         SELECT jsonb_object_agg(a.attnum, a.attname) INTO columns FROM pg_attribute AS a
         WHERE a.attrelid = restored.source AND a.attnum > 0 AND NOT a.attisdropped;
-        -- Number then to number now.
+        -- From the old number to the new one.
         SELECT jsonb_object_agg(o.key, n.key::smallint) INTO moved
         FROM jsonb_each_text(restored.source_columns) AS o INNER JOIN jsonb_each_text(columns) AS n ON n.value = o.value;
         SELECT coalesce(restored.source_columns ->> k::text, k::text) INTO lost

@@ -1,4 +1,4 @@
--- Sum up the ledger by day, model and pipeline; the nightly job calls it, and workers now and then.
+-- Sum up the ledger by day, model and pipeline. The nightly job calls it, and workers from time to time.
 CREATE OR REPLACE FUNCTION embedline._roll_up_usage()
 RETURNS bigint
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     return ledger.roll_up_usage(plpy, GD)
 $python$;
 
-COMMENT ON FUNCTION embedline._roll_up_usage() IS 'Internal: sum up reservations older than two minutes by day; returns how many.';
+COMMENT ON FUNCTION embedline._roll_up_usage() IS 'Internal: sum up reservations older than two minutes by day, and return how many.';

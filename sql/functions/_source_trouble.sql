@@ -1,5 +1,5 @@
--- What became of a pipeline's source, for embedline.status: NULL where it is there, with the key that it had.
--- Asked of the catalogue each time: a command that event triggers do not see leaves its traces there, too.
+-- Return the trouble of a pipeline's source, for embedline.status. NULL if the source is there with the same key. The
+-- catalogue is read each time, because it also shows commands that event triggers do not see.
 CREATE OR REPLACE FUNCTION embedline._source_trouble(pipeline_number bigint)
 RETURNS TABLE (state text, message text, remedy text)
 LANGUAGE plpgsql
@@ -64,4 +64,4 @@ BEGIN
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._source_trouble(bigint) IS 'Internal: what became of a source, and the statement to run, for embedline.status.';
+COMMENT ON FUNCTION embedline._source_trouble(bigint) IS 'Internal: return the trouble of a source and the statement to run, for embedline.status.';

@@ -1,11 +1,11 @@
--- Take away what stands in the way of a change of a source, until _put_back in the same transaction.
+-- Drop the objects that block a change of a source, until _put_back in the same transaction.
 CREATE OR REPLACE FUNCTION embedline._take_away(source regclass)
 RETURNS void
 LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- What is generated must not depend on the session.
+-- Generated code must not depend on the session.
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$

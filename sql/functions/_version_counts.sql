@@ -1,4 +1,4 @@
--- What a version has and lacks, counted in its tables, for embedline.versions. Cost: it reads both keys' indexes.
+-- Count a version's chunks, vectors and dead letters, for embedline.versions. It reads the indexes of both keys.
 CREATE OR REPLACE FUNCTION embedline._version_counts(
     pipeline_name text,
     version_number integer,
@@ -13,7 +13,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- A dead letter whose chunk is gone, with its row or with the words it was made of, says nothing any more.
+    -- A dead letter is obsolete once its chunk is gone, with its row or with its text.
     RETURN QUERY EXECUTE format(
         'SELECT (SELECT count(*) FROM embedline_data.%1$I), (SELECT count(*) FROM embedline_data.%2$I),'
         ' count(*), count(d.accepted_by) FROM embedline.version_dead_letter AS d'
@@ -22,9 +22,9 @@ BEGIN
         pipeline_name || '_v' || version_number
     ) USING counted_version_id;
 EXCEPTION WHEN undefined_table THEN
-    -- A version that is being dropped in another session.
+    -- Another session is dropping the version.
     RETURN QUERY SELECT 0::bigint, 0::bigint, 0::bigint, 0::bigint;
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._version_counts(text, integer, integer, bigint) IS 'Internal: counts of a version''s tables.';
+COMMENT ON FUNCTION embedline._version_counts(text, integer, integer, bigint) IS 'Internal: count a version''s tables.';

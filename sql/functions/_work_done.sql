@@ -1,4 +1,4 @@
--- What of a pipeline is done and what waits, for embedline.estimate.
+-- Count the finished and the waiting rows of a pipeline, for embedline.estimate.
 CREATE OR REPLACE FUNCTION embedline._work_done(pipeline_name text)
 RETURNS TABLE (documents bigint, pending bigint)
 LANGUAGE plpgsql
@@ -15,4 +15,4 @@ BEGIN
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._work_done(text) IS 'Internal: rows of a pipeline that are done, and changes that wait.';
+COMMENT ON FUNCTION embedline._work_done(text) IS 'Internal: count the finished rows and the waiting changes of a pipeline.';

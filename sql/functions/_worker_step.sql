@@ -1,4 +1,4 @@
--- One step of this session's resident worker, each a transaction of its own; called by run_worker alone.
+-- Do one step of this session's resident worker, a transaction of its own; only run_worker calls it.
 CREATE OR REPLACE FUNCTION embedline._worker_step(
     step text,
     slot integer,
@@ -10,7 +10,7 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- Keys travel as text: the session's own formats must not change them.
+-- Keys travel as text, so the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
 SET timezone = 'UTC'
@@ -21,4 +21,4 @@ AS $python$
     return procedure.worker_step(plpy, GD, step, slot, pipeline_name, message)
 $python$;
 
-COMMENT ON FUNCTION embedline._worker_step(text, integer, text, text) IS 'Internal: one step of the resident worker.';
+COMMENT ON FUNCTION embedline._worker_step(text, integer, text, text) IS 'Internal: do one step of the resident worker.';

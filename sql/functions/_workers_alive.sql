@@ -1,4 +1,4 @@
--- Workers whose session lock is held; reading pg_locks needs no right of the caller.
+-- Count the workers whose session lock is held. Reading pg_locks needs no right of the caller.
 CREATE OR REPLACE FUNCTION embedline._workers_alive()
 RETURNS bigint
 LANGUAGE sql
@@ -12,4 +12,4 @@ AS $sql$
         AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database());
 $sql$;
 
-COMMENT ON FUNCTION embedline._workers_alive() IS 'Internal: number of resident workers in this database.';
+COMMENT ON FUNCTION embedline._workers_alive() IS 'Internal: count the resident workers of this database.';

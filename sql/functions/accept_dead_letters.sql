@@ -10,4 +10,4 @@ AS $python$
     return fill.accept_dead_letters(plpy, GD, pipeline_name, version_number)
 $python$;
 
-COMMENT ON FUNCTION embedline.accept_dead_letters(text, integer) IS 'Accept that a version goes without the chunks in embedline.version_dead_letter, and return how many; a version without any vector is never accepted.';
+COMMENT ON FUNCTION embedline.accept_dead_letters(text, integer) IS 'Accept that a version lacks the chunks in embedline.version_dead_letter, and return how many. A version without any vector is never accepted.';

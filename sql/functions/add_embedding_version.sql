@@ -1,6 +1,7 @@
--- Expand: a version of another model, dimension, type, distance or chunking, written with every change from now on.
--- NULL leaves a parameter as the serving version has it. Locks: the chunk table SHARE ROW EXCLUSIVE to the end of the
--- transaction, where the version has no chunks of its own: a DELETE on the source waits for it.
+-- Expand: add a version of another model, dimension, type, distance or chunking, written with every change from now
+-- on. NULL takes a parameter from the serving version.
+-- Locks: the chunk table SHARE ROW EXCLUSIVE to the end of the transaction, if the version has no chunks of its own. A
+-- DELETE on the source waits for that lock.
 CREATE OR REPLACE FUNCTION embedline.add_embedding_version(
     pipeline_name text,
     model text,
@@ -31,4 +32,4 @@ $python$;
 
 COMMENT ON FUNCTION embedline.add_embedding_version(
     text, text, text, text, text, jsonb, text, integer, integer, jsonb, text, integer
-) IS 'Add a version to a pipeline, begin to write it and to fill it from what is there, and return its number; it serves nothing before its cutover.';
+) IS 'Add a version to a pipeline, begin to write and fill it, and return its number. It serves no search before its cutover.';

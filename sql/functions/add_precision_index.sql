@@ -1,4 +1,5 @@
--- Let a version have a shadow index of less precision: halfvec, binary, or a prefix. It is built as its own one is.
+-- Declare a shadow index of less precision for a version: halfvec, binary, or a prefix. It is built as the version's
+-- own index is.
 CREATE OR REPLACE FUNCTION embedline.add_precision_index(
     pipeline_name text,
     version_number integer,
@@ -16,4 +17,4 @@ AS $python$
     return precision.add_precision_index(plpy, GD, pipeline_name, version_number, kind, dimensions, oversampling)
 $python$;
 
-COMMENT ON FUNCTION embedline.add_precision_index(text, integer, text, integer, real) IS 'Let a version have a shadow index of less precision, and return its name.';
+COMMENT ON FUNCTION embedline.add_precision_index(text, integer, text, integer, real) IS 'Declare a shadow index of less precision for a version, and return its name.';

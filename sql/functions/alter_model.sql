@@ -1,4 +1,5 @@
--- Change what a model is asked through: NULL keeps, '' takes base_url or api_key_env away. Superusers only.
+-- Change a model's endpoint, key, limits and options. NULL keeps a value, '' removes base_url or api_key_env.
+-- Superusers only.
 CREATE OR REPLACE FUNCTION embedline.alter_model(
     name text,
     base_url text DEFAULT NULL,
@@ -25,4 +26,4 @@ AS $python$
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.alter_model(text, text, text, integer, integer, integer, double precision, jsonb, numeric, text) IS 'Change a model''s endpoint, key, limits and options; an endpoint only if it gives the stored vectors again.';
+COMMENT ON FUNCTION embedline.alter_model(text, text, text, integer, integer, integer, double precision, jsonb, numeric, text) IS 'Change a model''s endpoint, key, limits and options. An endpoint is accepted only if it gives the stored vectors again.';

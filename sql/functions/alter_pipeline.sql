@@ -1,4 +1,5 @@
--- Change a pipeline's recipe while it is in use: NULL keeps, drop => '{filter}' takes an optional expression away.
+-- Change a pipeline's recipe while it is in use. NULL keeps a value, drop => '{filter}' removes an optional
+-- expression.
 -- Locks: with an expression, SHARE ROW EXCLUSIVE on the source until the commit; waits at most 5 s for it.
 CREATE OR REPLACE FUNCTION embedline.alter_pipeline(
     name text,
@@ -12,7 +13,7 @@ CREATE OR REPLACE FUNCTION embedline.alter_pipeline(
     chunking_options jsonb DEFAULT NULL,
     weight double precision DEFAULT NULL,
     drop text [] DEFAULT '{}', -- noqa: RF04
-    -- Evaluated as the caller's: names in the expressions mean what they mean in the session.
+    -- Evaluated as the caller, so names in the expressions resolve as in the session.
     expression_search_path text DEFAULT current_setting('search_path')
 )
 RETURNS void
@@ -20,7 +21,7 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- What is generated must not depend on the session.
+-- Generated code must not depend on the session.
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
@@ -33,4 +34,4 @@ AS $python$
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.alter_pipeline(text, text, text, text, text, text, integer, integer, jsonb, double precision, text [], text) IS 'Change a pipeline''s recipe: rows that this concerns are embedded again one by one, while search goes on.';
+COMMENT ON FUNCTION embedline.alter_pipeline(text, text, text, text, text, text, integer, integer, jsonb, double precision, text [], text) IS 'Change a pipeline''s recipe. The affected rows are embedded again one by one, while search goes on.';

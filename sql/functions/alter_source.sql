@@ -1,6 +1,6 @@
--- Run a statement that changes a source, such as ALTER TABLE ... ALTER COLUMN ... TYPE or DROP COLUMN.
--- In the same transaction the views of its pipelines, and those built on them, go before it and come back after it.
--- Not SECURITY DEFINER and without a SET clause: the statement runs with its caller's rights and search_path.
+-- Run a statement that changes a source, such as a new column type or DROP COLUMN. In the same transaction the views
+-- of its pipelines, and those built on them, are dropped before it and recreated after it.
+-- Not SECURITY DEFINER and without a SET clause, because the statement runs with its caller's rights and search_path.
 CREATE OR REPLACE FUNCTION embedline.alter_source(source regclass, statement text)
 RETURNS void
 LANGUAGE plpgsql
@@ -16,4 +16,4 @@ BEGIN
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline.alter_source(regclass, text) IS 'Run a statement that changes a source; views that it would be refused for are taken away and put back.';
+COMMENT ON FUNCTION embedline.alter_source(regclass, text) IS 'Run a statement that changes a source. Views that block it are dropped and recreated.';

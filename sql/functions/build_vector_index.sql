@@ -1,4 +1,4 @@
--- Have pg_cron build the indexes that a version lacks; refuses while the version is not verified to be complete.
+-- Have pg_cron build a version's missing indexes. Refuses while the version is not verified to be complete.
 -- Locks: ACCESS EXCLUSIVE on the version's table for an instant to drop an INVALID leftover; waits at most 5 s.
 CREATE OR REPLACE FUNCTION embedline.build_vector_index(pipeline_name text, version_number integer DEFAULT NULL)
 RETURNS text
@@ -11,4 +11,4 @@ AS $python$
     return build.build_vector_index(plpy, GD, pipeline_name, version_number)
 $python$;
 
-COMMENT ON FUNCTION embedline.build_vector_index(text, integer) IS 'Have pg_cron build the indexes that a version lacks, and say what happens now.';
+COMMENT ON FUNCTION embedline.build_vector_index(text, integer) IS 'Have pg_cron build a version''s missing indexes, and return the steps that follow.';

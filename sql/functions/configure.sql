@@ -1,4 +1,4 @@
--- Set how workers pace themselves, or with NULL put the default back; returns the value that holds now.
+-- Set one setting of the workers, or reset it with NULL; returns its value.
 CREATE OR REPLACE FUNCTION embedline.configure(setting text, value double precision DEFAULT NULL)
 RETURNS double precision
 LANGUAGE plpython3u

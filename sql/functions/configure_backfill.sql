@@ -1,4 +1,4 @@
--- The order and the speed in which a version is filled, from the next claim on.
+-- Set the order and the speed in which a version is filled, from the next claim on.
 CREATE OR REPLACE FUNCTION embedline.configure_backfill(
     pipeline_name text,
     version_number integer,
@@ -15,4 +15,4 @@ AS $python$
     return fill.configure_backfill(plpy, GD, pipeline_name, version_number, backfill_order, backfill_rate)
 $python$;
 
-COMMENT ON FUNCTION embedline.configure_backfill(text, integer, text, integer) IS 'Fill a version oldest_first or newest_first (NULL: as before), and at most so many chunks a second (NULL: no limit).';
+COMMENT ON FUNCTION embedline.configure_backfill(text, integer, text, integer) IS 'Fill a version oldest_first or newest_first (NULL: as before), with at most backfill_rate chunks per second (NULL: no limit).';

@@ -32,4 +32,4 @@ AS $python$
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.create_model(text, text, text, integer, text, text, text, text, text, integer, integer, integer, double precision, jsonb, numeric) IS 'Register an embedding model (provider sentence-transformers or openai); probes it once and returns its name.';
+COMMENT ON FUNCTION embedline.create_model(text, text, text, integer, text, text, text, text, text, integer, integer, integer, double precision, jsonb, numeric) IS 'Register an embedding model (provider sentence-transformers or openai). Probes it once and returns its name.';

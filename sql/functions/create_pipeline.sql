@@ -1,5 +1,5 @@
 -- Keep a table's embeddings true to its rows: capture, tables, routing view, backfill ranges. Embeds nothing itself.
--- Locks: SHARE ROW EXCLUSIVE on the source while its triggers are made; waits at most 5 s for it.
+-- Locks: SHARE ROW EXCLUSIVE on the source while its triggers are created; waits at most 5 s for it.
 CREATE OR REPLACE FUNCTION embedline.create_pipeline(
     name text,
     source regclass,
@@ -18,7 +18,7 @@ CREATE OR REPLACE FUNCTION embedline.create_pipeline(
     tenant text DEFAULT NULL,
     weight double precision DEFAULT 1,
     chunking_options jsonb DEFAULT '{}',
-    -- Evaluated as the caller's: names in the expressions mean what they mean in the session.
+    -- Evaluated as the caller, so names in the expressions resolve as in the session.
     expression_search_path text DEFAULT current_setting('search_path')
 )
 RETURNS text
@@ -26,7 +26,7 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- What is generated must not depend on the session.
+-- Generated code must not depend on the session.
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
@@ -40,4 +40,4 @@ AS $python$
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text, text, double precision, jsonb, text) IS 'Watch a table: content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';
+COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text, text, double precision, jsonb, text) IS 'Watch a table; content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';

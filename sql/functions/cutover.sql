@@ -1,5 +1,5 @@
--- Have a version serve. Locks: the routing view ACCESS EXCLUSIVE from its swap, the last thing done, to the end of the
--- transaction: so run it as a statement of its own.
+-- Have a version serve. Locks: the routing view ACCESS EXCLUSIVE from its swap, the last step, to the end of the
+-- transaction. So run it as a statement of its own.
 CREATE OR REPLACE FUNCTION embedline.cutover(
     pipeline_name text,
     version_number integer,
@@ -16,4 +16,4 @@ AS $python$
     return cutover.cutover(plpy, GD, pipeline_name, version_number, override_reason)
 $python$;
 
-COMMENT ON FUNCTION embedline.cutover(text, integer, text) IS 'Have a complete, indexed version with a passing gate serve; without one only for a reason, which is recorded in embedline.cutover.';
+COMMENT ON FUNCTION embedline.cutover(text, integer, text) IS 'Have a complete, indexed version with a passing gate serve. Without a passing gate it needs a reason, which is recorded in embedline.cutover.';

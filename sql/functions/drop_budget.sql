@@ -1,4 +1,4 @@
--- Take the budgets of a pipeline or a model away.
+-- Remove the budgets of a pipeline or a model.
 CREATE OR REPLACE FUNCTION embedline.drop_budget(
     pipeline text DEFAULT NULL,
     model text DEFAULT NULL,
@@ -14,4 +14,4 @@ AS $python$
     budgets.drop_budget(plpy, GD, pipeline, model, period)
 $python$;
 
-COMMENT ON FUNCTION embedline.drop_budget(text, text, text) IS 'Take the budgets of a pipeline or a model away: those of one period, or all.';
+COMMENT ON FUNCTION embedline.drop_budget(text, text, text) IS 'Remove the budgets of a pipeline or a model, of one period or all.';

@@ -1,5 +1,6 @@
--- Contract: take a version away that does not serve. Locks, to the end of the transaction: its table, view and the
--- chunks ACCESS EXCLUSIVE; the source SHARE ROW EXCLUSIVE where a chunk table goes with it.
+-- Contract: drop a version that does not serve.
+-- Locks, to the end of the transaction: its table, view and the chunks ACCESS EXCLUSIVE. If a chunk table is dropped
+-- with it, also the source SHARE ROW EXCLUSIVE.
 CREATE OR REPLACE FUNCTION embedline.drop_embedding_version(
     pipeline_name text,
     version_number integer,
@@ -15,4 +16,4 @@ AS $python$
     return drop.drop_embedding_version(plpy, GD, pipeline_name, version_number, rollback_window)
 $python$;
 
-COMMENT ON FUNCTION embedline.drop_embedding_version(text, integer, interval) IS 'Drop a version that does not serve, with its vectors and what only it used; the one that served before is kept for the rollback window (48 hours unless set).';
+COMMENT ON FUNCTION embedline.drop_embedding_version(text, integer, interval) IS 'Drop a version that does not serve, with its vectors and unshared objects. The version that served before is kept for the rollback window (48 hours unless set).';

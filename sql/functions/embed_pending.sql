@@ -5,7 +5,7 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- Keys travel as text: the session's own formats must not change them.
+-- Keys travel as text, so the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
 SET timezone = 'UTC'
@@ -16,4 +16,4 @@ AS $python$
     return embed_pending.embed_pending(plpy, GD, max_rows, pipeline_name)
 $python$;
 
-COMMENT ON FUNCTION embedline.embed_pending(integer, text) IS 'Embed up to max_rows changed rows in this transaction, live changes first, then backfill; returns the number of source rows embedded.';
+COMMENT ON FUNCTION embedline.embed_pending(integer, text) IS 'Embed up to max_rows changed rows in this transaction, live changes first, then backfill. Returns the number of source rows embedded.';

@@ -1,4 +1,4 @@
--- Measure a version against the serving one: the gate that cutover looks at. Locks: none beyond reading.
+-- Measure a version against the serving one: the gate that cutover requires. Locks: none beyond reading.
 -- Runs with the caller's rights: the canaries, the source's grants and its row-level security are the caller's.
 CREATE OR REPLACE FUNCTION embedline.evaluate(
     pipeline_name text,
@@ -25,7 +25,7 @@ LANGUAGE plpython3u
 VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET jit = off
--- As search has it; the planner's switches are set inside, and put back at the end.
+-- As in search. The planner's switches are set inside, and restored at the end.
 SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
 SET enable_seqscan = on
@@ -39,4 +39,4 @@ AS $python$
     )
 $python$;
 
-COMMENT ON FUNCTION embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision) IS 'Measure a version against the one that serves: recall of its index, nDCG, recall and MRR of both, latency; pass, fail or inconclusive. Stores the evidence that cutover asks for.';
+COMMENT ON FUNCTION embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision) IS 'Measure a version against the serving one: recall of its index; nDCG, recall and MRR of both; latency. The verdict is pass, fail or inconclusive, and is stored as evidence for cutover.';

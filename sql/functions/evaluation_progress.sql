@@ -1,5 +1,5 @@
--- One row for each evaluate or preview_version that runs now: its step, and how far that is. Reads locks alone.
--- SECURITY DEFINER, for when a statement of another role began is hidden from all but superusers.
+-- List each evaluate or preview_version that runs now, with its step and progress. Reads only locks.
+-- SECURITY DEFINER, because the start of another role's statement is hidden from all but superusers.
 CREATE OR REPLACE FUNCTION embedline.evaluation_progress(pipeline_name text DEFAULT NULL)
 RETURNS TABLE (
     pid integer,
@@ -19,4 +19,4 @@ AS $python$
     return progress.evaluation_progress(plpy, GD, pipeline_name)
 $python$;
 
-COMMENT ON FUNCTION embedline.evaluation_progress(text) IS 'Each evaluate and preview_version that runs now, with its step and how far that is.';
+COMMENT ON FUNCTION embedline.evaluation_progress(text) IS 'List each evaluate and preview_version that runs now, with its step and progress.';

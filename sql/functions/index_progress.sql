@@ -1,5 +1,5 @@
--- One row for each index that a version has or is to have: its state, and how far a build is.
--- SECURITY DEFINER, for progress and locks of other roles' sessions are hidden from all but superusers.
+-- List each index that a version has or should have, with its state and the progress of its build.
+-- SECURITY DEFINER, because progress and locks of other roles' sessions are hidden from all but superusers.
 CREATE OR REPLACE FUNCTION embedline.index_progress(pipeline_name text DEFAULT NULL)
 RETURNS TABLE (
     pipeline text, version integer, name text, state text, phase text, percent double precision, bytes bigint
@@ -35,7 +35,7 @@ AS $sql$
             100.0 * nullif(g.blocks_done, 0) / nullif(g.blocks_total, 0),
             100.0 * nullif(g.tuples_done, 0) / nullif(g.tuples_total, 0), 0
         ) AS percent,
-        -- A prepared transaction has no session that could be shown: a build waits for it until somebody ends it.
+        -- A prepared transaction has no session to show. A build waits until it is committed or rolled back.
         CASE WHEN g.phase LIKE 'waiting for%' AND coalesce(g.current_locker_pid, 0) = 0 THEN (
             SELECT ' (prepared transaction ' || quote_literal(x.gid) || ')' FROM pg_prepared_xacts AS x
             WHERE x.database = current_database() ORDER BY x.prepared LIMIT 1
@@ -47,4 +47,4 @@ AS $sql$
     ORDER BY w.pipeline, w.number, w.place, w.precision
 $sql$;
 
-COMMENT ON FUNCTION embedline.index_progress(text) IS 'Each vector index with its state, and how far its build is.';
+COMMENT ON FUNCTION embedline.index_progress(text) IS 'List each vector index with its state and the progress of its build.';

@@ -1,5 +1,5 @@
--- The statement that builds an index of a version where pg_cron cannot: CONCURRENTLY cannot run in a function.
--- The serving version and the column's own index where nothing else is named.
+-- Return the statement that builds an index of a version, because CONCURRENTLY cannot run in a function. It serves
+-- systems without pg_cron. The defaults are the serving version and the column's own index.
 CREATE OR REPLACE FUNCTION embedline.index_statement(
     pipeline_name text, version_number integer DEFAULT NULL, precision_name text DEFAULT NULL
 )
@@ -13,4 +13,4 @@ AS $python$
     return build.index_statement(plpy, GD, pipeline_name, version_number, precision_name)
 $python$;
 
-COMMENT ON FUNCTION embedline.index_statement(text, integer, text) IS 'Return the CREATE INDEX CONCURRENTLY of a version, NULL where its index is valid or it has none.';
+COMMENT ON FUNCTION embedline.index_statement(text, integer, text) IS 'Return the CREATE INDEX CONCURRENTLY of a version, NULL if its index is valid or it has none.';

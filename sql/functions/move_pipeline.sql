@@ -1,4 +1,4 @@
--- Go over to another table of the same key and columns: one that has taken the source's place, or is to take it.
+-- Watch another table of the same key and columns, which has replaced the source or will.
 -- Locks: SHARE ROW EXCLUSIVE on the new table, then ACCESS EXCLUSIVE on the old one and the views until the commit.
 CREATE OR REPLACE FUNCTION embedline.move_pipeline(name text, new_source regclass)
 RETURNS void
@@ -6,7 +6,7 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- What is generated must not depend on the session.
+-- Generated code must not depend on the session.
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
@@ -14,4 +14,4 @@ AS $python$
     move.move_pipeline(plpy, GD, name, new_source)
 $python$;
 
-COMMENT ON FUNCTION embedline.move_pipeline(text, regclass) IS 'Watch another table of the same key and columns; rows that are the same there are not embedded again.';
+COMMENT ON FUNCTION embedline.move_pipeline(text, regclass) IS 'Watch another table of the same key and columns. Rows that are the same there are not embedded again.';

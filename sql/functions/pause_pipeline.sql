@@ -1,4 +1,4 @@
--- Stop embedding a pipeline; its changes are captured and wait.
+-- Stop embedding a pipeline. Its changes are captured and wait.
 CREATE OR REPLACE FUNCTION embedline.pause_pipeline(name text)
 RETURNS void
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     return state.pause_pipeline(plpy, GD, name)
 $python$;
 
-COMMENT ON FUNCTION embedline.pause_pipeline(text) IS 'Stop embedding a pipeline; its changes are still captured and wait.';
+COMMENT ON FUNCTION embedline.pause_pipeline(text) IS 'Stop embedding a pipeline. Its changes are still captured and wait.';

@@ -1,5 +1,5 @@
--- Look at a model before anything is embedded with it: the gate's question, answered over a bridge of the two.
--- Locks: none beyond reading. Runs with the caller's rights; a helper embeds the sample, within budgets and limits.
+-- Preview a model before anything is embedded with it: the gate's comparison, over a bridge of the two models.
+-- Locks: none beyond reading. Runs with the caller's rights. A helper embeds the sample, within budgets and limits.
 CREATE OR REPLACE FUNCTION embedline.preview_version(
     pipeline_name text,
     model text,
@@ -31,4 +31,4 @@ AS $python$
     )
 $python$;
 
-COMMENT ON FUNCTION embedline.preview_version(text, text, regclass, integer, integer, double precision, integer, bigint) IS 'Preview a model against the serving one: a sample is embedded with it, the other vectors are mapped. Understates the new model, opens no cutover.';
+COMMENT ON FUNCTION embedline.preview_version(text, text, regclass, integer, integer, double precision, integer, bigint) IS 'Preview a model against the serving one. A sample is embedded with it and the other vectors are mapped, so it understates the new model and permits no cutover.';

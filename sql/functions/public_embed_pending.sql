@@ -1,4 +1,5 @@
--- The short way: SELECT embed_pending(1000) in a fresh session, without a schema and without a search_path.
+-- Call embedline.embed_pending without a schema and without a search_path: SELECT embed_pending(1000) in a fresh
+-- session.
 CREATE OR REPLACE FUNCTION public.embed_pending(max_rows integer DEFAULT 1000, pipeline_name text DEFAULT NULL)
 RETURNS integer
 LANGUAGE sql

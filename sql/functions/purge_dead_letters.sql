@@ -1,4 +1,4 @@
--- Forget dead letters that are older than this, by default the setting dead_letter_retention; returns how many.
+-- Delete dead letters older than a given age, by default the setting dead_letter_retention; returns how many.
 CREATE OR REPLACE FUNCTION embedline.purge_dead_letters(older_than interval DEFAULT NULL)
 RETURNS bigint
 LANGUAGE plpython3u
@@ -11,4 +11,4 @@ AS $python$
     return dead_letters.purge_dead_letters(plpy, GD, older_than)
 $python$;
 
-COMMENT ON FUNCTION embedline.purge_dead_letters(interval) IS 'Forget old dead letters of all pipelines; their rows are not tried again unless they change.';
+COMMENT ON FUNCTION embedline.purge_dead_letters(interval) IS 'Delete old dead letters of all pipelines. Their rows are not retried unless they change.';

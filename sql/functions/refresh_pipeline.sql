@@ -1,4 +1,5 @@
--- Follow the source: new columns appear in the routing view, a new BEFORE UPDATE trigger widens the capture.
+-- Follow the source: show new columns in the routing view, and capture columns that a new BEFORE UPDATE trigger
+-- changes.
 CREATE OR REPLACE FUNCTION embedline.refresh_pipeline(name text)
 RETURNS void
 LANGUAGE plpython3u
@@ -10,4 +11,4 @@ AS $python$
     follow.refresh_pipeline(plpy, GD, name)
 $python$;
 
-COMMENT ON FUNCTION embedline.refresh_pipeline(text) IS 'Show new source columns in the routing view, and capture what a new BEFORE UPDATE trigger changes.';
+COMMENT ON FUNCTION embedline.refresh_pipeline(text) IS 'Show new source columns in the routing view, and capture columns that a new BEFORE UPDATE trigger changes.';

@@ -1,4 +1,4 @@
--- Put dead letters back into the queue: all of a pipeline, one key, or those of an error code; returns how many.
+-- Queue dead letters again: all of a pipeline, one key, or those of an error code; returns how many.
 CREATE OR REPLACE FUNCTION embedline.requeue(
     pipeline text,
     key jsonb DEFAULT NULL,
@@ -10,7 +10,7 @@ LANGUAGE plpython3u
 VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
--- Keys travel as text: the session's own formats must not change them.
+-- Keys travel as text, so the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
 SET timezone = 'UTC'
@@ -21,4 +21,4 @@ AS $python$
     return dead_letters.requeue(plpy, GD, pipeline, key, error_code, include_embedded)
 $python$;
 
-COMMENT ON FUNCTION embedline.requeue(text, jsonb, text, boolean) IS 'Queue dead letters again, all of a pipeline or those of a key or error code; returns how many rows were queued.';
+COMMENT ON FUNCTION embedline.requeue(text, jsonb, text, boolean) IS 'Queue dead letters again, all of a pipeline or those of a key or error code. Returns how many rows were queued.';

@@ -1,4 +1,4 @@
--- Put the chunks that a version could not embed back into its queue.
+-- Queue the chunks again that a version could not embed.
 CREATE OR REPLACE FUNCTION embedline.requeue_version(pipeline_name text, version_number integer)
 RETURNS bigint
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     return fill.requeue_version(plpy, GD, pipeline_name, version_number)
 $python$;
 
-COMMENT ON FUNCTION embedline.requeue_version(text, integer) IS 'Have a version try the chunks in embedline.version_dead_letter again, with their tries counted anew, and return how many.';
+COMMENT ON FUNCTION embedline.requeue_version(text, integer) IS 'Queue the chunks in embedline.version_dead_letter again, with their attempts counted from 0, and return how many.';

@@ -1,4 +1,4 @@
--- Ask a model again now that is left alone because its provider failed or asked to wait.
+-- Close the circuit of a model whose provider failed or asked to wait.
 CREATE OR REPLACE FUNCTION embedline.resume_model(name text)
 RETURNS bigint
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     return circuit.resume_model(plpy, GD, name)
 $python$;
 
-COMMENT ON FUNCTION embedline.resume_model(text) IS 'Ask a model again now that is left alone; returns how many rows and chunks no longer wait for their next try.';
+COMMENT ON FUNCTION embedline.resume_model(text) IS 'Close a model''s circuit now, and return how many rows and chunks no longer wait for their retry.';

@@ -10,4 +10,4 @@ AS $python$
     return state.resume_pipeline(plpy, GD, name)
 $python$;
 
-COMMENT ON FUNCTION embedline.resume_pipeline(text) IS 'Embed a paused pipeline again, beginning with what has waited.';
+COMMENT ON FUNCTION embedline.resume_pipeline(text) IS 'Embed a paused pipeline again, beginning with the changes that have waited.';

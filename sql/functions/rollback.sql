@@ -1,4 +1,4 @@
--- Have the version serve again that served before the last cutover. Locks as embedline.cutover.
+-- Have the version serve again that served before the last cutover. Locks: as embedline.cutover.
 CREATE OR REPLACE FUNCTION embedline.rollback(pipeline_name text)
 RETURNS integer
 LANGUAGE plpython3u
@@ -11,4 +11,4 @@ AS $python$
     return cutover.rollback(plpy, GD, pipeline_name)
 $python$;
 
-COMMENT ON FUNCTION embedline.rollback(text) IS 'Go back to the version that served before the last cutover, with everything written since, and return its number.';
+COMMENT ON FUNCTION embedline.rollback(text) IS 'Return to the version that served before the last cutover, with everything written since, and return its number.';

@@ -1,4 +1,4 @@
--- Have pg_cron run embedline.run_nightly() once a day; NULL takes the job away.
+-- Have pg_cron run embedline.run_nightly() once a day; NULL removes the job.
 CREATE OR REPLACE FUNCTION embedline.schedule_nightly(at time DEFAULT '03:30', repair boolean DEFAULT true)
 RETURNS void
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     schedule.schedule_nightly(plpy, GD, at, repair)
 $python$;
 
-COMMENT ON FUNCTION embedline.schedule_nightly(time, boolean) IS 'Have pg_cron verify and repair every pipeline once a day, in pg_cron''s time zone (GMT by default); NULL takes the job away.';
+COMMENT ON FUNCTION embedline.schedule_nightly(time, boolean) IS 'Have pg_cron verify and repair every pipeline once a day, in pg_cron''s time zone (GMT by default). NULL removes the job.';

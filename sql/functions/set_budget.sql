@@ -1,4 +1,4 @@
--- Let a pipeline or a model spend so much a day or month, in tokens, money or both.
+-- Limit the spending of a pipeline or a model per day or month, in tokens, money or both.
 CREATE OR REPLACE FUNCTION embedline.set_budget(
     period text,
     pipeline text DEFAULT NULL,
@@ -16,4 +16,4 @@ AS $python$
     budgets.set_budget(plpy, GD, period, pipeline, model, tokens, money)
 $python$;
 
-COMMENT ON FUNCTION embedline.set_budget(text, text, text, bigint, numeric) IS 'Set what a pipeline or a model may spend in each day or month (UTC); replaces what was set for that period.';
+COMMENT ON FUNCTION embedline.set_budget(text, text, text, bigint, numeric) IS 'Limit the spending of a pipeline or a model in each day or month (UTC). Replaces the earlier budget of that period.';

@@ -1,4 +1,4 @@
--- Store what a model's provider takes for a million tokens.
+-- Store a model's price: the cost of a million tokens at its provider.
 CREATE OR REPLACE FUNCTION embedline.set_price(model text, price_per_million_tokens numeric)
 RETURNS void
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     budgets.set_price(plpy, GD, model, price_per_million_tokens)
 $python$;
 
-COMMENT ON FUNCTION embedline.set_price(text, numeric) IS 'Store what the provider of a model takes for a million tokens; NULL: not known.';
+COMMENT ON FUNCTION embedline.set_price(text, numeric) IS 'Store the cost of a million tokens at the model''s provider; NULL if it is not known.';

@@ -1,4 +1,4 @@
--- Limit what all workers together send to a model in a minute.
+-- Limit the requests and tokens that all workers together send to a model per minute.
 CREATE OR REPLACE FUNCTION embedline.set_rate_limit(
     model text,
     requests_per_minute integer DEFAULT NULL,
@@ -14,4 +14,4 @@ AS $python$
     rate_limits.set_rate_limit(plpy, GD, model, requests_per_minute, tokens_per_minute)
 $python$;
 
-COMMENT ON FUNCTION embedline.set_rate_limit(text, integer, bigint) IS 'Limit the requests and tokens that all workers together send to a model in a minute; both NULL: no limit.';
+COMMENT ON FUNCTION embedline.set_rate_limit(text, integer, bigint) IS 'Limit the requests and tokens that all workers together send to a model per minute. If both are NULL, there is no limit.';

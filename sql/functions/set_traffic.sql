@@ -15,4 +15,4 @@ AS $python$
     return traffic.set_traffic(plpy, GD, pipeline_name, version_number, share, shadow_share)
 $python$;
 
-COMMENT ON FUNCTION embedline.set_traffic(text, integer, double precision, double precision) IS 'Have a complete version serve this share of search calls (sticky by tenant, session_key or session), and note for shadow_share of them in embedline.shadow_read how both compare; NULL as version ends both.';
+COMMENT ON FUNCTION embedline.set_traffic(text, integer, double precision, double precision) IS 'Have a complete version serve this share of search calls, sticky by tenant, session_key or session. For shadow_share of them embedline.shadow_read records how both compare; NULL as version ends both.';

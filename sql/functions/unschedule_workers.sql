@@ -1,4 +1,4 @@
--- Take the pg_cron jobs away and let the resident workers end after their current batch.
+-- Remove the pg_cron jobs and let the resident workers end after their current batch.
 CREATE OR REPLACE FUNCTION embedline.unschedule_workers()
 RETURNS integer
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     return schedule.unschedule_workers(plpy, GD)
 $python$;
 
-COMMENT ON FUNCTION embedline.unschedule_workers() IS 'Remove the workers'' pg_cron jobs and stop the workers; returns how many were asked to stop.';
+COMMENT ON FUNCTION embedline.unschedule_workers() IS 'Remove the workers'' pg_cron jobs and stop the workers. Returns how many were asked to stop.';

@@ -1,4 +1,4 @@
--- Have search rank a version with one of its shadow indexes, NULL: with the index of the column itself.
+-- Have search rank a version with one of its shadow indexes; NULL selects the index of the column itself.
 CREATE OR REPLACE FUNCTION embedline.use_precision(pipeline_name text, version_number integer, name text)
 RETURNS void
 LANGUAGE plpython3u
@@ -10,4 +10,4 @@ AS $python$
     precision.use_precision(plpy, GD, pipeline_name, version_number, name)
 $python$;
 
-COMMENT ON FUNCTION embedline.use_precision(text, integer, text) IS 'Have search rank a version with one of its shadow indexes, NULL: with its own.';
+COMMENT ON FUNCTION embedline.use_precision(text, integer, text) IS 'Have search rank a version with one of its shadow indexes; NULL selects its own index.';

@@ -1,4 +1,5 @@
--- Find, and repair if asked, what is not as the source asks for: what no trigger saw, and vectors of another model.
+-- Find differences from the source and vectors of another model, and repair them if asked to. They come from changes
+-- that no trigger saw.
 -- Locks: ROW SHARE on the source, after the model has answered; row locks on Embedline's own tables, with SKIP LOCKED.
 CREATE OR REPLACE FUNCTION embedline.verify(
     pipeline text,
@@ -11,7 +12,7 @@ VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET jit = off
--- Keys travel as text: the session's own formats must not change them.
+-- Keys travel as text, so the session's own formats must not change them.
 SET extra_float_digits = 1
 SET datestyle = 'ISO'
 SET timezone = 'UTC'
@@ -22,4 +23,4 @@ AS $python$
     return verify.verify(plpy, GD, pipeline, repair, sample)
 $python$;
 
-COMMENT ON FUNCTION embedline.verify(text, boolean, integer) IS 'Compare a pipeline with its source and a sample of its vectors with the model; one row for each kind of finding, none where all is well.';
+COMMENT ON FUNCTION embedline.verify(text, boolean, integer) IS 'Compare a pipeline with its source, and a sample of its vectors with the model. Returns one row for each kind of finding, none if all is well.';

@@ -1,5 +1,6 @@
--- Verify and repair every pipeline, purge old dead letters, roll the ledger up; commits after each pipeline.
--- It commits, so it can have neither SECURITY DEFINER nor a SET clause: names are qualified and work is delegated.
+-- Verify and repair every pipeline, purge old dead letters, roll the ledger up; commits after each pipeline. It
+-- commits, so it can have neither SECURITY DEFINER nor a SET clause. Therefore names are qualified and work is
+-- delegated.
 CREATE OR REPLACE PROCEDURE embedline.run_nightly(repair boolean DEFAULT true)
 LANGUAGE plpython3u
 AS $python$
@@ -7,4 +8,4 @@ AS $python$
     nightly.run_nightly(plpy, GD, repair)
 $python$;
 
-COMMENT ON PROCEDURE embedline.run_nightly(boolean) IS 'Verify and repair every pipeline, purge old dead letters, roll the ledger of usage up; what pg_cron runs each night.';
+COMMENT ON PROCEDURE embedline.run_nightly(boolean) IS 'Verify and repair every pipeline, purge old dead letters, roll the ledger of usage up. pg_cron runs it each night.';

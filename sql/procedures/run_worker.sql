@@ -1,5 +1,6 @@
--- Resident worker: claims, embeds without an open transaction, writes; until max_seconds are over or it is to stop.
--- It commits, so it can have neither SECURITY DEFINER nor a SET clause: names are qualified and work is delegated.
+-- Run a resident worker: claim, embed without an open transaction, write, until max_seconds are over or it must stop.
+-- It commits, so it can have neither SECURITY DEFINER nor a SET clause. Therefore names are qualified and work is
+-- delegated.
 CREATE OR REPLACE PROCEDURE embedline.run_worker(
     max_seconds double precision DEFAULT 1200,
     pipeline_name text DEFAULT NULL,
@@ -12,4 +13,4 @@ AS $python$
     procedure.run_worker(plpy, GD, max_seconds, pipeline_name, slot, until_idle)
 $python$;
 
-COMMENT ON PROCEDURE embedline.run_worker(double precision, text, integer, boolean) IS 'Run a resident worker in this session; until_idle => true ends it when nothing waits any more.';
+COMMENT ON PROCEDURE embedline.run_worker(double precision, text, integer, boolean) IS 'Run a resident worker in this session. until_idle => true ends it when nothing waits any more.';

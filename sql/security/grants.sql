@@ -1,10 +1,11 @@
--- All rights in one place. Nobody has any by default: functions are executable by PUBLIC unless that is taken away.
+-- All rights in one place. No role has any by default. Functions are executable by PUBLIC unless that right is
+-- revoked.
 REVOKE ALL ON SCHEMA embedline, embedline_data, embedline_expression, embedline_search FROM public;
 REVOKE ALL ON ALL TABLES IN SCHEMA embedline FROM public;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA embedline FROM public;
 REVOKE ALL ON FUNCTION public.embed_pending(integer, text) FROM public;
 
--- An administrator does all that a worker and a reader do.
+-- An administrator may do everything that a worker and a reader may.
 GRANT embedline_worker TO embedline_admin;
 GRANT embedline_reader TO embedline_admin;
 
@@ -62,7 +63,7 @@ embedline.schedule_workers(integer),
 embedline.unschedule_workers()
 TO embedline_admin;
 
--- Money: an administrator sets what may be spent and what it costs; readers see it.
+-- Money: an administrator sets budgets and prices; readers see them.
 GRANT EXECUTE ON FUNCTION
 embedline.set_budget(text, text, text, bigint, numeric),
 embedline.drop_budget(text, text, text),
@@ -75,7 +76,7 @@ embedline._work_done(text),
 embedline._resolve_attributes()
 TO embedline_admin;
 
--- Sweeps and dead letters. A repair queues rows and removes what nothing asks for: it never decides anything new.
+-- Sweeps and dead letters. A repair queues rows and removes data that no row needs. It never decides anything new.
 GRANT SELECT ON embedline.verification TO embedline_admin;
 GRANT EXECUTE ON FUNCTION
 embedline.verify(text, boolean, integer),
@@ -86,7 +87,7 @@ embedline._nightly_step(text, text, boolean, text)
 TO embedline_admin;
 GRANT EXECUTE ON PROCEDURE embedline.run_nightly(boolean) TO embedline_admin;
 
--- Versions: whoever owns a source upgrades its model; readers see how far it is.
+-- Versions: the owner of a source upgrades its model; readers see the progress.
 GRANT SELECT ON
 embedline.chunk_set, embedline.versions, embedline.precision_index, embedline.traffic, embedline.traffic_tenant
 TO embedline_reader, embedline_worker;
@@ -112,7 +113,7 @@ embedline.set_tenant_version(text, text, integer),
 embedline.drop_embedding_version(text, integer, interval)
 TO embedline_admin;
 
--- Gates: an administrator measures and stores what came out; who it was and when is not theirs to say.
+-- Gates: an administrator measures and stores the results, but cannot set the role and the time of the record.
 GRANT INSERT (
     pipeline_id, version_id, baseline_number, baseline_version_id, baseline_fingerprint, kind, verdict,
     fidelity_verdict, quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence

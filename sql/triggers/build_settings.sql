@@ -1,10 +1,10 @@
 -- Event trigger on CREATE INDEX: give an index build by pg_cron the settings that its statement names in a comment.
 -- A pg_cron job is one statement in a session of its own, and SET beside CREATE INDEX CONCURRENTLY would make it a
--- transaction block. So the job's statement carries its settings in a comment, and they are set as it begins. They are
--- what a session may set for itself anyway; a statement without the comment is left alone (20 µs).
+-- transaction block. So the job's statement carries its settings in a comment, and they are set as it begins. A
+-- session may set them for itself anyway. A statement without the comment is left alone (20 µs).
 -- Two concurrent builds on one table deadlock: the second waits for the first's lock, the first for the second's
--- snapshot. So the second gives up after a moment, and its job begins anew a minute later. The moment is for a job
--- whose index is there already: it has nothing to do, but could take the lock first every minute.
+-- snapshot. So the second gives up after 3 s, and its job is run again a minute later. It waits these 3 s because a
+-- job whose index is valid has nothing to do, but could take the lock first every minute.
 CREATE OR REPLACE FUNCTION embedline._on_create_index()
 RETURNS event_trigger
 LANGUAGE plpgsql
@@ -21,7 +21,7 @@ BEGIN
     IF build IS NULL THEN
         RETURN;
     END IF;
-    -- Its keys are those of embedline.indexing; the session's end gives it back.
+    -- Its keys are those of embedline.indexes.build. The session's end releases it.
     WHILE NOT pg_try_advisory_lock(1164798257, to_regclass(build[1])::oid::integer) LOOP
         IF clock_timestamp() > patience THEN
             RAISE EXCEPTION 'another index on % is being built', build[1]
@@ -29,13 +29,13 @@ BEGIN
         END IF;
         PERFORM pg_sleep(0.1);
     END LOOP;
-    -- For the session, not for the transaction: a concurrent build is several.
+    -- For the session, because a concurrent build has several transactions.
     PERFORM set_config('maintenance_work_mem', build[2], false);
     PERFORM set_config('max_parallel_maintenance_workers', build[3], false);
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._on_create_index() IS 'Internal: event trigger function, gives an index build by pg_cron its settings.';
+COMMENT ON FUNCTION embedline._on_create_index() IS 'Internal: event trigger function that gives an index build by pg_cron its settings.';
 
 DROP EVENT TRIGGER IF EXISTS embedline_build_settings; -- noqa: PRS
 CREATE EVENT TRIGGER embedline_build_settings

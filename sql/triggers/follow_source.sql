@@ -1,9 +1,9 @@
 -- Event trigger on ALTER TABLE, TYPE, DOMAIN, SCHEMA and EXTENSION: have pipelines follow their sources' names, types,
 -- owner and parent.
--- What the capture functions and embedline.pipeline name in plain text may change under them: the key's columns and
--- types, the owner, and whether the source is a part of another table. Often by a command that names something else:
--- the parent of a partition, a type, a schema. So what is stored is compared with what is, whatever the command names.
--- An error of ours must not fail the command: it becomes a warning that names what to run.
+-- The capture functions and embedline.pipeline name some properties in plain text, which may change: the key's columns
+-- and types, the owner, and the parent table. Often the command names something else: the parent of a partition, a
+-- type, a schema. So the stored properties are compared with the present ones, whichever object the command names.
+-- An error of ours must not fail the command, so it becomes a warning with the statement to run.
 CREATE OR REPLACE FUNCTION embedline._on_alter_table()
 RETURNS event_trigger
 LANGUAGE plpgsql
@@ -49,7 +49,7 @@ BEGIN
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._on_alter_table() IS 'Internal: event trigger function, follows changes of the sources.';
+COMMENT ON FUNCTION embedline._on_alter_table() IS 'Internal: event trigger function that follows changes of the sources.';
 
 DROP EVENT TRIGGER IF EXISTS embedline_follow_source; -- noqa: PRS
 CREATE EVENT TRIGGER embedline_follow_source

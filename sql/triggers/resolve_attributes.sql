@@ -1,6 +1,6 @@
 -- Event trigger before ALTER TABLE and ALTER TYPE: find the columns of sources again in a restored database.
--- In a restored database the columns of the sources are found again before a command can rename one: afterwards nothing
--- would tell which it was. An error of ours must not fail the command.
+-- They are found before a command can rename one, because afterwards nothing would identify it. An error of ours must
+-- not fail the command.
 CREATE OR REPLACE FUNCTION embedline._on_before_alter()
 RETURNS event_trigger
 LANGUAGE plpgsql
@@ -14,7 +14,7 @@ EXCEPTION WHEN OTHERS THEN
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._on_before_alter() IS 'Internal: event trigger function, finds the columns of sources again after a restore.';
+COMMENT ON FUNCTION embedline._on_before_alter() IS 'Internal: event trigger function that finds the columns of sources again after a restore.';
 
 DROP EVENT TRIGGER IF EXISTS embedline_resolve_attributes; -- noqa: PRS
 CREATE EVENT TRIGGER embedline_resolve_attributes

@@ -1,8 +1,9 @@
--- Trigger function of inboxes and outboxes: tell workers that something waits, once for each transaction.
--- What a transaction queues for a pipeline leaves one row in embedline.signal, so that an idle worker asks one table
--- and not those of each pipeline. Only inserts: no lock that an application waits for. The setting holds to the end of
--- the transaction, or to the savepoint that takes the row back with it. Processor time of the application's session:
--- 1.3 µs for each row whose content an UPDATE changes (of 7 to 8), 10 to 20 µs for a transaction of one row (of 65).
+-- Trigger function of inboxes and outboxes: tell workers about waiting changes, once for each transaction.
+-- A transaction that queues changes for a pipeline leaves one row in embedline.signal. So an idle worker reads one
+-- table and not those of each pipeline. It only inserts, so there is no lock that an application waits for. The
+-- setting holds to the end of the transaction, or to the savepoint whose rollback removes the row with it.
+-- Processor time of the application's session: 1.3 µs of 7 to 8 for each row whose content an UPDATE changes. For a
+-- transaction of one row, 10 to 20 µs of 65.
 CREATE OR REPLACE FUNCTION embedline._signal_work()
 RETURNS trigger
 LANGUAGE plpgsql
@@ -16,4 +17,4 @@ BEGIN
 END
 $plpgsql$;
 
-COMMENT ON FUNCTION embedline._signal_work() IS 'Internal: trigger function of queues, tells workers that something waits.';
+COMMENT ON FUNCTION embedline._signal_work() IS 'Internal: trigger function of queues that tells workers about waiting changes.';

@@ -1,4 +1,4 @@
--- One row per budget and unit: what is spent of it, what is left, and when it begins anew. Reserving reads it, too.
+-- One row per budget and unit: the amounts spent and left, and the start of the next period. Reserving reads it, too.
 CREATE OR REPLACE VIEW embedline.budget AS
 SELECT
     CASE WHEN c.pipeline_id IS NULL THEN 'model' ELSE 'pipeline' END AS scope,
@@ -52,9 +52,9 @@ CROSS JOIN LATERAL (
 ) AS r
 CROSS JOIN LATERAL (SELECT c.amount - d.amount - r.settled - r.reserved AS remaining) AS s; -- noqa: ST05
 
-COMMENT ON VIEW embedline.budget IS 'Budgets of pipelines and models by day or month (UTC), each with what is spent and left of it';
-COMMENT ON COLUMN embedline.budget.spent IS 'Of requests that were answered';
-COMMENT ON COLUMN embedline.budget.reserved IS 'Of requests in flight, or whose worker died: counted as estimated';
-COMMENT ON COLUMN embedline.budget.remaining IS 'Below 0 where the provider counted more than was estimated';
+COMMENT ON VIEW embedline.budget IS 'Budgets of pipelines and models by day or month (UTC), each with the amounts spent and left.';
+COMMENT ON COLUMN embedline.budget.spent IS 'Spent on answered requests';
+COMMENT ON COLUMN embedline.budget.reserved IS 'Reserved for requests in flight, or whose worker died; counted as estimated';
+COMMENT ON COLUMN embedline.budget.remaining IS 'Amount left; below 0 if the provider counted more than was estimated';
 COMMENT ON COLUMN embedline.budget.state IS
-'open; exhausted: nothing is left, or less than the next request needs; work goes on at resets_at, or once set_budget or drop_budget leaves more';
+'open, or exhausted if nothing is left, or less than the next request needs. Work goes on at resets_at, or once set_budget or drop_budget leaves more';

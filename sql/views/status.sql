@@ -1,4 +1,4 @@
--- One row per pipeline: what a person on call looks at first.
+-- One row per pipeline: the first view for a person on call.
 CREATE OR REPLACE VIEW embedline.status AS
 WITH reported AS (
     SELECT
@@ -8,7 +8,7 @@ WITH reported AS (
     WHERE r.reported_at > clock_timestamp() - interval '1 minute'
 ),
 
--- Of all pipelines at once: one by one, 1,000 would read the ranges of all of them 1,000 times.
+-- Of all pipelines at once, because 1,000 pipelines one by one would read all ranges 1,000 times.
 range_blocks AS (
     SELECT
         r.pipeline_id,
@@ -51,7 +51,7 @@ SELECT
     k.held_back_by,
     n.verified_at,
     n.unrepaired,
-    -- Rounded down: 100 only once the last row is counted.
+    -- Rounded down, so that it is 100 only once the last row is counted.
     CASE
         WHEN v.state = 'complete' THEN 100
         WHEN b.total > 0 THEN least(trunc(100.0 * greatest(b.total - b.open, 0) / b.total, 1), 99.9)
@@ -85,21 +85,21 @@ CROSS JOIN LATERAL (
     WHERE o.pipeline_id = p.pipeline_id
 ) AS n;
 
-COMMENT ON VIEW embedline.status IS 'One row per pipeline: what waits, how far the backfill is, the last error, who works';
+COMMENT ON VIEW embedline.status IS 'One row per pipeline: waiting changes, progress of the backfill, the last error, the workers.';
 COMMENT ON COLUMN embedline.status.state IS
-'active, paused, or what became of the source: source gone, source replaced, key changed, key lost; see remedy';
-COMMENT ON COLUMN embedline.status.remedy IS 'Statement to run where something became of the source';
-COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in work';
-COMMENT ON COLUMN embedline.status.backfill_done IS 'Blocks of the source that are read through';
+'active or paused, or the trouble of the source: source gone, source replaced, key changed, key lost; see remedy';
+COMMENT ON COLUMN embedline.status.remedy IS 'Statement to run if the source has a trouble';
+COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in flight';
+COMMENT ON COLUMN embedline.status.backfill_done IS 'Blocks of the source that the backfill has read';
 COMMENT ON COLUMN embedline.status.backfill_total IS 'Blocks of the source when the pipeline was created';
-COMMENT ON COLUMN embedline.status.backfill_percent IS 'Share of the source that is read through, in percent; 100 once every row was counted';
-COMMENT ON COLUMN embedline.status.workers_alive IS 'Resident workers of this database, whichever pipeline they are at';
-COMMENT ON COLUMN embedline.status.batch_rows IS 'Rows that a worker takes on at a time now; embedline.worker tells more of each worker';
-COMMENT ON COLUMN embedline.status.held_back_by IS 'Why workers take less on: a replica that lags, an old snapshot; NULL: nothing. See embedline.configure';
-COMMENT ON COLUMN embedline.status.verified_at IS 'When embedline.verify last looked';
-COMMENT ON COLUMN embedline.status.unrepaired IS 'What it found and did not put right';
-COMMENT ON COLUMN embedline.status.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL: not measured yet, 100 is used';
+COMMENT ON COLUMN embedline.status.backfill_percent IS 'Share of the source that the backfill has read, in percent; 100 once every row was counted';
+COMMENT ON COLUMN embedline.status.workers_alive IS 'Resident workers of this database, for all pipelines';
+COMMENT ON COLUMN embedline.status.batch_rows IS 'Rows that a worker claims at a time now; embedline.worker shows more of each worker';
+COMMENT ON COLUMN embedline.status.held_back_by IS 'Reason why workers slow down: a replica that lags, an old snapshot; NULL if none. See embedline.configure';
+COMMENT ON COLUMN embedline.status.verified_at IS 'Time of the last embedline.verify';
+COMMENT ON COLUMN embedline.status.unrepaired IS 'Findings of the last embedline.verify that it did not repair';
+COMMENT ON COLUMN embedline.status.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL if it is not measured yet and 100 is used';
 COMMENT ON COLUMN embedline.status.index_recall IS 'Lowest recall@10 of the kinds of queries that the index was measured with';
-COMMENT ON COLUMN embedline.status.request_items IS 'Texts that a request carries at most: max_batch_items of the model, or what passed where the provider refused more';
+COMMENT ON COLUMN embedline.status.request_items IS 'Most texts of a request: max_batch_items of the model, or the number that passed if the provider refused more';
 COMMENT ON COLUMN embedline.status.index_state IS
 'none, after backfill, waiting (SELECT embedline.index_statement(pipeline) builds it by hand), building, invalid, valid';

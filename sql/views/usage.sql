@@ -1,4 +1,4 @@
--- What was sent to providers by day (UTC), model and pipeline, as far as it is metered.
+-- The metered requests to providers by day (UTC), model and pipeline.
 CREATE OR REPLACE VIEW embedline.usage AS
 SELECT
     u.day,
@@ -33,6 +33,6 @@ LEFT JOIN embedline.model AS m ON u.model_id = m.model_id
 LEFT JOIN embedline.pipeline AS p ON u.pipeline_id = p.pipeline_id
 GROUP BY u.day, u.model_id, u.pipeline_id, m.name, p.name;
 
-COMMENT ON VIEW embedline.usage IS 'Requests, tokens and money by day (UTC), model and pipeline; queries of embedline.search are not among them';
-COMMENT ON COLUMN embedline.usage.tokens IS 'As the provider counted them; as estimated where it did not say';
-COMMENT ON COLUMN embedline.usage.reserved_tokens IS 'Of these, tokens of requests that are not answered';
+COMMENT ON VIEW embedline.usage IS 'Requests, tokens and money by day (UTC), model and pipeline. Queries of embedline.search are not among them.';
+COMMENT ON COLUMN embedline.usage.tokens IS 'As the provider counted them, or as estimated if it did not';
+COMMENT ON COLUMN embedline.usage.reserved_tokens IS 'Those of these tokens whose requests are not answered';

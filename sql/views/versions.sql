@@ -1,4 +1,4 @@
--- One row per version of a pipeline: how far it is, and until when it can be gone back to.
+-- One row per version of a pipeline: its progress, and until when a rollback to it is possible.
 CREATE OR REPLACE VIEW embedline.versions AS
 SELECT
     p.name AS pipeline,
@@ -45,10 +45,10 @@ CROSS JOIN LATERAL (
 ) AS w
 LEFT JOIN LATERAL embedline._gate(v.version_id) AS e ON true;
 
-COMMENT ON VIEW embedline.versions IS 'One row per version of a pipeline: what it has and lacks, its index, its gate, and until when it is kept';
+COMMENT ON VIEW embedline.versions IS 'One row per version of a pipeline: its counts, its index, its gate, and until when it is kept.';
 COMMENT ON COLUMN embedline.versions.missing IS 'Chunks without a vector of this version: queued, dead letters, or of the backfill';
-COMMENT ON COLUMN embedline.versions.queued IS 'Chunks that wait or are in work; ranges of the backfill that nobody has taken yet are not counted';
-COMMENT ON COLUMN embedline.versions.rollback_until IS 'The serving version took over from this one: until then drop_embedding_version refuses';
-COMMENT ON COLUMN embedline.versions.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL: not measured yet, 100 is used';
-COMMENT ON COLUMN embedline.versions.index_recall IS 'Lowest recall@10 of the kinds of queries that it was measured with; embedline.index_reach tells more';
-COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe against the version that serves; cutover needs pass';
+COMMENT ON COLUMN embedline.versions.queued IS 'Chunks that wait or are in flight; ranges of the backfill that are not claimed yet are not counted';
+COMMENT ON COLUMN embedline.versions.rollback_until IS 'Until then drop_embedding_version refuses, because the serving version took over from this one';
+COMMENT ON COLUMN embedline.versions.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL if it is not measured yet and 100 is used';
+COMMENT ON COLUMN embedline.versions.index_recall IS 'Lowest recall@10 of the kinds of queries that it was measured with; see embedline.index_reach';
+COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe against the serving version; cutover needs pass';

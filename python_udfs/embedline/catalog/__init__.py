@@ -1,1 +1,1 @@
-"""Embedline's own tables as values: models, pipelines, versions, settings."""
+"""Read Embedline's own tables as values: models, pipelines, versions, settings."""

@@ -1,4 +1,4 @@
-"""Show the latest error of a pipeline or a version in its status, and forget it once it is over."""
+"""Record the latest error of a pipeline or a version, and clear it later."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
 
 
 def note_fault(session: Session, pipeline: Pipeline, message: str) -> None:
-    """Show where people look why nothing can be claimed of a pipeline or a version; waits for no lock of another session."""
+    """Show why no rows of a pipeline or a version can be claimed.
+
+    The error appears in embedline.status or embedline.versions. Does not wait for another session's lock.
+    """
     session.query(
         _NOTE_OF_VERSION if pipeline.is_lane else _NOTE_OF_PIPELINE,
         ["bigint", "text"],
@@ -51,7 +54,10 @@ def note_fault(session: Session, pipeline: Pipeline, message: str) -> None:
 
 
 def forget_fault(session: Session, pipeline: Pipeline) -> None:
-    """Show no longer what `note_fault` has shown, unless another error has come since it was loaded."""
+    """Clear the error of `note_fault`.
+
+    An error that was recorded after `pipeline` was loaded stays.
+    """
     session.query(
         _FORGET_OF_VERSION if pipeline.is_lane else _FORGET_OF_PIPELINE,
         ["bigint", "text"],
@@ -61,16 +67,16 @@ def forget_fault(session: Session, pipeline: Pipeline) -> None:
 
 
 def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
-    """Do something for one pipeline; return whether it says that there is more to do.
+    """Run an action for one pipeline; return True if it has more to do.
 
-    Where the database or we refuse it, the pipeline's status and a WARNING say so, and the others go on. Any other exception
-    is a fault in the code, which nothing hides.
+    If PostgreSQL or Embedline refuses the action, the pipeline's status and a WARNING report it, and the other
+    pipelines go on. Any other exception is a defect and is raised.
     """
     try:
         with session.plpy.subtransaction():
             return bool(action())
     except (session.plpy.SPIError, EmbedlineError) as error:
-        # A serialization failure or a deadlock is the transaction's, not the pipeline's.
+        # A serialization failure or a deadlock belongs to the transaction, not to the pipeline.
         if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
             raise
         note_error(session, pipeline, str(error))
@@ -79,5 +85,8 @@ def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) 
 
 
 def forget_error(session: Session, pipeline: Pipeline) -> None:
-    """Take away the error that was shown when the batch was claimed, unless another has come since; waits for nobody."""
+    """Clear the error that was shown when the batch was claimed.
+
+    A later error stays. Does not wait for another session's lock.
+    """
     session.query(_FORGET_OF_PIPELINE, ["bigint", "text"], pipeline.pipeline_id, pipeline.last_error)

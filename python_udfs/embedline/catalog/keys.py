@@ -1,4 +1,7 @@
-"""Pieces of SQL over the keys of a pipeline's rows: as JSON, back from it, whether they are queued, and queueing them."""
+"""Build SQL over the keys of a pipeline's rows.
+
+Keys are converted to JSON and back, looked up in the queue, and enqueued.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,31 @@ from collections.abc import Sequence
 from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident, quote_literal
 
-# As capture does: an array of so many keys is one row of the inbox.
+# Most keys in one row of the inbox, as in capture.
 _KEYS_PER_ROW = 100
 
 
 def json_names(pipeline: Pipeline) -> tuple[str, ...]:
-    """Names of the key columns in embedline.dead_letter.key and in what verify shows."""
+    """Return the names of the key columns, without the prefix of generated tables.
+
+    embedline.dead_letter.key and the findings of verify use them.
+    """
     return tuple(column.removeprefix("key_") for column in pipeline.key_columns)
 
 
 def key_json(pipeline: Pipeline, key: Sequence[str]) -> str:
-    """Return a key as a JSON object of source column to text value, as embedline.dead_letter stores it."""
+    """Return a key as embedline.dead_letter stores it.
+
+    That is a JSON object of source column to text value.
+    """
     return json.dumps(dict(zip(json_names(pipeline), key, strict=True)))
 
 
 def as_json(pipeline: Pipeline, alias: str) -> str:
-    """The key of a relation as jsonb, each column as text: the form of embedline.dead_letter.key."""
+    """Return SQL for a relation's key as jsonb, each column as text.
+
+    This is the form of embedline.dead_letter.key.
+    """
     pairs = ", ".join(
         f"{quote_literal(name)}, {alias}.{quote_ident(column)}::text"
         for name, column in zip(json_names(pipeline), pipeline.key_columns, strict=True)
@@ -32,7 +44,7 @@ def as_json(pipeline: Pipeline, alias: str) -> str:
 
 
 def from_json(pipeline: Pipeline, value: str) -> str:
-    """Select list that takes the typed key columns out of such a jsonb value."""
+    """Return a select list of the typed key columns in such a jsonb value."""
     return ", ".join(
         f"({value} ->> {quote_literal(name)})::{key_type} AS {quote_ident(column)}"
         for name, key_type, column in zip(json_names(pipeline), pipeline.key_types, pipeline.key_columns, strict=True)
@@ -40,7 +52,10 @@ def from_json(pipeline: Pipeline, value: str) -> str:
 
 
 def not_queued(pipeline: Pipeline, alias: str) -> str:
-    """The condition that no change of a key waits or is in a worker's hands: a claim stands until its keys are done."""
+    """Return the condition that no change of a key waits or is in flight.
+
+    A claim stays until its keys are done.
+    """
     taken = ", ".join(f"i.{quote_ident(column)}" for column in pipeline.key_columns)
     same = pipeline.key_join("q", alias)
     return f"NOT EXISTS (SELECT FROM {pipeline.outbox} AS q WHERE {same})" + "".join(
@@ -51,7 +66,10 @@ def not_queued(pipeline: Pipeline, alias: str) -> str:
 
 
 def enqueue(pipeline: Pipeline, rows: str, condition: str = "true") -> str:
-    """INSERT of the keys of a relation into the inbox, as an application's write does it; returns key_count each row."""
+    """Return an INSERT of a relation's keys into the inbox.
+
+    It has the form of an application's write, and returns key_count for each row of the inbox.
+    """
     columns = ", ".join(quote_ident(column) for column in pipeline.key_columns)
     arrays = ", ".join(f"array_agg(k.{quote_ident(column)})" for column in pipeline.key_columns)
     first = quote_ident(pipeline.key_columns[0])

@@ -1,4 +1,4 @@
-"""Reading the catalogue: models, pipelines and versions as values."""
+"""Read the catalogue: models, pipelines and versions as values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _VERSION_SQL = f"SELECT {_VERSION_COLUMNS} {_VERSION_TABLES}"
 _PIPELINE_SQL = f"{_VERSION_SQL} WHERE v.version_id = p.serving_version_id"
 PIPELINE_BY_NAME = f"{_PIPELINE_SQL} AND p.name = $1"
 _VERSIONS_BY_NAME = f"{_VERSION_SQL} WHERE p.name = $1 ORDER BY v.number"
-# Only workers ask whether requests are counted: readers, who search, may not read budgets.
+# Only workers ask whether requests are counted, because readers, who search, may not read budgets.
 _METERED = f"""
     (m.provider <> 'sentence-transformers' OR m.price_per_million_tokens IS NOT NULL
         OR EXISTS (SELECT FROM embedline.spending_cap AS s WHERE s.pipeline_id = p.pipeline_id OR s.model_id = m.model_id)
@@ -97,13 +97,19 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
 
 
 def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
-    """Return a lane for each version that is filled from the chunks of the others' work: of all pipelines or the one named."""
+    """Return a version fill for each version that is filled from the chunks.
+
+    `name` limits them to one pipeline.
+    """
     rows = session.query(_LANES, ["text"], name)
     return [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
 
 
 def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
-    """Return of these pipelines and lanes, by their `lane_id`, what workers serve now."""
+    """Return the pipelines and version fills of these ids that workers serve now.
+
+    The ids are `lane_id`s, which are negative for version fills.
+    """
     pipelines, lanes = [i for i in lane_ids if i >= 0], [-i for i in lane_ids if i < 0]
     found: list[Pipeline] = []
     if pipelines:
@@ -116,7 +122,10 @@ def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
 
 
 def load_versions(session: Session, name: str) -> list[Pipeline]:
-    """Return the pipeline of that name once for each of its versions, by number, or raise NotFound."""
+    """Return the pipeline of that name once for each of its versions, by number.
+
+    Raises NotFound if there is no such pipeline.
+    """
     found = [pipeline_from_row(row) for row in session.query(_VERSIONS_BY_NAME, ["text"], name)]
     return found or [load_pipeline(session, name)]
 
@@ -134,7 +143,7 @@ def load_version(session: Session, name: str, number: int) -> Pipeline:
 
 
 def load_all_pipelines(session: Session) -> list[Pipeline]:
-    """Return every pipeline, in whatever state."""
+    """Return all pipelines, in any state."""
     return [pipeline_from_row(row) for row in session.query(_PIPELINE_SQL)]
 
 

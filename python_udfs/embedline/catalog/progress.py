@@ -1,7 +1,8 @@
-"""How far a long statement is: notices for its client, and locks that other sessions can read while it runs.
+"""Report the progress of a long statement to its client and to other sessions.
 
-A row that a statement writes is seen by others only after its commit. Session advisory locks are seen at once, need no
-right, and end with the session. A statement holds two shared ones: the version it works on, and the step with its share.
+The client gets notices. Other sessions read locks, because they would see a written row only after the commit. Session
+advisory locks are visible at once, need no right, and end with the session. A statement holds two shared ones: the
+version it works on, and the step with its share.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ Step = Literal[
     "embedding a sample",
 ]
 
-# First keys of the locks that say which version a statement works on ("Emq1"), and at which step it is ("Emp1").
+# First keys of the locks that name the version a statement works on ("Emq1"), and its step ("Emp1").
 VERSION_LOCK_CLASS = 1164800305
 STEP_LOCK_CLASS = 1164800049
-# The second key of a step: task, step, and the share that is done in thousandths; the last value: not known.
+# The second key of a step is task, step, and the finished share in thousandths. The last value means an unknown share.
 _STEP_UNIT, _TASK_UNIT = 1 << 10, 1 << 15
 _UNKNOWN_SHARE = _STEP_UNIT - 1
 
-# Seconds between two changes of the locks: below what a progress bar shows.
+# Seconds between two changes of the locks, below the resolution of a progress bar.
 _PUBLISH_SECONDS = 0.2
-# Seconds without a sign before a notice: of a statement or a step that has just begun, and within a step.
+# Seconds of silence before a notice: after a statement or a step began, and within a step.
 _FIRST_NOTICE_SECONDS = 2.0
 _NOTICE_SECONDS = 10.0
 _CACHE_KEY = "embedline.progress"
@@ -44,7 +45,7 @@ _CACHE_KEY = "embedline.progress"
 _LOCK = "SELECT pg_try_advisory_lock_shared($1, $2)"
 _UNLOCK = "SELECT pg_advisory_unlock_shared($1, $2)"
 _LOCK_TYPES = ("integer", "integer")
-# A session that ended by an error keeps its locks until its next statement of this kind; it is not active then.
+# A session that ended with an error keeps its locks until its next statement of this kind. Then it is not active.
 _RUNNING = """
     SELECT a.pid, p.name AS pipeline, v.number AS version, s.objid::bigint AS step,
         extract(epoch FROM clock_timestamp() - a.query_start)::double precision AS seconds
@@ -60,7 +61,7 @@ _RUNNING = """
 
 
 class Progress:
-    """What a statement says of itself. `clock` gives seconds."""
+    """The progress of one statement; `clock` gives seconds."""
 
     def __init__(
         self, session: Session, task: Task, pipeline: Pipeline, clock: Callable[[], float] = time.monotonic
@@ -74,7 +75,10 @@ class Progress:
         self._held: list[tuple[int, int]] = []
 
     def report(self, step: Step, done: int, total: int | None) -> None:
-        """Say that `done` of `total` of a step are done; may be called as often as one likes."""
+        """Report that `done` of `total` of a step are done.
+
+        It may be called at any rate, because locks and notices have intervals of their own.
+        """
         now, is_new = self._clock(), step != self._step
         self._step = step
         if is_new or self._published_at is None or now - self._published_at >= _PUBLISH_SECONDS:
@@ -99,14 +103,14 @@ class Progress:
         key = pack(self._task, step, done / total if total else None)
         if before == [(STEP_LOCK_CLASS, key)]:
             return
-        # The new one first: a reader never finds none.
+        # Take the new lock first, so that a reader always finds one.
         self._hold(STEP_LOCK_CLASS, key)
         for held in before:
             self._held.remove(held)
             self._session.query(_UNLOCK, _LOCK_TYPES, *held)
 
     def _hold(self, lock_class: int, key: int) -> bool:
-        # Refused only if another session holds this very key exclusively: it is not waited for, and nothing is shown.
+        # Refused only if another session holds this very key exclusively. Then nothing is shown, instead of waiting.
         is_held = bool(self._session.scalar(_LOCK, _LOCK_TYPES, lock_class, key))
         if is_held:
             self._held.append((lock_class, key))
@@ -114,13 +118,16 @@ class Progress:
 
 
 def pack(task: Task, step: Step, share: float | None) -> int:
-    """Return a task, its step and the share that is done (None: not known) as the key of a lock."""
+    """Return a task, its step and its finished share as the key of a lock.
+
+    The share is None if it is not known.
+    """
     thousandths = _UNKNOWN_SHARE if share is None else round(1000 * min(max(share, 0.0), 1.0))
     return get_args(Task).index(task) * _TASK_UNIT + get_args(Step).index(step) * _STEP_UNIT + thousandths
 
 
 def unpack(key: int) -> tuple[str, str, float | None] | None:
-    """Return task, step and percentage of a lock's key; None where it is not one of ours."""
+    """Return task, step and percentage of a lock's key, None for a foreign key."""
     task, rest = divmod(key, _TASK_UNIT)
     step, thousandths = divmod(rest, _STEP_UNIT)
     if task >= len(get_args(Task)) or step >= len(get_args(Step)):
@@ -130,26 +137,26 @@ def unpack(key: int) -> tuple[str, str, float | None] | None:
 
 @contextmanager
 def reported(session: Session, task: Task, pipeline: Pipeline) -> Iterator[None]:
-    """For the length of a block, tell client and other sessions what `report` says."""
+    """Report the block's progress to the client and to other sessions."""
     _close(session)
     session.cache[_CACHE_KEY] = Progress(session, task, pipeline)
     try:
         yield
     finally:
-        # The block's own error is the one to tell of.
+        # An error of the block itself must be the one that is raised.
         with contextlib.suppress(Exception):
             _close(session)
 
 
 def _close(session: Session) -> None:
-    # What a cancel in the middle of the end left behind in this session goes first.
+    # Remove locks that a cancelled statement left behind in this session.
     progress: Progress | None = session.cache.pop(_CACHE_KEY, None)
     if progress is not None:
         progress.close()
 
 
 def report(session: Session, step: Step, done: int, total: int | None) -> None:
-    """Say how far the session's reported statement is; does nothing outside `reported`."""
+    """Report the progress of the session's statement; does nothing outside `reported`."""
     progress: Progress | None = session.cache.get(_CACHE_KEY)
     if progress is not None:
         progress.report(step, done, total)
@@ -157,7 +164,10 @@ def report(session: Session, step: Step, done: int, total: int | None) -> None:
 
 @entry_point
 def evaluation_progress(session: Session, pipeline_name: str | None) -> list[dict[str, Any]]:
-    """Return a row for each statement that runs now: pid, task, pipeline, version, step, percent, seconds."""
+    """Return a row for each statement that runs now.
+
+    Columns: pid, task, pipeline, version, step, percent, seconds.
+    """
     rows = session.query(
         _RUNNING, ["bigint", "bigint", "text"], VERSION_LOCK_CLASS, STEP_LOCK_CLASS, pipeline_name
     )  # fmt: skip
@@ -165,7 +175,7 @@ def evaluation_progress(session: Session, pipeline_name: str | None) -> list[dic
     for row in rows:
         unpacked = unpack(int(row["step"]))
         if unpacked is not None:
-            # For an instant a session holds two steps: the later one counts, and steps are numbered in their order.
+            # For an instant a session holds two steps. The later one counts, and steps are numbered in their order.
             task, step, percent = unpacked
             found[int(row["pid"])] = {**row, "task": task, "step": step, "percent": percent}
     return list(found.values())

@@ -1,4 +1,4 @@
-"""Who is calling, and what the caller may change."""
+"""Find the calling role, and check its rights."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ CALLER = """
 
 
 def caller(session: Session) -> str:
-    """Return the role that called a SECURITY DEFINER function: the session's, or the one it has SET.
+    """Return the role that called a SECURITY DEFINER function.
 
-    Raises NotPermitted where others' code may be calling in its name: an expression that a worker evaluates as the source's
-    owner, or a function of an index during ANALYZE. (A session that calls others' functions itself has trusted these anyway.)
+    It is the session's role, or the one that the session has SET.
+
+    Raises NotPermitted if code of others may be calling in its name. Such code is an expression that a worker evaluates
+    as the source's owner, or a function of an index during ANALYZE. A session that calls others' functions itself
+    already trusts them.
     """
     if is_nested(session):
         raise NotPermitted("an expression of a pipeline may not change Embedline's objects")
-    # Changes nothing, and is refused where PostgreSQL runs a table owner's code on its own: autovacuum, ANALYZE, REINDEX.
+    # Changes nothing. PostgreSQL refuses it while it runs a table owner's code on its own: autovacuum, ANALYZE,
+    # REINDEX.
     session.execute("UNLISTEN embedline")
     return str(session.scalar(CALLER))
 
 
 def is_superuser(session: Session, role: str) -> bool:
-    """Whether the role is a superuser."""
+    """Return True if the role is a superuser."""
     return bool(session.scalar("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = $1", ["text"], role))
 
 
 def require_superuser(session: Session, doing: str, hint: str) -> None:
-    """Raise unless the caller is a superuser.
+    """Raise NotPermitted unless the caller is a superuser.
 
-    A URL, a key's variable and a directory let their setter read the server's files and environment and send them out.
+    A URL, a key's variable or a directory lets its setter read the server's files and environment and send them out.
     """
     if not is_superuser(session, caller(session)):
         raise NotPermitted(
@@ -42,7 +46,10 @@ def require_superuser(session: Session, doing: str, hint: str) -> None:
 
 
 def require_control(session: Session, name: str) -> None:
-    """Raise unless the caller may change the pipeline: the source's owner, its creator's role, or a superuser."""
+    """Raise NotPermitted unless the caller may change the pipeline.
+
+    The source's owner, the role that created the pipeline, and superusers may.
+    """
     load_pipeline(session, name)
     allowed = session.scalar(
         """

@@ -1,4 +1,4 @@
-"""Which version a pipeline's routing view shows at this moment."""
+"""Find the version that a pipeline's routing view shows now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from embedline.core import names
 from embedline.errors import NotFound
 from embedline.postgres.session import Session
 
-# By its name, which a dump and pg_upgrade keep; in the catalogue, because whoever asks may not name what is in the schema.
+# Found by its name, which a dump and pg_upgrade keep. Read from the catalogue, because the caller may not name its
+# schema's objects.
 _SERVING_FUNCTION = """
     SELECT pg_get_functiondef(oid) FROM pg_proc
     WHERE proname = $1 AND pronamespace = 'embedline_data'::regnamespace
@@ -17,16 +18,17 @@ _SERVING_FUNCTION = """
 
 
 def serving_number(session: Session, pipeline: Pipeline) -> int:
-    """Return the number of the version that the routing view shows at this moment.
+    """Return the number of the version that the routing view shows now.
 
-    Raises NotFound where nothing says so: the catalogue is of the statement's snapshot, and the view may be of a later one.
+    The function behind the view is read, because the catalogue is of the statement's snapshot and the view may be
+    newer. Raises NotFound if the function is gone or changed.
     """
     function = f"{pipeline.generated('serving')}()"
     body = session.scalar(_SERVING_FUNCTION, ["text"], names.generated(pipeline.name, "serving"))
     found = re.search(r"SELECT (\d+)", body or "")
     if found is None:
         raise NotFound(
-            f"the function {function} is gone or changed, which says what version serves",
-            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') makes it anew.",
+            f"the function {function}, which names the serving version, is gone or changed",
+            hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}') recreates it.",
         )
     return int(found[1])

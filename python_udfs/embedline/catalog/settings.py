@@ -1,4 +1,7 @@
-"""What an administrator can set: rows of embedline.setting, with their defaults and bounds."""
+"""Read and write the settings of an administrator, rows of embedline.setting.
+
+Each has a default and bounds.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from embedline.postgres.session import Session
 
 @dataclass(frozen=True)
 class PacingLimits:
-    """What batches keep to; the defaults stand in embedline.setting under the same names.
+    """The limits of batches.
 
-    Seconds from claim to the last answer, seconds of one write with its commit, rows of one batch.
+    The defaults stand in embedline.setting under the same names.
     """
 
     batch_seconds: float = 1.0
@@ -26,14 +29,15 @@ class PacingLimits:
 
 @dataclass(frozen=True)
 class Settings(PacingLimits):
-    """Settings; see the table in docs/operations.md.
+    """All settings; see the table in docs/operations.md.
 
-    `live_share` is the part of batches that live changes have at most while a backfill has work. The next two are the
-    limits at which workers take less on: seconds a replica lags, and the age of the oldest snapshot in transactions.
-    `rollback_window_hours` is how long the version that served before is kept after a cutover. `index_recall_target` is the
-    recall@10 for which hnsw.ef_search is chosen. `unknown_token_share` is the largest share of tokens unknown to the model
-    with which a chunk is embedded. `max_provider_wait_seconds` is how long a model rests at most before it is asked again,
-    whatever its provider says.
+    - `live_share`: the largest part of batches for live changes while a backfill has work.
+    - `max_replication_lag_seconds`, `max_xmin_age`: the limits at which workers slow down. They are the seconds that a replica
+      lags, and the age of the oldest snapshot in transactions.
+    - `rollback_window_hours`: how long the version that served before is kept after a cutover.
+    - `index_recall_target`: the recall@10 for which hnsw.ef_search is chosen.
+    - `unknown_token_share`: the largest share of tokens unknown to the model with which a chunk is embedded.
+    - `max_provider_wait_seconds`: how long a model's circuit stays open at most, even if its provider asks for a longer wait.
     """
 
     live_share: float = 0.8
@@ -45,7 +49,7 @@ class Settings(PacingLimits):
     max_provider_wait_seconds: float = 300.0
 
 
-# Smallest and largest value of each.
+# Smallest and largest value of each setting.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_seconds": (0.01, 600),
     "commit_seconds": (0.01, 60),
@@ -63,7 +67,7 @@ _WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
 
 
 def load_settings(session: Session) -> Settings:
-    """Return the settings as they stand."""
+    """Return the current settings."""
     rows = session.query("SELECT name, value FROM embedline.setting WHERE name = ANY ($1)", ["text[]"], list(_BOUNDS))
     changed: dict[str, Any] = {row["name"]: float(row["value"]) for row in rows}
     changed |= {name: int(changed[name]) for name in _WHOLE_NUMBERS if name in changed}
@@ -72,7 +76,7 @@ def load_settings(session: Session) -> Settings:
 
 @entry_point
 def configure(session: Session, name: str, value: float | None) -> float:
-    """Set one setting, or put its default back with NULL; return the value that holds now."""
+    """Set one setting, or reset it to its default with NULL; return its value."""
     if name not in _BOUNDS:
         raise InvalidParameter(f'there is no setting "{name}"', hint=f"Settings: {', '.join(sorted(_BOUNDS))}.")
     default = float(getattr(Settings(), name))

@@ -1,4 +1,4 @@
-"""A pipeline's source as a value."""
+"""Read a pipeline's source as a value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.errors import NotReady
 from embedline.postgres.session import Session
 
-# Of a row c of pg_class: whether its policies hold for its owner, as whom it is read.
+# Condition on a row c of pg_class: its policies hold for its owner, as whom it is read.
 HIDDEN = """
     c.relrowsecurity AND c.relforcerowsecurity AND NOT EXISTS (
         SELECT FROM pg_roles AS o WHERE o.oid = c.relowner AND (o.rolsuper OR o.rolbypassrls))
@@ -29,17 +29,20 @@ class Source:
     owner: str
     partitioned: bool
     subscribed: bool
-    # A partition, or a child that inherits: what is written through its parent fires its row triggers alone.
+    # True for a partition or an inheriting child. Rows that are written through its parent fire only its row triggers.
     is_child: bool = False
 
     @property
     def qualified(self) -> str:
-        """Schema and name, quoted."""
+        """Return schema and name, quoted."""
         return f"{quote_ident(self.schema)}.{quote_ident(self.name)}"
 
 
 def hidden_source(session: Session, source_oid: int) -> NotReady | None:
-    """Return what to raise where row-level security hides rows of a source from its owner: they would seem to be gone."""
+    """Return the error to raise if row-level security hides a source's rows.
+
+    They are hidden from the source's owner, so they would seem to be gone. None if no row can be hidden.
+    """
     rows = session.query(_HIDDEN_SOURCE, ["bigint"], source_oid)
     if not rows:
         return None

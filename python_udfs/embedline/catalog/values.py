@@ -1,4 +1,4 @@
-"""Models, pipelines and versions as values."""
+"""Define models, pipelines and versions as values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from embedline.core.embedding import ModelConfig
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import SEARCH_SCHEMA, data_name
 
-# A version beside the serving one has this part of its pipeline's share of the workers.
+# Share of the workers for the fill of a version beside the serving one, relative to its pipeline's share.
 _LANE_WEIGHT = 0.5
-# pgvector's operator and operator class of each distance; the class is prefixed with the column type.
+# pgvector's operator and operator class of each distance. The class is prefixed with the column type.
 OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
 _OPERATOR_CLASSES = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
 
@@ -33,13 +33,19 @@ class Model:
 
     @property
     def request_items(self) -> int:
-        """Texts that a request may carry: as many as declared, or fewer if the provider refused so many."""
+        """Return the number of texts that a request may carry.
+
+        It is the declared number, or less if the provider refused that many.
+        """
         return min(self.config.max_batch_items, self.batch_items or self.config.max_batch_items)
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a row of embedline.index_reach says of a version's search; see the comments of its columns."""
+    """The measured recall of a version's search, a row of embedline.index_reach.
+
+    See the comments of its columns.
+    """
 
     checked_to: int
     ef_search: int | None
@@ -66,7 +72,7 @@ class Version:
     search_precision: str | None = None
     backfill_order: str = "oldest_first"
     backfill_rate: int | None = None
-    # Whether a valid index of the vectors exists, and what it was found to reach; None before the first check.
+    # True if a valid index of the vectors exists; then its measured recall, None before the first check.
     has_index: bool = False
     reach: Reach | None = None
 
@@ -77,23 +83,23 @@ class Version:
 
     @property
     def operator(self) -> str:
-        """pgvector's distance operator."""
+        """Return pgvector's distance operator."""
         return OPERATORS[self.distance]
 
     @property
     def operator_class(self) -> str:
-        """pgvector's operator class for an index."""
+        """Return pgvector's operator class for an index."""
         return f"{self.column_type}_{_OPERATOR_CLASSES[self.distance]}"
 
     @property
     def vector_type(self) -> str:
-        """Type of the vector column with its dimensions."""
+        """Return the type of the vector column with its dimensions."""
         return f"{self.column_type}({self.dimensions})"
 
 
 @dataclass(frozen=True)
 class ChunkSet:
-    """A row of embedline.chunk_set: one way of cutting the contents, with a table of its own."""
+    """A row of embedline.chunk_set: one chunking of the contents, in its own table."""
 
     chunk_set_id: int
     number: int
@@ -102,12 +108,15 @@ class ChunkSet:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A row of embedline.pipeline with one of its versions, the serving one unless another was asked for.
+    """A row of embedline.pipeline with one of its versions.
 
-    `metered`, where workers loaded it: requests are counted, of remote models and of those with a price or a limit; and
-    `is_hidden`: row-level security hides rows of the source from its owner, so that nothing can be read.
-    `versions` are (version_id, number, chunk set) of all versions. `is_lane` marks what fills a version from the chunks
-    that the serving version's work leaves, not from the source.
+    That is the serving version unless another was asked for. `versions` are (version_id, number, chunk set) of all
+    versions. `is_lane` marks a version fill: it embeds the chunks that the serving version's work leaves, and does not
+    read the source.
+
+    Two fields are set only if workers loaded the pipeline. `metered`: requests are counted, because the model is remote
+    or has a price or a limit. `is_hidden`: row-level security hides rows of the source from its owner, so that they
+    cannot be read.
     """
 
     pipeline_id: int
@@ -131,22 +140,23 @@ class Pipeline:
     versions: tuple[tuple[int, int, int], ...]
     is_serving: bool = True
     is_lane: bool = False
-    # Where workers loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the lane.
+    # The error in embedline.status or, of a version fill, in embedline.versions; set only if workers loaded the
+    # pipeline.
     last_error: str | None = None
     is_hidden: bool = False
 
     @property
     def lane_id(self) -> int:
-        """What tells its work apart from other work: the pipeline's id, or less than zero for a version's lane."""
+        """Return the key of its work: the pipeline's id, or below zero for a version fill."""
         return -self.version.version_id if self.is_lane else self.pipeline_id
 
     def as_lane(self) -> Pipeline:
-        """Return the lane that fills the version from the chunks."""
+        """Return the version fill that embeds the chunks for this version."""
         return replace(self, is_lane=True, weight=self.weight * _LANE_WEIGHT)
 
     @property
     def spec(self) -> ChunkingSpec:
-        """How the version's contents are chunked."""
+        """Return the chunking of the version's contents."""
         return self.chunk_set.spec
 
     def other_versions(self, chunk_set: int) -> list[int]:
@@ -159,7 +169,7 @@ class Pipeline:
 
     @property
     def has_prefix(self) -> bool:
-        """Whether an expression gives each document a text to put before its chunks."""
+        """Return True if an expression gives each document a prefix for its chunks."""
         return self.document_prefix is not None
 
     def generated(self, suffix: str) -> str:
@@ -168,12 +178,12 @@ class Pipeline:
 
     @cached_property
     def outbox(self) -> str:
-        """The queue of changed keys."""
+        """Return the table of changed keys that wait."""
         return self.generated("outbox")
 
     @cached_property
     def document(self) -> str:
-        """The state rows: one for each source row that was looked at."""
+        """Return the table of documents, one row for each source row that was read."""
         return self.generated("document")
 
     def chunk_table(self, number: int) -> str:
@@ -182,12 +192,12 @@ class Pipeline:
 
     @cached_property
     def chunk_tables(self) -> list[str]:
-        """The tables of all chunk sets."""
+        """Return the tables of all chunk sets."""
         return [self.chunk_table(s.number) for s in (self.chunk_set, *self.other_sets)]
 
     @cached_property
     def chunk(self) -> str:
-        """The chunks that the version embeds."""
+        """Return the table of the chunks that the version embeds."""
         return self.chunk_table(self.chunk_set.number)
 
     @cached_property
@@ -207,43 +217,49 @@ class Pipeline:
 
     @cached_property
     def key_list(self) -> str:
-        """The key columns of the generated tables, comma separated."""
+        """Return the key columns of the generated tables, comma separated."""
         return ", ".join(quote_ident(column) for column in self.key_columns)
 
     @cached_property
     def key_texts(self) -> str:
-        """The key columns as one text[] value each row, to travel to Python and back without loss."""
+        """Return SQL for the key columns as one text[] value per row.
+
+        In this form keys travel to Python and back without loss.
+        """
         return "ARRAY[" + ", ".join(f"{quote_ident(column)}::text" for column in self.key_columns) + "]"
 
     @cached_property
     def quoted_key_columns(self) -> list[str]:
-        """The key columns of the generated tables, each quoted."""
+        """Return the key columns of the generated tables, each quoted."""
         return [quote_ident(column) for column in self.key_columns]
 
     def missing_rows(self, first_parameter: int = 1) -> str:
-        """Call of the closing sweep with parameters from $n on: `row_limit` and `sweep_parameters`."""
+        """Return a call of the closing sweep with parameters from $n on.
+
+        They are `row_limit` and `sweep_parameters`.
+        """
         limit, recipe, valid_from, altered_at = range(first_parameter, first_parameter + 4)
         return (
             f"{self.generated('missing')}(${limit}, ${recipe}, ${valid_from}::timestamptz, ${altered_at}::timestamptz)"
         )
 
     def key_texts_of(self, alias: str) -> str:
-        """`key_texts` with the columns qualified by a table alias."""
+        """Return `key_texts` with the columns qualified by a table alias."""
         return "ARRAY[" + ", ".join(f"{alias}.{quote_ident(column)}::text" for column in self.key_columns) + "]"
 
     def key_list_of(self, alias: str) -> str:
-        """`key_list` with the columns qualified by a table alias."""
+        """Return `key_list` with the columns qualified by a table alias."""
         return ", ".join(f"{alias}.{quote_ident(column)}" for column in self.key_columns)
 
     def key_arrays(self, first_parameter: int = 1) -> str:
-        """Parameters $n::text[] of each key column, cast to arrays of the column's type."""
+        """Return parameters $n::text[] of each key column, cast to arrays of its type."""
         return ", ".join(f"${first_parameter + i}::text[]::{key_type}[]" for i, key_type in enumerate(self.key_types))
 
     def key_join(self, left: str, right: str) -> str:
-        """The condition that two relations hold the same key."""
+        """Return the condition that two relations hold the same key."""
         return " AND ".join(f"{left}.{quote_ident(c)} = {right}.{quote_ident(c)}" for c in self.key_columns)
 
     @property
     def key_parameter_types(self) -> list[str]:
-        """Types of the parameters of `key_arrays`."""
+        """Return the types of the parameters of `key_arrays`."""
         return ["text[]"] * len(self.key_columns)

@@ -1,7 +1,8 @@
-"""Chunking: a text becomes consecutive slices that a model can read whole.
+"""Chunk a text into consecutive slices that a model can read whole.
 
-`factory.make_chunker` turns a pipeline's `ChunkingSpec` into a `Chunker`. A chunker that measures is a `Split` in a module of
-its own, run by `MeasuredChunker`, which returns a short text at once and keeps room for the prefix in every chunk.
+`factory.make_chunker` turns a pipeline's `ChunkingSpec` into a `Chunker`. A chunker that measures is a `Split` in a
+module of its own. `MeasuredChunker` runs it, returns a short text at once, and keeps room for the prefix in every
+chunk.
 """
 
 from embedline.chunking.chunk import Chunk

@@ -1,4 +1,4 @@
-"""What every chunker returns, and the rules that hold for all of them."""
+"""Define the result of every chunker, and the rules that hold for all of them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ class Chunk(NamedTuple):
 
     @property
     def embedded_text(self) -> str:
-        """What the model reads: white space around the content means nothing to it."""
+        """Return the text that the model reads.
+
+        White space around the content is removed, because it has no meaning for the model.
+        """
         return self.prefix + self.content.strip()
 
 
 def nothing() -> None:
-    """Be no interruption: what `on_piece` is where the caller needs none."""
+    """Do nothing; the `on_piece` of a caller that needs no interruption."""
 
 
 class Chunker(Protocol):
-    """Splits a text into chunks, `prefix` (of the document) before each.
+    """Split a text into chunks, each with the document's `prefix`.
 
     Calls `on_piece` from time to time, so that long work can be interrupted.
     """
@@ -44,12 +47,15 @@ class Chunker(Protocol):
 
 
 def content_digest(content: str, prefix: str = "") -> bytes:
-    """Return 16 bytes of a SHA-256, what the uuid column content_hash holds: of the content, or of prefix, NUL, content."""
+    """Return the first 16 bytes of a SHA-256, as in the uuid column content_hash.
+
+    The hash is of the content, or of prefix, NUL and content.
+    """
     return hashlib.sha256((f"{prefix}\0{content}" if prefix else content).encode()).digest()[:16]
 
 
 def chunk_of(text: str, sequence: int, span: Span, prefix: str) -> Chunk:
-    """Return the chunk that a span of the text is."""
+    """Return the chunk of a span of the text."""
     content = text[span[0] : span[1]]
     return Chunk(sequence, span[0], span[1], content, content_digest(content, prefix), prefix)
 
@@ -57,8 +63,9 @@ def chunk_of(text: str, sequence: int, span: Span, prefix: str) -> Chunk:
 def closed_spans(text: str, found: Sequence[Span]) -> list[Span]:
     """Return the spans of a text's chunks, in order, so that they leave nothing out.
 
-    White space between two spans belongs to the first, at the text's ends to the outer ones. A span of nothing but white
-    space joins its neighbour: it would be an empty text to the model. Spans may overlap; they are never moved.
+    White space between two spans belongs to the first, at the text's ends to the outer ones. A span of nothing but
+    white space joins its neighbour, because the model would read it as an empty text. Spans may overlap; they are never
+    moved.
     """
     closed: list[Span] = []
     for start, end in found:

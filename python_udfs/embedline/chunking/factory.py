@@ -1,4 +1,4 @@
-"""From a pipeline's chunking recipe to its chunker."""
+"""Make a pipeline's chunker from its recipe."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _SPLITS: dict[str, Split] = {
 def make_chunker(spec: ChunkingSpec, tokenizer: str | None, embed: EmbedSentences | None) -> Chunker:
     """Return the chunker of a recipe.
 
-    Tokens are the model's own where `tokenizer` is its tokenizer.json (the text, without truncation and padding), else
-    estimated from the characters. `embed` makes the vectors of sentences for method 'semantic'; the others need none.
+    Tokens are the model's own if `tokenizer` is its tokenizer.json (the text, without truncation and padding).
+    Otherwise they are estimated from the characters. `embed` makes the vectors of sentences for method 'semantic'; the
+    others need none.
     """
     spec = chunking_spec(spec.method, spec.tokens, spec.overlap, dict(spec.options))
     if spec.tokens is None:
@@ -41,5 +42,8 @@ def make_chunker(spec: ChunkingSpec, tokenizer: str | None, embed: EmbedSentence
 
 
 def recursive_chunker(tokenizer: str | None, tokens: int, overlap: int = 0) -> Chunker:
-    """Return a chunker that splits at the largest boundary (paragraph, sentence, word) that keeps a chunk in `tokens`."""
+    """Return a chunker that splits at the largest boundary within `tokens`.
+
+    Boundaries are paragraphs, sentences and words.
+    """
     return make_chunker(ChunkingSpec("recursive", tokens, overlap), tokenizer, None)

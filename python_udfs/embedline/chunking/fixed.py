@@ -1,4 +1,4 @@
-"""Chunks of a fixed number of tokens, wherever these end."""
+"""Split a text into chunks of a fixed number of tokens, wherever these end."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from embedline.chunking.graphemes import boundary_at_or_before
 from embedline.chunking.measure import Measure
 from embedline.chunking.measured import Room
 
-# Characters that are looked at for a chunk: at first, and at most. Some vocabularies make one token of any long word.
+# Characters that are tokenized for a chunk, at first and at most. Some vocabularies make one token of any long word.
 _FIRST_CHARACTERS_PER_UNIT = 6
 _LONGEST_CHUNK = 40_000
 _CHARACTERS_PER_UNIT = 16
 
 
 def fixed_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -> Sequence[tuple[Span, str]]:
-    """Cut a text after every `room.capacity` tokens, counted from the chunk's own beginning; see `MeasuredChunker`.
+    """Cut a text after every `room.capacity` tokens; see `MeasuredChunker`.
 
-    A chunk has fewer tokens only where its last token would tear a character.
+    Tokens are counted from the chunk's own beginning. A chunk has fewer only if its last token would tear a character.
     """
     found: list[Span] = []
     start = 0
     while start < len(text):
         end, starts = _end_of_chunk(measure, text, start, room.capacity)
         if found and end <= found[-1][1]:
-            # The overlap alone fills the chunk: tokens are others where a text begins within a word.
+            # The overlap alone fills the chunk, because tokens differ in a text that begins within a word.
             start = found[-1][1]
             continue
         found.append((start, end))
@@ -37,7 +37,10 @@ def fixed_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -> S
 
 
 def _end_of_chunk(measure: Measure, text: str, start: int, capacity: int) -> tuple[int, Sequence[int]]:
-    """Return where the chunk that begins at `start` ends, and where its units begin, from its own beginning."""
+    """Return the end of the chunk that begins at `start`, and the starts of its units.
+
+    The starts are counted from the chunk's own beginning.
+    """
     reach = _FIRST_CHARACTERS_PER_UNIT * capacity
     longest = max(_LONGEST_CHUNK, _CHARACTERS_PER_UNIT * capacity)
     while True:
@@ -50,7 +53,7 @@ def _end_of_chunk(measure: Measure, text: str, start: int, capacity: int) -> tup
         end = len(window) if start + reach >= len(text) else max(boundary_at_or_before(window, len(window) - 1), 1)
         return start + end, [place for place in starts if place < end]
     while len(starts) > capacity:
-        # What is cut off may have been one token with what is left: so what is left is counted again.
+        # The last token may have joined text on both sides of the cut, so the rest is counted again.
         end = boundary_at_or_before(window, starts[capacity]) or _first_character(window)
         if end >= len(window):
             break
@@ -60,7 +63,10 @@ def _end_of_chunk(measure: Measure, text: str, start: int, capacity: int) -> tup
 
 
 def _first_character(window: str) -> int:
-    """Return the length of the first character: it is kept whole, however many tokens it has."""
+    """Return the length of the first character.
+
+    It is kept whole, however many tokens it has.
+    """
     for end in range(1, len(window)):
         if boundary_at_or_before(window, end) == end:
             return end

@@ -1,15 +1,18 @@
-"""Where a text may be cut without tearing what a reader sees as one character."""
+"""Find cuts that do not tear a character as a reader sees it."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# A run of marks that is longer than any in use is cut all the same.
+# Longest run of marks that is kept together, in characters. Runs in use are shorter.
 _LONGEST = 32
 
 
 def boundary_at_or_before(text: str, at: int) -> int:
-    """Return the nearest place at or before `at`, not before it by more than 32 characters, that tears no character."""
+    """Return the nearest place at or before `at` that tears no character.
+
+    It is not before `at` by more than 32 characters.
+    """
     for place in range(at, max(at - _LONGEST, 0), -1):
         if place >= len(text) or not _joined(text[place - 1], text[place]):
             return place
@@ -17,7 +20,7 @@ def boundary_at_or_before(text: str, at: int) -> int:
 
 
 def _joined(before: str, after: str) -> bool:
-    # CR LF, marks, what a zero width joiner joins, skin tones.
+    # CR LF, marks, characters after a zero width joiner, skin tones.
     return (
         (before == "\r" and after == "\n")
         or (not after.isascii() and (unicodedata.category(after)[0] == "M" or "\U0001f3fb" <= after <= "\U0001f3ff"))

@@ -1,4 +1,7 @@
-"""Cutting a chunk in two: for a text that is too long for its model, whatever the estimate of its tokens said."""
+"""Cut a chunk in two if it is too long for its model.
+
+The model decides, whatever the estimate of the tokens was.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,18 @@ from embedline.chunking.chunk import Chunk, chunk_of
 from embedline.chunking.graphemes import boundary_at_or_before
 from embedline.core.tokens import estimated_size, weights
 
-# A text of fewer thirds of a token is not cut: no model for texts reads less than 32 tokens.
+# Thirds of a token below which a text is not cut, because no model for texts reads less than 32 tokens.
 SMALLEST_CUT = 2 * 96
-# The best boundary within this part of the text, around its middle, is taken.
+# The part of a text, around its middle, within which the best boundary is taken.
 _MIDDLE = (0.35, 0.65)
 _BOUNDARIES = ("\n\n", "\n", ". ", "。", "! ", "? ", " ")
 
 
 def cut_chunks(chunks: Sequence[Chunk], doomed: Collection[bytes]) -> list[Chunk] | None:
-    """Return the chunks with those of the digests `doomed` in halves; None if one of these is too short to be cut."""
+    """Return the chunks, those with digests in `doomed` cut in halves.
+
+    None if one of these is too short to be cut.
+    """
     found: list[Chunk] = []
     for chunk in chunks:
         if chunk.digest not in doomed:
@@ -29,7 +35,10 @@ def cut_chunks(chunks: Sequence[Chunk], doomed: Collection[bytes]) -> list[Chunk
 
 
 def halves(chunk: Chunk) -> tuple[Chunk, Chunk] | None:
-    """Return two chunks that the chunk is made of, the same ones each time; None if it is too short to be cut."""
+    """Return the two halves of a chunk, the same ones each time.
+
+    None if it is too short to be cut.
+    """
     content = chunk.content
     body = content.strip()
     if estimated_size(body) < SMALLEST_CUT:
@@ -46,7 +55,10 @@ def halves(chunk: Chunk) -> tuple[Chunk, Chunk] | None:
 
 
 def _middle(body: str) -> int:
-    """Return where to cut a text: at the largest boundary near its middle, else between two characters; 0: nowhere."""
+    """Return the place to cut a text, 0 if there is none.
+
+    It is the largest boundary near the middle, else a place between two characters.
+    """
     ends = weights(body).cumsum()
     low, middle, high = (int(ends.searchsorted(share * ends[-1])) for share in (_MIDDLE[0], 0.5, _MIDDLE[1]))
     for boundary in _BOUNDARIES:

@@ -1,4 +1,4 @@
-"""Markdown: chunks follow its blocks, and each carries the path of headings above it."""
+"""Split Markdown at its blocks; each chunk carries the headings above it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,34 @@ if TYPE_CHECKING:
 
 _SEPARATOR = " > "
 _LINE_END = re.compile(r"\r\n?|\n")
-# Parsed at a time. A parse keeps about 2 kB for each short block.
+# Characters parsed at a time. A parse keeps about 2 kB for each short block.
 _WINDOW_CHARACTERS = 200_000
-# Long enough for a heading; a longer one is some other text with a # before it.
+# Longest heading in characters. A longer one is some other text after a #.
 _LONGEST_TITLE = 300
-# Spaces before a heading; more make it code.
+# Most spaces before a heading; more make it code.
 _DEEPEST_INDENT = 3
-# YAML before the document: CommonMark would take its last line for a heading underlined with ---.
+# YAML before the document, because CommonMark would read its last line as a heading underlined with ---.
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(?=[\w-]+[ \t]*:).*?^(?:---|\.\.\.)[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-# The room that headings leave changes in steps of this share of it: a longer heading shall not move every chunk.
+# The room beside headings changes in steps of this share, so that a longer heading does not move every chunk.
 _STEPS = 16
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading: the offset of its line, and the titles from the outermost heading down to it."""
+    """A heading: the offset of its line, and the titles down to it.
+
+    The titles start with the outermost heading.
+    """
 
     start: int
     path: tuple[str, ...]
 
 
 def markdown_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -> Sequence[tuple[Span, str]]:
-    """Split Markdown at its own boundaries; a chunk's prefix is the path of the headings that it lies under."""
+    """Split Markdown at its own boundaries.
+
+    A chunk's prefix is the path of the headings that it lies under.
+    """
     from semantic_text_splitter import MarkdownSplitter
 
     headings = list(heading_paths(text, on_piece))
@@ -66,7 +72,10 @@ def markdown_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -
 
 
 def heading_paths(text: str, on_piece: OnPiece) -> Iterator[Heading]:
-    """Yield the headings of a document in order; those within a quotation or a list are part of it."""
+    """Yield the headings of a document in order.
+
+    Headings within a quotation or a list belong to that block and are left out.
+    """
     path: list[tuple[int, str]] = []
     for start, level, title in _headings(text, on_piece):
         while path and path[-1][0] >= level:
@@ -78,12 +87,12 @@ def heading_paths(text: str, on_piece: OnPiece) -> Iterator[Heading]:
 def _headings(text: str, on_piece: OnPiece) -> Iterator[tuple[int, int, str]]:
     """Yield (offset, level, title), parsing window by window.
 
-    A block of the outermost level that is followed by another one is whole, whatever comes later; so the last block of a
-    window begins the next. A block that fills its window is read again in one twice as long.
+    A block of the outermost level that is followed by another one is whole for certain. So the last block of
+    a window begins the next. A block that fills its window is read again in one twice as long.
     """
     from markdown_it import MarkdownIt
 
-    # Inline markup of the whole document would take most of the time; titles have theirs parsed alone.
+    # Inline markup of the whole document would take most of the time, so only titles have theirs parsed.
     blocks, titles = MarkdownIt("commonmark").disable("inline"), MarkdownIt("commonmark")
     matter = _FRONT_MATTER.match(text)
     start, length = matter.end() if matter else 0, _WINDOW_CHARACTERS
@@ -91,7 +100,7 @@ def _headings(text: str, on_piece: OnPiece) -> Iterator[tuple[int, int, str]]:
         window = text[start : start + length]
         at_end = start + length >= len(text)
         if not at_end:
-            # A line end is not torn in two.
+            # A window must not tear a line end in two.
             window = window.removesuffix("\r")
         lines = [0, *(match.end() for match in _LINE_END.finditer(window))]
         tokens = blocks.parse(window)
@@ -120,7 +129,10 @@ def _title(parser: MarkdownIt, inline: Token) -> str:
 
 
 def _prefixes(measure: Measure, headings: Sequence[Heading], capacity: int) -> dict[tuple[str, ...], str]:
-    """Return the prefix of each path that a chunk may have: the innermost headings that fit into `capacity`."""
+    """Return the prefix of each path that a chunk may have.
+
+    It holds the innermost headings that fit into `capacity`.
+    """
     paths = {path[:n] for path in (heading.path for heading in headings) for n in range(len(path) + 1)} | {()}
     longest = sorted(paths)
     prefixes: dict[tuple[str, ...], str] = {}
@@ -139,7 +151,10 @@ def _written(path: tuple[str, ...]) -> str:
 
 
 def _path_above(text: str, span: Span, headings: Sequence[Heading], starts: Sequence[int]) -> tuple[str, ...]:
-    """Return the path of the headings above a span; a heading that begins the span is in its text already."""
+    """Return the path of the headings above a span.
+
+    A heading that begins the span is left out, because the chunk's text has it.
+    """
     content = text[span[0] : span[1]]
     first = span[1] - len(content.lstrip())
     index = bisect.bisect_right(starts, first) - 1

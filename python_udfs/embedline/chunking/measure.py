@@ -1,4 +1,7 @@
-"""Measuring text: in the model's own tokens, or in characters where its tokenizer is not known."""
+"""Measure text in the model's own tokens, or in characters.
+
+Characters are used if the model's tokenizer is not known.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,14 @@ class Measure(Protocol):
         ...
 
     def capacity(self, tokens: int) -> int:
-        """Return the size that so many tokens have."""
+        """Return the size of a number of tokens."""
         ...
 
     def surely_fits(self, text: str, capacity: int) -> bool:
-        """Whether the text cannot be larger than `capacity`, told in about a microsecond; False proves nothing."""
+        """Return True if the text cannot be larger than `capacity`.
+
+        It takes about a microsecond. False proves nothing.
+        """
         ...
 
     def sizes(self, texts: Sequence[str]) -> list[int]:
@@ -39,12 +45,12 @@ class Measure(Protocol):
     def splitter(
         self, kind: type[TextSplitter] | type[MarkdownSplitter], capacity: int, overlap: int
     ) -> TextSplitter | MarkdownSplitter:
-        """Return a splitter into chunks of up to `capacity`; making one costs microseconds."""
+        """Return a splitter into chunks of up to `capacity`; it costs microseconds."""
         ...
 
 
 class CharacterMeasure:
-    """Characters: an estimate for models whose tokenizer is not known."""
+    """Count characters, an estimate for models whose tokenizer is not known."""
 
     def suited_to(self, text: str) -> Measure:
         return self if estimated_size(text) == len(text) else ScriptMeasure()
@@ -68,7 +74,10 @@ class CharacterMeasure:
 
 
 class ScriptMeasure(CharacterMeasure):
-    """Characters by their scripts. Of Latin text it is CharacterMeasure, which leaves the counting to the splitter."""
+    """Weigh characters by their scripts.
+
+    Latin text is left to CharacterMeasure, which leaves the counting to the splitter.
+    """
 
     def surely_fits(self, text: str, capacity: int) -> bool:
         return estimated_size(text) <= capacity
@@ -89,7 +98,7 @@ class ScriptMeasure(CharacterMeasure):
 
 
 class TokenMeasure:
-    """The model's own tokens."""
+    """Count the model's own tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -116,8 +125,8 @@ class TokenMeasure:
     def splitter(
         self, kind: type[TextSplitter] | type[MarkdownSplitter], capacity: int, overlap: int
     ) -> TextSplitter | MarkdownSplitter:
-        # As fast as the splitter's own copy of the tokenizer (150 kB of manual: 0.22 s against 0.23 s), which would take
-        # 90 ms and megabytes for each capacity, and each document's prefix leaves another.
+        # As fast as the splitter's own copy of the tokenizer: 0.22 s against 0.23 s for 150 kB of manual. That copy
+        # would take 90 ms and megabytes for each capacity, and each document's prefix leaves another capacity.
         return kind.from_callback(self._size, capacity, overlap)
 
     def _size(self, text: str) -> int:
@@ -126,10 +135,13 @@ class TokenMeasure:
 
 @functools.lru_cache(maxsize=8)
 def measure_of(tokenizer: str | None) -> Measure:
-    """Return the measure of a model: `tokenizer` is its tokenizer.json (the text) without truncation and padding."""
+    """Return the measure of a model.
+
+    `tokenizer` is its tokenizer.json (the text) without truncation and padding.
+    """
     if tokenizer is None:
         return CharacterMeasure()
-    # No threads of the tokenizer's own inside a backend; it reads this when it first splits a batch.
+    # Keep the tokenizer from starting threads inside a backend. It reads this when it first splits a batch.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer
 

@@ -1,4 +1,7 @@
-"""What the chunkers that measure have in common: short texts at once, and room for the prefix in every chunk."""
+"""Run the chunkers that measure.
+
+Short texts are returned at once, and every chunk keeps room for the prefix.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from embedline.chunking.chunk import Chunk, OnPiece, Span, chunk_of, nothing, wh
 from embedline.chunking.graphemes import boundary_at_or_before
 from embedline.chunking.measure import Measure
 
-# A text of more characters for each unit of room is not measured whole before it is split.
+# Characters per unit of room above which a text is split without measuring it whole.
 _CHARACTERS_PER_UNIT = 8
-# Prefix and content together may have a token more than each alone: where they meet, others are merged.
+# Tokens that prefix and content may have more together than each alone, because other tokens are merged at the seam.
 _SEAM = 1
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a chunk's content may take, in the measure's unit, and how much of that may go to a prefix of the chunk's own."""
+    """The room of a chunk's content, in the measure's unit.
+
+    `prefix_capacity` is the part of it that a prefix of the chunk's own may take.
+    """
 
     capacity: int
     overlap: int
@@ -26,14 +32,17 @@ class Room:
 
 
 class Split(Protocol):
-    """Splits a text that does not fit into one chunk; returns the chunks' spans, each with its own prefix."""
+    """Split a text that does not fit into one chunk.
+
+    Returns the chunks' spans, each with its own prefix.
+    """
 
     def __call__(self, measure: Measure, text: str, room: Room, on_piece: OnPiece) -> Sequence[tuple[Span, str]]: ...
 
 
 @dataclass(frozen=True)
 class MeasuredChunker:
-    """A chunker of chunks that, with their prefixes, take up to `tokens`."""
+    """Split texts into chunks that, with their prefixes, take up to `tokens`."""
 
     measure: Measure
     tokens: int

@@ -1,4 +1,7 @@
-"""Splitting at the largest boundary (paragraph, line, sentence, word) that keeps a chunk within its room."""
+"""Split at the largest boundary that keeps a chunk within its room.
+
+Boundaries are paragraphs, lines, sentences and words.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,18 @@ from embedline.chunking.measured import Room
 if TYPE_CHECKING:
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
-# The splitter's time grows with the square of a text without line breaks: 0.08 MB took 0.11 s, 1.3 MB 9.4 s. In pieces
-# of this size it grows with the text. Without any line break it looks through the rest of its piece for each chunk: 60,000
-# Chinese characters in chunks of 7 tokens took 20 s, so such a piece is a few chunks long.
+# Characters of a piece, because the splitter's time grows with the square of a text without line breaks. 0.08 MB took
+# 0.11 s, 1.3 MB 9.4 s. In pieces of this size the time grows with the text.
+#
+# Without any line break the splitter searches the rest of its piece for each chunk. 60,000 Chinese characters in chunks
+# of 7 tokens took 20 s, so such a piece is a few chunks long.
 _PIECE_CHARACTERS = 40_000
 _DENSE_PIECE_CHARACTERS = 2_000
 _DENSE_PIECE_CHUNK_SIZES = 32
 
 
 def split_recursively(measure: Measure, text: str, capacity: int, overlap: int, on_piece: OnPiece) -> list[Span]:
-    """Return spans of up to `capacity` that rebuild the text where `overlap` is 0."""
+    """Return spans of up to `capacity` that rebuild the text if `overlap` is 0."""
     from semantic_text_splitter import TextSplitter
 
     splitter = measure.splitter(TextSplitter, capacity, overlap)
@@ -38,10 +43,11 @@ def split_recursively(measure: Measure, text: str, capacity: int, overlap: int, 
 def split_piece(
     splitter: TextSplitter | MarkdownSplitter, piece: str, otherwise: Callable[[str], list[tuple[int, str]]]
 ) -> list[tuple[int, str]]:
-    """Return offsets and contents of a piece's chunks; those of `otherwise` if the splitter fails on the piece.
+    """Return offsets and contents of a piece's chunks.
 
-    semantic-text-splitter 0.33 panics on some Markdown with overlap ("  ßß\r\n" in a chunk of 11 characters). A panic is
-    no Exception: it would end the worker.
+    If the splitter fails on the piece, they are those of `otherwise`. semantic-text-splitter 0.33 panics on some
+    Markdown with overlap (" ßß\r\n" in a chunk of 11 characters). A panic is not an Exception, so it would end the
+    worker.
     """
     try:
         return _without_repeated_starts(splitter.chunk_indices(piece))
@@ -52,13 +58,16 @@ def split_piece(
 
 
 def _without_repeated_starts(parts: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Return the parts without one that the next begins with: beside "\\r\\n" the splitter may give both."""
+    """Return the parts without those that the next part begins with.
+
+    Beside "\\r\\n" the splitter may give both.
+    """
     following = [start for start, _ in parts[1:]]
     return [part for part, start in itertools.zip_longest(parts, following) if start is None or start > part[0]]
 
 
 def halved(measure: Measure, piece: str, capacity: int) -> list[tuple[int, str]]:
-    """Return chunks of up to `capacity` without a look at boundaries other than those of characters."""
+    """Return chunks of up to `capacity`, cut at boundaries of characters only."""
     return [
         (start, piece[start:end])
         for start, end in within(measure, piece, [(0, len(piece))], capacity, trusts_ascii=False)
@@ -68,10 +77,10 @@ def halved(measure: Measure, piece: str, capacity: int) -> list[tuple[int, str]]
 def within(
     measure: Measure, text: str, spans: Sequence[Span], capacity: int, *, trusts_ascii: bool = True
 ) -> list[Span]:
-    """Return the spans with those cut that are larger than `capacity` after all.
+    """Return the spans, those larger than `capacity` cut.
 
-    The splitter gave '0000' and 15 letters of Linear B as one chunk of 65 tokens for a room of 64. Texts in ASCII, where this
-    was never seen, are not measured again.
+    The splitter gave '0000' and 15 letters of Linear B as one chunk of 65 tokens for a room of 64. Texts in ASCII,
+    where this was never seen, are not measured again.
     """
     doubtful = [span for span in spans if not (trusts_ascii and text[slice(*span)].isascii())]
     sizes = (
@@ -98,7 +107,10 @@ def recursive_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) 
 
 
 def pieces(text: str, capacity: int) -> Iterator[tuple[int, str]]:
-    """Cut a long text at its best boundary about every 40,000 characters; return (offset, piece)."""
+    """Cut a long text at its best boundary about every 40,000 characters.
+
+    Yields (offset, piece).
+    """
     start = 0
     while len(text) - start > _DENSE_PIECE_CHARACTERS:
         length = _PIECE_CHARACTERS

@@ -1,4 +1,7 @@
-"""Chunks that end where the subject changes: where the cosine distance of neighbouring sentences jumps."""
+"""Split where the subject changes.
+
+The subject changes where the cosine distance of neighbouring sentences jumps.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,24 @@ if TYPE_CHECKING:
 
     from embedline.core.vectors import FloatMatrix
 
-# Embeds sentences with the pipeline's own model: one row for each text; calls its second argument from time to time.
+# Embeds sentences with the pipeline's own model, one row for each text; calls its second argument from time to time.
 EmbedSentences = Callable[[Sequence[str], OnPiece], "FloatMatrix"]
 
 DEFAULT_PERCENTILE = 95.0
 # Sentences whose vectors are held at a time.
 _SENTENCES_PER_BLOCK = 1024
-# The same sentence's vector differs by about 1e-6 with the batch that it is embedded in; equal distances stay equal.
+# Difference below which distances count as equal. A sentence's vector differs by about 1e-6 with the batch it is in.
 _NOISE = 1e-3
 
 
 @dataclass(frozen=True)
 class SemanticSplit:
-    """Splits where distance i, 1 - cos(sentence i, sentence i + 1), is above the percentile of the text's distances.
+    """Split after sentences whose distance to the next is above a percentile.
 
-    Source: Greg Kamradt, "5 Levels of Text Splitting" (2024), level 4, whose percentile is 95 too; also LangChain's
-    SemanticChunker. Unlike there, sentences are embedded alone, without their neighbours, and what lies between two cuts
-    is packed into chunks of whole sentences, so that no chunk is larger than the model reads.
+    Distance i is 1 - cos(sentence i, sentence i + 1); the percentile is of the text's distances. Source: Greg Kamradt,
+    "5 Levels of Text Splitting" (2024), level 4, whose percentile is 95 too; also LangChain's SemanticChunker. Unlike
+    there, sentences are embedded alone, without their neighbours. The text between two cuts is packed into chunks of
+    whole sentences, so that no chunk is larger than the model reads.
     """
 
     embed: EmbedSentences
@@ -41,7 +45,7 @@ class SemanticSplit:
 
     def __call__(self, measure: Measure, text: str, room: Room, on_piece: OnPiece) -> Sequence[tuple[Span, str]]:
         units = sentence_units(measure, text, room.capacity, on_piece)
-        # White space alone is nothing to embed.
+        # White space alone has nothing to embed.
         units = [unit for unit in units if not text[unit.start : unit.end].isspace()]
         spans: list[Span] = []
         first = 0
@@ -65,7 +69,10 @@ class SemanticSplit:
 
 
 def neighbour_distances(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return 1 - cos of each row and the next, shape (n - 1,); 0 where a vector is zero or not finite: no jump is known."""
+    """Return 1 - cos of each row and the next, shape (n - 1,).
+
+    The distance is 0 if a vector is zero or not finite, because no jump is known.
+    """
     import numpy as np
 
     norms = np.linalg.norm(matrix, axis=1)
@@ -76,7 +83,10 @@ def neighbour_distances(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float
 
 
 def cuts(distances: npt.NDArray[np.float64], percentile: float) -> list[int]:
-    """Return the sentences that begin a new chunk: those after a distance above the percentile."""
+    """Return the sentences that begin a new chunk.
+
+    They follow a distance above the percentile.
+    """
     import numpy as np
 
     if not len(distances):

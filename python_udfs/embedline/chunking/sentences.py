@@ -1,4 +1,4 @@
-"""Whole sentences, as many as fit into a chunk."""
+"""Pack whole sentences into chunks, as many as fit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from embedline.chunking.measure import Measure
 from embedline.chunking.measured import Room
 from embedline.chunking.recursive import split_recursively
 
-# Unicode Standard Annex 29, sentence boundaries, with three changes that its section 6.2 allows a tailoring: a single
-# line break does not end a sentence, but an empty line does (text is often wrapped); "!" and "?" need white space after
-# them, as in "a != b"; a number that begins a sentence ("1. Open the lid") does not end with its full stop.
+# Unicode Standard Annex 29, sentence boundaries, with three changes that its section 6.2 allows a tailoring. A single
+# line break does not end a sentence, but an empty line does, because text is often wrapped. "!" and "?" need white
+# space after them, as in "a != b". A number that begins a sentence ("1. Open the lid") does not end with its full stop.
 _FULL_STOP = ".\u2024\ufe52\uff0e"
 _NEED_SPACE = "!?" + "\u203c\u203d\u2047\u2048\u2049"
 _ALWAYS_END = (
@@ -23,7 +23,7 @@ _ALWAYS_END = (
 _CLOSING = (
     "\"'\u2019\u201d\u00bb\u203a)\\]}\u3009\u300b\u300d\u300f\u3011\u3015\u3017\uff02\uff07\uff09\uff3d\uff5d\uff63"
 )
-# Each alternative takes its whole run and gives nothing back, so that a scan is linear in the text.
+# Each alternative takes its whole run and never backtracks, so that a scan is linear in the text.
 _CANDIDATE = re.compile(
     rf"(?P<marks>[{_FULL_STOP}{_NEED_SPACE}{_ALWAYS_END}]++)[{_CLOSING}]*+(?P<space>\s*+)|\n\s*\n\s*+"
 )
@@ -35,7 +35,7 @@ _SENTENCES_PER_PIECE = 500
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A sentence, or a part of one that is longer than a chunk, with its size."""
+    """A sentence with its size, or a part of one that is longer than a chunk."""
 
     start: int
     end: int
@@ -43,7 +43,10 @@ class Unit:
 
 
 def sentence_spans(text: str) -> Iterator[Span]:
-    """Yield the sentences of a text; white space after a sentence belongs to it, so that they rebuild the text."""
+    """Yield the sentences of a text, which rebuild the text.
+
+    White space after a sentence belongs to it.
+    """
     start = 0
     for match in _CANDIDATE.finditer(text):
         if match.end() < len(text) and _ends_sentence(text, start, match):
@@ -56,7 +59,7 @@ def sentence_spans(text: str) -> Iterator[Span]:
 def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     marks = match["marks"]
     if marks is None:
-        # An empty line; at the text's beginning there is no sentence yet.
+        # An empty line. At the text's beginning there is no sentence yet.
         return match.start() > start
     if any(mark in _ALWAYS_END for mark in marks):
         return True
@@ -87,13 +90,17 @@ def sentence_units(measure: Measure, text: str, capacity: int, on_piece: OnPiece
 
 
 def pack(measure: Measure, text: str, units: Sequence[Unit], room: Room, on_piece: OnPiece) -> list[Span]:
-    """Return the spans of as many neighbouring units as fit; trailing units of up to the overlap begin the next span too."""
+    """Return the spans of as many neighbouring units as fit.
+
+    Trailing units of up to the overlap begin the next span, too.
+    """
     spans = [(units[first].start, units[last].end) for first, last in _packed(units, room)]
     packed: list[Span] = []
     for at in range(0, len(spans), _SENTENCES_PER_PIECE):
         batch = spans[at : at + _SENTENCES_PER_PIECE]
         for (start, end), size in zip(batch, measure.sizes([text[a:b].strip() for a, b in batch]), strict=True):
-            # Where the span before was split, its last part may begin within the overlap: this span holds all of it.
+            # If the span before was split, its last part may begin within the overlap. This span holds all of that
+            # part.
             while packed and packed[-1][0] >= start:
                 packed.pop()
             if size <= room.capacity:
@@ -101,7 +108,7 @@ def pack(measure: Measure, text: str, units: Sequence[Unit], room: Room, on_piec
             else:
                 # Some vocabularies have more tokens for two sentences together than for each.
                 parts = split_recursively(measure, text[start:end], room.capacity, 0, on_piece)
-                # A part that is nothing but the overlap stands in the span before.
+                # A part that is only the overlap is in the span before.
                 reached = packed[-1][1] if packed else start
                 packed += [(start + a, start + b) for a, b in parts if start + b > reached]
         on_piece()

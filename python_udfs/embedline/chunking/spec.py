@@ -1,4 +1,4 @@
-"""Which chunker a pipeline wants, as a value."""
+"""Define a pipeline's chunking recipe as a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _OPTIONS: Mapping[str, Mapping[str, tuple[float, float]]] = {"semantic": {"perce
 
 @dataclass(frozen=True)
 class ChunkingSpec:
-    """A chunking recipe: `tokens` and `overlap` count the model's tokens; None where the method measures nothing."""
+    """A chunking recipe: `tokens` and `overlap` count the model's tokens.
+
+    Both are None if the method measures nothing.
+    """
 
     method: str
     tokens: int | None = None

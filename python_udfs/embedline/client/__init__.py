@@ -1,1 +1,4 @@
-"""Commands of a shell and Alembic operations: they call the SQL interface and import no server package."""
+"""Run commands of a shell and Alembic operations.
+
+They call the SQL interface and import no server package.
+"""

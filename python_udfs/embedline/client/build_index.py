@@ -1,7 +1,8 @@
-"""Building a vector index from a client, for `embedline build-index` and Alembic's op.build_vector_index.
+"""Build a vector index from a client.
 
-What is to be built, and how, the server decides: it knows its memory, its disk and what is in the tables. The client runs
-CREATE INDEX CONCURRENTLY, which no function can, in a session with the settings that the server names.
+`embedline build-index` and Alembic's op.build_vector_index use it. The server decides which index to build, and how,
+because it knows its memory, its disk and its tables. The client runs CREATE INDEX CONCURRENTLY, which no function can,
+in a session with the settings that the server returns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Sequence[Any]]
 Execute = Callable[[str], Rows]
-# Called with the phase that PostgreSQL names and the percentage of it that is done.
+# Called with PostgreSQL's name of the phase, and the percentage of it that is done.
 Report = Callable[[str, float], None]
 Tell = Callable[[str], None]
 Outcome = Literal["done", "exhausted", "deadlocked"]
@@ -32,11 +33,11 @@ Outcome = Literal["done", "exhausted", "deadlocked"]
 _WATCH_SECONDS = 0.2
 _POLL_SECONDS = 0.5
 _BUILD_SECONDS = 24 * 3600.0
-# After this many failed tries it is not tried again.
+# Failed attempts after which the build is given up.
 _TRIES = 3
-# Class 53, "insufficient resources": of shared memory, memory, disk. In parallel a build needs more of each.
+# SQLSTATE class "insufficient resources": shared memory, memory, disk. A parallel build needs more of each.
 _INSUFFICIENT_RESOURCES = "53"
-# With a concurrent build that somebody started by hand.
+# SQLSTATE of a deadlock with a concurrent build that was started by hand.
 _DEADLOCK = "40P01"
 _BACKEND = "SELECT pg_backend_pid()"
 _PROGRESS = """
@@ -53,30 +54,33 @@ class IndexNotBuilt(EmbedlineError):
 
 
 class SessionNotKept(EmbedlineError):
-    """The connection passes through a pool that gives each transaction another session."""
+    """The connection passes through a pool that changes sessions between transactions."""
 
     sqlstate = "EL033"
 
 
 class Client(Protocol):
-    """A session in autocommit mode. Statements have no parameters: "%" and ":" in them mean nothing."""
+    """A session in autocommit mode.
+
+    Statements have no parameters, so "%" and ":" have no meaning in them.
+    """
 
     def execute(self, statement: str) -> Rows:
         """Run one statement as a transaction of its own; return its rows."""
         ...
 
     def another(self) -> AbstractContextManager[Execute]:
-        """Open a second session of the same database, to look on from."""
+        """Open a second session of the same database, to watch the first."""
         ...
 
     def sqlstate(self, error: Exception) -> str | None:
-        """Return the SQLSTATE of an error that `execute` raised; None of any other."""
+        """Return the SQLSTATE of an error that `execute` raised, None of any other."""
         ...
 
 
 @dataclass(frozen=True)
 class PsycopgClient:
-    """A Client over a psycopg connection in autocommit mode."""
+    """Run statements over a psycopg connection in autocommit mode."""
 
     connection: psycopg.Connection[Any]
 
@@ -102,7 +106,10 @@ def _fetched(connection: psycopg.Connection[Any], statement: str) -> Rows:
 
 @dataclass(frozen=True)
 class SqlAlchemyClient:
-    """A Client over a SQLAlchemy connection in autocommit mode, as in Alembic's autocommit_block(); with any driver."""
+    """Run statements over a SQLAlchemy connection in autocommit mode.
+
+    The connection may have any driver, as in Alembic's autocommit_block().
+    """
 
     connection: sqlalchemy.Connection
 
@@ -125,14 +132,14 @@ def _run(connection: sqlalchemy.Connection, statement: str) -> Rows:
 
 
 def _sqlstate(error: object) -> str | None:
-    # psycopg and asyncpg name it sqlstate, psycopg2 pgcode.
+    # psycopg and asyncpg name it sqlstate, psycopg2 names it pgcode.
     found = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     return None if found is None else str(found)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What embedline._index_plan returned."""
+    """The result of embedline._index_plan."""
 
     state: str
     index: str = ""
@@ -153,13 +160,14 @@ def build(
     report: Report | None = None,
     tell: Tell | None = None,
 ) -> str | None:
-    """Build an index of a version (None: the serving one) and return once it is valid; return the statement that did it.
+    """Build an index of a version, and return once it is valid.
 
-    None: there was nothing to build. A build of the same index in another session is waited for. `report` is called while
-    it is built, `tell` with what the server has to say about it, such as that the build will be serial.
+    Returns the statement that built it, None if there was nothing to build. Without a `version` it is the serving one.
+    A build of the same index in another session is waited for. `report` is called during the build. `tell` gets the
+    server's notices, such as that the build will be serial.
 
-    Raises IndexNotBuilt, SessionNotKept, and the driver's errors: SQLSTATE 55000 where the version is not verified to be
-    complete.
+    Raises IndexNotBuilt, SessionNotKept, and the driver's errors. SQLSTATE 55000 means that the version is not verified
+    to be complete.
     """
     workers, tried, limit = parallel_workers, 0, time.monotonic() + _BUILD_SECONDS
     statement: str | None = None
@@ -185,20 +193,21 @@ def build(
 
 
 def _ignore(notice: str) -> None:
-    """Drop a notice that nobody wants to hear."""
+    """Drop a notice if the caller wants none."""
 
 
 def _require_own_session(client: Client, pipeline: str, version: int | None) -> None:
-    """Raise SessionNotKept behind a pool in transaction mode: our settings and our lock would be left with other clients.
+    """Raise SessionNotKept behind a pool in transaction mode.
 
-    Such a pool gives a second connection the session that the first one used last, or gives the first one another then. A
-    look that fails, with no connection free for one, must not fail the build.
+    Such a pool would give the session, with our settings and our lock, to other clients. It gives a second connection
+    the session that the first one used last, or then gives the first one another. The check must not fail the build if
+    there is no free connection for it.
     """
     shared = False
     with contextlib.suppress(Exception), client.another() as execute:
         mine = client.execute(_BACKEND)[0][0]
         execute("BEGIN")
-        # Asked only if the second has another session: with a single session in the pool the first would wait for it.
+        # Checked only if the second has another session: with a single session in the pool the first would wait for it.
         shared = execute(_BACKEND)[0][0] == mine or client.execute(_BACKEND)[0][0] != mine
         execute("ROLLBACK")
     if shared:
@@ -211,10 +220,10 @@ def _require_own_session(client: Client, pipeline: str, version: int | None) -> 
 
 @contextlib.contextmanager
 def _alone(client: Client, plan: _Plan) -> Iterator[bool]:
-    """Keep other builds off the version's table; False where one is under way.
+    """Keep other builds off the version's table; yield False if one is running.
 
-    Two concurrent builds on one table deadlock: the second waits for the first's lock, the first for the second's snapshot.
-    So nobody waits, neither for that lock nor for this one.
+    Two concurrent builds on one table deadlock: the second waits for the first's lock, the first for the second's
+    snapshot. So this does not wait for either lock.
     """
     key = ", ".join(map(str, plan.lock_key))
     if plan.state == "building" or not client.execute(f"SELECT pg_try_advisory_lock({key})")[0][0]:
@@ -241,14 +250,17 @@ def _plan(client: Client, pipeline: str, version: int | None, precision: str | N
 
 
 def _try(client: Client, plan: _Plan, report: Report | None) -> Outcome:
-    """Build once. Whatever goes wrong, no INVALID index is left behind; it is raised where another try is of no use."""
+    """Build once, without leaving an INVALID index.
+
+    An error is raised if another attempt is useless.
+    """
     if plan.state == "invalid":
         _drop(client, plan)
     try:
         with _settings(client, plan), _watched(client, report):
             client.execute(plan.statement)
     except BaseException as error:
-        # Also at Ctrl-C: what is left slows every write and serves no query.
+        # Also at Ctrl-C, because a leftover slows every write and serves no query.
         with contextlib.suppress(Exception):
             _drop(client, plan)
         sqlstate = (client.sqlstate(error) if isinstance(error, Exception) else None) or ""
@@ -261,7 +273,10 @@ def _try(client: Client, plan: _Plan, report: Report | None) -> Outcome:
 
 
 def _drop(client: Client, plan: _Plan) -> None:
-    """Drop the leftover of a build that failed; never an index that is valid, or that another session builds."""
+    """Drop the leftover of a failed build.
+
+    A valid index, or one that another session builds, is never dropped.
+    """
     query = (
         f"SELECT 1 FROM pg_index AS i WHERE i.indexrelid = to_regclass({quote_literal(plan.index)}) AND NOT i.indisvalid"
         " AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.relid = i.indrelid)"
@@ -272,11 +287,11 @@ def _drop(client: Client, plan: _Plan) -> None:
 
 @contextlib.contextmanager
 def _settings(client: Client, plan: _Plan) -> Iterator[None]:
-    """Give the session what the build needs, and back what it had."""
+    """Set the build's settings in the session, and restore the earlier ones."""
     wanted = {
         "maintenance_work_mem": f"{plan.maintenance_work_mem_kb}kB",
         "max_parallel_maintenance_workers": str(plan.parallel_workers),
-        # CONCURRENTLY waits for every transaction that is older, however long that takes.
+        # CONCURRENTLY waits for every older transaction, however long that takes.
         "lock_timeout": "0",
         "statement_timeout": "0",
     }
@@ -293,7 +308,7 @@ def _settings(client: Client, plan: _Plan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(client: Client, report: Report | None) -> Iterator[None]:
-    """Report how far the build is, from a second session, while the block runs."""
+    """Report the progress of the build from a second session while the block runs."""
     if report is None:
         yield
         return
@@ -301,7 +316,7 @@ def _watched(client: Client, report: Report | None) -> Iterator[None]:
     finished = threading.Event()
 
     def follow() -> None:
-        # A look that fails, with no connection free for one, must not fail the build.
+        # The watch must not fail the build if there is no free connection for it.
         with contextlib.suppress(Exception), client.another() as execute:
             while not finished.wait(_WATCH_SECONDS):
                 for phase, percent in execute(query):

@@ -1,4 +1,7 @@
-"""The command line: `embedline upgrade`, `upgrade-model`, `status`, `build-index`, `worker`, `verify`, `doctor` and others."""
+"""The command line.
+
+Commands are `embedline upgrade`, `upgrade-model`, `status`, `build-index`, `worker`, `verify`, `doctor` and others.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ Dsn = Annotated[
     str,
     typer.Option(
         envvar="EMBEDLINE_DSN",
-        # Empty: libpq's own environment (PGSERVICE, PGHOST, PGDATABASE, ...) names the database; else `connect` says what to set.
+        # If it is empty, libpq's environment (PGSERVICE, PGHOST, PGDATABASE, ...) names the database; else `connect`
+        # names the setting.
         default_factory=str,
         help="postgresql:///mydb, or any other connection string of libpq, such as 'service=mydb' or 'host=db1 dbname=mydb'."
         " Without it PGSERVICE, PGHOST, PGDATABASE and the like count.",
@@ -80,7 +84,7 @@ def downgrade(
     revision: Annotated[str, typer.Argument(help="Alembic revision; base removes everything.")],
     verbose: Verbose = False,
 ) -> None:
-    """Go back to an earlier revision; `base` removes every trace except your own tables."""
+    """Return to an earlier revision; `base` removes everything except your own tables."""
     _migrate(dsn, "downgrade", revision, verbose)
 
 
@@ -96,7 +100,7 @@ _STATUS = """
 
 @app.command()
 def status(dsn: Dsn, json: AsJson = False) -> None:
-    """Show each pipeline: what waits, how far the backfill is, the last error."""
+    """Show each pipeline: waiting changes, progress of the backfill, the last error."""
     with _connect(dsn) as connection:
         if json:
             rows = connection.execute("SELECT to_jsonb(s) FROM embedline.status AS s ORDER BY s.pipeline").fetchall()
@@ -127,7 +131,10 @@ def build_index_command(
         ),
     ] = None,
 ) -> None:
-    """Build an HNSW index of a pipeline CONCURRENTLY and show how far it is; refuses while vectors are missing."""
+    """Build an HNSW index of a pipeline CONCURRENTLY and show its progress.
+
+    It refuses while vectors are missing.
+    """
     console = Console(highlight=False)
     with (
         _connect(dsn) as connection,
@@ -173,7 +180,10 @@ def evaluate(
     min_recall: Annotated[float, typer.Option(help="Recall that the index must have.")] = 0.9,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and verdict as JSON.")] = False,
 ) -> None:
-    """Measure a version against the one that serves; exit code 0: pass, 1: fail, 2: inconclusive, 3: not measured."""
+    """Measure a version against the serving one.
+
+    Exit code 0: pass, 1: fail, 2: inconclusive, 3: not measured.
+    """
     request = evaluate_command.Request(
         pipeline, version, canaries, k, margin, query_count, breakdown, seed, min_recall
     )  # fmt: skip
@@ -205,7 +215,10 @@ def upgrade_model(
     contract: Annotated[bool, typer.Option(help="Write the last revision now, too.")] = True,
     verbose: Verbose = False,
 ) -> None:
-    """Write the revisions of a model upgrade (expand, index, cutover, contract) into an Alembic environment."""
+    """Write the revisions of a model upgrade into an Alembic environment.
+
+    They are expand, index, cutover and contract.
+    """
     recipe = _given(model=model, column_type=column_type, distance=distance, chunking=chunking)
     recipe |= _given(chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
     settings = _given(canaries=canaries, backfill_order=backfill_order, backfill_rate=backfill_rate)
@@ -249,9 +262,10 @@ def worker(
     max_seconds: Annotated[float, typer.Option(help="End after so many seconds.")] = 1200.0,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when nothing waits any more.")] = False,
 ) -> None:
-    """Run a worker in a session of the database: CALL embedline.run_worker(). Stop it with Ctrl-C.
+    """Run a worker in a session of the database: CALL embedline.run_worker().
 
-    With --until-idle it shows how far it is, and ends with exit code 1 if something could not be embedded.
+    Stop it with Ctrl-C. With --until-idle it shows its progress, and ends with exit code 1 if something could not be
+    embedded.
     """
     display, console = WorkerDisplay(pipeline), Console(stderr=True, highlight=False)
     with _connect(dsn) as connection:
@@ -287,7 +301,7 @@ def verify(
         int, typer.Option(min=0, max=_INT4, help="Chunks that the model is asked for again; 0: none.")
     ] = 20,
 ) -> None:
-    """Compare a pipeline with its source; exit 1 where something is amiss and not repaired."""
+    """Compare a pipeline with its source; exit 1 if a difference is not repaired."""
     found: list[tuple[object, ...]] = []
     amiss = False
     with _connect(dsn) as connection:
@@ -310,7 +324,10 @@ def export_onnx(
     precision: Annotated[Literal["float32", "int8"], typer.Option(help="int8 is for processors.")] = "float32",
     revision: Annotated[str | None, typer.Option(help="Commit or tag on the hub.")] = None,
 ) -> None:
-    """Prepare a local model for onnxruntime ahead of time; a model host would otherwise do it at its first start."""
+    """Prepare a local model for onnxruntime ahead of time.
+
+    A model host would otherwise do it at its first start.
+    """
     from embedline.model_host import onnx_export
 
     try:
@@ -326,7 +343,7 @@ def export_onnx(
 
 @app.command()
 def doctor(dsn: Dsn, json: AsJson = False) -> None:
-    """Check the server for what Embedline needs and for known troubles; exit 1 where something is broken."""
+    """Check the server for Embedline's needs and known troubles; exit 1 on an error."""
     with _connect(dsn) as connection:
         found = examine(connection)
     typer.echo(as_json(found) if json else terminal.findings(found, terminal.width()))
@@ -338,12 +355,12 @@ def _migrate(dsn: str, direction: Direction, revision: str, verbose: bool) -> No
     from alembic import command
     from alembic.util import CommandError
 
-    with _connect(dsn) as connection:  # a wrong address is told in one line, not in SQLAlchemy's many
+    with _connect(dsn) as connection:  # reports a wrong address in one line, not in SQLAlchemy's many
         display = MigrationDisplay(direction, connection.info.dbname)
     config = _alembic_config(dsn)
     config.attributes["on_version_apply"] = display.applied
     if direction == "downgrade":
-        # What the installation would lack is no news to somebody who takes it away.
+        # Missing parts of the installation do not matter to a person who removes it.
         logging.getLogger("embedline").addFilter(lambda record: "pg_cron is not in" not in record.getMessage())
     try:
         with quiet_alembic(verbose):
@@ -378,7 +395,10 @@ def _alembic_config(dsn: str) -> Any:
 
 @contextlib.contextmanager
 def _connect(dsn: str) -> Iterator[Connection]:
-    """Connect in autocommit mode; a database error ends the command with its message, detail and hint."""
+    """Connect in autocommit mode.
+
+    A database error ends the command with its message, detail and hint.
+    """
     try:
         with connect(dsn) as connection:
             yield connection
@@ -386,7 +406,7 @@ def _connect(dsn: str) -> Iterator[Connection]:
         _fail(lines(error.message, error.detail, error.hint))
     except psycopg.Error as error:
         is_missing = isinstance(error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedTable)
-        # Not a table of the user's, such as canaries that are not there.
+        # Not a table of the user's, such as missing canaries.
         if is_missing and "embedline" in (error.diag.message_primary or ""):
             _fail("Embedline is not installed in this database\nHINT: embedline upgrade")
         _fail(str(server_message(error)))

@@ -1,4 +1,7 @@
-"""How the command line and Alembic's environment reach a database: any connection string of libpq, or its environment."""
+"""Connect the command line and Alembic's environment to a database.
+
+Any connection string of libpq works, or its environment.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ if TYPE_CHECKING:
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-# Each of them names a server, a database or a service: then an empty connection string is one that is meant.
+# Variables that name a server, a database or a service. With one of them an empty connection string is meant.
 _LIBPQ_VARIABLES = ("PGSERVICE", "PGDATABASE", "PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER")
-# Seconds until a server that does not answer is given up, unless the connection string or PGCONNECT_TIMEOUT says otherwise.
+# Seconds until an unresponsive server is given up, unless the connection string or PGCONNECT_TIMEOUT sets another
+# limit.
 _CONNECT_SECONDS = "10"
 _IN_USE = "SELECT pid, state, xact_start, query FROM pg_stat_activity WHERE state <> 'idle' ORDER BY xact_start;"
-# A transaction that was prepared for a two-phase commit has no session, and holds its locks all the same.
+# A transaction that was prepared for a two-phase commit has no session, but holds its locks.
 _PREPARED = "SELECT gid, prepared, owner FROM pg_prepared_xacts;"
 _HINTS = {
     "55P03": f"{_IN_USE} {_PREPARED} Run the command again when these are through.",
@@ -34,9 +38,10 @@ class NoDatabaseNamed(EmbedlineError):
 
 
 def resolve(dsn: str | None) -> str:
-    """Return a connection string for libpq; an empty one where libpq's own environment names the database.
+    """Return a connection string for libpq.
 
-    Raises NoDatabaseNamed. SQLAlchemy's form of an address, with the driver after the scheme, is understood, too.
+    It is empty if libpq's own environment names the database. SQLAlchemy's form of an address, with the driver after
+    the scheme, is understood, too. Raises NoDatabaseNamed.
     """
     found = dsn or os.environ.get("EMBEDLINE_DSN") or ""
     if not found and not any(os.environ.get(name) for name in _LIBPQ_VARIABLES):
@@ -50,8 +55,8 @@ def resolve(dsn: str | None) -> str:
 def connect(dsn: str | None, *, autocommit: bool = True) -> Connection:
     """Connect; the caller closes.
 
-    Text is read as UTF8, whatever the database is in: of SQL_ASCII psycopg would hand out bytes. Nothing is prepared on the
-    server: behind a pool the next statement may run in another session.
+    Text is read as UTF8, whatever the database's encoding is, because psycopg would return bytes from SQL_ASCII.
+    Nothing is prepared on the server, because behind a pool the next statement may run in another session.
     """
     os.environ.setdefault("PGCONNECT_TIMEOUT", _CONNECT_SECONDS)
     return psycopg.connect(
@@ -74,7 +79,10 @@ def engine(dsn: str | None) -> sqlalchemy.Engine:
 
 
 def server_message(error: object) -> str | None:
-    """Return a database error's message with its DETAIL and HINT; None for any other error."""
+    """Return a database error's message with its DETAIL and HINT.
+
+    None for any other error.
+    """
     if not isinstance(error, psycopg.Error):
         return None
     diagnostic = error.diag

@@ -1,4 +1,7 @@
-"""`embedline evaluate`: the gate from a shell, with its progress, its rows, and its verdict as exit code."""
+"""`embedline evaluate`: run the gate from a shell.
+
+It shows the progress and the rows, and returns the verdict as exit code.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from embedline.client.live_display import Line, shown
 from embedline.core.sql_text import quote_literal
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 2}
-# 1 and 2 are verdicts here: what cannot be measured, or is asked for wrongly, has a code of its own.
+# 1 and 2 are verdicts here, so a failed measurement and a usage error have a code of their own.
 EXIT_NOT_MEASURED = 3
 _USAGE_ERROR = 2
 
@@ -35,7 +38,7 @@ _PIPE_COLUMNS = 1000
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured; the names are those of embedline.evaluate."""
+    """The parameters of a gate; the names are those of embedline.evaluate."""
 
     pipeline: str
     version: int
@@ -49,12 +52,12 @@ class Request:
 
     @property
     def label(self) -> str:
-        """Return what is measured, in words."""
+        """Return the measured version in words."""
         return f"version {self.version} of {self.pipeline}"
 
 
 class VerdictCommand(TyperCommand):
-    """A command whose exit codes 1 and 2 are verdicts: a wrong option ends it with 3."""
+    """A command whose exit codes 1 and 2 are verdicts; a wrong option ends it with 3."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """Parse the arguments."""
@@ -67,7 +70,10 @@ class VerdictCommand(TyperCommand):
 
 
 def measure(connection: psycopg.Connection[Any], request: Request, console: Console) -> list[dict[str, Any]]:
-    """Run the gate and show on the console how far it is; return its rows, the verdict first."""
+    """Run the gate and show its progress on the console.
+
+    Returns its rows, the verdict first.
+    """
     row = connection.execute("SELECT pg_backend_pid()").fetchone()
     pid = None if row is None else int(row[0])
     is_bar = console.is_terminal
@@ -76,7 +82,7 @@ def measure(connection: psycopg.Connection[Any], request: Request, console: Cons
             tell(f"measuring {request.label}")
 
         def hear(notice: psycopg.errors.Diagnostic) -> None:
-            # On a terminal the bar says what the server's notices of progress say.
+            # On a terminal the bar shows the content of the server's notices of progress.
             if not is_bar or notice.severity_nonlocalized != "NOTICE":
                 tell(f"{notice.severity}: {notice.message_primary}")
 
@@ -89,7 +95,7 @@ def measure(connection: psycopg.Connection[Any], request: Request, console: Cons
 
 
 def _look(request: Request, pid: int | None) -> Callable[[Execute], Sequence[Line]]:
-    # A pooler in between may have given another backend by now: then any gate of this version will do.
+    # A pooler in between may have given another backend by now. Then any gate of this version will do.
     statement = (
         "SELECT step, percent FROM embedline.evaluation_progress"
         f"({quote_literal(request.pipeline)}) WHERE task = 'evaluate' AND version = {request.version}"
@@ -118,7 +124,7 @@ def print_json(rows: Sequence[dict[str, Any]], request: Request) -> None:
 
 
 def print_table(rows: Sequence[dict[str, Any]], request: Request) -> None:
-    """Print the rows as a table, then the verdict and what it leads to."""
+    """Print the rows as a table, then the verdict and its consequence."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_PIPE_COLUMNS)

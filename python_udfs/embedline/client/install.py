@@ -1,4 +1,7 @@
-"""What `alembic upgrade head` does around the revisions: checks of the server before, the current functions after."""
+"""Check the server before the revisions, and replay the functions after them.
+
+`alembic upgrade head` does both.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,16 @@ logger = logging.getLogger("embedline")
 
 MINIMUM_POSTGRESQL = 150000
 MINIMUM_PGVECTOR = (0, 8, 0)
-# In a cluster of another encoding template1 and its locale have that, too: so template0, and a locale that takes UTF8.
+# In a cluster of another encoding template1 has that, too, and so has its locale. So template0, and a locale that takes
+# UTF8.
 ENCODING_REMEDY = "CREATE DATABASE mydb ENCODING 'UTF8' LOCALE 'C.UTF-8' TEMPLATE template0;"
-# What the server's Python imports of ours sooner or later.
+# Packages that the server's Python imports sooner or later.
 REQUIRED_MODULES = "import embedline, ftfy, markdown_it, numpy, semantic_text_splitter, tokenizers"
-# Replayed in this order: a view calls functions, and grants name both.
+# Folders in the order of their replay, because a view calls functions, and grants name both.
 OBJECT_FOLDERS = ("functions", "procedures", "triggers", "views", "security")
 
 
-# Either it is here, or the first revision creates it because the server runs it for this database.
+# True if pg_cron is here, or the first revision will create it because the server runs it for this database.
 _CRON_WILL_BE_HERE = """
     SELECT to_regclass('cron.job') IS NOT NULL
         OR coalesce(current_setting('cron.database_name', true) = current_database(), false)
@@ -41,7 +45,10 @@ class UnsuitableServer(EmbedlineError):
 
 
 def sql_root() -> Path:
-    """Return the folder of SQL objects: in a wheel beside the package, in a checkout at the top."""
+    """Return the folder of SQL objects.
+
+    In a wheel it is beside the package, in a checkout at the top.
+    """
     packaged = Path(str(resources.files("embedline"))) / "_sql"
     return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "sql"
 
@@ -53,15 +60,15 @@ def object_files() -> Iterator[Path]:
 
 
 def run_script(connection: Connection, sql: str) -> None:
-    """Run SQL text as it stands: ":" and "%" in it mean nothing to the driver."""
+    """Run SQL text as it stands; ":" and "%" have no meaning for the driver."""
     connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
 
 
 def replay(connection: Connection) -> None:
-    """Bring every function, procedure, view and grant to the text that this package carries."""
+    """Replace every function, procedure, view and grant by this package's text."""
     # Bodies may name objects that a later file creates.
     run_script(connection, "SET LOCAL check_function_bodies = off")
-    # Type vector is named without its schema: it is wherever pgvector was put.
+    # Type vector is named without its schema, because pgvector may be in any.
     run_script(
         connection,
         "SELECT set_config('search_path', 'pg_catalog, ' || quote_ident(n.nspname), true) FROM pg_extension AS e"
@@ -79,7 +86,10 @@ def replay(connection: Connection) -> None:
 
 
 def check_server(connection: Connection) -> None:
-    """Raise UnsuitableServer with what is missing and how to get it; warn of what is only worth knowing."""
+    """Raise UnsuitableServer for a missing part, with the way to get it.
+
+    Warns about parts that are only useful.
+    """
     number = int(_scalar(connection, "SHOW server_version_num"))
     if number < MINIMUM_POSTGRESQL:
         raise UnsuitableServer(
@@ -138,7 +148,10 @@ def _check_extensions(connection: Connection, major: int) -> None:
 
 
 def _check_package(connection: Connection) -> None:
-    """Import the package in the server's interpreter, in a transaction that leaves nothing behind."""
+    """Import the package in the server's interpreter.
+
+    The transaction leaves nothing behind.
+    """
     probe = (
         f"DO LANGUAGE plpython3u $python$\nimport sys\ntry:\n    {REQUIRED_MODULES}\nexcept ImportError as error:\n"
         "    plpy.error(f'{error}', detail=f'interpreter {sys.version.split()[0]} of {sys.prefix}; path {sys.path}')\n"

@@ -1,4 +1,7 @@
-"""What a command shows while the server works: bars on a terminal, plain lines in a pipe; both on stderr, apart from results."""
+"""Show a command's progress while the server works.
+
+It shows bars on a terminal and plain lines in a pipe, both on stderr, apart from results.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +18,34 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from embedline.client.build_index import Client, Execute
 
-# Seconds between two looks on a terminal, and between two lines in a pipe.
+# Seconds between two queries on a terminal, and between two lines in a pipe.
 _LOOK_SECONDS, _LINE_SECONDS = 0.3, 10.0
-# A look that is expensive, since a long queue is counted, takes at most this share of the time.
+# Largest share of the time for expensive queries, because a long queue is counted.
 _COST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that is under way: its name, what to say of it, and the share that is done (None: not known)."""
+    """One running task: its name, a text, and the finished share.
+
+    The share is None if it is not known.
+    """
 
     name: str
     text: str
     share: float | None = None
 
 
-# Asks a second session how far things are.
+# Asks a second session for the progress.
 Look = Callable[[Execute], Sequence[Line]]
 
 
 @contextmanager
 def shown(client: Client, look: Look, console: Console, *, lines: bool = True) -> Iterator[Callable[[str], None]]:
-    """Show what `look` finds while the block runs; yield what prints a message beside it.
+    """Show the results of `look` while the block runs.
 
-    `lines`: in a pipe, print what was found every ten seconds. A look that fails ends the display, not the block.
+    Yields a function that prints a message beside them. With `lines`, a pipe gets them every ten seconds. A failure of
+    `look` ends the display, not the block.
     """
     if console.is_terminal:
         with _bars(console) as progress, _followed(client, look, _Bars(progress).update, _LOOK_SECONDS):
@@ -71,7 +78,7 @@ def _bars(console: Console) -> Progress:
 
 
 class _Bars:
-    """One bar for each name; what is no longer found goes."""
+    """Bars by name; the bar of a name that is no longer found is removed."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -94,7 +101,7 @@ def _followed(client: Client, look: Look, show: Callable[[Sequence[Line]], None]
     finished = threading.Event()
 
     def follow() -> None:
-        # No connection may be free for one more session.
+        # There may be no connection free for one more session.
         with contextlib.suppress(Exception), client.another() as execute:
             pause = 0.0
             while not finished.wait(pause):

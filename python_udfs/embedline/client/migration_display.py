@@ -1,4 +1,7 @@
-"""What `embedline upgrade`, `downgrade` and `upgrade-model` print: a line for each revision, and a summary."""
+"""Print a line for each revision, and a summary.
+
+`embedline upgrade`, `downgrade` and `upgrade-model` use it.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,28 @@ Direction = Literal["upgrade", "downgrade"]
 
 
 class MigrationDisplay:
-    """Prints each revision as it is applied."""
+    """Print each revision as it is applied."""
 
     def __init__(self, direction: Direction, database: str) -> None:
         self._direction, self._database = direction, database
         self._count = 0
 
     def applied(self, *, step: Any, **_: Any) -> None:
-        """Print a revision that has just run: its number and the first line of its docstring; Alembic calls this."""
+        """Print a revision that has just run; Alembic calls this.
+
+        The line has its number and the first line of its docstring.
+        """
         self._count += 1
         undone = "" if step.is_upgrade else "undone: "
         typer.echo(f"  {step.up_revision.revision}  {undone}{first_line(step.up_revision.longdoc)}")
 
     def failed(self) -> None:
-        """Say what became of the revisions that were printed: all run in one transaction."""
+        """Report the rollback of the printed revisions, which ran in one transaction."""
         if self._count:
             typer.echo("What is listed above was rolled back: the database is as it was")
 
     def summary(self, revision: str) -> str:
-        """Return what the database has now."""
+        """Return the state of the database in words."""
         label = f'database "{self._database}"'
         if self._direction == "downgrade" and revision == "base":
             return f"Embedline is removed from {label}; your tables stay"
@@ -52,9 +58,10 @@ def first_line(text: str | None) -> str:
 
 @contextmanager
 def quiet_alembic(verbose: bool) -> Iterator[None]:
-    """Keep Alembic's own messages of level INFO back while the block runs; `verbose` prints them.
+    """Suppress Alembic's own messages of level INFO while the block runs.
 
-    Not by the configuration of loggers: an application's env.py sets up its own, and it stays as it is.
+    `verbose` prints them. The configuration of loggers is left as it is, because an application's env.py sets up its
+    own.
     """
     if verbose:
         # An env.py that configures logging replaces this.

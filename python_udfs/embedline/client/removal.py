@@ -1,8 +1,10 @@
-"""What `downgrade base` does before the revisions: look for what depends on our objects, then remove the pipelines.
+"""Remove the pipelines before the revisions of `downgrade base`.
 
-A revision's downgrade goes back by one release, and refuses where that release does not know a state. On the way to base no
-state has to be kept: without pipelines each downgrade passes. All of it is SQL, so that a server whose package is gone, or
-does not work any more, can be cleaned too, and so that `alembic downgrade head:base --sql` renders it.
+Dependent objects are searched first. A revision's downgrade goes back by one release, and refuses a state that the
+earlier release does not know. On the way to base no state has to be kept: without pipelines each downgrade passes.
+
+All of it is SQL, so that a server whose package is gone or broken can be cleaned, too. `alembic downgrade head:base
+--sql` can render it, as well.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from sqlalchemy import Connection
 
 from embedline.errors import DependentObjects
 
-# Routing views and the views of versions lie in the sources' schemas. The column of a later revision is not there before it.
+# Routing views and the views of versions are in the sources' schemas. A column of a later revision does not exist
+# before it.
 _VIEWS = """
     SELECT c.oid FROM (
         SELECT p.routing_view::oid FROM embedline.pipeline AS p
@@ -24,8 +27,8 @@ _SCHEMAS = """
     SELECT n.oid FROM pg_catalog.pg_namespace AS n
     WHERE n.nspname IN ('embedline', 'embedline_data', 'embedline_expression', 'embedline_search')
 """
-# Objects of others that PostgreSQL knows to need one of ours. Of a rule, a default, a constraint or a policy it is the table
-# or view that counts. Triggers that call our functions are ours.
+# Objects of others that PostgreSQL knows to need one of ours. For a rule, a default, a constraint or a policy the table
+# or view counts. Triggers that call our functions are ours.
 _DEPENDENTS = f"""
     WITH schema AS ({_SCHEMAS}),
     ours AS (
@@ -90,9 +93,9 @@ _REMOVE = f"""
         doomed text;
         messages text := current_setting('client_min_messages');
     BEGIN
-        -- Workers begin each step with it, holding nothing: they end there when it is gone, and no deadlock comes of them.
+        -- Workers begin each step with this table, holding no lock. They end when it is gone, without a deadlock.
         LOCK TABLE embedline.worker;
-        -- They would look at each statement below.
+        -- They would fire for each statement below.
         FOR doomed IN
             SELECT format('DROP EVENT TRIGGER %I', e.evtname) FROM pg_catalog.pg_event_trigger AS e
             JOIN pg_catalog.pg_proc AS f ON f.oid = e.evtfoid WHERE f.pronamespace = 'embedline'::regnamespace
@@ -125,8 +128,8 @@ _REMOVE = f"""
     END
     $do$
 """
-# Alembic needs its version table until all revisions are through; with it goes the last trace. Where anything else is left,
-# no downgrade led here: `stamp base` only forgets where the database stands.
+# Alembic needs its version table until all revisions are done; then it is removed as the last trace. If any other
+# object is left, no downgrade led here, because `stamp base` only forgets the database's revision.
 _END = """
     DO $do$
     BEGIN
@@ -143,17 +146,23 @@ _END = """
 
 
 def before_base() -> tuple[str, ...]:
-    """Return the statements that remove every pipeline, so that no revision's downgrade has a state to refuse."""
+    """Return the statements that remove every pipeline.
+
+    Then no revision's downgrade has a state to refuse.
+    """
     return (_REMOVE,)
 
 
 def after_base() -> tuple[str, ...]:
-    """Return the statements that remove what Alembic needed until the end."""
+    """Return the statements that remove the objects that Alembic needed until the end."""
     return (_END,)
 
 
 def require_no_dependents(connection: Connection) -> None:
-    """Raise DependentObjects where objects of others need ours: they would go with them, or stop the removal half-way."""
+    """Raise DependentObjects if objects of others need ours.
+
+    They would be dropped with ours, or stop the removal half-way.
+    """
     if connection.exec_driver_sql("SELECT to_regclass('embedline.version')").scalar() is None:
         return
     rows = connection.exec_driver_sql(_DEPENDENTS, execution_options={"no_parameters": True}).all()

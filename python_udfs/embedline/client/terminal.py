@@ -1,4 +1,7 @@
-"""What the command line prints: aligned text that fits the terminal, and one line a row where a program reads it."""
+"""Format the command line's output.
+
+Text is aligned to fit the terminal. A program gets one line per row.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,18 @@ _READABLE = 100
 
 
 def width() -> int | None:
-    """Return the columns of the terminal; None where there is none, and lines may have any length."""
+    """Return the columns of the terminal, None without one.
+
+    Without a terminal lines may have any length.
+    """
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], columns_wide: int | None) -> str:
-    """Return rows as a table; where that does not fit the width, each row as a list of its values (psql: \\x auto)."""
+    """Return rows as a table, or as lists of values if it is too wide.
+
+    psql does so with \\x auto.
+    """
     texts = [["" if value is None else " ".join(str(value).split()) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
     if columns_wide is None or sum(widths) + len(_GAP) * (len(widths) - 1) <= columns_wide:
@@ -42,7 +51,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], columns_wide
 
 
 def findings(found: Iterable[Finding], columns_wide: int | None) -> str:
-    """Return what doctor found: prose by the width, commands whole, to be copied."""
+    """Return doctor's findings: prose by the width, commands whole, to be copied."""
     wide = min(columns_wide or _READABLE, _READABLE)
     lines: list[str] = []
     for finding in found:
@@ -63,7 +72,10 @@ def as_json(values: object) -> str:
 
 
 def _hanging(label: str, text: str, columns_wide: int) -> str:
-    """Return text after a label, its further lines indented as deep; a word that is too long is left whole."""
+    """Return text after a label, with its further lines indented as deep.
+
+    A word that is too long is left whole.
+    """
     return textwrap.fill(
         text,
         width=max(columns_wide, len(label) + 20),

@@ -1,4 +1,7 @@
-"""`embedline worker`: what there is to embed, how far it is, and at the end what was done and what could not be."""
+"""Show the progress of `embedline worker`, and its results at the end.
+
+The results are the work done and the rows that could not be embedded.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _CIRCUITS = """
     SELECT m.name, c.last_error FROM embedline.circuit AS c JOIN embedline.model AS m USING (model_id)
     WHERE c.open_until > clock_timestamp() ORDER BY 1
 """
-# What embedline.run_worker says at its end.
+# The last notice of embedline.run_worker.
 _EMBEDDED = re.compile(r"embedline worker: (([\d,]+) rows? embedded.*)")
 
 
@@ -44,7 +47,10 @@ class _Size:
 
 @dataclass(frozen=True)
 class Task:
-    """What is left of a pipeline, or of a version that is filled; `left` None: not known."""
+    """The remaining work of a pipeline, or of a version that is filled.
+
+    `left` is None if it is not known.
+    """
 
     name: str
     unit: str
@@ -57,35 +63,35 @@ class Task:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing waits."""
+        """Return True if nothing waits."""
         return self.left == 0
 
 
 class WorkerDisplay:
-    """Follows the queues from a second session."""
+    """Follow the queues from a second session."""
 
     def __init__(self, pipeline: str | None) -> None:
         self._name = "NULL" if pipeline is None else quote_literal(pipeline).strip()
         self._began = time.monotonic()
         self._first: dict[str, int] = {}
-        # Rows of each source that was never analysed, as the planner takes them; None where that is not known either.
+        # The planner's rows of each source that was never analysed, None if they are not known either.
         self._planned: dict[str, float | None] = {}
-        # What the worker itself counted, in words, and the rows of it.
+        # The worker's own count, in words, and its rows.
         self._embedded, self._rows_embedded = "no row embedded", 0
 
     def hear(self, notice: str) -> bool:
-        """Take note of what the worker says at its end; return whether this was it."""
+        """Record the worker's last notice; return True if this was it."""
         found = _EMBEDDED.search(notice)
         if found:
             self._embedded, self._rows_embedded = found.group(1), int(found.group(2).replace(",", ""))
         return found is not None
 
     def look(self, execute: Execute) -> list[Line]:
-        """Return a line for each pipeline and version that has something left."""
+        """Return a line for each pipeline and version with remaining work."""
         return [self._line(task) for task in self.tasks(execute) if not task.is_done or task.name in self._first]
 
     def tasks(self, execute: Execute) -> list[Task]:
-        """Return what is left now."""
+        """Return the remaining work now."""
         return [*self._pipelines(execute), *self._versions(execute)]
 
     def _pipelines(self, execute: Execute) -> list[Task]:
@@ -145,7 +151,7 @@ class WorkerDisplay:
         return Line(task.name, ", ".join(parts) + error, done / first if first else 1.0)
 
     def summary(self, tasks: Sequence[Task]) -> str:
-        """Return what was done, in one line."""
+        """Return the work done, in one line."""
         seconds = time.monotonic() - self._began
         rate = f" ({self._rows_embedded / seconds:,.0f} rows/s)" if self._rows_embedded and seconds > 0 else ""
         waiting = [task for task in tasks if not task.is_done]
@@ -154,7 +160,7 @@ class WorkerDisplay:
 
 
 def troubles(execute: Execute, tasks: Sequence[Task]) -> list[str]:
-    """Return what could not be embedded, each with the statement to run."""
+    """Return the failures, each with the statement to run."""
     found = []
     for task in tasks:
         if task.dead_letters:

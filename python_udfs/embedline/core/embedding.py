@@ -1,4 +1,4 @@
-"""Texts to vectors: what a provider is told, what it answers, and the protocol that it fulfils."""
+"""Define a provider's input, its output, and its protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Kind = Literal["document", "query"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a provider needs to know of a registered model (a row of embedline.model)."""
+    """The facts of a registered model that its provider needs.
+
+    They are a row of embedline.model.
+    """
 
     name: str
     provider: str
@@ -32,16 +35,17 @@ class ModelConfig:
     concurrency: int = 8
     timeout_seconds: float = 60.0
     options: Mapping[str, Any] = field(default_factory=dict)
-    # What earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
+    # Deviations from OpenAI's interface that earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
     learned: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EmbeddingBlock:
-    """`count` vectors of `dimensions` float32 values, little-endian, row after row, as the provider returned them.
+    """The vectors that a provider returned for one request.
 
-    `tokens` is what the provider says it charges; None where it does not say. `learned` is kept with the model: how this
-    endpoint differs from OpenAI's.
+    `data` holds `count` vectors of `dimensions` float32 values, little-endian, row after row. `tokens` is the number
+    that the provider charges, None if it names none. `learned` is kept with the model: how this endpoint differs from
+    OpenAI's.
     """
 
     count: int
@@ -53,10 +57,11 @@ class EmbeddingBlock:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What probing a model tells.
+    """The facts that probing a model tells.
 
     `max_tokens` is the longest text in the model's own tokens, special tokens already taken off; None if unknown.
-    `tokenizer_path` is a Hugging Face tokenizer.json that the server can read; None if the tokens are not known offline.
+    `tokenizer_path` is a Hugging Face tokenizer.json that the server can read; None if the tokens are not known
+    offline.
     """
 
     dimensions: int
@@ -67,10 +72,13 @@ class ModelInfo:
 
 
 class Embedder(Protocol):
-    """A provider, bound to one model. Its threads run with all signals blocked and never touch the database."""
+    """A provider, bound to one model.
+
+    Its threads run with all signals blocked and never touch the database.
+    """
 
     def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
-        """Start embedding; prefixes are added here.
+        """Start embedding the texts, with the prefix of their kind added.
 
         The future raises ProviderError (or a subclass). At most `ModelConfig.concurrency` requests are in flight.
         """

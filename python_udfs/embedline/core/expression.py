@@ -1,4 +1,4 @@
-"""Guard for SQL expressions that users hand in, before they become part of a generated statement."""
+"""Check SQL expressions from users before they enter generated statements."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 from embedline.errors import InvalidParameter
 
-# PostgreSQL's lexical rules, as far as they decide where a quotation begins and ends. A letter or a dollar sign within a
-# word begins none; a quotation that does not end is "broken". standard_conforming_strings is pinned on.
+# PostgreSQL's lexical rules, as far as they decide where a quotation begins and ends. A letter or a dollar sign within
+# a word does not begin a quotation. A quotation without an end is "broken". standard_conforming_strings is pinned on.
 _TOKENS = re.compile(
     r"""
     (?P<constant> [eE]'(?:[^'\\]|\\.|'')*' | (?:[uU]&|[bBxXnN])?'(?:[^']|'')*' | (?:[uU]&)?"(?:[^"]|"")*"
@@ -27,9 +27,10 @@ def _bare(match: re.Match[str]) -> str:
 
 
 def require_single_expression(expression: str, parameter: str) -> str:
-    """Return `expression` if it can only be one SQL expression, wherever it is put between parentheses.
+    """Return `expression` if it can only be one SQL expression between parentheses.
 
-    A second statement, a comment or a parenthesis that closes more than it opened would let it leave its place.
+    A second statement, a comment or a closing parenthesis too many would change the statement around it. Raises
+    InvalidParameter otherwise.
     """
     bare = _TOKENS.sub(_bare, expression)
     open_brackets: list[str] = []

@@ -1,4 +1,4 @@
-"""What tokens cost: prices are for a million of them."""
+"""Check the prices of tokens, which are for a million of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ TOKENS_PER_PRICE = 1_000_000
 
 
 def check_price(price: Decimal | None) -> Decimal | None:
-    """Return the price of a million tokens if it is one; None: not known."""
+    """Return the price of a million tokens, None if it is not known.
+
+    Raises InvalidParameter if it is negative or not a finite number.
+    """
     if price is not None and not (price.is_finite() and price >= 0):
         raise InvalidParameter(
             f"price_per_million_tokens must be at least 0, not {price}",
-            hint="Give what the provider takes for 1,000,000 tokens, for example 0.02; NULL where it is not known.",
+            hint="Pass the provider's price of 1,000,000 tokens, for example 0.02, or NULL if it is not known.",
         )
     return price

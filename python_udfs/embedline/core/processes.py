@@ -28,7 +28,10 @@ _at_exit: list[object] = []
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block all signals while threads start: PostgreSQL's handlers must only ever run in the main thread."""
+    """Block all signals while threads start.
+
+    PostgreSQL's signal handlers must only ever run in the main thread.
+    """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield
@@ -51,7 +54,10 @@ def start_thread(thread: threading.Thread, owner: Closable) -> None:
 
 
 def prepare_environment() -> None:
-    """Keep numeric libraries from starting threads of their own inside a backend; call before numpy is imported."""
+    """Keep numeric libraries from starting threads of their own inside a backend.
+
+    Call it before numpy is imported, because the libraries read these variables when they are loaded.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""Recall: how much of what should have been found was found."""
+"""Measure recall, the share of the relevant items that a search found."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 
 def recall_at_k(found: Sequence[Hashable], relevant: Collection[Hashable], k: int) -> float:
-    """Return the share of `relevant` among the first k of `found`; a query with more than k relevant is out of k.
+    """Return the share of `relevant` among the first k of `found`.
 
-    Definition: Manning, Raghavan, Schuetze, "Introduction to Information Retrieval", 8.4, with the denominator bounded by k.
-    Raises ValueError where nothing is relevant, since the share of nothing is not a number.
+    If a query has more than k relevant items, the share is out of k. Definition: Manning, Raghavan, Schuetze,
+    "Introduction to Information Retrieval", 8.4, with the denominator bounded by k. Raises ValueError if nothing is
+    relevant, because the share of nothing is not a number.
     """
     wanted = set(relevant)
     if not wanted:
@@ -20,12 +21,15 @@ def recall_at_k(found: Sequence[Hashable], relevant: Collection[Hashable], k: in
     return len(wanted & set(found[:k])) / min(k, len(wanted))
 
 
-# Two distances are the same within this: pgvector adds up in float32.
+# Relative difference up to which two distances count as the same, because pgvector adds up in float32.
 _SAME_DISTANCE = 1e-5
 
 
 def recall_by_distance(found: Sequence[float], exact: npt.NDArray[np.float64]) -> float:
-    """Return the share of the nearest that were found; `exact` are their distances, in order."""
+    """Return the share of the nearest that were found.
+
+    `exact` are the distances of the nearest, in ascending order.
+    """
     if len(exact) == 0:
         return 1.0
     farthest = exact[-1] + _SAME_DISTANCE * (1 + abs(exact[-1]))

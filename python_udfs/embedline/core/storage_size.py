@@ -1,11 +1,13 @@
-"""How large vectors and their HNSW index become: arithmetic of PostgreSQL's pages and of pgvector's structures.
+"""Compute the size of vectors and of their HNSW index, in bytes.
 
-Sources: PostgreSQL's "Database Page Layout" and heaptoast.h; pgvector 0.8.0's hnsw.h and hnswbuild.c (CreateGraphPages,
-HnswElementTupleData, HnswNeighborTupleData, HnswElementData). All sizes are in bytes, for pages of 8,192 and a 64-bit server.
+The formulas follow PostgreSQL's pages and pgvector's structures, for pages of 8,192 bytes and a 64-bit server. Sources:
+PostgreSQL's "Database Page Layout" and heaptoast.h; pgvector 0.8.0's hnsw.h and hnswbuild.c (CreateGraphPages,
+HnswElementTupleData, HnswNeighborTupleData, HnswElementData).
 
-Measured on PostgreSQL 15.20 and 17.12 with pgvector 0.8.0, estimate against real, 8 to 4,000 dimensions, vector and halfvec,
-m of 5 to 32: tables within 2.2 %, indexes within 2.2 %, memory within 0.2 % for graphs of 16 MB (within 0.4 % for 4 MB,
-where the drawing of levels still shows). A parallel build takes less memory: its allocations have no headers.
+Measured on PostgreSQL 15.20 and 17.12 with pgvector 0.8.0, for 8 to 4,000 dimensions, vector and halfvec, m of 5 to 32.
+The estimate was within 2.2 % of the real size of tables and of indexes. Memory was within 0.2 % for graphs of 16 MB,
+and within 0.4 % for 4 MB, because the random levels still show there. A parallel build takes less memory, because its
+allocations have no headers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ _PAGE_HEADER = 24
 _LINE_POINTER = 4
 _TUPLE_HEADER = 24
 _KEY_BYTES = 8
-# A longer tuple has its vector moved out of line, in slices; what stays is a pointer (heaptoast.h).
+# Bytes above which a tuple has its vector moved out of line, in slices; a pointer stays in the tuple (heaptoast.h).
 _TOAST_THRESHOLD = 2032
 _TOAST_SLICE = 1996
 _TOAST_POINTER = 18
@@ -26,22 +28,22 @@ _INDEX_ENTRY = 20
 _BTREE_FILL = 0.9
 _BTREE_PAGE_OVERHEAD = _PAGE_HEADER + 16
 
-# hnsw.h: type, level, deleted, version, ten heap TIDs, the neighbours' TID and padding stand before the vector.
+# Bytes before the vector (hnsw.h): type, level, deleted, version, ten heap TIDs, the neighbours' TID and padding.
 _HNSW_ELEMENT_HEADER = 72
 _HNSW_NEIGHBOR_HEADER = 4
 _ITEM_POINTER = 6
 _HNSW_PAGE_SPECIAL = 8
 _HNSW_MAX_TUPLE = PAGE_BYTES - _PAGE_HEADER - _HNSW_PAGE_SPECIAL - _LINE_POINTER
-# In memory, while the graph is built (hnsw.h, 64 bit): an element, a neighbour candidate, an array's length.
+# Bytes in memory while the graph is built (hnsw.h, 64 bit): an element, a neighbour candidate, an array's length.
 _HNSW_ELEMENT = 128
 _HNSW_CANDIDATE = 16
 _HNSW_ARRAY_HEADER = 8
-# Bytes before each allocation (generation.c): a size and two pointers; PostgreSQL 16 packed them into one word.
+# Bytes before each allocation (generation.c): a size and two pointers. PostgreSQL 16 packed them into one word.
 _ALLOCATION_HEADER, _ALLOCATION_HEADER_BEFORE_16 = 8, 24
-# hnswbuild.c takes memory in blocks of this size; an allocation that no longer fits begins the next block.
+# Bytes of the blocks in which hnswbuild.c takes memory. An allocation that no longer fits begins the next block.
 _ALLOCATION_BLOCK = 1024 * 1024
 
-# An index over vectors reduced to their signs holds type bit.
+# Bytes per dimension. An index over vectors reduced to their signs holds type bit.
 _BYTES_PER_DIMENSION = {"vector": 4, "halfvec": 2, "bit": 1 / 8}
 INDEX_DIMENSIONS = {"vector": 2000, "halfvec": 4000, "bit": 64_000}
 
@@ -56,7 +58,10 @@ def vector_bytes(dimensions: int, column_type: str) -> int:
 
 
 def table_bytes(count: float, dimensions: int, column_type: str) -> float:
-    """Return the size of a version's table of `count` vectors: rows, out-of-line slices and the primary key."""
+    """Return the size of a version's table of `count` vectors.
+
+    It counts the rows, the out-of-line slices and the primary key.
+    """
     vector = vector_bytes(dimensions, column_type)
     row = _aligned(_TUPLE_HEADER + _KEY_BYTES + vector)
     if row <= _TOAST_THRESHOLD:
@@ -68,14 +73,15 @@ def table_bytes(count: float, dimensions: int, column_type: str) -> float:
 
 
 def has_hnsw(dimensions: int, column_type: str) -> bool:
-    """Whether pgvector builds an HNSW index over such a column."""
+    """Return True if pgvector can build an HNSW index over such a column."""
     return dimensions <= INDEX_DIMENSIONS[column_type]
 
 
 def hnsw_bytes(count: float, dimensions: int, column_type: str, m: int) -> float:
     """Return the size of an HNSW index over `count` vectors.
 
-    A page takes element and neighbour tuples as long as both fit. Where they do not fit one page together, each has a page.
+    A page takes element and neighbour tuples as long as both fit. If the two do not fit one page together, each has a
+    page.
     """
     element = _aligned(_HNSW_ELEMENT_HEADER + vector_bytes(dimensions, column_type))
     neighbours = _aligned(_HNSW_NEIGHBOR_HEADER + (2 + _mean_level(m)) * m * _ITEM_POINTER)
@@ -87,13 +93,13 @@ def hnsw_bytes(count: float, dimensions: int, column_type: str, m: int) -> float
 
 
 def hnsw_build_memory(count: float, dimensions: int, column_type: str, m: int, server_version: int) -> float:
-    """Return the memory that the graph takes while it is built; maintenance_work_mem should not be less.
+    """Return the memory that the graph takes while it is built.
 
-    `server_version` is the server's server_version_num, for example 170012.
+    maintenance_work_mem should not be less. `server_version` is the server's server_version_num, for example 170012.
     """
     header = _ALLOCATION_HEADER if server_version >= 160000 else _ALLOCATION_HEADER_BEFORE_16
     upper = _mean_level(m)
-    # The allocations for an element, as (number, size): itself, its vector, the list of its arrays, an array a level.
+    # The allocations for an element, as (number, size): itself, its vector, the list of its arrays, an array per level.
     allocations = [
         (1, header + _HNSW_ELEMENT),
         (1, header + _aligned(vector_bytes(dimensions, column_type))),
@@ -102,20 +108,26 @@ def hnsw_build_memory(count: float, dimensions: int, column_type: str, m: int, s
         (upper, header + _HNSW_ARRAY_HEADER + _HNSW_CANDIDATE * m),
     ]
     element = sum(number * size for number, size in allocations)
-    # At the end of a block half of an allocation does not fit, on average; a large one is met there more often.
+    # At the end of a block half of an allocation does not fit, on average. A large allocation meets the end more often.
     unused = sum(number * size**2 for number, size in allocations) / (2 * element)
     return count * element * _ALLOCATION_BLOCK / (_ALLOCATION_BLOCK - unused)
 
 
 def _toast_slices(payload: int) -> list[int]:
-    """Return the sizes of the tuples that one vector out of line is cut into, line pointers included."""
+    """Return the sizes of the tuples into which one out-of-line vector is cut.
+
+    Line pointers are included.
+    """
     full, rest = divmod(payload, _TOAST_SLICE)
     sizes = [_TOAST_SLICE] * full + ([rest] if rest else [])
     return [_aligned(_TOAST_SLICE_OVERHEAD + size) + _LINE_POINTER for size in sizes]
 
 
 def _pages_a_vector(slices: list[int]) -> float:
-    """Return the pages that a vector takes: a slice goes to the page written last, else to any with room, else to a new one."""
+    """Return the pages that a vector takes, averaged over 200 vectors.
+
+    PostgreSQL puts a slice into the page written last, else into any page with room, else into a new one.
+    """
     vectors = 200
     free, target = [PAGE_BYTES - _PAGE_HEADER], 0
     for slice_bytes in slices * vectors:
@@ -128,7 +140,7 @@ def _pages_a_vector(slices: list[int]) -> float:
 
 
 def _mean_level(m: int) -> float:
-    # Levels are drawn as floor(-ln(uniform) / ln(m)): P(level >= n) = m ** -n, whose sum over n >= 1 this is.
+    # Levels are drawn as floor(-ln(uniform) / ln(m)), so P(level >= n) = m ** -n. This is the sum over n >= 1.
     return 1 / (m - 1)
 
 

@@ -1,4 +1,7 @@
-"""Estimate the tokens of a text whose model's tokenizer is not known, each estimate with its margin."""
+"""Estimate the tokens of texts for models whose tokenizer is not known.
+
+Each estimate has a margin of its own, for the use that it has.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,47 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-# Bounds of what a provider may count. A token of the usual tokenizers has about four bytes and hardly ever this many.
+# Most bytes per token in a provider's count that is believed. The usual tokenizers have about four, and hardly ever 64.
 _LONGEST_TOKEN_BYTES = 64
-# Tokens that a server may count for each text beside one for each byte: an instruction of its own, or padding.
+# Tokens per text that a count may have above one per byte, because a server may add an instruction of its own or
+# padding.
 _ADDED_TOKENS = 512
 
 
 def most_tokens(text: str) -> int:
-    """What requests are packed by: two bytes of UTF-8 a token. English has about four; Chinese, at three bytes, two to three."""
+    """Return the tokens by which requests are packed: two bytes of UTF-8 per token.
+
+    This is an upper estimate. English has about four bytes per token; Chinese, at three bytes a character, has two to
+    three.
+    """
     return (len(text) if text.isascii() else len(text.encode())) // 2 + 1
 
 
 def likely_tokens(text: str) -> int:
-    """An estimate on the safe side that is reserved before the call: three bytes of UTF-8 a token."""
+    """Return the tokens to reserve before a call: three bytes of UTF-8 per token.
+
+    The estimate is on the safe side.
+    """
     return (len(text) if text.isascii() else len(text.encode())) // 3 + 1
 
 
 def plausible_tokens(counted: int | None, texts: Collection[str], prefix: str) -> int | None:
-    """Return what a provider counted for texts that were sent with a prefix; None if they cannot have so few or so many."""
+    """Return a provider's count of tokens, None if the texts cannot have that many.
+
+    `texts` were each sent with `prefix`. A count that is too small or too large for their bytes is refused.
+    """
     size = sum(len(text.encode()) for text in texts) + len(texts) * len(prefix.encode())
     fewest = max(len(texts), size // _LONGEST_TOKEN_BYTES)
     most = size + len(texts) * _ADDED_TOKENS
     return counted if counted is not None and fewest <= counted <= most else None
 
 
-# Without the model's tokenizer a token is taken for this many characters. English averages four in the vocabularies
-# of OpenAI's models; three leaves a margin for other languages and for code.
+# Characters per token if the model's tokenizer is not known. English averages four in the vocabularies of OpenAI's
+# models; three leaves a margin for other languages and for code.
 CHARACTERS_PER_TOKEN = 3
-# Other scripts take more: thirds of a token for each character from a code point on. On the safe side of the vocabularies of
-# OpenAI's models and of BERT's Chinese one; those of Thai, Indic and rarer scripts are split into bytes by some.
+# Thirds of a token for each character from a code point on, because other scripts take more tokens than Latin. The
+# figures are on the safe side of the vocabularies of OpenAI's models and of BERT's Chinese one. Some vocabularies split
+# Thai, Indic and rarer scripts into bytes.
 _THIRDS_FROM = (
     (0x0000, 1),  # Latin
     (0x0250, 2),  # phonetic letters and marks
@@ -62,7 +77,7 @@ _THIRDS_FROM = (
 
 
 def weights(text: str) -> npt.NDArray[np.int64]:
-    """Return the thirds of a token that each character is taken for, shape (characters,)."""
+    """Return the estimated thirds of a token of each character, shape (characters,)."""
     import numpy as np
 
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
@@ -72,12 +87,18 @@ def weights(text: str) -> npt.NDArray[np.int64]:
 
 
 def estimated_size(text: str) -> int:
-    """Return the thirds of a token that a text is taken for where no tokenizer is known."""
+    """Return the estimated size of a text, in thirds of a token.
+
+    It is used if no tokenizer is known.
+    """
     return len(text) if text.isascii() else int(weights(text).sum())
 
 
 def average_tokens(text: str) -> float:
-    """Return the tokens that a text has on average, with no margin: four Latin characters each, fewer of other scripts."""
+    """Return the tokens that a text has on average, with no margin.
+
+    A token has four Latin characters, and fewer of other scripts.
+    """
     if text.isascii():
         return len(text) / 4
     thirds = weights(text)

@@ -1,4 +1,4 @@
-"""Checking, normalising and writing vectors: plain numpy on whole arrays."""
+"""Check, normalise and serialise vectors, with plain numpy on whole arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from embedline.errors import DimensionMismatch, InvalidVectors
 FloatMatrix = npt.NDArray[np.float32]
 
 HALF_MAX = float(np.finfo(np.float16).max)
-# Below this a squared norm in float32 has lost digits.
+# Squared norm below which float32 has lost digits.
 _SMALLEST_SQUARE = 1e-30
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + b"\x00" * 8
 _COPY_TRAILER = b"\xff\xff"
@@ -38,7 +38,7 @@ def check_shape(matrix: FloatMatrix, count: int, dimensions: int) -> None:
 def find_faults(matrix: FloatMatrix, column_type: str) -> dict[int, str]:
     """Return {row number: reason} of the vectors that must not be stored.
 
-    A vector with NaN, infinity or norm zero would silently be left out of an HNSW index; float16 overflows past 65504.
+    An HNSW index silently leaves out a vector with NaN, infinity or norm zero. float16 overflows past 65504.
     """
     finite = np.isfinite(matrix).all(axis=1)
     squared = np.einsum(
@@ -58,10 +58,10 @@ def find_faults(matrix: FloatMatrix, column_type: str) -> dict[int, str]:
 
 
 def usable_vectors(matrix: FloatMatrix, column_type: str, normalised: bool) -> tuple[FloatMatrix, dict[int, str]]:
-    """Return the rows as they are to be stored, and {row number: reason} of those that must not be.
+    """Return the rows to store, and {row number: reason} of the unusable ones.
 
-    Faulty rows stay in the array, as they are. The common case costs one pass: a row's squared norm in float32 is finite
-    and far from zero exactly where nothing is wrong with the row; all else goes the exact way.
+    Faulty rows stay in the array, unchanged. The common case costs one pass, because a sound row has a squared norm in
+    float32 that is finite and far from zero. All other rows are examined one by one in float64.
     """
     squared = np.einsum("ij,ij->i", matrix, matrix)
     plain = bool(np.isfinite(squared).all() and (squared > _SMALLEST_SQUARE).all())
@@ -69,7 +69,7 @@ def usable_vectors(matrix: FloatMatrix, column_type: str, normalised: bool) -> t
     if not normalised:
         return matrix, faults
     if plain:
-        # Accurate to about 1e-7: the norms in float64 would cost four times this.
+        # Accurate to about 1e-7. Norms in float64 would cost four times this.
         return matrix / np.sqrt(squared)[:, np.newaxis], faults
     unit = matrix.copy()
     sound = [row for row in range(len(matrix)) if row not in faults]
@@ -78,7 +78,10 @@ def usable_vectors(matrix: FloatMatrix, column_type: str, normalised: bool) -> t
 
 
 def normalise(matrix: FloatMatrix) -> FloatMatrix:
-    """Return the rows divided by their L2 norm (computed in float64); rows must be finite and not zero."""
+    """Return the rows divided by their L2 norm, which is computed in float64.
+
+    Rows must be finite and not zero.
+    """
     wide = matrix.astype(np.float64)
     unit: FloatMatrix = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
     return unit
@@ -90,9 +93,9 @@ def literal(vector: FloatMatrix) -> str:
 
 
 def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_type: str) -> bytearray:
-    """Return rows (chunk_id bigint, embedding vector|halfvec) in PostgreSQL's COPY BINARY format.
+    """Return rows (chunk_id bigint, embedding vector|halfvec) for COPY BINARY.
 
-    Format: postgresql.org/docs/current/sql-copy.html, "Binary Format"; the vector's own binary form (int16 dimensions,
+    Format: postgresql.org/docs/current/sql-copy.html, "Binary Format". The vector's own binary form (int16 dimensions,
     int16 unused, big-endian floats) is that of pgvector's vector_send and halfvec_send.
     """
     count, dimensions = matrix.shape
@@ -108,7 +111,7 @@ def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_ty
             ("values", element, (dimensions,)),
         ]
     )
-    # Filled in place: each further copy of 20,000 x 384 values costs as much as a tenth of the whole write.
+    # Filled in place, because each further copy of 20,000 x 384 values costs as much as a tenth of the whole write.
     buffer = bytearray(len(_COPY_HEADER) + count * layout.itemsize + len(_COPY_TRAILER))
     buffer[: len(_COPY_HEADER)] = _COPY_HEADER
     buffer[-len(_COPY_TRAILER) :] = _COPY_TRAILER
@@ -124,7 +127,10 @@ def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_ty
 
 
 def vectors_from_send(blobs: list[bytes], column_type: str) -> FloatMatrix:
-    """Return what vector_send or halfvec_send gave for several rows as a float32 array (row, dimension)."""
+    """Return vectors in the form of vector_send or halfvec_send as a float32 array.
+
+    Each of `blobs` is one vector; the shape is (vectors, dimensions).
+    """
     element = ">f4" if column_type == "vector" else ">f2"
     joined = np.frombuffer(b"".join(blobs), dtype=np.uint8).reshape(len(blobs), -1)
     return np.ascontiguousarray(joined[:, 4:]).view(element).astype(np.float32)

@@ -1,1 +1,1 @@
-"""This checkout: its local cluster and its demo."""
+"""Set up this checkout's local cluster, and run its demo."""

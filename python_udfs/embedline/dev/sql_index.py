@@ -1,6 +1,6 @@
-"""Write sql/README.md: every SQL object, what it is for, and the Python function that does its work.
+"""Write sql/README.md: every SQL object, its purpose, and its Python function.
 
-`make golden` runs it. What an object is for is the first sentence of its file's first comment.
+`make golden` runs it. An object's purpose is the first sentence of its file's first comment.
 """
 
 from __future__ import annotations
@@ -18,21 +18,25 @@ _NAME = re.compile(
 _HEAD = """\
 # SQL objects
 
-What the database runs, one object a file; the file's name is the object's name. `alembic upgrade head` replays all of it,
+The SQL objects of the database, one per file; the file's name is the object's name. `alembic upgrade head` replays all of them,
 each time, in the order functions, procedures, triggers, views, security. The revisions in `alembic/versions/` make the tables.
 The body of a wrapper imports, calls and returns. The last column names the function in `python_udfs/embedline/` that does the
-work: it has the name of the SQL object. `make golden` writes this page, and a test compares it with the files.
+work. It has the name of the SQL object. `make golden` writes this page, and a test compares it with the files.
 """
+_TRIGGERS = (SQL / "triggers" / "README.md").relative_to(SQL)
 _NOTES = {
     "triggers": "The triggers of sources are generated for each pipeline, because their functions know the types of the source's"
-    " key: see [triggers/README.md](triggers/README.md)."
+    f" key. See [{_TRIGGERS}]({_TRIGGERS})."
 }
 _FOLDERS = ("functions", "procedures", "views", "triggers", "security")
 
 
 @dataclass(frozen=True)
 class SqlObject:
-    """One file: its name under sql/, the object, its purpose, and its work as (module below embedline, function)."""
+    """One file of sql/.
+
+    It has its name under sql/, the object, its purpose, and its work as (module below embedline, function).
+    """
 
     path: str
     name: str

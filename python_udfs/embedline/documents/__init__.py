@@ -1,1 +1,1 @@
-"""Source rows, their chunks and their vectors: read, compared, written."""
+"""Read, compare and write source rows, their chunks and their vectors."""

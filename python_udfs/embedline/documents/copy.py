@@ -1,4 +1,7 @@
-"""Write many rows by COPY from a file of the server, and vectors in pgvector's binary form."""
+"""Write many rows by COPY from a file, with vectors in binary form.
+
+The file is the server's; the binary form is pgvector's.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ _COPY_NULL = "\\N"
 
 
 def stacked(rows: list[Vector]) -> vectors.FloatMatrix:
-    """Return vectors as one matrix: what np.stack returns, without its work on each row."""
+    """Return vectors as one matrix.
+
+    The result is that of np.stack, without its work on each row.
+    """
     return np.concatenate(rows).reshape(len(rows), -1)
 
 
@@ -35,7 +41,10 @@ def copy_rows(
     chunk_ids: npt.NDArray[np.int64],
     added: Sequence[tuple[Key, Chunk]],
 ) -> None:
-    """Write chunks with COPY in text format: keys go through their types' own input functions."""
+    """Write chunks with COPY in text format.
+
+    Keys go through their types' own input functions.
+    """
     lines = [
         f"{chunk_id}\t{_copy_key(key)}\t{chunk.sequence}\t{chunk.start}\t{chunk.end}\t{chunk.digest.hex()}"
         f"\t{chunk.content.translate(_COPY_ESCAPES)}\t{chunk.prefix.translate(_COPY_ESCAPES) if chunk.prefix else _COPY_NULL}\n"
@@ -50,10 +59,10 @@ def copy_rows(
 
 @contextmanager
 def foreign_keys_by_index(session: Session) -> Iterator[None]:
-    """Have PostgreSQL plan its checks of foreign keys for the index, however small the tables are now.
+    """Make PostgreSQL plan its checks of foreign keys with the index.
 
-    A session keeps these plans. Made for 50 chunks, the plan read the whole table for each of the 35,000 chunks of a document
-    of 50 MB, which took more than a minute.
+    A session keeps these plans, so they must not depend on the present size of the tables. A plan made for 50 chunks
+    read the whole table for each of the 35,000 chunks of a document of 50 MB. That took more than a minute.
     """
     setting = "SELECT current_setting('enable_seqscan') AS before, set_config('enable_seqscan', 'off', true)"
     before = session.query(setting)[0]["before"]
@@ -70,7 +79,10 @@ def _copy_key(key: Key) -> str:
 def copy_vectors(
     session: Session, pipeline: Pipeline, chunk_ids: npt.NDArray[np.int64], matrix: vectors.FloatMatrix
 ) -> None:
-    """Write vectors with COPY BINARY, the only fast way from PL/Python into a vector column."""
+    """Write vectors with COPY BINARY.
+
+    It is the only fast way from PL/Python into a vector column.
+    """
     data = vectors.copy_binary(chunk_ids, matrix, pipeline.version.column_type)
     with _server_file(data) as path, foreign_keys_by_index(session):
         session.execute(
@@ -81,10 +93,10 @@ def copy_vectors(
 
 @contextmanager
 def _server_file(data: bytes | bytearray) -> Iterator[str]:
-    """Hold `data` in a file in memory that nobody else can open and that goes with the process, however it ends.
+    """Hold `data` in a file in memory that no other process can open.
 
-    COPY opens it by its descriptor's name, in the same process. Where a system has no such files it is one of mode 0600 in
-    the server's temporary directory.
+    It ends with the process, however that ends. COPY opens it by its descriptor's name, in the same process. A system
+    without such files gets one of mode 0600 in the server's temporary directory.
     """
     if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
         with os.fdopen(os.memfd_create("embedline-copy"), "wb") as file:

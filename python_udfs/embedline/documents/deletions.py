@@ -1,9 +1,12 @@
-"""What is stored of deleted rows: removed once no earlier change waits that could use its vectors.
+"""Remove the documents and chunks of deleted rows.
 
-A DELETE, and an UPDATE of the key, only append the old key. The chunks cannot be seen from then on, because every view and
-search joins the live row; chunks that stand under the key of a new row are hidden by a mark (see capture). A text that comes
-back under another key takes its vector from them: so they stay until each change is through that was made before or with
-the deletion. Times compare the begins of transactions: what one transaction deletes and inserts has one time.
+They are removed once no earlier change waits that could use their vectors. A DELETE, and an UPDATE of the key, only
+append the old key. The chunks cannot be seen from then on, because every view and search joins the live row. Chunks
+that stand under the key of a new row are hidden by a mark (see capture).
+
+A text that returns under another key takes its vector from them. So they stay until each change made before or with the
+deletion is done. Times compare the starts of transactions, so that a deletion and an insertion in one transaction have
+the same time.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ from embedline.postgres.session import Session
 
 # Keys whose chunks are removed in one transaction, so that it stays short.
 _KEYS = 1000
-# After so long they are removed, whatever waits: a provider may be away for days.
+# Age at which they are removed in any case, because a provider may be away for days.
 _LONGEST_WAIT = "10 minutes"
 
-# $1 is the number of keys. `is_ready` keys wait for nothing of the serving version any more.
+# $1 is the number of keys. Keys that are `is_ready` no longer wait for the serving version.
 _TAKE = """
     WITH oldest AS MATERIALIZED (
         SELECT least(
@@ -42,7 +45,7 @@ _TAKE = """
     SELECT (SELECT count(*) FROM taken) AS row_count, min(key.enqueued_at)::text AS enqueued_at, {texts} FROM key
 """
 _EARLIER = "t.enqueued_at < coalesce((SELECT o.enqueued_at FROM oldest AS o), 'infinity')"
-# Of versions that embed the new chunks later than the serving one does: lists of chunks since then. $2 is the pipeline.
+# For versions that embed the new chunks later than the serving one: lists of chunks since then. $2 is the pipeline.
 _SEEN = """
     t.seen_at < coalesce((
         SELECT min(q.enqueued_at) FROM embedline.version_queue AS q JOIN embedline.version AS v USING (version_id)
@@ -61,7 +64,8 @@ _NOTE = """
     )
     SELECT count(*) FROM noted
 """
-# What was kept of replaced chunks. Lists of other versions come after the chunks that they ask for: all must be through.
+# Removes the kept vectors of replaced chunks once all lists of other versions are done, because lists follow their
+# chunks.
 _FORGET = """
     WITH oldest AS MATERIALIZED (
         SELECT least(
@@ -80,9 +84,10 @@ _FORGET = """
 
 
 def remove_some(session: Session, pipeline: Pipeline) -> bool:
-    """Remove what is stored of up to 1,000 deleted rows; return True if there may be more to do now.
+    """Remove the stored data of up to 1,000 deleted rows.
 
-    One short transaction's work, of the caller's. The source must be held. Waits for no lock of an application.
+    Returns True if there may be more to do now. The caller's transaction must be short and hold the source. Does not
+    wait for a lock of an application.
     """
     names = {
         "inbox": pipeline.generated("inbox"),

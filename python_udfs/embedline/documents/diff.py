@@ -1,4 +1,4 @@
-"""Which stored chunks stay, change or go, and the statements that do it."""
+"""Compare stored chunks with wanted ones, and write the difference."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from embedline.queue.outbox import Key, key_columns
 def stored_chunks(
     session: Session, pipeline: Pipeline, documents: Sequence[Document], wanted: Sequence[int], chunk_set: ChunkSet
 ) -> dict[int, list[StoredChunk]]:
-    """Return the documents' chunks of a set, by index; each document wanted has an entry.
+    """Return the documents' chunks of a set, by index.
 
-    A chunk of the version's own set must have its vector; those of other sets get theirs later.
+    Each document in `wanted` has an entry. A chunk of the version's own set must have its vector; those of other sets
+    get theirs later.
     """
     if not wanted:
         return {}
@@ -46,7 +47,7 @@ def stored_chunks(
     stored: dict[int, list[StoredChunk]] = {index: [] for index in wanted}
     for row in rows:
         position = (row["seq"], row["start_offset"], row["end_offset"])
-        # A chunk without a usable vector is no match for anything: it goes, and its content is added anew.
+        # A chunk without a usable vector matches nothing, so it is deleted and its content is added again.
         digest = row["digest"] if row["usable"] else b""
         stored[wanted[row["ordinality"] - 1]].append(StoredChunk(row["chunk_id"], digest, position))
     return stored
@@ -55,7 +56,10 @@ def stored_chunks(
 def diff(
     stored: Sequence[StoredChunk], wanted: Sequence[Chunk]
 ) -> tuple[list[int], list[tuple[int, Chunk]], list[Chunk]]:
-    """Return (chunk ids to delete, stored chunks that only moved, chunks to add), matched by content."""
+    """Return (chunk ids to delete, stored chunks that only moved, chunks to add).
+
+    Chunks are matched by content.
+    """
     by_digest: dict[bytes, list[StoredChunk]] = {}
     for candidate in sorted(stored, key=lambda c: c.position, reverse=True):
         by_digest.setdefault(candidate.digest, []).append(candidate)
@@ -75,14 +79,17 @@ def diff(
 
 @dataclass
 class Changes:
-    """What a write does to one chunk set: chunk ids to delete, chunks that only moved, chunks to add."""
+    """The changes of a write to one chunk set.
+
+    They are chunk ids to delete, chunks that only moved, and chunks to add.
+    """
 
     removed: list[int] = field(default_factory=list)
     moved: list[tuple[int, Chunk]] = field(default_factory=list)
     added: list[tuple[Key, Chunk]] = field(default_factory=list)
 
     def add(self, key: Key, change: tuple[list[int], list[tuple[int, Chunk]], list[Chunk]]) -> None:
-        """Take in what `_diff` says of one document."""
+        """Add the difference of one document, as `diff` returns it."""
         removed, moved, added = change
         self.removed += removed
         self.moved += moved
@@ -90,7 +97,10 @@ class Changes:
 
 
 def apply(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, changes: Changes) -> npt.NDArray[np.int64]:
-    """Write the changes into the set's table; return the ids of the chunks added, in their order."""
+    """Write the changes into the set's table.
+
+    Returns the ids of the chunks added, in their order.
+    """
     table = pipeline.chunk_table(chunk_set.number)
     if changes.removed:
         session.query(f"DELETE FROM {table} WHERE chunk_id = ANY ($1)", ["bigint[]"], changes.removed)

@@ -1,4 +1,7 @@
-"""The rows of the key table: one for each document, which a writer locks while it works on it."""
+"""Lock the rows of the key table, one for each document.
+
+A writer locks a document's row while it works on the document.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from embedline.postgres.locks import VERSIONS_LOCK_CLASS
 from embedline.postgres.session import Session
 from embedline.queue.outbox import ClaimedRow, key_columns
 
-# Looking one key up among 870,000 that wait took 0.6 to 1.0 s of a write.
+# Queued keys above which the queue is not searched. Among 870,000 the search for one key took 0.6 to 1.0 s of a write.
 _QUEUED_KEYS_LOOKED_AT = 20_000
 
 
 def _share_versions(session: Session, pipeline: Pipeline) -> bool:
-    """Keep the pipeline's versions as they are to the end of the transaction; False where they are, or were, changed.
+    """Keep the pipeline's versions unchanged until the end of the transaction.
 
-    The second statement has a snapshot of its own, taken under the lock: a change committed before is seen.
+    Returns False if they are being changed, or were. The second statement has a snapshot of its own, taken under the
+    lock, so it sees a change committed before.
     """
     row = session.query(
         "SELECT pg_try_advisory_xact_lock_shared($1, $2) AS shared, current_setting('transaction_isolation') AS isolation",
@@ -28,17 +32,17 @@ def _share_versions(session: Session, pipeline: Pipeline) -> bool:
     )[0]
     if not row["shared"]:
         return False
-    # An older snapshot would show the generation of then; locking the row raises a serialization failure instead.
+    # An older snapshot would show an older generation. Locking the row raises a serialization failure instead.
     lock = "" if row["isolation"] == "read committed" else " FOR SHARE"
     query = f"SELECT generation FROM embedline.pipeline WHERE pipeline_id = $1{lock}"
     return bool(pipeline.generation == session.scalar(query, ["bigint"], pipeline.pipeline_id))
 
 
 def place_documents(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> tuple[set[int], set[int]]:
-    """Insert the document rows that there are none of yet, and lock the others as far as that can be had at once.
+    """Insert missing document rows, and lock the others if that needs no wait.
 
-    Return the indexes of (inserted, locked). An inserted row is a lock, too: two writers of a new document meet at it.
-    None could be had where the recipe was altered, or another version serves, since this batch was read.
+    Returns the indexes of (inserted, locked). An inserted row is a lock, too, because two writers of a new document
+    meet at it. Both are empty if the recipe was altered, or another version serves, since this batch was read.
     """
     if not _share_versions(session, pipeline):
         return set(), set()
@@ -83,10 +87,10 @@ def place_documents(session: Session, pipeline: Pipeline, documents: Sequence[Do
 def take_documents(
     session: Session, pipeline: Pipeline, documents: Sequence[Document], were_read: Collection[int]
 ) -> set[int]:
-    """Lock the documents' rows, inserting those that there are none of; return the indexes of those that could be had.
+    """Lock the documents' rows, inserting missing ones; return the locked indexes.
 
-    Of those in `were_read` the source rows are locked, too, as in write_documents: a row may be deleted while it is in work,
-    and what is written of it after that nobody would take away.
+    For those in `were_read` the source rows are locked, too, as in write_documents. A row may be deleted while it is in
+    flight, and its later vectors would never be removed.
     """
     fresh, free = place_documents(session, pipeline, documents)
     looked_for = sorted((fresh | free) & set(were_read))
@@ -96,9 +100,10 @@ def take_documents(
 
 
 def queued_anew(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow]) -> set[int] | None:
-    """Return the indexes of the rows of which a newer change waits in the queue; None where that is too long to look.
+    """Return the indexes of the rows for which a newer change is queued.
 
-    A row that is changed while it is in work comes back here, and the keys that wait have no index.
+    None if the queue is too long to search, because its keys have no index. A row that changes while it is in flight is
+    such a row.
     """
     count = len(pipeline.key_columns)
     length = session.scalar(
@@ -124,14 +129,17 @@ def queued_anew(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow]
         """,
         [*pipeline.key_parameter_types, "bigint[]"],
         *key_columns([row.key for row in rows], count),
-        # Inside embed_pending these bear no mark.
+        # Inside embed_pending these rows have no mark.
         [outbox_id for row in rows for outbox_id in row.outbox_ids],
     )
     return {row["ordinality"] - 1 for row in found}
 
 
 def unlocked(session: Session, pipeline: Pipeline, keys: Sequence[tuple[str, ...]]) -> list[int]:
-    """Lock source rows KEY SHARE; return the indexes of those that are gone, or in an application's hands."""
+    """Lock source rows KEY SHARE; return the indexes of those that are gone or locked.
+
+    An application holds the locked ones.
+    """
     if not keys:
         return []
     count = len(pipeline.key_columns)
@@ -149,7 +157,7 @@ def unlocked(session: Session, pipeline: Pipeline, keys: Sequence[tuple[str, ...
 
 
 def take_back(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> None:
-    """Remove document rows that this transaction inserted and does not stand by."""
+    """Remove document rows that this transaction inserted and does not need."""
     if documents:
         session.query(
             f"DELETE FROM {pipeline.document} AS d USING unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"

@@ -1,4 +1,4 @@
-"""Read source rows through the generated functions, with the hash of their content."""
+"""Read source rows through the generated functions, with their content's hash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _ALL_BYTES = 1 << 62
 
 
 def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_bytes: int) -> dict[int, ReadRow]:
-    """Read the content of keys as the source's owner; a key that has no row is missing from the result."""
+    """Read the content of keys as the source's owner.
+
+    A key without a row is missing from the result.
+    """
     count = len(pipeline.key_columns)
     query = f"""
         SELECT r.ordinality, r.accepted, r.deferred, c.current, c.given_up, r.content_hash, r.prefix,
@@ -54,9 +57,10 @@ def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_byt
 
 
 def still_current(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> set[int]:
-    """Return the indexes of the keys whose documents nobody is writing now and that still are what the source says, or dead.
+    """Return the indexes of the keys whose documents match the source or are dead.
 
-    Without the lock another session's write of an older content could be under way: it would follow, unseen.
+    Documents that another session is writing now are left out. Without the lock that session could be writing an older
+    content, which would follow unseen.
     """
     arrays = key_columns(keys, len(pipeline.key_columns))
     locked = session.query(
@@ -85,10 +89,11 @@ _ROW_BYTES = """
 
 
 def can_hold_source(session: Session, pipeline: Pipeline) -> bool:
-    """Lock the source as its readers do, to the end of the transaction; False where an application is about to change it.
+    """Lock the source as readers do; return False if an application will change it.
 
-    TRUNCATE locks the source first and then our tables. Whoever locks them in another order deadlocks with it, and the
-    application may be the one that fails: so a worker begins each transaction with this. It waits for no application.
+    The lock lasts until the end of the transaction. TRUNCATE locks the source first and then our tables. A session that
+    locks them in another order deadlocks with it, and the application may be the one that fails. So a worker begins
+    each transaction with this lock. It does not wait for an application.
     """
     name = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], pipeline.source_oid)
     try:
@@ -101,20 +106,20 @@ def can_hold_source(session: Session, pipeline: Pipeline) -> bool:
 
 
 def likely_row_bytes(session: Session, pipeline: Pipeline) -> float | None:
-    """Return how many bytes a row of the source likely has, None where nothing tells; takes 0.2 ms on any table.
+    """Return the likely bytes of a row of the source, None if they are unknown.
 
-    By the files' sizes and the counts that VACUUM, ANALYZE and the statistics keep. No value is read. Values out of line
-    are compressed, texts to about a third.
+    The estimate takes 0.2 ms on any table. It uses the files' sizes and the counts that VACUUM, ANALYZE and the
+    statistics keep. No value is read. Out-of-line values are compressed, texts to about a third.
     """
     size: float | None = session.scalar(_ROW_BYTES, ["bigint"], pipeline.source_oid)
     return size
 
 
 def hidden_marks(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> dict[int, list[str]]:
-    """Lock the marks that hide the chunks of keys; return their places, by index of the key.
+    """Lock the marks that hide the chunks of keys.
 
-    The marks must be collected before the source is read: one that comes after belongs to a row which that reading did not
-    see, and its chunks must stay hidden.
+    Returns their places, by index of the key. The marks must be collected before the source is read. A later mark
+    belongs to a row which that read did not see, and its chunks must stay hidden.
     """
     hidden = pipeline.generated("hidden")
     if not session.scalar(f"SELECT EXISTS (SELECT FROM {hidden})"):
@@ -135,7 +140,7 @@ def hidden_marks(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> d
 
 
 def show_again(session: Session, pipeline: Pipeline, marks: Mapping[int, list[str]], indexes: Collection[int]) -> None:
-    """Take marks away: the chunks of these keys are those of their rows."""
+    """Remove marks, because the chunks of these keys are those of their rows."""
     places = [place for index in indexes for place in marks.get(index, ())]
     if places:
         hidden = pipeline.generated("hidden")

@@ -1,7 +1,8 @@
-"""Whether a model can read a chunk: a text of which it knows few tokens has the vector of any other such text.
+"""Check whether a model can read a chunk.
 
-A tokenizer makes one unknown token of a word that is longer than it reads (100 characters with BERT's), and of what it has
-no letters for: all of a base64 dump in one line may be a single one. Such chunks crowd together and answer any query alike.
+If a model knows few tokens of a text, its vector is that of any other such text. A tokenizer makes one unknown token of
+a word that is longer than it reads (100 characters with BERT's). It does the same with letters that it lacks. A base64
+dump in one line may be a single unknown token. Such chunks crowd together and answer any query alike.
 """
 
 from __future__ import annotations
@@ -18,20 +19,26 @@ from embedline.errors import UnreadableText
 if TYPE_CHECKING:
     from embedline.documents.values import Document
 
-# Chunks that are counted between two chances for a cancel: 20 ms of BERT's tokenizer.
+# Chunks that are tokenized between two checks for a cancel: 20 ms of BERT's tokenizer.
 _COUNTED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Readability:
-    """A model's tokenizer with its token for the unknown, and the largest share of it in a chunk that is embedded."""
+    """A model's tokenizer with its unknown token.
+
+    `limit` is the largest share of unknown tokens in a chunk that is embedded.
+    """
 
     tokenizer: Any
     unknown_id: int
     limit: float
 
     def shares(self, texts: Sequence[str]) -> list[float]:
-        """Return the share of unknown tokens of each text. Tokens without letter and digit count as neither."""
+        """Return the share of unknown tokens of each text.
+
+        Tokens without letters and digits do not count.
+        """
         return [self._share(found) for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _share(self, encoding: Any) -> float:
@@ -45,9 +52,10 @@ class Readability:
 
 
 def readability(tokenizer: str | None, limit: float) -> Readability | None:
-    """Return how a model's chunks are looked at; None: not at all, because nothing is unknown to it or all is wanted.
+    """Return the check of a model's chunks, None if there is nothing to check.
 
-    `tokenizer` is its tokenizer.json (the text); None if it is not known here.
+    That is so if no token is unknown to the model, or the limit allows all. `tokenizer` is its tokenizer.json (the
+    text), None if it is not known here.
     """
     found = _unknown_token(tokenizer) if tokenizer is not None and limit < 1 else None
     return None if found is None else Readability(*found, limit)
@@ -56,10 +64,10 @@ def readability(tokenizer: str | None, limit: float) -> Readability | None:
 @functools.lru_cache(maxsize=8)
 def _unknown_token(tokenizer: str) -> tuple[Any, int] | None:
     model = json.loads(tokenizer).get("model", {})
-    # Bytes spell out what has no token of its own.
+    # Bytes spell out characters that have no token of their own.
     if model.get("byte_fallback"):
         return None
-    # The chunker's own: a second one of a large vocabulary would take as much memory again.
+    # The chunker's own tokenizer, because a second one of a large vocabulary would take as much memory again.
     measure = measure_of(tokenizer)
     if not isinstance(measure, TokenMeasure):
         return None
@@ -70,7 +78,10 @@ def _unknown_token(tokenizer: str) -> tuple[Any, int] | None:
 
 
 def mark_unreadable(found: Sequence[Document], check: Readability, breathe: Callable[[], None]) -> None:
-    """Note which chunks of documents the model cannot read; a document without a readable one gets an UnreadableText."""
+    """Mark the chunks of documents that the model cannot read.
+
+    A document without a readable chunk gets an UnreadableText.
+    """
     for document in found:
         if document.problem is not None or not document.chunks:
             continue
@@ -88,7 +99,7 @@ def mark_unreadable(found: Sequence[Document], check: Readability, breathe: Call
 
 
 def message_of(share: float) -> str:
-    """Say why a chunk with such a share of unknown tokens is given up."""
+    """Return the reason why a chunk with this share of unknown tokens is left out."""
     return (
         f"the model does not know {share:.0%} of the tokens: a word longer than it reads, such as base64 or hex,"
         " or a script that it never learnt"

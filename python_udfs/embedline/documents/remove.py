@@ -1,4 +1,4 @@
-"""Remove what is stored of rows that are gone."""
+"""Remove the documents and chunks of rows that are gone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from embedline.queue.outbox import ClaimedRow, Key, key_columns
 
 
 def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> list[int]:
-    """Remove chunks and state of keys that the filter refuses; return the indexes that are to be embedded after all.
+    """Remove chunks and state of keys that the filter refuses.
 
-    What is stored of keys without a row is left to `deletions`, which waits for those that could use its vectors.
+    Returns the indexes of the documents to embed after all. Keys without a row are left to `deletions`, which waits for
+    changes that could use their vectors.
     """
     keys = [document.key for document in documents]
-    # A row of ours first, as in write_documents: a writer who is about to bring the key back has to wait for it.
+    # Lock our row first, as in write_documents, so that a writer who is about to restore the key waits for it.
     fresh, free = place_documents(session, pipeline, [Document(ClaimedRow(key)) for key in keys])
     read = read_rows(session, pipeline, keys, 0)
     missing = set(range(len(keys))) - set(read)
@@ -33,9 +34,10 @@ def remove_absent(session: Session, pipeline: Pipeline, documents: Sequence[Docu
 
 
 def remove_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> list[Key]:
-    """Remove chunks and state of keys that have no row; return those that another session has locked.
+    """Remove chunks and state of keys that have no row.
 
-    A key that has a row again is left alone: its insertion has queued it.
+    Returns the keys that another session has locked. A key that has a row again is skipped, because its insertion has
+    queued it.
     """
     stored = _with_storage(session, pipeline, keys)
     if not stored:
@@ -59,7 +61,7 @@ def remove_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key]) ->
 
 
 def queue_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key], enqueued_at: str | None = None) -> None:
-    """Queue keys as those of deleted rows, if something is stored of them."""
+    """Queue keys of deleted rows, if they have stored data."""
     stored = _with_storage(session, pipeline, keys)
     if stored:
         count = len(pipeline.key_columns)
@@ -73,7 +75,7 @@ def queue_deleted(session: Session, pipeline: Pipeline, keys: Sequence[Key], enq
 
 
 def _with_storage(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> list[Key]:
-    """Return those of the keys that have a document, chunks or a mark."""
+    """Return the keys that have a document, chunks or a mark."""
     if not keys:
         return []
     held = " OR ".join(
@@ -90,7 +92,10 @@ def _with_storage(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> 
 
 
 def forget_keys(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> None:
-    """Remove all that is stored of keys whose document rows are locked. Without chunks there is nothing left to hide."""
+    """Remove all stored data of keys whose document rows are locked.
+
+    Their marks are removed, too, because there are no chunks left to hide.
+    """
     if not keys:
         return
     arrays = key_columns(keys, len(pipeline.key_columns))

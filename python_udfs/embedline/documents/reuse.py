@@ -1,4 +1,7 @@
-"""Vectors that are known already: of the same text in this or another pipeline, or kept of a deleted row."""
+"""Reuse known vectors of the same text.
+
+They are of this or another version, or kept of a deleted row.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from embedline.postgres.session import Session
 
 
 def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
-    """Return the vectors of chunks anywhere in the pipeline that have the same content: they are not paid for twice.
+    """Return vectors of chunks of the pipeline with the same content.
 
-    A version whose model gives the same vectors lends, too: a change of the column type or of the chunking costs only what
-    is new.
+    They are not paid for twice. A version whose model gives the same vectors lends, too. A change of the column type or
+    of the chunking therefore costs only the new chunks.
     """
     found: dict[bytes, Vector] = {}
     for lender in _lenders(session, pipeline) if digests else ():
@@ -32,7 +35,7 @@ def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes])
 
 
 def _lend_kept(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
-    """Return vectors of chunks that are replaced already but may be asked for under another key."""
+    """Return vectors of replaced chunks whose text may return under another key."""
     if pipeline.version.vectors_valid_from is not None:
         return {}
     rows = session.query(
@@ -52,7 +55,10 @@ def _lend_kept(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -
 
 
 def keep_vectors(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, chunk_ids: Sequence[int]) -> None:
-    """Keep the vectors of chunks that are about to go: keys were moved, and another row may ask for these texts."""
+    """Keep the vectors of chunks that are about to be deleted.
+
+    Keys were moved, and another row may ask for these texts.
+    """
     if not chunk_ids:
         return
     schema = vector_schema(session)
@@ -72,7 +78,7 @@ def keep_vectors(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, chun
 
 
 def _lenders(session: Session, pipeline: Pipeline) -> list[Pipeline]:
-    """Return the version itself and those beside it that can lend it vectors."""
+    """Return the version itself and the other versions that can lend it vectors."""
     if len(pipeline.versions) == 1:
         return [pipeline]
     cache: dict[int, tuple[int, list[Pipeline]]] = session.cache.setdefault("embedline.lenders", {})
@@ -91,7 +97,7 @@ def _can_lend(lender: Pipeline, pipeline: Pipeline) -> bool:
         theirs.model.config.document_prefix,
         theirs.dimensions,
     )
-    # What was rounded to float16 or normalised cannot be had back.
+    # Rounding to float16 and normalising cannot be undone.
     is_exact = theirs.column_type in ("vector", ours.column_type)
     is_normalised = (ours.distance != "l2", theirs.distance != "l2")
     return same_model and is_exact and is_normalised in ((True, True), (False, False))
@@ -120,7 +126,10 @@ def _lend(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dic
 
 
 def _valid_join(pipeline: Pipeline, valid_from: str) -> str:
-    """Return the join that leaves out vectors of before a change of the model that was found out; none in common life."""
+    """Return the join that leaves out vectors from before a model's change.
+
+    Such a change is found behind the model's name; without one the join leaves out nothing.
+    """
     if pipeline.version.vectors_valid_from is None:
         return f"AND {valid_from}::text IS NULL"
     return (

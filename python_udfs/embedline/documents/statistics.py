@@ -5,15 +5,16 @@ from __future__ import annotations
 from embedline.catalog.values import Pipeline
 from embedline.postgres.session import Session
 
-# Below this a plan that reads whole tables costs nothing.
+# Rows below which a plan that reads whole tables costs nothing.
 _GROWN_ROWS = 2000
 
 
 def analyze_grown(session: Session, pipeline: Pipeline, written: int) -> bool:
-    """ANALYZE the pipeline's tables once `written` new rows make them three times what the planner knows; True if so.
+    """ANALYZE the pipeline's tables if they have grown; return True if they have.
 
-    Plans that were made while the tables were empty read them whole: without this the rate fell from 10,000 rows/s to
-    2,000 by 220,000 rows. Autovacuum comes a minute later. Only keys are looked at: a sample of vectors would be large.
+    They have if `written` new rows make them three times the planner's estimate. Plans made while the tables were empty
+    read them whole: without this the rate fell from 10,000 rows/s to 2,000 by 220,000 rows. Autovacuum comes a minute
+    later. Only keys are analyzed, because a sample of vectors would be large.
     """
     if written < _GROWN_ROWS:
         return False

@@ -1,4 +1,4 @@
-"""A source row on its way to chunks and vectors, and what is stored of one."""
+"""Define a source row on its way to chunks and vectors, and stored chunks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from embedline.errors import EmbedlineError
 from embedline.queue.outbox import ClaimedRow, Key
 
 Vector = npt.NDArray[np.float32]
-# Stands for the vector of a chunk that is given up, where it has to have one.
+# Stands for the vector of a chunk that is not embedded, in lists that need a vector for each chunk.
 NO_VECTOR: Vector = np.empty(0, dtype=np.float32)
 
 
 @dataclass(slots=True)
 class Document:
-    """A source row on its way: its claim, and what was read of it. `prefix` stands before each chunk when it is embedded.
+    """A source row on its way: its claim, and the content read from it.
 
-    `other_chunks` are its chunks as the other chunk sets have them, by set: other versions embed them.
+    `prefix` stands before each chunk when it is embedded. `other_chunks` are its chunks in the other chunk sets, by
+    set; other versions embed them.
     """
 
     row: ClaimedRow
@@ -31,20 +32,20 @@ class Document:
     chunks: list[Chunk] = field(default_factory=list)
     other_chunks: dict[int, list[Chunk]] = field(default_factory=dict)
     problem: EmbedlineError | None = None
-    # Chunks that are given up because the model cannot read them, by digest: the share of their tokens that it does not know.
+    # Share of unknown tokens of the chunks that the model cannot read, by digest. They are not embedded.
     unreadable: dict[bytes, float] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
-        """The row's key, each column as text."""
+        """Return the row's key, each column as text."""
         return self.row.key
 
 
 class ReadRow(NamedTuple):
-    """What the source says of a key.
+    """The content of a key in the source.
 
-    `accepted` by the filter; `deferred` where the content was too much for one read; `current` where exactly this content
-    was embedded by this recipe already, so that it is not handed over again; `given_up` where it is a dead letter.
+    `accepted` if the filter accepts it; `deferred` if the content was too much for one read; `given_up` if it is a dead
+    letter. `current` if this recipe embedded exactly this content already, so that the content is not returned again.
     """
 
     accepted: bool
@@ -66,7 +67,7 @@ class StoredChunk(NamedTuple):
 
 @dataclass
 class WriteResult:
-    """What became of the documents of one write: by index into the documents given."""
+    """The results of one write, by index into the documents given."""
 
     written: list[int] = field(default_factory=list)
     stale: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Write documents: their chunks, their vectors, and their entries for other versions."""
+"""Write documents: chunks, vectors, and entries for other versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from embedline.postgres.session import Session
 from embedline.queue.dead_letters import forget_dead_letters
 from embedline.queue.outbox import Key, key_columns
 
-# So much of a key is shown before an error's words.
+# Most characters of a key that are shown before an error's text.
 _SHOWN_KEY_CHARACTERS = 100
 
 
@@ -36,25 +36,27 @@ def write_documents(
     *,
     of_backfill: bool = False,
 ) -> WriteResult:
-    """Write chunks, vectors and state of documents whose content has not changed since it was read.
+    """Write chunks, vectors and state of documents that are unchanged since the read.
 
-    One transaction's work. The document rows are locked first, and only then is the source read again: so nobody can
-    write a newer content between that look and this write. Source rows are locked KEY SHARE, so that a delete under way
-    is seen. Both SKIP LOCKED: a worker waits for no application. A change of the pipeline's versions, which takes
-    milliseconds, is not waited for either.
+    One transaction's work. The document rows are locked first, and only then is the source read again. So no other
+    session can write a newer content between that read and this write. Source rows are locked KEY SHARE, so that a
+    delete in progress is seen.
+
+    Both locks use SKIP LOCKED, so a worker waits for no application. It does not wait for a change of the pipeline's
+    versions either, which takes milliseconds.
     """
     result = WriteResult()
     fresh, free = place_documents(session, pipeline, documents)
     marks = hidden_marks(session, pipeline, [document.key for document in documents])
     ready = _unchanged(session, pipeline, documents, fresh | free, result)
-    # Of new documents, too: a chunk whose document row was lost must not stay beside the new one.
+    # Of new documents, too, because a chunk whose document row was lost must not stay beside the new one.
     stored = stored_chunks(session, pipeline, documents, ready, pipeline.chunk_set)
     changes, replaced = Changes(), list[int]()
     for index in ready:
         document = documents[index]
         change = diff(stored[index], document.chunks) if stored[index] else ([], [], document.chunks)
         if any(chunk.digest not in known for chunk in change[2]):
-            # Another session took the chunk away that was to stay or to lend its vector: look again.
+            # Another session deleted the chunk that was to stay or to lend its vector, so the row is tried again.
             result.busy.append(index)
             continue
         changes.add(document.key, change)
@@ -81,7 +83,7 @@ def write_documents(
 
 
 def _write_vectors(session: Session, pipeline: Pipeline, ids: npt.NDArray[np.int64], found: Sequence[Vector]) -> None:
-    """Write the vectors of new chunks, but for those that have none."""
+    """Write the vectors of new chunks, except those that have none."""
     has_vector = np.fromiter((vector.size > 0 for vector in found), dtype=bool, count=len(found))
     if has_vector.any():
         copy_vectors(session, pipeline, ids[has_vector], stacked([vector for vector in found if vector.size]))
@@ -94,10 +96,10 @@ def _give_up_chunks(
     added: Sequence[tuple[Key, Chunk]],
     written: Sequence[Document],
 ) -> None:
-    """Write dead letters of the serving version for new chunks that its model cannot read; the row's others are embedded.
+    """Write dead letters for new chunks that the serving version's model cannot read.
 
-    The chunks stay: a version of another model may read them. An index or a cutover needs no one's consent for them,
-    because the setting has decided.
+    The row's other chunks are embedded. These chunks stay, because a version of another model may read them. They need
+    no one's consent for an index or a cutover, because the setting has decided.
     """
     unreadable = {digest: share for document in written for digest, share in document.unreadable.items()}
     given_up = [
@@ -150,7 +152,10 @@ def _write_other_set(
 def enqueue_chunks(
     session: Session, version_ids: Iterable[int], chunk_ids: npt.NDArray[np.int64], *, of_backfill: bool
 ) -> None:
-    """Let versions know of new chunks, in the transaction that writes these: so none is missed."""
+    """Tell versions about new chunks, in the transaction that writes these.
+
+    No chunk is missed this way.
+    """
     for version_id in version_ids:
         session.query(
             "INSERT INTO embedline.version_queue (version_id, chunk_ids, of_backfill) VALUES ($1, $2, $3)",
@@ -164,10 +169,11 @@ def enqueue_chunks(
 def _unchanged(
     session: Session, pipeline: Pipeline, documents: Sequence[Document], ours: set[int], result: WriteResult
 ) -> list[int]:
-    """Lock the source rows and look at them again; return the indexes of the documents that can be written.
+    """Lock the source rows and read them again.
 
-    Only the exceptions come back from the server: most rows are as they were. The lock must last and the owner's expressions
-    must leave nothing behind: so these are two statements.
+    Returns the indexes of the documents that can be written. The server returns only the exceptions, because most rows
+    have not changed. These are two statements, because the lock must last, but the owner's expressions must leave
+    nothing behind.
     """
     keys = [document.key for document in documents]
     count = len(pipeline.key_columns)
@@ -198,7 +204,7 @@ def _unchanged(
 
 
 def _update_state(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> None:
-    """Note what is embedded now of documents that were there before; their rows are locked."""
+    """Record the new content of documents that existed before; their rows are locked."""
     if not documents:
         return
     count = len(pipeline.key_columns)

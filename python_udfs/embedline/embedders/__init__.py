@@ -1,4 +1,7 @@
-"""Embedding providers: one module each behind the `Embedder` protocol. docs/providers.md adds one."""
+"""Embedding providers, one module each behind the `Embedder` protocol.
+
+docs/providers.md tells how to add one.
+"""
 
 from embedline.core.embedding import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.core.processes import signals_blocked, start_thread

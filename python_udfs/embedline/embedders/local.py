@@ -1,9 +1,11 @@
-"""Local models: a client of the model host, which does the work in a process of its own.
+"""Embed with local models through the model host, a process of its own.
 
 Runs inside a PostgreSQL backend. A session's first search pays for this module, so it imports neither numpy nor torch.
-All I/O is in one daemon thread, started with every signal blocked: PostgreSQL's handlers belong to the main thread.
-PL/Python keeps the interpreter's lock between calls, so the thread stands still whenever no Embedline code runs; it
-therefore always reads what has arrived before it believes that time is up.
+All I/O is in one daemon thread. It starts with every signal blocked, because PostgreSQL's handlers belong to the main
+thread.
+
+PL/Python keeps the interpreter's lock between calls, so the thread stands still while no Embedline code runs. It
+therefore reads all data that has arrived before it decides that a time limit has passed.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, en
 from embedline.model_host.wire_errors import read_error
 
 _RECEIVE_BYTES = 1 << 18
-# A request that two hosts did not survive is not given to a third: it may be what kills them.
+# Attempts at a request. After two hosts that died of it there is no third, because the request may be the cause.
 _MAX_ATTEMPTS = 2
 _MAX_UNHEARD = 40
 _UNHEARD_PAUSE_SECONDS = 0.05
@@ -40,7 +42,7 @@ _CLOSE_SECONDS = 1.0
 
 @dataclass(eq=False)
 class _Call:
-    """A request on its way: `read` makes the answer's frame into the future's result."""
+    """A request on its way; `read` makes the future's result from the answer's frame."""
 
     number: int
     frame: bytes
@@ -52,7 +54,7 @@ class _Call:
 
 @dataclass
 class _Link:
-    """A connection with what is still to be sent and the calls that wait for answers."""
+    """A connection with its unsent bytes and the calls that wait for answers."""
 
     socket: socket.socket
     decoder: FrameDecoder = field(default_factory=FrameDecoder)
@@ -63,9 +65,9 @@ class _Link:
 
 
 class LocalEmbedder:
-    """Embeds with a sentence-transformers model in the server's model host.
+    """Embed with a sentence-transformers model in the server's model host.
 
-    The host belongs to `owner_pid`, by default our parent process: of a backend that is the postmaster.
+    The host belongs to `owner_pid`, by default the parent process. The parent of a backend is the postmaster.
     """
 
     def __init__(
@@ -117,7 +119,10 @@ class LocalEmbedder:
         return future
 
     def close(self) -> None:
-        """Close the connection; what is unfinished is cancelled. The host goes on for other sessions."""
+        """Close the connection and cancel unfinished calls.
+
+        The host goes on for other sessions.
+        """
         self._closed = True
         if self._thread is not None:
             self._wake()
@@ -143,7 +148,8 @@ class LocalEmbedder:
         self._wake()
 
     def _wake(self) -> None:
-        # A full buffer means that the thread is about to wake anyway; a closed one, that there is nothing left to do.
+        # If the buffer is full, the thread is about to wake anyway. If the socket is closed, there is nothing left to
+        # do.
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_writer.send(b"\0")
 
@@ -161,20 +167,20 @@ class LocalEmbedder:
                 self._step()
             self._abandon(None)
         except BaseException as error:
-            # Nobody may wait for ever on a thread that is gone; the next submit starts another.
+            # No caller may wait for ever on a thread that has ended. The next submit starts another.
             self._abandon(ModelHostUnavailable("the model host's client failed", detail=repr(error)))
             raise
 
     def _step(self) -> None:
         if self._link is not None:
-            # First of all: an idle connection may have been closed by a host that went away.
+            # Receive first, because a host that ended may have closed an idle connection.
             self._receive(self._link)
         self._send_cancellations()
         self._send_waiting()
         if self._link is not None:
             self._flush(self._link)
         self._check_silence()
-        # Losing the link puts its calls back; they need another round, not a wait.
+        # A lost link requeues its calls. They need another round, not a wait.
         if self._waiting and self._link is None:
             return
         self._wait()
@@ -213,7 +219,7 @@ class LocalEmbedder:
             found = connect_or_start(self._place, self._settings, self._owner, lambda: self._closed)
         except (ProviderError, OSError) as error:
             failure = error if isinstance(error, ProviderError) else _unavailable("cannot start the model host", error)
-            # Whoever waits now would meet the same; whoever comes later tries again.
+            # Calls that wait now would meet the same failure. Later calls try again.
             for call in [first, *_take_all(self._waiting)]:
                 _resolve(call.future, failure)
             return None
@@ -224,13 +230,13 @@ class LocalEmbedder:
         while self._cancelled:
             number = self._cancelled.popleft()
             if self._link is not None and number in self._link.calls:
-                # The call stays in the books until the host answers, so that numbers in flight stay true.
+                # The call stays registered until the host answers, so that the number in flight stays true.
                 self._link.unsent += encode_frame({"id": number, "op": "cancel"})
 
     def _flush(self, link: _Link) -> None:
         try:
             while link.unsent:
-                # The view must go before the buffer can shrink.
+                # The view must be released before the buffer can shrink.
                 with memoryview(link.unsent) as view:
                     sent = link.socket.send(view, socket.MSG_NOSIGNAL)
                 del link.unsent[:sent]
@@ -257,7 +263,7 @@ class LocalEmbedder:
         number = frame.header.get("id")
         call = link.calls.pop(number, None) if type(number) is int else None
         if call is None:
-            # A sign of life.
+            # The frame only shows that the host is alive.
             return
         try:
             _resolve(call.future, read_error(frame.header) or call.read(frame))
@@ -267,13 +273,14 @@ class LocalEmbedder:
             _resolve(call.future, InvalidVectors("the model host's answer is malformed", detail=repr(error)))
 
     def _lose(self, link: _Link, reason: str) -> None:
-        """Give the connection up: calls go to a new host once, then they fail."""
+        """Drop the connection; its calls go to a new host once, then they fail."""
         link.socket.close()
         self._link = None
         detail = "\n".join(filter(None, (f"The connection ended: {reason}.", log_tail(self._place))))
         again = []
         if not link.heard and link.calls:
-            # A host that is being killed accepts connections until the kernel is through with it: not a try of ours.
+            # A host that is being killed accepts connections until the kernel has removed it. This does not count as an
+            # attempt.
             time.sleep(_UNHEARD_PAUSE_SECONDS)
         for call in link.calls.values():
             if not link.heard and call.unheard < _MAX_UNHEARD:
@@ -336,7 +343,7 @@ def _unavailable(message: str, error: Exception) -> ModelHostUnavailable:
 
 
 def _resolve(future: Future[Any], result: object) -> None:
-    # False where the caller has cancelled.
+    # False if the caller has cancelled.
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(result, ProviderError):

@@ -1,4 +1,4 @@
-"""Which class embeds for a provider: those of this package, and those that other packages announce."""
+"""Find the class that embeds for a provider, in this package or in others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from embedline.errors import InvalidParameter
 if TYPE_CHECKING:
     from embedline.providers.options import Option
 
-# Where other packages announce providers: name = provider, value = a callable from ModelConfig to Embedder.
+# The entry points by which other packages announce providers: name = provider, value = a callable from ModelConfig to
+# Embedder.
 ENTRY_POINT_GROUP = "embedline.embedders"
 
 
 def known_options(provider: str) -> Mapping[str, Option] | Collection[str] | None:
-    """Return the options of a provider's models; None if it does not say. A class of another package lists `options`."""
+    """Return the options of a provider's models, None if the provider lists none.
+
+    A class of another package lists them in its attribute `options`.
+    """
     if provider == "sentence-transformers":
-        # Checked with each other, too, wherever the host's settings are read.
+        # The host's settings are checked together, each time they are read.
         return None
     if provider == "openai":
         from embedline.providers.options import OPENAI_OPTIONS
@@ -33,7 +37,10 @@ def known_options(provider: str) -> Mapping[str, Option] | Collection[str] | Non
 
 
 def create_embedder(config: ModelConfig) -> Embedder:
-    """Return the embedder of the config's provider. Provider modules are imported on first use: they are heavy."""
+    """Return the embedder of the config's provider.
+
+    Provider modules are heavy, so they are imported on first use.
+    """
     if config.provider == "sentence-transformers":
         from embedline.embedders.local import LocalEmbedder
 
@@ -42,7 +49,7 @@ def create_embedder(config: ModelConfig) -> Embedder:
         from embedline.providers.openai_compatible import OpenAIEmbedder
 
         return OpenAIEmbedder(config)
-    # Takes 30 ms to import, and none of our own providers needs it.
+    # Imported here, because it takes 30 ms and the package's own providers do not need it.
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=ENTRY_POINT_GROUP, name=config.provider):

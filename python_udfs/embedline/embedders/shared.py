@@ -1,6 +1,7 @@
-"""Queries of remote models: a client of the host that holds the connections to providers for all sessions of the server.
+"""Embed queries of remote models through one host for all sessions.
 
-A session's first search pays for this module, so it imports no provider's client: that takes 0.5 s.
+The host holds the connections to the providers. A session's first search pays for this module, so it imports no
+provider's client, which would take 0.5 s.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from embedline.errors import InputRejected
 from embedline.model_host.host_settings import remote_settings
 from embedline.model_host.protocol import ProtocolError, pack_texts
 
-# Seconds without a sign of life after which the host is given up. It gives one each second while a query waits.
+# Seconds of silence after which the host is given up. It sends a sign of life each second while a query waits.
 _SILENCE_SECONDS = 15.0
-# Queries of one session that are under way at a time.
+# Queries of one session that may be in flight at a time.
 _CONCURRENCY = 32
 
 
 class SharedEmbedder(LocalEmbedder):
-    """Has the queries of any remote model embedded by the host of remote models."""
+    """Embed queries of any remote model through the host of remote models."""
 
     def __init__(self, *, owner_pid: int | None = None, runtime_root: str | None = None) -> None:
         config = ModelConfig("remote models", "openai", "", timeout_seconds=_SILENCE_SECONDS, concurrency=_CONCURRENCY)
         super().__init__(config, owner_pid=owner_pid, runtime_root=runtime_root, settings=remote_settings())
 
     def submit_query(self, config: ModelConfig, fingerprint: str, text: str) -> Future[EmbeddingBlock]:
-        """Start embedding a query; the future raises what the model's own embedder would raise.
+        """Start embedding a query; the future raises the model's own errors.
 
-        ModelHostUnavailable says that there is no host, and nothing of the provider. The `fingerprint` tells which
-        earlier vectors of the text are of the same model.
+        ModelHostUnavailable means that there is no host, and says nothing about the provider. The `fingerprint` tells
+        which earlier vectors of the text are of the same model.
         """
         future: Future[EmbeddingBlock] = Future()
         given = json.dumps(dataclasses.asdict(config), sort_keys=True)
@@ -45,13 +46,16 @@ class SharedEmbedder(LocalEmbedder):
         return future
 
     def ping(self) -> Future[None]:
-        """Start the host if it does not run; the future ends when it answers."""
+        """Start the host if it does not run; the future ends when the host answers."""
         future: Future[None] = Future()
         self._start({"op": "ping"}, b"", future, lambda _: None)
         return future
 
 
 def _identity(config: ModelConfig, fingerprint: str) -> str:
-    """Return what decides a query's vector besides its text. An endpoint that moves keeps its fingerprint, if it is the same."""
+    """Return the facts that decide a query's vector besides its text.
+
+    An endpoint that moves to another address keeps its fingerprint if its model is the same.
+    """
     fields = [fingerprint, config.provider, config.model, config.revision, config.dimensions, config.query_prefix]
     return json.dumps([*fields, dict(config.options)], sort_keys=True)

@@ -1,1 +1,1 @@
-"""Estimate what embedding a table takes: rows, tokens, money, bytes and hours."""
+"""Estimate the cost of embedding a table: rows, tokens, money, bytes, hours."""

@@ -1,8 +1,11 @@
 """Estimate rows, tokens, money, bytes and hours before anything is paid for.
 
-Runs with the caller's rights: the sample reads the table, and evaluates the content, as the caller; only a superuser does it
-as the source's owner, for the expressions of a pipeline are that role's code. No provider is asked
-except a model on this machine, whose speed is measured with one small batch where the ledger does not know it.
+The figures are rows, tokens, money, bytes and hours. Runs with the caller's rights: the sample reads the table, and
+evaluates the content, as the caller. A superuser does it as the source's owner, because the expressions of a pipeline
+are that role's code.
+
+No provider is asked except a model on this machine. Its speed is measured with one small batch if the ledger does not
+know it.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from embedline.postgres.sqlstates import sqlstate_of
 _SAMPLE_ROWS = (100, 100_000)
 _DEFAULT_CHUNK_TOKENS = 256
 _CHARACTERS_PER_TOKEN = 4
-# Texts of the batch with which a local model is timed, and of those with which other models' tokens are compared.
+# Texts of the batch that times a local model, and of those by which other models' tokens are compared.
 _TIMED_TEXTS = 64
 _COMPARED_TEXTS = 256
 _MEGABYTE = 1024 * 1024
@@ -51,7 +54,7 @@ _PIPELINE = """
     FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE p.name = $1
 """
-# What stands between BEGIN ATOMIC and END: a SELECT over the parameters, with every name qualified.
+# The text between BEGIN ATOMIC and END: a SELECT over the parameters, with every name qualified.
 _FUNCTIONS = """
     SELECT p.proname AS name, p.proargnames AS parameters,
         regexp_replace(pg_get_function_sqlbody(p.oid), '^BEGIN ATOMIC|;\\s*END$', '', 'g') AS query
@@ -72,7 +75,7 @@ _MODELS = """
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the answer; `amount` is None where it cannot be told."""
+    """One line of the answer; `amount` is None if it is not known."""
 
     name: str
     amount: Amount | None
@@ -91,7 +94,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be embedded, and how; `pipeline` is None where there is none yet."""
+    """The table and the recipe; `pipeline` is None if there is none yet."""
 
     subject: Subject
     spec: ChunkingSpec
@@ -231,7 +234,7 @@ def _expressions(session: Session, pipeline: Pipeline) -> dict[str, str]:
 def _measure(session: Session, plan: _Plan, model: Model, sample_rows: int) -> _Measured:
     sample, rows, how = draw(session, plan.subject, sample_rows)
     tokenizer = session.scalar("SELECT tokenizer FROM embedline.model WHERE model_id = $1", ["bigint"], model.model_id)
-    # Semantic chunking would have to embed: its chunks are about as many as those of whole sentences.
+    # Semantic chunking would have to embed. It makes about as many chunks as whole sentences do.
     method = "sentences" if plan.spec.method == "semantic" else plan.spec.method
     chunker = make_chunker(replace(plan.spec, method=method, options=()), tokenizer, None)
     breathe = let_cancel_through(session)
@@ -239,7 +242,7 @@ def _measure(session: Session, plan: _Plan, model: Model, sample_rows: int) -> _
     for row in rows:
         chunks: list[Chunk] = []
         if row.content is not None:
-            # What has nothing to embed becomes a dead letter and costs nothing.
+            # A row without a text to embed becomes a dead letter and costs nothing.
             with contextlib.suppress(UnusableText):
                 chunks = chunker(repair_text(row.content), breathe, repair_text(row.prefix) if row.prefix else "")
             breathe()
@@ -345,7 +348,7 @@ def _sizes(plan: _Plan, model: Model, measured: _Measured, server_version: int) 
 
 
 def _cost(speed: _Speed, tokens: Amount, suffix: str) -> list[Figure]:
-    """Money and hours of so many tokens."""
+    """Return money and hours of a number of tokens."""
     money = None if speed.price is None else tokens.times(float(speed.price) / TOKENS_PER_PRICE)
     price = (
         f"{speed.price.normalize():f} for 1,000,000 tokens"
@@ -391,9 +394,9 @@ def _remaining(session: Session, plan: _Plan, own: _Speed, measured: _Measured) 
 
 
 def _compared(other: _Speed, measured: _Measured) -> list[Figure]:
-    """Money and hours of the same chunks with another registered model."""
+    """Return money and hours of the same chunks with another registered model."""
     texts = measured.texts[:_COMPARED_TEXTS]
     share = _count_tokens(other.tokenizer, texts) / max(sum(map(len, texts)), 1)
     tokens = measured.sample.total(measured.characters).times(share)
-    # A remote model of which neither is known has nothing to compare.
+    # A remote model without price and speed has nothing to compare.
     return [f for f in _cost(other, tokens, f" with {other.name}") if f.amount or (other.local and f.unit == "hours")]

@@ -1,7 +1,7 @@
-"""Totals of a table from a sample of its rows, each with its standard error.
+"""Estimate totals of a table from a sample of its rows, with standard errors.
 
-Cluster sampling with a ratio estimator: Cochran, Sampling Techniques (1977), sections 9A.1 and 6.3; the finite population
-correction is that of simple random sampling.
+Cluster sampling with a ratio estimator: Cochran, Sampling Techniques (1977), sections 9A.1 and 6.3. The finite
+population correction is that of simple random sampling.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Amount:
-    """An estimated total and the half width of its 95 % interval; 0: exact."""
+    """An estimated total and the half width of its 95 % interval, 0 if exact."""
 
     value: float
     margin: float = 0.0
 
     @property
     def low(self) -> float:
-        """Lower end of the interval; totals are never negative."""
+        """Return the lower end of the interval; totals are never negative."""
         return max(self.value - self.margin, 0.0)
 
     @property
     def high(self) -> float:
-        """Upper end of the interval."""
+        """Return the upper end of the interval."""
         return self.value + self.margin
 
     def times(self, factor: float) -> Amount:
@@ -38,9 +38,10 @@ class Amount:
 
 @dataclass(frozen=True)
 class Sample:
-    """The rows of a sample: `clusters` tells for each row which block it came from, `population` how many rows there are.
+    """The rows of a sample.
 
-    `every_block` is true where rows were drawn from all blocks of the table: then rows are the units, else blocks are.
+    `clusters` holds the block of each row, `population` the number of rows in the table. If `every_block`, rows were
+    drawn from all blocks of the table, and rows are the units; else blocks are.
     """
 
     population: Amount
@@ -48,7 +49,7 @@ class Sample:
     every_block: bool
 
     def total(self, values: Sequence[float]) -> Amount:
-        """Return the total over the whole table of a value that is known for each sampled row."""
+        """Return the total over the whole table of a value known for each sampled row."""
         size = len(values)
         if size == 0 or self.population.value == 0:
             return Amount(0.0)
@@ -76,7 +77,7 @@ class Sample:
 
 
 def block_total(rows_a_block: Sequence[int], blocks: int) -> Amount:
-    """Return the rows of a table of so many blocks from the rows of some of them."""
+    """Return the rows of a table of this many blocks from the rows of some of them."""
     if not rows_a_block:
         return Amount(0.0)
     counts = np.asarray(rows_a_block, dtype=np.float64)

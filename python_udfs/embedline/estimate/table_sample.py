@@ -1,4 +1,7 @@
-"""Drawing a sample of a table's rows, with the caller's rights: what the estimate of its embedding rests on."""
+"""Draw a sample of a table's rows, with the caller's rights.
+
+The estimate of its embedding rests on it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from embedline.postgres.run_as import Undone, run_as_owner
 from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import sqlstate_of
 
-# Tables up to this size (400 MB) are counted; larger ones are estimated from the sampled blocks.
+# Blocks of the largest table that is counted (400 MB). Larger tables are estimated from the sampled blocks.
 _COUNTED_BLOCKS = 50_000
-# Of a longer content the beginning is chunked and counted, and the rest taken to be like it.
+# Characters of a content that are chunked and counted; the rest is taken to be like them.
 _MAX_CHARACTERS = 10_000
 
 _BLOCKS = """
@@ -22,7 +25,7 @@ _BLOCKS = """
     FROM (SELECT $1::oid AS relid UNION SELECT relid FROM pg_partition_tree($1::oid::regclass) WHERE isleaf) AS leaf
     JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind IN ('r', 'm')
 """
-# A hash of the row's place chooses within the blocks: the same table gives the same sample again.
+# A hash of the row's place chooses within the blocks, so that the same table gives the same sample again.
 _SAMPLE = """
     SELECT s.relation, s.block, s.accepted, left(s.content, {characters}) AS content, char_length(s.content) AS characters,
         left(s.prefix, {characters}) AS prefix
@@ -43,10 +46,10 @@ _BLOCK_ROWS = """
 
 @dataclass(frozen=True)
 class Subject:
-    """A table and what is read of each row: SQL expressions over its columns.
+    """A table and the SQL expressions that are read of each row.
 
-    `source` is the qualified, quoted name. `search_path` resolves the expressions; None where they are fully qualified.
-    They run as role `run_as`; None: as the caller.
+    `source` is the qualified, quoted name. `search_path` resolves the expressions; None if they are fully qualified.
+    They run as role `run_as`; None for the caller.
     """
 
     source: str
@@ -60,7 +63,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class SampledRow:
-    """One row: whether the filter accepts it, the beginning of its content and prefix, and the whole content's length."""
+    """One row of a sample.
+
+    It has the filter's decision, the beginning of its content and prefix, and the whole content's length.
+    """
 
     accepted: bool
     content: str | None
@@ -71,7 +77,7 @@ class SampledRow:
 def draw(session: Session, subject: Subject, sample_rows: int) -> tuple[Sample, list[SampledRow], str]:
     """Draw about `sample_rows` rows, few from each of many blocks.
 
-    Returns the sample, its rows, and whether the table's rows were "counted" or are "estimated" from the sampled blocks.
+    Returns the sample, its rows, and "counted" or "estimated" for the table's rows, the latter from the sampled blocks.
     """
     blocks = int(session.scalar(_BLOCKS, ["bigint"], subject.oid))
     share = min(1.0, sample_rows / max(blocks, 1))

@@ -1,1 +1,1 @@
-"""Measure a version before it serves: its index, its model, and what they find."""
+"""Measure a version before it serves: its index, its model, and its results."""

@@ -1,4 +1,7 @@
-"""The gate of a version: index fidelity, and its model's quality against the version that serves. The evidence is stored."""
+"""Run the gate of a version: index fidelity, and its model's quality.
+
+Quality is compared with the serving version. The evidence is stored.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,13 @@ from embedline.search.query_batches import DocumentSearch, QueryVectors, embed_q
 # Queries whose embedding is timed, one at a time as search does it.
 _TIMED_QUERIES = 30
 
-# A version that lacks more would be judged by its gaps. Of a small table under steady writes some are always on their way.
+# Largest shares of missing chunks, because gaps would decide. A small table under steady writes always has some in
+# flight.
 _MOST_MISSING, _MOST_ON_THEIR_WAY = 0.01, 0.1
 _MISSING = """
     SELECT missing - dead_letters AS missing, chunks FROM embedline.versions WHERE pipeline = $1 AND version = $2
 """
-# Not stored: it is no evidence. cutover goes without a gate there.
+# Not stored, because it is no evidence. Then cutover needs no gate.
 _NOTHING = Row("verdict", verdict="inconclusive", detail="the pipeline has no chunks: there is nothing to measure")
 _RECORD = """
     INSERT INTO embedline.evaluation (pipeline_id, version_id, baseline_number, baseline_version_id, baseline_fingerprint,
@@ -60,7 +64,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A version with its queries' vectors and what it answered."""
+    """A version with its queries' vectors and its answers."""
 
     pipeline: Pipeline
     vectors: QueryVectors
@@ -76,7 +80,10 @@ def evaluate(
     session: Session, pipeline_name: str, version_number: int, canaries: str | None, k: int, margin: float,
     query_count: int, breakdown: str | None, seed: int, min_recall: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Measure a version against the one that serves, store the evidence, return what a person reads."""
+    """Measure a version against the serving one and store the evidence.
+
+    Returns the rows that a person reads.
+    """
     require_given(k=k, margin=margin, query_count=query_count, seed=seed, min_recall=min_recall)
     options = GateOptions(k, margin, query_count, breakdown, seed, min_recall)
     prepare_environment()
@@ -120,7 +127,10 @@ def _evaluate(session: Session, new: Pipeline, canaries: str | None, options: Ga
 
 
 def _require_complete(session: Session, pipeline: Pipeline) -> None:
-    """Raise while the version is being filled, or is so far behind that its rankings would show it."""
+    """Raise NotReady if the version is being filled or too far behind.
+
+    Its rankings would show the gaps.
+    """
     counted = _counted(session, pipeline)
     missing, chunks = counted["missing"], counted["chunks"]
     is_behind = missing > _MOST_MISSING * chunks and (
@@ -151,10 +161,13 @@ def score_rankings(keys: Sequence[Sequence[str]], grades: Sequence[dict[str, flo
 
 
 def _compare(subjects: Sequence[_Subject], queries: QuerySet, options: GateOptions) -> tuple[Verdict, list[Row]]:
-    """Return the verdict on quality and its rows; a version that serves has nothing to be compared with."""
+    """Return the verdict on quality and its rows.
+
+    A version that serves has nothing to be compared with.
+    """
     scores = [subject.scores(queries, options.k) for subject in subjects]
     if len(subjects) == 1:
-        # Never "pass": once another version serves, this row must not open the way back unseen.
+        # Never "pass": once another version serves, this row must not allow a cutover back without a gate.
         return "inconclusive", report.own_quality_rows(scores[0], options.k, options.seed)
     compared = statistics.judge_columns(scores[0], scores[1], options.margin, options.seed)
     rows = report.quality_rows(compared, options.k, options.margin, queries.more_come_from)
@@ -166,7 +179,10 @@ def _compare(subjects: Sequence[_Subject], queries: QuerySet, options: GateOptio
 
 
 def _latency(session: Session, subjects: Sequence[_Subject], queries: QuerySet) -> list[Row]:
-    """Embedding and search apart; the versions take turns."""
+    """Return rows for the time of embedding and of search.
+
+    The versions take turns.
+    """
     texts = queries.texts[:_TIMED_QUERIES]
     embedding: list[list[float]] = [[] for _ in subjects]
     for done, text in enumerate(texts):

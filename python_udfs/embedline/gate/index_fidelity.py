@@ -1,6 +1,7 @@
-"""Index fidelity: how much of what exact search finds a version's HNSW indexes find, on the same vectors. Needs no labels.
+"""Measure index fidelity: the share of the exact results that HNSW indexes find.
 
-The index that search uses decides; shadow indexes of less precision are measured beside it, each as search would use it.
+Both use the same vectors, so no labels are needed. The index that search uses decides. Shadow indexes of less precision
+are measured beside it, each as search would use it.
 """
 
 from __future__ import annotations
@@ -27,15 +28,20 @@ from embedline.search.exact_ranking import nearest_distances
 from embedline.search.query_batches import QueryVectors
 from embedline.search.ranking import Ranker
 
-# Queries measured at most: the mean's standard error is then below 0.01 (a query's recall has a deviation of about 0.1).
+# Most queries measured. The mean's standard error is then below 0.01, because a query's recall has a deviation of about
+# 0.1.
 MAX_QUERIES = 200
-# Tried for the advice where the index is too poor.
+# Values of ef_search to try for the advice if the index is too poor.
 _EF_SEARCHES = (80, 160, 320, 640, 1000)
 
 
 @dataclass(frozen=True)
 class IndexFigures:
-    """One index: mean recall@k with its interval, the seconds of each search, its bytes. `name` None: the column's own."""
+    """The figures of one index.
+
+    They are mean recall@k with its interval, the seconds of each search, and its bytes. `name` is None for the column's
+    own.
+    """
 
     name: str | None
     index: str
@@ -48,7 +54,10 @@ class IndexFigures:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What follows of the index that search uses, and the figures of all; `chosen` is None where search is exact."""
+    """The verdict on the index that search uses, and the figures of all.
+
+    `chosen` is None if search is exact.
+    """
 
     verdict: Verdict
     detail: str
@@ -58,7 +67,10 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some of the queries with the k smallest distances that there are for each, in order; shape (queries, k)."""
+    """Some of the queries with their exact results.
+
+    `exact` are the k smallest distances of each in order, shape (queries, k).
+    """
 
     vectors: list[str]
     exact: npt.NDArray[np.float64]
@@ -66,7 +78,7 @@ class _Sample:
 
 
 def require_index(session: Session, pipeline: Pipeline) -> None:
-    """Raise NotReady where the version is to have an index and it is not valid."""
+    """Raise NotReady if the version should have an index and it is not valid."""
     version = pipeline.version
     if version.index_method == "none":
         return
@@ -80,7 +92,10 @@ def require_index(session: Session, pipeline: Pipeline) -> None:
 def measure(
     session: Session, pipeline: Pipeline, queries: QueryVectors, k: int, min_recall: float, seed: int
 ) -> Fidelity:
-    """Measure the version's indexes with sampled queries; where search uses none it is exact and passes."""
+    """Measure the version's indexes with sampled queries.
+
+    If search uses no index, it is exact and passes.
+    """
     found = precision.candidates(session, pipeline)
     chosen_name = precision.chosen_index(session, pipeline).precision
     usable = np.flatnonzero(queries.usable)
@@ -128,8 +143,8 @@ def _figures(
 def _ask(ranker: Ranker, sample: _Sample) -> tuple[npt.NDArray[np.float64], list[float]]:
     """Return recall@k and seconds of each query, as search answers it.
 
-    Recall goes by distances: equal vectors may stand in for each other. As ann-benchmarks counts it: Aumüller, Bernhardsson
-    and Faithfull, Information Systems 87 (2020), section 3.6.
+    Recall goes by distances, because equal vectors may stand in for each other. ann-benchmarks counts it so: Aumüller,
+    Bernhardsson and Faithfull, Information Systems 87 (2020), section 3.6.
     """
     recalls, seconds = np.zeros(len(sample.vectors)), []
     ranker.nearest(sample.vectors[0], sample.k)  # warm
@@ -149,7 +164,7 @@ def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _S
             if recall >= min_recall:
                 return f"; search(..., ef_search => {ef_search}) has {recall:.3f}"
     if index.precision is not None:
-        # The whole vectors rank what it finds: what it does not find among so many they cannot put right.
+        # The whole vectors rank its candidates, so they cannot repair a candidate that it misses.
         return f"; no ef_search reaches it: add the index again with oversampling above {index.oversampling:g}"
     return "; no ef_search reaches it: build the index with a larger m or ef_construction"
 
@@ -161,7 +176,7 @@ def _is_used(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _
 
 @contextmanager
 def _index_forced(session: Session) -> Iterator[None]:
-    """Have the planner take the index also where a table is so small that it would rather read it whole."""
+    """Make the planner use the index even if a table is small enough to be read whole."""
     settings: Sequence[str] = ("enable_seqscan", "enable_sort")
     for name in settings:
         session.query("SELECT set_config($1, 'off', true)", ["text"], name)

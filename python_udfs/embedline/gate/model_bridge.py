@@ -1,7 +1,8 @@
-"""A map between the vectors of two models, so that a new model can be looked at before all texts are embedded with it.
+"""Map the vectors of one model to those of another.
 
-The map is orthogonal: it turns and mirrors, and takes no part in what is near to what. It fits as far as both models
-arrange the texts alike; `fit_bridge` says how far that is, on texts that it was not fitted on.
+With the map a new model can be judged before all texts are embedded with it. The map is orthogonal: it turns and
+mirrors, and does not change which vectors are near. It fits as far as both models arrange the texts alike. `fit_bridge`
+measures that on texts that it was not fitted on.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import numpy.typing as npt
 
 from embedline.core.vectors import FloatMatrix, normalise
 
-# One pair in so many is kept from the fit to measure it.
+# One pair in this many is kept from the fit to measure it.
 _HELD_OUT = 5
 _FEWEST_PAIRS = 10
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """The map, shape (old dimensions, new dimensions), and the mean cosine that held-out pairs reach with it.
+    """The map and its quality.
 
-    1 is a perfect map; unrelated vectors have 0. `pairs` were used for the fit.
+    `rotation` has the shape (old dimensions, new dimensions). `held_out_cosine` is the mean cosine that held-out pairs
+    reach with it: 1 for a perfect map, 0 for unrelated vectors. `pairs` were used for the fit.
     """
 
     rotation: npt.NDArray[np.float32]
@@ -32,17 +34,17 @@ class Bridge:
     def map(self, old: FloatMatrix) -> FloatMatrix:
         """Return the old version's vectors as the new one's, of length 1."""
         mapped: FloatMatrix = (old @ self.rotation).astype(np.float32)
-        # A vector of which a narrower space keeps nothing stays zero: it is near to no query.
+        # If a narrower space keeps nothing of a vector, it stays zero and is near to no query.
         norms = np.linalg.norm(mapped, axis=1, keepdims=True)
         unit: FloatMatrix = (mapped / np.where(norms > 0, norms, 1)).astype(np.float32)
         return unit
 
 
 def fit_bridge(old: FloatMatrix, new: FloatMatrix, seed: int = 0) -> Bridge:
-    """Fit the map from the old vectors (pairs, old dimensions) to the new ones (pairs, new dimensions) of the same texts.
+    """Fit the map from old vectors to new vectors of the same texts.
 
-    A fifth of the pairs, chosen by the seed, measures the map that the others give; the map returned is of all of them.
-    Raises ValueError for fewer than ten pairs.
+    Shapes are (pairs, old dimensions) and (pairs, new dimensions). A fifth of the pairs, chosen by the seed, measures
+    the map that the others give; the map returned is of all of them. Raises ValueError for fewer than ten pairs.
     """
     if len(old) != len(new) or len(old) < _FEWEST_PAIRS:
         raise ValueError(f"a bridge needs at least {_FEWEST_PAIRS} texts with vectors of both versions")
@@ -55,11 +57,12 @@ def fit_bridge(old: FloatMatrix, new: FloatMatrix, seed: int = 0) -> Bridge:
 
 
 def procrustes(old: FloatMatrix, new: FloatMatrix) -> npt.NDArray[np.float32]:
-    """Return the orthogonal map W, shape (old dimensions, new dimensions), with the largest mean cosine of old @ W and new.
+    """Return the orthogonal map W with the largest mean cosine of old @ W and new.
 
-    W = U V' of the singular value decomposition old' new = U S V': Schönemann, "A generalized solution of the orthogonal
-    Procrustes problem", Psychometrika 31 (1966). Between spaces of different dimensions W is semi-orthogonal: into the
-    larger one it keeps all distances, into the smaller one it projects.
+    Its shape is (old dimensions, new dimensions). W = U V' of the singular value decomposition old' new = U S V':
+    Schönemann, "A generalized solution of the orthogonal Procrustes problem", Psychometrika 31 (1966). Between spaces
+    of different dimensions W is semi-orthogonal: into the larger one it keeps all distances, into the smaller one it
+    projects.
     """
     left, _, right = np.linalg.svd(old.T.astype(np.float64) @ new.astype(np.float64), full_matrices=False)
     rotation: npt.NDArray[np.float32] = (left @ right).astype(np.float32)

@@ -1,8 +1,8 @@
-"""A look at a new model before anything is embedded with it: a sample of the chunks, a bridge, the gate's question.
+"""Preview a new model before anything is embedded with it.
 
-The new model embeds a few thousand chunks and the queries; a bridge turns the vectors that are there into its space, and
-both models rank the whole corpus. The new model is judged by mapped vectors, which are less than its own: a preview
-understates it, the more the lower the held-out cosine is. So it never decides, and cutover never looks at it.
+The new model embeds a few thousand chunks and the queries. A bridge turns the stored vectors into its space, and both
+models rank the whole corpus by the gate's queries. Mapped vectors are worse than the model's own, so a preview
+understates it, and more so if the held-out cosine is low. So it never decides, and cutover does not read it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from embedline.search.ranking import version_view
 from embedline.spending import ledger
 
 _SAMPLE = (100, 100_000)
-# Texts of one request: with chunks of the longest context it stays below the provider's limit of tokens.
+# Texts of one request. With chunks of the longest context it stays below the provider's limit of tokens.
 _REQUEST_TEXTS = 16
 _LABEL = "preview: "
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Chunks with their vectors of the serving version; shape (chunks, dimensions)."""
+    """Chunks with their vectors of the serving version, shape (chunks, dimensions)."""
 
     chunk_ids: list[int]
     stored: FloatMatrix
@@ -58,7 +58,10 @@ def preview_version(
     session: Session, pipeline_name: str, model_name: str, canaries: str | None, sample: int, k: int, margin: float,
     query_count: int, seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Embed a sample with a model, bridge to it, compare it with the serving one; store it as a preview, return its rows."""
+    """Compare a model with the serving one through a bridge, and store the preview.
+
+    A sample of the chunks is embedded with the model to fit the bridge. Returns the preview's rows.
+    """
     require_given(sample=sample, k=k, margin=margin, query_count=query_count, seed=seed)
     options = GateOptions(k, margin, query_count, None, seed, 1.0)
     low, high = _SAMPLE
@@ -89,7 +92,7 @@ def preview_version(
         "preview": True, "model": model.config.name, "canaries": canaries, "queries": queries.note, "sample": bridge.pairs,
         "bridge_cosine": bridge.held_out_cosine, "rows": [row.as_dict() for row in rows],
     }  # fmt: skip
-    # There is no version of that model: the row belongs to the serving one, under the model's own fingerprint.
+    # That model has no version, so the row belongs to the serving one, under the model's own fingerprint.
     record(
         session, pipeline, pipeline.version,
         Evaluation("preview", (verdict, "inconclusive", verdict), queries, options, model.fingerprint, evidence),
@@ -157,7 +160,10 @@ def _draw(session: Session, pipeline: Pipeline, sample: int, seed: int) -> _Samp
 def _scores(
     session: Session, pipeline: Pipeline, model: Model, bridge: Bridge, queries: QuerySet, k: int
 ) -> tuple[statistics.FloatArray, statistics.FloatArray]:
-    """Return the measures of both models over the whole corpus, exactly ranked; shape (queries, measures) each."""
+    """Return the measures of both models over the whole corpus, exactly ranked.
+
+    Each has the shape (queries, measures).
+    """
     old, new = (embed_queries(session, version, queries.texts) for version in (pipeline, _with_model(pipeline, model)))
     before = ExactRanking(old, pipeline.version.column_type, pipeline.version.distance, k)
     after = ExactRanking(new, "vector", "cosine", k)
@@ -169,7 +175,10 @@ def _scores(
 
 @entry_point
 def embed_chunks(session: Session, name: str, model_name: str, chunk_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Embed stored chunks with a model that need not be a version's, within budgets and rate limits; float32, unit length."""
+    """Embed stored chunks with any registered model, within budgets and rate limits.
+
+    Returns float32 vectors of unit length.
+    """
     require_control(session, name)
     prepare_environment()
     model = load_model(session, model_name)
@@ -217,6 +226,6 @@ def _embed_within_budget(session: Session, pipeline: Pipeline, texts: Sequence[s
     usable, faults = vectors.usable_vectors(matrix, "vector", True)
     if len(faults) == len(texts):
         raise InvalidVectors(next(iter(faults.values())))
-    # What has no direction takes no part in the bridge.
+    # A vector without a direction is left out of the bridge.
     usable[list(faults)] = 0
     return usable

@@ -1,4 +1,7 @@
-"""The queries of a gate: labelled ones from a table of the caller's (canaries), or made from the corpus (known items)."""
+"""Load the queries of a gate.
+
+They are labelled ones from a table of the caller's (canaries), or made from the corpus (known items).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from embedline.postgres.sqlstates import sqlstate_of
 from embedline.search.query_batches import key_expression
 from embedline.search.ranking import version_view
 
-# Places in the range of chunk_id that are looked at for each known item: two places may have the same next chunk.
+# Places in the range of chunk_id that are probed per known item, because two places may have the same next chunk.
 PROBES = 3
 
 _COLUMNS = """
@@ -28,7 +31,7 @@ _COLUMNS = """
     FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
     WHERE a.attrelid = $1::regclass AND a.attnum > 0 AND NOT a.attisdropped
 """
-# What each column must be: pg_type.typcategory, and the words for it; None: of any type.
+# The required type of each column: pg_type.typcategory, and the words for it; None for any type.
 _CANARY_COLUMNS: dict[str, tuple[str | None, str]] = {
     "query": ("S", "text"),
     "key": (None, "the key of a row of the source, one relevant row a key"),
@@ -36,18 +39,18 @@ _CANARY_COLUMNS: dict[str, tuple[str | None, str]] = {
 }
 
 
-# Of the numeric category, but no numbers.
+# Types of the numeric category that hold no numbers.
 _NO_GRADES = ("money", "oid", "reg")
-# The sum of a query's gains must be finite.
+# Largest grade, because the sum of a query's gains must be finite.
 _GREATEST_GRADE = 1_000_000
 
 
 @dataclass(frozen=True)
 class QuerySet:
-    """Queries with the grades of the keys that answer each, and, where a column was named, the group of each.
+    """Queries with the grades of the keys that answer each.
 
-    `source` is 'canary' or 'known_item'; `note` tells a person where they come from and what was left out. `is_all`: the
-    corpus gives no more known items.
+    `groups` holds the group of each if a column was named. `source` is 'canary' or 'known_item'. `note` names
+    their origin and the omitted ones for a person. `is_all` means that the corpus gives no more known items.
     """
 
     source: str
@@ -59,7 +62,7 @@ class QuerySet:
 
     @property
     def more_come_from(self) -> str:
-        """Where more queries come from: "query_count", or the words for it."""
+        """Return the source of more queries: "query_count", or the words for it."""
         if self.source == "known_item":
             return "the corpus gives no more: take canaries" if self.is_all else "query_count"
         return "more canaries"
@@ -75,9 +78,10 @@ def load_queries(
     session: Session, versions: Sequence[Pipeline], canaries: str | None, query_count: int, breakdown: str | None,
     seed: int,
 ) -> QuerySet:  # fmt: skip
-    """Return the queries to ask all the versions; `versions` are those of one pipeline, the serving one first.
+    """Return the queries to ask all the versions.
 
-    A key counts where any version has it: what only a new version lacks must count against it.
+    `versions` are those of one pipeline, the serving one first. A key counts if any version has it, because keys that
+    only a new version lacks must count against it.
     """
     if breakdown is not None:
         _require_view_column(session, versions[0], breakdown)
@@ -156,7 +160,8 @@ def _read_canaries(session: Session, table: str) -> list[dict[str, Any]]:
             f"column grade of {table} is of type {present['grade']['type']}",
             hint=f"It must be {_CANARY_COLUMNS['grade'][1]}.",
         )
-    # What float8 cannot hold is no grade either, and less than a millionth is none. NaN is above every number.
+    # A value that float8 cannot hold is not a grade, and less than a millionth counts as none. NaN is above every
+    # number.
     grade = (
         f"CASE WHEN abs(grade) > {_GREATEST_GRADE} THEN 'Infinity'::pg_catalog.float8 WHEN abs(grade) < 1e-6 THEN 0"
         " ELSE grade::pg_catalog.float8 END"
@@ -249,7 +254,10 @@ def _require_view_column(session: Session, pipeline: Pipeline, name: str) -> Non
 def _known_items(
     session: Session, versions: Sequence[Pipeline], count: int, breakdown: str | None, seed: int
 ) -> QuerySet:
-    """Make queries of up to `count` chunks of the serving version, drawn over its chunk ids."""
+    """Make queries of up to `count` chunks of the serving version.
+
+    The chunks are drawn over its chunk ids.
+    """
     pipeline = versions[0]
     drawn = {int(row["chunk_id"]): row for row in _draw_chunks(session, pipeline, count * PROBES, breakdown, seed)}
     chosen = list(drawn.values())[:count]
@@ -260,7 +268,7 @@ def _known_items(
         )
     queries: dict[str, tuple[dict[str, float], str | None]] = {}
     for text, row in zip(known_item_queries([str(row["chunk"]) for row in chosen]), chosen, strict=True):
-        # Texts that are alike make one query, which either of them answers.
+        # Equal texts make one query, which either of them answers.
         queries.setdefault(text, ({}, row["label"]))[0][str(row["key"])] = 1.0
     return QuerySet(
         "known_item", list(queries), [grades for grades, _ in queries.values()], [label for _, label in queries.values()],
@@ -271,7 +279,10 @@ def _known_items(
 def _draw_chunks(
     session: Session, pipeline: Pipeline, count: int, breakdown: str | None, seed: int
 ) -> list[dict[str, Any]]:
-    """Return random chunks, found through the primary key: the same cost on any table."""
+    """Return random chunks, found through the primary key.
+
+    The cost is the same on any table.
+    """
     view, names = version_view(session, pipeline), pipeline.view_columns
     chunk_id, chunk = f"e.{quote_ident(names['chunk_id'])}", f"e.{quote_ident(names['chunk'])}"
     label = f"e.{quote_ident(breakdown)}::text" if breakdown is not None else "NULL::text"
@@ -288,7 +299,10 @@ def _draw_chunks(
 
 
 def draw_places(session: Session, pipeline: Pipeline, count: int, seed: int) -> list[int]:
-    """Return random numbers from the range of the version's chunk ids; none where it has no chunks."""
+    """Return random numbers from the range of the version's chunk ids.
+
+    None if it has no chunks.
+    """
     view, chunk_id = version_view(session, pipeline), f"e.{quote_ident(pipeline.view_columns['chunk_id'])}"
     low, high = (
         session.scalar(f"SELECT {chunk_id} FROM {view} AS e ORDER BY {chunk_id} {direction} LIMIT 1")

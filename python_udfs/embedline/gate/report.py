@@ -1,4 +1,4 @@
-"""What a gate tells a person: one row for each thing measured, the verdict first."""
+"""Report a gate to a person: one row for each measure, the verdict first."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from embedline.gate.index_fidelity import Fidelity
 from embedline.gate.options import GateOptions
 from embedline.gate.statistics import Comparison, FloatArray, Verdict
 
-# Old and new share less than this of their results: worth a look, though a better model finds other things.
+# Share of common results below which old and new are worth checking, although a better model finds other things.
 _FEW_IN_COMMON = 0.2
-# Groups shown at most, the largest first.
+# Most groups shown, the largest first.
 MAX_GROUPS = 50
-# Of the figures that are returned and stored: a tenth of a thousandth of a measure, or of a millisecond.
+# Decimals of the figures that are returned and stored, of a measure or of a millisecond.
 _DECIMALS = 4
 _SHOWN = {"recall": "recall@{k}", "ndcg": "nDCG@{k}", "mrr": "MRR@{k}"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of what evaluate returns; low and high are the 95 % interval of the difference, or of `new` where there is none."""
+    """A row of evaluate's result.
+
+    low and high are the 95 % interval of the difference, or of `new` if there is no difference.
+    """
 
     measure: str
     old: float | None = None
@@ -37,7 +40,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as PL/Python and JSON take it."""
-        # A person reads them; what decides is decided already, by the figures as they are.
+        # Rounded for a person, after the exact figures have decided.
         return {
             name: round(float(value), _DECIMALS) if isinstance(value, float) else value
             for name, value in asdict(self).items()
@@ -45,14 +48,17 @@ class Row:
 
 
 def overall(fidelity: Verdict, quality: Verdict) -> Verdict:
-    """Fail where either fails, pass where both pass, else inconclusive."""
+    """Return fail if either fails, pass if both pass, else inconclusive."""
     if "fail" in (fidelity, quality):
         return "fail"
     return "pass" if (fidelity, quality) == ("pass", "pass") else "inconclusive"
 
 
 def fidelity_rows(fidelity: Fidelity, k: int) -> list[Row]:
-    """How much of the exact result the index finds; then what each index has and costs, where there are several."""
+    """Return the share of the exact result that the index finds.
+
+    If there are several indexes, the figures of each follow.
+    """
     chosen, measure = fidelity.chosen, f"index recall@{k}"
     if chosen is None:
         rows = [Row(measure, verdict=fidelity.verdict, detail=fidelity.detail)]
@@ -74,7 +80,10 @@ def fidelity_rows(fidelity: Fidelity, k: int) -> list[Row]:
 
 
 def quality_rows(compared: Sequence[Comparison], k: int, margin: float, more_come_from: str) -> list[Row]:
-    """The measures of both versions, the deciding one first; `more_come_from` as QuerySet has it."""
+    """Return the measures of both versions, the deciding one first.
+
+    `more_come_from` is that of QuerySet.
+    """
     order = sorted(range(len(compared)), key=lambda column: column != statistics.DECIDING)
     return [_quality_row(column, compared[column], k, margin, more_come_from) for column in order]
 
@@ -92,7 +101,7 @@ def _quality_row(column: int, compared: Comparison, k: int, margin: float, more_
 
 
 def more_queries(compared: Comparison, more_come_from: str) -> str:
-    """Say how many queries would decide, where that is not decided."""
+    """Return how many queries would decide, empty if it is decided."""
     if compared.queries_to_decide is None:
         return ""
     how = more_come_from.replace("query_count", f"query_count => {compared.queries_to_decide}")
@@ -100,7 +109,7 @@ def more_queries(compared: Comparison, more_come_from: str) -> str:
 
 
 def own_quality_rows(scores: FloatArray, k: int, seed: int) -> list[Row]:
-    """The measures of one version alone."""
+    """Return the measures of one version alone."""
     rows = []
     for column in sorted(range(scores.shape[1]), key=lambda column: column != statistics.DECIDING):
         low, high = statistics.mean_interval(scores[:, column], seed)
@@ -110,7 +119,10 @@ def own_quality_rows(scores: FloatArray, k: int, seed: int) -> list[Row]:
 
 
 def overlap_row(old: Sequence[Sequence[str]], new: Sequence[Sequence[str]], k: int) -> Row:
-    """How many of the documents that either finds both find: an alarm at most."""
+    """Return the share of the found documents that both versions find.
+
+    It is an alarm at most.
+    """
     shares = [len(set(a) & set(b)) / max(len(a), len(b), 1) for a, b in zip(old, new, strict=True)]
     mean = float(np.mean(shares))
     few = mean < _FEW_IN_COMMON
@@ -119,7 +131,7 @@ def overlap_row(old: Sequence[Sequence[str]], new: Sequence[Sequence[str]], k: i
 
 
 def latency_rows(what: str, old: Sequence[float] | None, new: Sequence[float], detail: str) -> list[Row]:
-    """Median and 95th percentile in milliseconds."""
+    """Return median and 95th percentile in milliseconds."""
     rows = []
     for percent in (50, 95):
         before = None if old is None else 1000 * float(np.percentile(old, percent))
@@ -132,10 +144,10 @@ def latency_rows(what: str, old: Sequence[float] | None, new: Sequence[float], d
 def group_rows(
     old: FloatArray, new: FloatArray, groups: Sequence[str | None], column: str, options: GateOptions
 ) -> list[Row]:
-    """The deciding measure of each group: never decides, but a group that falls beyond chance is an alarm.
+    """Return the deciding measure of each group.
 
-    Of n groups one would seem to fall by chance n times as often as a single one: each interval is that much wider
-    (Bonferroni).
+    It never decides, but a group that falls beyond chance is an alarm. Of n groups one would seem to fall by chance n
+    times as often as a single one. So each interval is that much wider (Bonferroni).
     """
     labels = np.array(["(none)" if group is None else group for group in groups])
     names, counts = np.unique(labels, return_counts=True)
@@ -157,7 +169,7 @@ def group_rows(
 
 
 def verdict_row(verdict: Verdict, fidelity: Fidelity, quality: Verdict, note: str) -> Row:
-    """What follows from all of it."""
+    """Return the verdict that follows from all of it."""
     return Row("verdict", verdict=verdict, detail=f"index {fidelity.verdict}, quality {quality}; {note}")
 
 

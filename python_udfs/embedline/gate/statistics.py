@@ -1,11 +1,13 @@
-"""The gate's arithmetic: how good a ranking is, and whether a new version may take an old one's place.
+"""Score rankings, and decide whether a new version may replace an old one.
 
-The rule is that of non-inferiority tests: a version passes where the interval of the mean difference (new less old) lies
-above minus the margin, fails where it lies below, and anything else is not decided. Few queries must not decide by chance:
-50 queries of which none differs say nothing about a drop of 2 points. So each interval is that of the queries and of two
-made up, one that only the old version answers and one that only the new does. For scores of 0 and 1 that is the adjustment
-of Agresti and Min (Statistics in Medicine 24, 2005) in the form of Bonett and Price ("Adjusted Wald Confidence Interval
-for a Difference of Binomial Proportions Based on Paired Data", Journal of Educational and Behavioral Statistics 37, 2012).
+The rule is that of non-inferiority tests. The interval of the mean difference (new less old) decides: above minus the
+margin a version passes, below it fails, else it is not decided. Few queries must not decide by chance: 50 queries of
+which none differs say nothing about a drop of 2 points.
+
+So each interval is that of the queries and of two made-up ones. Only the old version answers the first, only the new
+one the second. For scores of 0 and 1 that is the adjustment of Agresti and Min (Statistics in Medicine 24, 2005), in
+Bonett and Price's form. Source: "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on
+Paired Data", Journal of Educational and Behavioral Statistics 37, 2012.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-# Columns of `score_ranking`; a gate is decided by the one named.
+# Columns of `score_ranking`, and the one that decides a gate.
 MEASURES = ("recall", "ndcg", "mrr")
 DECIDING = MEASURES.index("ndcg")
 
@@ -34,21 +36,21 @@ DECIDING = MEASURES.index("ndcg")
 _PSEUDO_QUERIES = np.array([[1.0, 0.0], [0.0, 1.0]])
 # Indexes drawn at a time: 80 MB at most.
 _BLOCK = 4_000_000
-# A difference that lies nearer to the margin is taken for this far from it, in parts of the margin: else no number of
+# Least distance of a difference to the margin, as a share of the margin and absolute. At a distance of 0 no number of
 # queries would decide.
 _NEAREST = 0.1
 _SMALLEST_GAP = 0.001
-# What the made-up queries add to the variance of a sum: 2, but where nothing else differs sums are whole numbers, and the
-# interval ends at 3 = 1.96 * sqrt(2.35).
+# The variance that the made-up queries add to a sum. It is 2, but if nothing else differs, sums are whole numbers, and
+# the interval ends at 3 = 1.96 * sqrt(2.35).
 _PSEUDO_SPREAD = 2.35
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Old against new over the same queries: means, the mean difference, an interval of each, and what follows.
+    """Old against new over the same queries.
 
-    `queries_to_decide` is about how many queries of this kind would decide if the difference is what it seems; None where
-    it is decided.
+    It holds the means, the mean difference, an interval of each, and the verdict. `queries_to_decide` is about how many
+    queries of this kind would decide if the difference is real; None if it is decided.
     """
 
     queries: int
@@ -64,12 +66,13 @@ class Comparison:
 
 
 def ndcg_at_k(found: Sequence[Key], grades: Mapping[Key, float], k: int) -> float:
-    """Return the normalised discounted cumulated gain of the first k of `found`, between 0 and 1.
+    """Return the normalised discounted cumulated gain of the first k, from 0 to 1.
 
-    Gain is the grade itself (linear), the discount log2(rank + 1): Järvelin and Kekäläinen, "Cumulated Gain-Based
-    Evaluation of IR Techniques", ACM TOIS 20 (2002), as trec_eval's ndcg_cut counts it. The exponential gain that others
-    use (2^grade - 1) would let one grade of 100 outweigh all else. A key found twice counts once, where it is first.
-    Raises ValueError where no grade is above 0.
+    Gain is the grade itself (linear), the discount log2(rank + 1), as trec_eval's ndcg_cut counts it. Source: Järvelin
+    and Kekäläinen, "Cumulated Gain-Based Evaluation of IR Techniques", ACM TOIS 20 (2002). With the exponential gain
+    that others use (2^grade - 1), one grade of 100 would outweigh all else.
+
+    A key found twice counts once, at its first place. Raises ValueError if no grade is above 0.
     """
     ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)[:k]
     if not ideal:
@@ -83,21 +86,27 @@ def _discounted(gains: Sequence[float]) -> float:
 
 
 def reciprocal_rank(found: Sequence[Key], grades: Mapping[Key, float]) -> float:
-    """Return 1 / rank of the first relevant item, 0 where none is found (Voorhees, TREC-8, 1999)."""
+    """Return 1 / rank of the first relevant item, 0 if none is found.
+
+    Source: Voorhees, TREC-8, 1999.
+    """
     return next((1.0 / rank for rank, key in enumerate(found, 1) if grades.get(key, 0.0) > 0), 0.0)
 
 
 def score_ranking(found: Sequence[Key], grades: Mapping[Key, float], k: int) -> tuple[float, float, float]:
-    """Return recall@k, nDCG@k and the reciprocal rank among the first k of one query's ranking: `MEASURES`."""
+    """Return `MEASURES` of one query's ranking.
+
+    They are recall@k, nDCG@k and the reciprocal rank among the first k.
+    """
     relevant = [key for key, grade in grades.items() if grade > 0]
     return recall_at_k(found, relevant, k), ndcg_at_k(found, grades, k), reciprocal_rank(found[:k], grades)
 
 
 def resample_means(columns: FloatArray, seed: int, resamples: int = RESAMPLES) -> FloatArray:
-    """Return the means of `resamples` samples of the rows, drawn with replacement: shape (resamples, columns).
+    """Return the means of `resamples` samples of the rows, drawn with replacement.
 
-    Bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapters 6 and 13. A row is drawn with all
-    its columns, so what is paired stays paired.
+    The shape is (resamples, columns). Bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993),
+    chapters 6 and 13. A row is drawn with all its columns, so that pairs stay pairs.
     """
     count, random = len(columns), np.random.default_rng(seed)
     size = max(_BLOCK // count, 1)
@@ -113,7 +122,10 @@ def resample_means(columns: FloatArray, seed: int, resamples: int = RESAMPLES) -
 
 
 def mean_interval(scores: FloatArray, seed: int = 0, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the interval of the mean of one version's scores (between 0 and 1); the two made-up queries are among them."""
+    """Return the interval of the mean of one version's scores, from 0 to 1.
+
+    The two made-up queries are among them.
+    """
     return _interval(resample_means(np.append(scores, [0.0, 1.0])[:, np.newaxis], seed)[:, 0], confidence)
 
 
@@ -124,9 +136,9 @@ def _interval(means: FloatArray, confidence: float) -> tuple[float, float]:
 
 
 def judge(old: FloatArray, new: FloatArray, margin: float, seed: int = 0, confidence: float = CONFIDENCE) -> Comparison:
-    """Compare two versions' scores (between 0 and 1) of the same queries: pass, fail or inconclusive.
+    """Compare two versions' scores of the same queries: pass, fail or inconclusive.
 
-    Raises ValueError where there is no query, or the arrays are not of one length.
+    Scores are between 0 and 1. Raises ValueError if there is no query, or the arrays differ in length.
     """
     return judge_columns(old[:, np.newaxis], new[:, np.newaxis], margin, seed, confidence)[0]
 
@@ -134,7 +146,10 @@ def judge(old: FloatArray, new: FloatArray, margin: float, seed: int = 0, confid
 def judge_columns(
     old: FloatArray, new: FloatArray, margin: float, seed: int = 0, confidence: float = CONFIDENCE
 ) -> list[Comparison]:
-    """Like `judge` for several measures of the same queries, shape (queries, measures), over the same samples."""
+    """Compare as `judge` does for several measures, over the same samples.
+
+    The shape is (queries, measures).
+    """
     if len(old) == 0 or old.shape != new.shape:
         raise ValueError("old and new need one score each for at least one query")
     count, measures = old.shape
@@ -156,10 +171,11 @@ def judge_columns(
 
 
 def queries_to_decide(differences: FloatArray, margin: float) -> int:
-    """Return about how many queries with differences like these bring the interval to one side of minus the margin.
+    """Return about how many queries would decide, with differences like these.
 
-    Solves z * sqrt(n s^2 + p) = gap * (n + 2) for n: the half width of the interval over n queries and the two made up, set
-    equal to how far the mean is from the margin. Two digits are kept: it is no more exact.
+    They would bring the interval to one side of minus the margin. Solves z * sqrt(n s^2 + p) = gap * (n + 2) for n. The
+    left side is the half width of the interval over n queries and the two made-up ones. The right side is the distance
+    of the mean from the margin. Two digits are kept, because it is no more exact.
     """
     variance = float(differences.var(ddof=1)) if len(differences) > 1 else 1.0
     gap = max(abs(float(differences.mean()) + margin), _NEAREST * margin, _SMALLEST_GAP)

@@ -1,8 +1,10 @@
-"""Queries for a corpus that nobody has labelled: each is made of one text, and that text's document is to be found with it.
+"""Make queries for a corpus without labels, each from one text.
 
-Simulated known-item topics: Azzopardi, de Rijke and Balog, "Building Simulated Queries for Known-Item Topics", SIGIR 2007.
-Such queries say how well documents are told apart. They use the texts' own words, so they know nothing of synonyms: queries
-of real users are always the better canaries.
+The text's document is the answer. Simulated known-item topics: Azzopardi, de Rijke and Balog, "Building Simulated
+Queries for Known-Item Topics", SIGIR 2007.
+
+Such queries measure how well documents are told apart. They use the texts' own words, so they do not measure synonyms.
+Queries of real users are always the better canaries.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from collections.abc import Iterator, Sequence
 
 _WORDS_OF_A_QUERY = 6
 _FEWEST_WORDS = 3
-# Of a text without words between spaces, such as Chinese, this much from its middle is the query.
+# Characters from the middle of a text that make the query if it has no words between spaces, such as Chinese.
 _PIECE = 24
-# A letter first: numbers alone tell little of what a text is about.
+# A letter first, because numbers alone tell little of a text's subject.
 _WORD = re.compile(r"[^\W\d_][\w'-]*[^\W_]")
 
 
 def known_item_queries(texts: Sequence[str]) -> list[str]:
-    """Return a query for each text: its most characteristic words (term frequency times inverse document frequency among
-    the texts), in the order in which they stand in it.
+    """Return a query for each text: its most characteristic words.
+
+    They have the largest term frequency times inverse document frequency among the texts, and are in the text's order.
     """
     words = [_WORD.findall(text) for text in texts]
     frequency = Counter(word for found in words for word in {word.lower() for word in found})

@@ -1,1 +1,1 @@
-"""Vector indexes: their definitions, the memory and disk that a build takes, and the builds."""
+"""Define vector indexes, plan the memory and disk of a build, and build them."""

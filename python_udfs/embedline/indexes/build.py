@@ -1,7 +1,7 @@
-"""Building vector indexes: what a client has to do, and pg_cron's jobs.
+"""Build vector indexes, by a client or by pg_cron's jobs.
 
-CREATE INDEX CONCURRENTLY, by which no application write waits, cannot run in a function. So it is run by pg_cron, or by a
-client (index_build), or by hand.
+CREATE INDEX CONCURRENTLY does not block writes of applications, but cannot run in a function. So pg_cron runs it, or a
+client (index_build), or a person.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.session import Session
 from embedline.queue.coverage import require_coverage, require_usable_vectors
 
-# pgvector's default of the index option.
+# pgvector's default of the index option m.
 _DEFAULT_M = 16
-# First key of the session advisory lock that builds on one table exclude each other by ("Emi1"); the second is the table's oid.
+# First key of the session advisory lock by which builds on one table exclude each other ("Emi1"); the second is the
+# table's OID.
 _BUILD_LOCK_CLASS = 1164798257
 _TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
 # A job of an index begins at the next full minute, and again each minute until it is taken away.
@@ -34,7 +35,10 @@ _EACH_MINUTE = "* * * * *"
 def build_settings(
     session: Session, pipeline: Pipeline, index: VectorIndex, count: int, parallel_workers: int | None
 ) -> BuildSettings:
-    """Return how to build an index over `count` vectors on this server; raises where the disk has no room for it."""
+    """Return how to build an index over `count` vectors on this server.
+
+    Raises InsufficientDisk if the disk has no room for it.
+    """
     m = int(str(pipeline.version.index_options.get("m", _DEFAULT_M)))
     shape = (count, index.dimensions, index.element_type, m)
     need = Need(memory=hnsw_build_memory(*shape, session.server_version), disk=hnsw_bytes(*shape))
@@ -47,7 +51,10 @@ def _chosen(session: Session, name: str, number: int | None) -> Pipeline:
 
 @entry_point
 def index_statement(session: Session, name: str, number: int | None, precision: str | None) -> str | None:
-    """Return the statement that builds an index of a version; NULL where there is none, or it is valid already."""
+    """Return the statement that builds an index of a version.
+
+    NULL if there is no such index, or it is valid already.
+    """
     pipeline = _chosen(session, name, number)
     index = find_index(session, pipeline, precision)
     if index is None or index_state(session, index) == "valid":
@@ -59,7 +66,10 @@ def index_statement(session: Session, name: str, number: int | None, precision: 
 def index_plan(
     session: Session, name: str, number: int | None, precision: str | None, parallel_workers: int | None
 ) -> str:
-    """Return what a client has to do to build an index, as JSON; raises where the version is not verified to be complete."""
+    """Return the client's steps to build an index, as JSON.
+
+    Raises NotReady if the version is not verified to be complete.
+    """
     pipeline = _chosen(session, name, number)
     index = find_index(session, pipeline, precision)
     if index is None:
@@ -94,8 +104,8 @@ def schedule_build(session: Session, pipeline: Pipeline, index: VectorIndex, set
 def _job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:
     """Return a job's command: one statement, which carries its settings in a comment.
 
-    A job has a session of its own, but SET and CREATE INDEX CONCURRENTLY in one string would be one transaction. The event
-    trigger embedline_build_settings reads the comment and sets them as the statement begins.
+    A job has a session of its own, but SET and CREATE INDEX CONCURRENTLY in one string would be one transaction. The
+    event trigger embedline_build_settings reads the comment and sets them as the statement begins.
     """
     return (
         f"{create_index_statement(pipeline, index)} /* embedline build: maintenance_work_mem ="
@@ -105,7 +115,7 @@ def _job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings
 
 @entry_point
 def build_vector_index(session: Session, name: str, number: int | None) -> str:
-    """Have pg_cron build what a version lacks of its indexes; return what happens now."""
+    """Have pg_cron build a version's missing indexes; return the steps that follow."""
     require_control(session, name)
     pipeline = _chosen(session, name, number)
     label = f'version {pipeline.version.number} of pipeline "{name}"'

@@ -1,4 +1,7 @@
-"""The vector indexes that a version is to have: its column's own, and shadow indexes of less precision."""
+"""Define the vector indexes that a version should have.
+
+They are its column's own, and shadow indexes of less precision.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from embedline.postgres.session import Session
 State = Literal["missing", "invalid", "building", "valid"]
 
 _HAMMING = "bit_hamming_ops"
-# Of an index whose version names none. With pgvector's own default of 64, of 100,000 package summaries recall@10 was 0.978
-# at most, with ef_search 1,000; with 200 it reaches 0.99 at 400. A build takes 2.5 times as long (263 s against 105 s).
+# ef_construction of an index whose version names none. With pgvector's default of 64, recall@10 on 100,000 package
+# summaries was 0.978 at most, with ef_search 1,000. With 200 it reaches 0.99 at 400. A build takes 2.5 times as long
+# (263 s against 105 s).
 EF_CONSTRUCTION = 200
 _PRECISIONS = """
     SELECT name, kind, dimensions, oversampling FROM embedline.precision_index WHERE version_id = $1 ORDER BY name
@@ -25,10 +29,10 @@ _PRECISIONS = """
 
 @dataclass(frozen=True)
 class VectorIndex:
-    """An index over a version's vectors: that of the column itself (`precision` None), or one of less precision.
+    """An index over a version's vectors, of the column itself or of less precision.
 
-    `operand` is what is indexed, with `{}` for the vector: a search has to order by the very same expression.
-    `element_type` and `dimensions` are what the graph holds.
+    `precision` is None for the column itself. `operand` is the indexed expression, with `{}` for the vector; a search
+    has to order by the very same expression. `element_type` and `dimensions` are those of the graph.
     """
 
     precision: str | None
@@ -42,7 +46,7 @@ class VectorIndex:
 
     @property
     def qualified(self) -> str:
-        """Schema and name, quoted."""
+        """Return schema and name, quoted."""
         return data_name(self.name)
 
 
@@ -63,8 +67,8 @@ def own_index(pipeline: Pipeline, schema: str) -> VectorIndex:
 def precision_index(pipeline: Pipeline, schema: str, row: dict[str, Any]) -> VectorIndex:
     """Return a shadow index from its row in embedline.precision_index.
 
-    The vector is cast to its type without dimensions first: then the expression is the same over the table, over a version's
-    view and over the routing view, whose column has no dimensions, and the planner finds the index through each of them.
+    The vector is cast to its type without dimensions first. Then the expression is the same over the table, a version's
+    view and the routing view, whose column has no dimensions. So the planner finds the index through each of them.
     """
     version = pipeline.version
     kind, dimensions, column_type = str(row["kind"]), int(row["dimensions"]), version.column_type
@@ -93,7 +97,7 @@ def precision_index(pipeline: Pipeline, schema: str, row: dict[str, Any]) -> Vec
 
 
 def load_indexes(session: Session, pipeline: Pipeline) -> list[VectorIndex]:
-    """Return the indexes that `pipeline.version` is to have, its column's own first."""
+    """Return the indexes that `pipeline.version` should have, its column's own first."""
     schema = vector_schema(session)
     own = [] if pipeline.version.index_method == "none" else [own_index(pipeline, schema)]
     rows = session.query(_PRECISIONS, ["bigint"], pipeline.version.version_id)
@@ -101,7 +105,10 @@ def load_indexes(session: Session, pipeline: Pipeline) -> list[VectorIndex]:
 
 
 def find_index(session: Session, pipeline: Pipeline, precision: str | None) -> VectorIndex | None:
-    """Return one of `load_indexes`; None for the column's own where the version has none. Raises NotFound."""
+    """Return one of `load_indexes`; None for the column's own if there is none.
+
+    Raises NotFound for an unknown precision.
+    """
     indexes = load_indexes(session, pipeline)
     for index in indexes:
         if index.precision == precision:
@@ -117,7 +124,7 @@ def find_index(session: Session, pipeline: Pipeline, precision: str | None) -> V
 
 
 def index_state(session: Session, index: VectorIndex) -> State:
-    """Return whether the index is there, and may be used."""
+    """Return the state of the index: whether it exists and may be used."""
     state: State = session.scalar("SELECT embedline._index_state($1)", ["text"], index.name)
     return state
 

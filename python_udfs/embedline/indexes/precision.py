@@ -1,7 +1,8 @@
-"""The same vectors in less precision: shadow indexes of one version, which search may rank with and rerank by the vectors.
+"""Manage shadow indexes: the same vectors in less precision.
 
-An index of halfvec is half as large, one of signs (binary) a thirty-second of the vectors, one of a shorter prefix
-(Matryoshka) as small as the prefix. Each finds `oversampling` times the rows wanted, which the whole vectors then rank.
+A search may rank with one and rerank by the whole vectors. An index of halfvec is half as large, one of signs (binary)
+a thirty-second of the vectors. One of a shorter prefix (Matryoshka) is as small as the prefix. Each finds
+`oversampling` times the rows wanted, which the whole vectors then rank.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 
-# pgvector's bound of hnsw.ef_search, which is how many rows a scan finds before it begins anew.
+# pgvector's bound of hnsw.ef_search, which is the number of rows that a scan finds before it starts again.
 MAX_EF_SEARCH = 1000
 _MIN_EF_SEARCH = 40
 _KINDS = ("halfvec", "binary", "prefix")
@@ -34,7 +35,10 @@ _BYTES = """
 
 @dataclass(frozen=True)
 class Candidate:
-    """A valid index of a version, with what it costs; `name` is None for the column's own."""
+    """A valid index of a version, with its size in bytes.
+
+    `name` is None for the column's own.
+    """
 
     name: str | None
     index: VectorIndex
@@ -42,7 +46,10 @@ class Candidate:
 
 
 def candidates(session: Session, pipeline: Pipeline) -> list[Candidate]:
-    """Return the indexes of `pipeline.version` that a search could use now, its column's own first."""
+    """Return the indexes of `pipeline.version` that a search could use now.
+
+    The column's own comes first.
+    """
     return [
         Candidate(index.precision, index, _bytes(session, index))
         for index in load_indexes(session, pipeline)
@@ -51,9 +58,10 @@ def candidates(session: Session, pipeline: Pipeline) -> list[Candidate]:
 
 
 def chosen_index(session: Session, pipeline: Pipeline) -> VectorIndex:
-    """Return the index that search ranks `pipeline.version` with: the one of `use_precision`, else the column's own.
+    """Return the index that search ranks `pipeline.version` with.
 
-    Where the version has no index at all the column's own is returned all the same: its statement is an exact search then.
+    It is the one of `use_precision`, else the column's own. The column's own is returned even if the version has no
+    index at all, because its statement is an exact search then.
     """
     if pipeline.version.search_precision is not None:
         index = find_index(session, pipeline, pipeline.version.search_precision)
@@ -63,12 +71,15 @@ def chosen_index(session: Session, pipeline: Pipeline) -> VectorIndex:
 
 
 def candidate_count(index: VectorIndex, k: int) -> int:
-    """Return how many rows the index has to find for the k best of them."""
+    """Return the number of rows that the index has to find for the k best of them."""
     return k if index.precision is None else min(max(k, math.ceil(k * index.oversampling)), max(k, MAX_EF_SEARCH))
 
 
 def ef_search(index: VectorIndex, k: int) -> int:
-    """Return hnsw.ef_search for the k best: twice the rows wanted of the column's own index, all candidates of another."""
+    """Return hnsw.ef_search for the k best.
+
+    The column's own index needs twice the rows wanted, a shadow index all candidates.
+    """
     count = candidate_count(index, k)
     # Twice the rows: recall@10 of the manual's index terms was 0.768 with 40 for 40 rows, 0.780 with 80 (exact 0.793).
     return min(max(_MIN_EF_SEARCH, 2 * count if index.precision is None else count), MAX_EF_SEARCH)
@@ -78,9 +89,10 @@ def ranked_rows(
     session: Session, pipeline: Pipeline, index: VectorIndex, relation: str, embedding: str, shown: dict[str, str],
     limit: int, *, is_exact: bool = False,
 ) -> str:  # fmt: skip
-    """Return the query of the nearest `limit` rows of a relation: `shown` (name: expression) and distance, $1 the vector.
+    """Return the query of the nearest `limit` rows of a relation; $1 is the vector.
 
-    A shadow index finds the candidates and the whole vectors rank them. `is_exact` keeps the planner from any index.
+    Its columns are `shown` (name: expression) and distance. A shadow index finds the candidates and the whole vectors
+    rank them. `is_exact` keeps the planner from any index.
     """
     schema = vector_schema(session)
     query = f"$1::{schema}.{pipeline.version.vector_type}"
@@ -88,7 +100,7 @@ def ranked_rows(
     columns = ", ".join(f"{expression} AS {quote_ident(column)}" for column, expression in shown.items())
     distance = f"{embedding} {operator} {query}"
     if is_exact or index.precision is None:
-        # The sum is no expression of an index.
+        # No index has the sum as its expression.
         order = f"({distance}) + 0::double precision" if is_exact else distance
         return f"SELECT {columns}, {distance} AS distance FROM {relation} ORDER BY {order} LIMIT {limit}"
     approximate = f"{index.operand.format(embedding)} {index.operator} {index.operand.format(query)}"
@@ -116,7 +128,10 @@ def _controlled(session: Session, name: str, number: int) -> Pipeline:
 def add_precision_index(
     session: Session, name: str, number: int, kind: str, dimensions: int | None, oversampling: float
 ) -> str:
-    """Let a version have a shadow index and return its name; it is built as the version's own is."""
+    """Declare a shadow index of a version and return its name.
+
+    It is built as the version's own index is.
+    """
     pipeline = _controlled(session, name, number)
     if kind not in _KINDS:
         raise InvalidParameter(f'kind "{kind}" is not known', hint=f"Use one of {', '.join(_KINDS)}.")
@@ -140,7 +155,10 @@ def add_precision_index(
 
 
 def _width(pipeline: Pipeline, kind: str, dimensions: int | None) -> int:
-    """Return the dimensions of such an index, checked against what the vectors have and what pgvector indexes."""
+    """Return the dimensions of such an index.
+
+    They are checked against those of the vectors and the limits of pgvector.
+    """
     version = pipeline.version
     whole = version.dimensions
     if kind == "halfvec" and version.column_type == "halfvec":
@@ -175,7 +193,10 @@ def _require_indexable(dimensions: int, element_type: str) -> None:
 
 @entry_point
 def drop_precision_index(session: Session, name: str, number: int, precision: str) -> None:
-    """Drop a shadow index. Takes ACCESS EXCLUSIVE on the version's table for an instant."""
+    """Drop a shadow index.
+
+    Takes ACCESS EXCLUSIVE on the version's table for an instant.
+    """
     pipeline = _controlled(session, name, number)
     index = find_index(session, pipeline, precision)
     if index is None or index.precision is None:
@@ -196,7 +217,10 @@ def drop_precision_index(session: Session, name: str, number: int, precision: st
 
 @entry_point
 def use_precision(session: Session, name: str, number: int, precision: str | None) -> None:
-    """Have search rank a version with one of its shadow indexes; None: with the index of the column itself."""
+    """Have search rank a version with one of its shadow indexes.
+
+    None selects the index of the column itself.
+    """
     pipeline = _controlled(session, name, number)
     index = find_index(session, pipeline, precision)
     if precision is not None and index is not None and index_state(session, index) != "valid":

@@ -1,4 +1,7 @@
-"""Before an index is built: memory, /dev/shm and disk against what the build takes. `choose` is arithmetic alone."""
+"""Compare memory, /dev/shm and disk with the needs of an index build.
+
+`choose` is arithmetic alone.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ from embedline.errors import InsufficientDisk
 from embedline.postgres.session import Session
 
 _MIB = 1024 * 1024
-# What the estimate of the graph may be wrong by (measured: 2 %), and what pgvector sets aside of it in a parallel build.
+# Error of the graph's estimate (measured: 2 %), and the bytes that pgvector reserves of it in a parallel build.
 _MEMORY_SLACK = 1.05
 _PARALLEL_RESERVE = 8 * _MIB
-# Of the memory that the machine could give now; the rest is for its other sessions and the page cache.
+# Share of the memory available now; the rest is for the machine's other sessions and the page cache.
 _MEMORY_SHARE = 0.5
-# PostgreSQL starts no more parallel workers than there are 32 MB of maintenance_work_mem for, the leader included.
-# pgvector before 0.8.2 overflows a buffer in parallel builds (CVE-2026-3172) because a length wraps round: "area - 1 MB" in
-# HnswBeginParallel, which is below zero only where maintenance_work_mem is between 3 and 4 MB (its commit b7e680d). A build
-# of ours never gets so little, so it is parallel with these versions, too.
+# Bytes of maintenance_work_mem for each process of a build, the leader included. PostgreSQL starts no more parallel
+# workers than that.
+#
+# pgvector before 0.8.2 overflows a buffer in parallel builds (CVE-2026-3172) because a length wraps round. The length is "area
+# - 1 MB" in HnswBeginParallel, which is below zero only if maintenance_work_mem is between 3 and 4 MB (its commit
+# b7e680d). Our builds never get so little, so they are parallel with these versions, too.
 _MEMORY_PER_PROCESS = 32 * _MIB
 _SMALLEST = 64 * _MIB
 
@@ -35,7 +40,7 @@ _MACHINE = """
 
 @dataclass(frozen=True)
 class Need:
-    """What a build takes, in bytes: the graph in memory, the index on disk."""
+    """The needs of a build, in bytes: the graph in memory, the index on disk."""
 
     memory: float
     disk: float
@@ -43,7 +48,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the server has now, in bytes; None where it could not be found out."""
+    """The resources of the server now, in bytes; None if one is not known."""
 
     maintenance_work_mem: int
     parallel_workers: int
@@ -56,7 +61,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How to build: settings of the session that does it, and what is to be said about them."""
+    """The settings of the session that builds, and notices about them."""
 
     maintenance_work_mem_kb: int
     parallel_workers: int
@@ -64,9 +69,10 @@ class BuildSettings:
 
 
 def choose(need: Need, machine: Machine, parallel_workers: int | None = None) -> BuildSettings:
-    """Return how to build; `parallel_workers` takes the place of the server's own setting, 0 is a serial build.
+    """Return how to build.
 
-    Raises InsufficientDisk. Too little memory is only told: such a build is many times slower, but it comes to its end.
+    `parallel_workers` replaces the server's own setting; 0 is a serial build. Raises InsufficientDisk. Too little
+    memory only gives a notice, because such a build is many times slower but ends.
     """
     if machine.free_disk is not None and need.disk > machine.free_disk:
         raise InsufficientDisk(
@@ -93,7 +99,10 @@ def choose(need: Need, machine: Machine, parallel_workers: int | None = None) ->
 
 
 def _allowed(machine: Machine) -> int | None:
-    """Return the most that a build may take: what an administrator has set counts, even if it looks like much."""
+    """Return the most memory that a build may take.
+
+    A setting of the administrator counts, even if it seems large.
+    """
     if machine.available_memory is None:
         return None
     share = int(machine.available_memory * _MEMORY_SHARE) // _MIB * _MIB
@@ -101,8 +110,8 @@ def _allowed(machine: Machine) -> int | None:
 
 
 def _obstacle_to_parallel(machine: Machine, shared: int) -> str | None:
-    # A parallel build allocates all of maintenance_work_mem at once as dynamic shared memory: with "posix" that is a file
-    # in /dev/shm, which a container often limits to 64 MB.
+    # A parallel build allocates all of maintenance_work_mem at once as dynamic shared memory. With "posix" that is a
+    # file in /dev/shm, which a container often limits to 64 MB.
     free = machine.free_shared_memory
     if machine.shared_memory_type != "posix" or free is None or shared <= free:
         return None
@@ -125,7 +134,7 @@ def _too_little(need: Need, taken: int, wanted: int, machine: Machine) -> list[s
 
 
 def look_at_machine(session: Session) -> Machine:
-    """Read what the server has: run inside it, for the client may be another machine."""
+    """Read the server's resources from inside it; a client may be another machine."""
     row = session.query(_MACHINE)[0]
     directory = str(row["directory"])
     return Machine(
@@ -140,7 +149,10 @@ def look_at_machine(session: Session) -> Machine:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return what could be allocated now, under the limit of a container where there is one."""
+    """Return the memory that could be allocated now.
+
+    The limit of a container counts, too.
+    """
     found = [value for value in (_of_machine(meminfo), _of_container(cgroup)) if value is not None]
     return min(found, default=None)
 
@@ -161,7 +173,7 @@ def _of_container(cgroup: Path) -> int | None:
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    # Pages of files that nobody uses now are given up when memory is asked for.
+    # Page cache that is not in use now is freed when memory is needed.
     return None if limit == "max" else max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
 
 

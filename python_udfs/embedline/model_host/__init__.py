@@ -1,4 +1,5 @@
-"""The model host: one process per local model and server, shared by all its backends over a Unix socket.
+"""Serve one local model per process, shared by all backends of a server.
 
-`launcher` and `protocol` are imported by backends and must stay light; `server` and `inference` run in the host only.
+Backends reach the host over a Unix socket. They import `launcher` and `protocol`, which must stay light. `server` and
+`inference` run in the host only.
 """

@@ -1,6 +1,7 @@
-"""Entry of the model host: `python -m embedline.model_host --socket PATH --config-json JSON --owner-pid N ...`.
+"""Start the model host.
 
-Leaves the backend first (fork, new session, fresh signals), then sets its limits, and only then imports what is heavy.
+Usage: `python -m embedline.model_host --socket PATH --config-json JSON --owner-pid N ...`. It detaches from the backend
+first (fork, new session, fresh signals), then sets its limits, and only then imports the heavy modules.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import resource
 import signal
 from typing import NoReturn
 
-# The host is cheap to start again, PostgreSQL is not: let the kernel's out-of-memory killer take the host first.
+# Makes the kernel's out-of-memory killer prefer the host, because the host is cheap to start again and PostgreSQL is
+# not.
 OOM_SCORE_ADJUSTMENT = 900
 
 
 def _detach() -> None:
-    """Become a daemon: the backend that started us must not be our parent, or a zombie would stay with it."""
+    """Become a daemon.
+
+    The backend that started this process must not be its parent, or a zombie would stay with the backend.
+    """
     if os.fork() > 0:
         os._exit(0)
-    # The launcher asked for a new session; this process, not its leader, can never get a controlling terminal.
+    # The launcher asked for a new session. This process is not its leader, so it can never get a controlling terminal.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         # Signals 32 and 33 belong to the C library and cannot be set.
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    # We inherit the mask of the backend's I/O thread, which blocks everything.
+    # The inherited mask of the backend's I/O thread blocks everything.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.umask(0o077)
     os.chdir("/")

@@ -1,9 +1,10 @@
-"""Writes the ONNX graph of a BERT encoder straight from its weights, without torch.
+"""Write the ONNX graph of a BERT encoder straight from its weights, without torch.
 
-Covers the sentence-transformers models that are a plain BERT with mean or CLS pooling, perhaps normalised: MiniLM, BGE,
-E5, GTE and their kin. `read` returns None for everything else, and torch then exports it. The graph computes what
-transformers' BertModel does, operation by operation, and quantises to the same int8 weights as torch's export; tests
-compare both.
+It covers the sentence-transformers models that are a plain BERT with mean or CLS pooling, normalised or not: MiniLM,
+BGE, E5, GTE and their kin. `read` returns None for all other models, and torch then exports them.
+
+The graph computes the same as transformers' BertModel, operation by operation, and quantises to the same int8 weights
+as torch's export. Tests compare both.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _OPSET, _IR_VERSION = 17, 8
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# What a missing key of config.json means to transformers, where another value would need another graph.
+# Values that transformers takes for missing keys of config.json. Any other value would need another graph.
 _PLAIN_CONFIG = {
     "model_type": "bert",
     "hidden_act": "gelu",
@@ -33,15 +34,18 @@ _PLAIN_CONFIG = {
 }
 # Weights that the graph does not need: a constant, and a pooler that sentence-transformers does not use.
 _IGNORED_PREFIXES = ("embeddings.position_ids", "pooler.")
-# A protobuf holds 2 GB; torch's exporter keeps larger weights in a file of their own.
+# Most bytes of weights, because a protobuf holds 2 GB. torch's exporter keeps larger weights in a file of their own.
 _LARGEST_BYTES = 1_800_000_000
-# torch.nn.functional.normalize and Pooling never divide by less.
+# Smallest divisors of torch.nn.functional.normalize and of Pooling.
 _MIN_NORM, _MIN_TOKENS = 1e-12, 1e-9
 
 
 @dataclass(frozen=True)
 class Bert:
-    """A BERT encoder with its pooling. `max_length` counts the special tokens; `pooling` is "mean" or "cls"."""
+    """A BERT encoder with its pooling.
+
+    `max_length` counts the special tokens; `pooling` is "mean" or "cls".
+    """
 
     directory: str
     config: Mapping[str, Any]
@@ -52,23 +56,26 @@ class Bert:
 
     @property
     def dimensions(self) -> int:
-        """The width of its vectors."""
+        """Return the width of its vectors."""
         return int(self.config["hidden_size"])
 
     @property
     def max_tokens(self) -> int:
-        """The longest text in tokens, without special tokens."""
+        """Return the longest text in tokens, without special tokens."""
         return self.max_length - int(self._read_tokenizer().num_special_tokens_to_add(False))
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer with the truncation and padding that transformers applies at each call."""
+        """Return the tokenizer with transformers' truncation and padding."""
         tokenizer = self._read_tokenizer()
         tokenizer.enable_truncation(self.max_length)
         tokenizer.enable_padding(pad_id=tokenizer.token_to_id(self.pad_token), pad_token=self.pad_token)
         return tokenizer
 
     def write(self, path: str) -> None:
-        """Write the graph: token ids in, sentence embeddings of shape (texts, dimensions) out."""
+        """Write the graph.
+
+        Its input are token ids, its output sentence embeddings of shape (texts, dimensions).
+        """
         import onnx
 
         model = _Graph(self).model()
@@ -85,7 +92,7 @@ class Bert:
 
 
 def read(directory: str) -> Bert | None:
-    """Return the model in a directory if it is a BERT that this module can write, else None."""
+    """Return the model in a directory, None unless it is a BERT for this module."""
     try:
         config = _read_json(directory, "config.json")
         modules = _read_json(directory, "modules.json")
@@ -105,7 +112,8 @@ def read(directory: str) -> Bert | None:
         and all(config.get(key, value) == value for key, value in _PLAIN_CONFIG.items())
         and not sentence.get("do_lower_case", False)
         and max_length <= int(config["max_position_embeddings"])
-        # transformers would change a tokenizer that does not fit its configuration, or cut and pad it at the other side.
+        # transformers would change a tokenizer that does not fit its configuration, or truncate and pad at the other
+        # side.
         and normalizer.get("type") == "BertNormalizer"
         and normalizer.get("lowercase") == words.get("do_lower_case", True)
         and words.get("padding_side", "right") == words.get("truncation_side", "right") == "right"
@@ -120,7 +128,7 @@ def _are_plain_weights(path: str) -> bool:
     """Return True for the float32 weights of a BertModel that fit in one protobuf."""
     types = {_plain_name(name): kind for name, kind in tensor_types(path).items()}
     used = {name: kind for name, kind in types.items() if not name.startswith(_IGNORED_PREFIXES)}
-    # Old checkpoints call the weights of a LayerNorm gamma and beta.
+    # Old checkpoints name the weights of a LayerNorm gamma and beta.
     known = {"embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias", "encoder.layer.0.output.LayerNorm.weight"}
     return known <= used.keys() and set(used.values()) == {"F32"} and os.path.getsize(path) <= _LARGEST_BYTES
 
@@ -131,7 +139,10 @@ def _read_json(directory: str, name: str) -> Any:
 
 
 def _pooling(config: Mapping[str, Any]) -> str | None:
-    """Return "mean" or "cls", None for another pooling; sentence-transformers 6 writes it in another form."""
+    """Return "mean" or "cls", None for another pooling.
+
+    sentence-transformers 6 writes it in another form.
+    """
     if not config.get("include_prompt", True):
         return None
     mode = config.get("pooling_mode")
@@ -143,7 +154,10 @@ def _pooling(config: Mapping[str, Any]) -> str | None:
 
 
 class _Graph:
-    """The graph while it is built: each method adds the nodes of one part and returns the name of its result."""
+    """The graph under construction.
+
+    Each method adds the nodes of one part and returns the name of its result.
+    """
 
     def __init__(self, bert: Bert) -> None:
         self._bert = bert
@@ -190,7 +204,10 @@ class _Graph:
         return self._layer_norm("embeddings.LayerNorm", total)
 
     def _attention_mask(self) -> str:
-        """Return what is added to the attention's scores: 0 for a token, the least number for padding."""
+        """Return the term to add to the attention's scores.
+
+        It is 0 for a token and the least number for padding.
+        """
         import numpy as np
 
         mask = self._add("Unsqueeze", [self._float_mask(), self._integers(1, 2)])
@@ -292,7 +309,10 @@ class _Graph:
 
 
 def _load_weights(path: str) -> dict[str, NDArray[np.float32]]:
-    """Return the weights by BertModel's names; checkpoints of a model with a head have them below "bert."."""
+    """Return the weights by BertModel's names.
+
+    Checkpoints of a model with a head have them below "bert.".
+    """
     from safetensors.numpy import load_file
 
     tensors = {_plain_name(name): value for name, value in load_file(path).items()}

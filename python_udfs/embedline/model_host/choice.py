@@ -1,6 +1,7 @@
-"""Chooses what runs a model whose options name no backend: by its files alone, so that every server chooses the same.
+"""Choose the backend of a model whose options name none.
 
-Light imports only: backends load this.
+Only the model's files decide, so that every server chooses the same. Backends load this module, so it has light imports
+only.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from typing import Any
 
 # The file that makes a directory a prepared ONNX model; see prepared.py.
 MANIFEST = "embedline.json"
-# What the numpy reader of safetensors knows; torch alone reads the others.
+# Types that numpy's reader of safetensors knows; only torch reads the others.
 _TABLE_TYPES = ("F16", "F32", "F64")
-# The header of a static model is a few hundred bytes; this is where safetensors itself stops reading.
+# Most bytes of a header, at which safetensors itself stops reading. The header of a static model has a few hundred
+# bytes.
 _MAX_HEADER_BYTES = 100_000_000
 
 
 def choose_backend(directory: str) -> str:
     """Return "static", "onnx" or "torch" for the directory of a model.
 
-    static: a table of token vectors, perhaps followed by a normalisation; numpy runs it. onnx: a prepared graph.
-    torch: everything else, and what is not there.
+    - static: a table of token vectors, perhaps followed by a normalisation; numpy runs it.
+    - onnx: a prepared graph.
+    - torch: any other model, and a directory that does not exist.
     """
     if os.path.exists(os.path.join(directory, MANIFEST)):
         return "onnx"
@@ -30,7 +33,10 @@ def choose_backend(directory: str) -> str:
 
 
 def static_modules(directory: str) -> tuple[str, bool] | None:
-    """Return the folder of a static model's table and whether its vectors are normalised; None for another model."""
+    """Return the folder of a static model's table, None for another model.
+
+    The second value is True if the vectors are normalised.
+    """
     modules = _read_json(os.path.join(directory, "modules.json"))
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         return None
@@ -46,7 +52,10 @@ def static_modules(directory: str) -> tuple[str, bool] | None:
 
 
 def tensor_types(path: str) -> dict[str, str]:
-    """Return the names of a safetensors file with their types; none where it is no such file."""
+    """Return the types of a safetensors file's tensors by name.
+
+    The result is empty if the file is not one.
+    """
     try:
         with open(path, "rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))

@@ -1,4 +1,4 @@
-"""What the errors of torch, CUDA, onnxruntime and transformers mean for a request."""
+"""Classify the errors of torch, CUDA, onnxruntime and transformers."""
 
 from __future__ import annotations
 
@@ -23,22 +23,31 @@ _DEVICE_FAULTS = ("cuda error", "device-side assert", "hip error", "cuda failure
 
 
 def describe(error: BaseException) -> str:
-    """The error in one bounded line."""
+    """Return the error in one bounded line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_DETAIL_CHARACTERS]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: torch, CUDA and onnxruntime each say it in another class."""
+    """Return True if memory was short.
+
+    torch, CUDA and onnxruntime each raise another class for it.
+    """
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether the accelerator is lost to this process, so that only a new process can go on."""
+    """Return True if the accelerator is lost to this process.
+
+    Only a new process can go on.
+    """
     return not is_out_of_memory(error) and any(words in str(error).lower() for words in _DEVICE_FAULTS)
 
 
 def load_error(settings: HostSettings, error: Exception) -> ProviderError:
-    """The error of loading or preparing a model: ProviderMisconfigured where only a person can help."""
+    """Return the error of loading or preparing a model.
+
+    It is ProviderMisconfigured if only a person can help.
+    """
     if isinstance(error, ProviderError):
         return error
     message = f'cannot load model "{settings.model}"'

@@ -1,4 +1,4 @@
-"""The settings of a model host, from the options of a model."""
+"""Read the settings of a model host from the options of a model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from embedline.model_host.choice import choose_backend
 from embedline.model_host.protocol import PROTOCOL_VERSION
 from embedline.providers.options import Option, check_options
 
-# From spawning to listening, before anything heavy is imported; measured 0.1 s, a loaded machine may need more.
+# Seconds from spawning to listening, before any heavy import. Measured 0.1 s; a loaded machine may need more.
 START_SECONDS = 20.0
 # The backend of the host of remote models; no option names it.
 _REMOTE = "remote"
-# Limit of its data in MB. A host with one model had 96 MB of data and 59 MB resident; each thread reserves 8 more.
+# Limit of that host's data in MB. A host with one model had 96 MB of data and 59 MB resident; each thread reserves 8
+# more.
 _REMOTE_MEMORY_MB = 1024
-# Seconds. It is small, and a search that has to start it pays the import of the client: so it waits longer than other hosts.
+# Idle seconds before that host ends. It is small, and starting it costs a search the client's import, so it stays
+# longer.
 _REMOTE_IDLE_SECONDS = 3600.0
-# Seconds after which a session that still has no host asks the provider itself.
+# Seconds after which a session without a host asks the provider itself.
 _REMOTE_START_SECONDS = 5.0
 PRECISIONS = {"torch": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
 _ALL_PRECISIONS = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
@@ -51,7 +53,7 @@ _OPTIONS = {
     "idle_seconds": Option(
         lambda value: type(value) in (int, float) and value > 0, "a positive number", "In seconds; the default is 900."
     ),
-    # Not the host's: the chunker's limit in place of the model's own.
+    # Not a setting of the host: the chunker's limit, in place of the model's own.
     "max_tokens": Option(
         lambda value: type(value) is int and value > 0, "a positive whole number", "Leave it out: the model knows."
     ),
@@ -60,9 +62,9 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class HostSettings:
-    """What a host must know to load its model and to look after itself.
+    """The settings that a host needs to load its model and to limit itself.
 
-    `backend` is torch, onnx or static; auto for a model of the hub, whose files the host has yet to see.
+    `backend` is torch, onnx or static; auto for a model of the hub, because the host has yet to see its files.
     """
 
     model: str
@@ -76,12 +78,18 @@ class HostSettings:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the host has no model of its own: it asks the providers of remote models."""
+        """Return True if the host has no model of its own.
+
+        It asks the providers of remote models.
+        """
         return self.backend == _REMOTE
 
     @property
     def name(self) -> str:
-        """A short name for what decides the vectors; two configs that differ elsewhere share one host."""
+        """Return a short name for the settings that decide the vectors.
+
+        Two configs that differ only in other settings share one host.
+        """
         identity = [PROTOCOL_VERSION, embedline.__version__, self.model, self.revision, self.backend]
         identity += [self.device, self.precision]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -91,7 +99,7 @@ def remote_settings() -> HostSettings:
     """Return the settings of the server's one host of remote models."""
     return HostSettings(
         "remote models",
-        # Workers keep the host running, so it would outlive a change of the package that leaves its version as it is.
+        # Workers keep the host running, so it would outlive a change of the package's code that keeps the version.
         revision=_code_stamp(),
         backend=_REMOTE,
         memory_limit_mb=_REMOTE_MEMORY_MB,
@@ -102,7 +110,7 @@ def remote_settings() -> HostSettings:
 
 @functools.cache
 def _code_stamp() -> str:
-    """Return what changes with the code that the host runs."""
+    """Return a text that changes with the code that the host runs."""
     package = os.path.dirname(embedline.__file__)
     folders = [os.path.join(package, name) for name in ("core", "model_host", "providers")]
     sources = [entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py")]
@@ -110,10 +118,13 @@ def _code_stamp() -> str:
 
 
 def settings_of(config: ModelConfig) -> HostSettings:
-    """Read the host's settings out of the model's options; raises InvalidParameter, which names the option."""
+    """Return the host's settings from the model's options.
+
+    Raises InvalidParameter, which names the option.
+    """
     given = {name: value for name, value in config.options.items() if value is not None}
     check_options(config.name, given, _OPTIONS)
-    # "auto" is the default in words: one host for both.
+    # "auto" spells out the default, so that both share one host.
     fields = {name: given[name] for name in given if name != "max_tokens" and given[name] != "auto"}
     fields.setdefault("backend", _backend_of(config.model, fields))
     backend, precision = fields["backend"], fields.get("precision", "float32")
@@ -128,11 +139,11 @@ def settings_of(config: ModelConfig) -> HostSettings:
 
 
 def _backend_of(model: str, fields: dict[str, Any]) -> str:
-    """Return what runs a model whose options name no backend."""
+    """Return the backend of a model whose options name none."""
     on_cpu = not str(fields.get("device", "")).startswith("cuda")
     if os.path.isdir(model):
         chosen = choose_backend(model)
-        # numpy has neither other precisions nor accelerators; a model prepared for onnxruntime has only its own form.
+        # numpy has neither other precisions nor accelerators. A model prepared for onnxruntime has only its own form.
         return (
             "torch"
             if chosen == "static" and not (on_cpu and fields.get("precision", "float32") == "float32")

@@ -1,4 +1,7 @@
-"""Models of a hub: whether it answers at all, asked before libraries try for minutes, and the files that we read ourselves."""
+"""Fetch models from a hub, after asking whether the hub answers at all.
+
+Libraries would try for minutes. The files that Embedline reads itself are fetched here, too.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from embedline.model_host.faults import describe
 if TYPE_CHECKING:
     from embedline.model_host.host_settings import HostSettings
 
-# Seconds that a hub has for its first answer. Left to themselves the libraries ask for each file and repeat: 78 s where
-# a name is not resolved.
+# Seconds that a hub has for its first answer. Without this limit the libraries ask for each file and repeat, which took
+# 78 s when a name was not resolved.
 ANSWER_SECONDS = 8.0
-# What a proxy says of a hub that it cannot reach.
+# Statuses of a proxy that cannot reach the hub.
 _GATEWAY_ERRORS = (502, 503, 504)
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 # Other forms of the same weights, in folders of their own.
@@ -26,9 +29,10 @@ _OTHER_FORMS = ["onnx/*", "openvino/*"]
 
 
 def require_hub(settings: HostSettings) -> None:
-    """Return if the hub answers, or if the model is on this machine; then the libraries are told to stay offline.
+    """Return if the hub answers or the model is on this machine.
 
-    Raises ModelHostUnavailable within ANSWER_SECONDS if the hub is silent, ProviderMisconfigured if it may not be asked.
+    In the second case the libraries are told to stay offline. Raises ModelHostUnavailable within ANSWER_SECONDS if the
+    hub is silent, ProviderMisconfigured if it may not be asked.
     """
     if os.path.isdir(settings.model):
         return
@@ -41,7 +45,10 @@ def require_hub(settings: HostSettings) -> None:
 
 
 def chosen_directory(settings: HostSettings) -> str | None:
-    """Return the directory of a hub's model that needs no torch, a static one; None for another model."""
+    """Return the directory of a hub's model that needs no torch, a static one.
+
+    None for another model.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -57,7 +64,7 @@ def chosen_directory(settings: HostSettings) -> str | None:
 
 
 def snapshot(settings: HostSettings) -> str:
-    """Return the directory of a model's files on this machine; fetch what is missing."""
+    """Return the directory of a model's files on this machine; fetch missing ones."""
     if os.path.isdir(settings.model):
         return settings.model
     from huggingface_hub import snapshot_download
@@ -70,13 +77,16 @@ def snapshot(settings: HostSettings) -> str:
 
 
 def _silence(settings: HostSettings) -> ProviderError | None:
-    """Return why the hub cannot be asked, None if it answers. A refusal is an answer: loading the model explains it."""
+    """Return the reason why the hub cannot be asked, None if it answers.
+
+    A refusal is an answer, because loading the model explains it.
+    """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     answer: Future[None] = Future()
 
     def ask() -> None:
-        # In a thread of its own: nothing limits the time that resolving a name takes.
+        # In a thread of its own, because nothing limits the time for resolving a name.
         try:
             _ask(settings)
         except BaseException as error:
@@ -137,7 +147,10 @@ def _is_cached(settings: HostSettings) -> bool:
 
 
 def _stay_offline() -> None:
-    """Tell the libraries, this process's and those of its children: else they wait for the hub again, file by file."""
+    """Tell the libraries of this process and of its children to stay offline.
+
+    Otherwise they wait for the hub again, file by file.
+    """
     from huggingface_hub import constants
 
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,4 +1,4 @@
-"""The model itself: loading it, encoding texts and telling what it is. Runs in the model host only."""
+"""Load a model, encode texts and describe the model, in the model host only."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """A model in memory: what the host needs of torch, onnxruntime or a table of vectors.
+    """A model in memory, in torch, in onnxruntime or as a table of vectors.
 
-    `slice_characters` is where the search for the best slice begins; `max_tokens` is without special tokens, None where
-    there is no limit.
+    The search for the best slice begins at `slice_characters`. `max_tokens` is without special tokens, None if there is
+    no limit.
     """
 
     slice_characters: int
@@ -43,13 +43,16 @@ class Backend(Protocol):
     def max_tokens(self) -> int | None: ...
 
     def forward(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return float32 rows of shape (len(texts), dimensions), not normalised; raises what the library raises."""
+        """Return float32 rows of shape (len(texts), dimensions), not normalised.
+
+        Raises the library's own errors.
+        """
 
     def free_memory(self) -> None:
-        """Give back what a failed pass has left."""
+        """Free the memory of a failed pass."""
 
     def tokenizer(self) -> Tokenizer | None:
-        """Return a copy of the tokenizer, None where it is not one of the tokenizers library."""
+        """Return a copy of the tokenizer, None if it is not of the tokenizers library."""
 
 
 class LoadedModel:
@@ -59,19 +62,19 @@ class LoadedModel:
         self._settings = settings
         self._backend = backend
         self._slices = SliceTuner(backend.slice_characters)
-        # The first pass is slow; it also tells the true width.
+        # The first pass is slow. It also shows the true width.
         self.dimensions = int(backend.forward(["warm up"]).shape[1])
 
     @property
     def limits(self) -> SliceLimits:
-        """What the next slice may take."""
+        """Return the limits of the next slice."""
         return self._slices.limits
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return float32 rows of shape (len(texts), dimensions), not normalised.
 
-        A lack of memory halves the texts until they fit, and later slices stay as small. Raises InputRejected for
-        texts that the model cannot take.
+        A lack of memory halves the texts until they fit, and later slices stay as small. Raises InputRejected for texts
+        that the model cannot take.
         """
         import numpy as np
 
@@ -87,7 +90,7 @@ class LoadedModel:
         else:
             self._slices.note(lengths, time.perf_counter() - start)
             return rows
-        # Outside the handler: while it runs, the traceback keeps the tensors of the failed pass alive.
+        # Outside the handler, because the traceback keeps the tensors of the failed pass alive while the handler runs.
         self._backend.free_memory()
         if len(texts) == 1:
             raise InputRejected(
@@ -112,7 +115,7 @@ class LoadedModel:
         tokenizer = self._backend.tokenizer()
         if tokenizer is None:
             return None
-        # The model needs its truncation and padding, whoever counts tokens needs neither.
+        # The model needs its truncation and padding, but counting tokens needs neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # Two sessions may ask at the same time, each in a thread of its own.
@@ -125,7 +128,8 @@ class LoadedModel:
     def _fingerprint(self) -> str:
         identity = {
             "weights": weights_identity(self._settings),
-            # numpy gives a static model the vectors that torch gives it: who computes the mean makes no other model.
+            # numpy gives a static model the vectors that torch gives it, so the library that computes the mean does not
+            # change the model.
             "backend": "torch" if self._settings.backend == "static" else self._settings.backend,
             "precision": self._settings.precision,
             "dimensions": self.dimensions,
@@ -140,7 +144,10 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def load_model(settings: HostSettings) -> LoadedModel:
-    """Load the model; raises ProviderMisconfigured where only a person can help, else ModelHostUnavailable."""
+    """Load the model.
+
+    Raises ProviderMisconfigured if only a person can help, else ModelHostUnavailable.
+    """
     if os.path.isabs(settings.model) and not os.path.isdir(settings.model):
         # Before the imports, which take seconds.
         raise ProviderMisconfigured(
@@ -168,7 +175,10 @@ def _load_backend(settings: HostSettings, directory: str) -> Backend:
 
 
 def _load_onnx(settings: HostSettings) -> OnnxBackend:
-    """Load a prepared model; one that is not prepared yet is prepared first, once for all hosts."""
+    """Load a prepared model.
+
+    If it is not prepared yet, it is prepared first, once for all hosts.
+    """
     directory = settings.model
     manifest = read_manifest(directory)
     if manifest is None:

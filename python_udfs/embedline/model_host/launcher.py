@@ -1,8 +1,9 @@
-"""Finds the running model host of a model, or starts it: what a backend needs to know of the host.
+"""Find the running model host of a model, or start it.
 
 Files of a host lie in `<temporary directory>/embedline-<euid>/<postmaster pid>-<its start time>/`, mode 0700:
 `<name>.sock`, `<name>.lock` (held while a host is started or leaves), `<name>.log`, `<name>.tokenizer.json`. The name
-is a hash of what decides the vectors, so each model has one host per server. Light imports only: backends load this.
+is a hash of the settings that decide the vectors, so each model has one host per server. Backends load this module, so
+it has light imports only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LOG_TAIL_BYTES = 2000
 LOG_TAIL_LINES = 12
 _POLL_SECONDS = 0.005
 _SECRETS = re.compile(r"\b(?:hf|sk)[-_][A-Za-z0-9_*.-]{6,}|(?i:bearer)\s+\S+|(?<=://)[^/\s@]+@")
-# Everything else stays behind, above all the API keys that the server's environment may hold.
+# Variables that a host inherits. All others are left out, above all API keys in the server's environment.
 _ENVIRONMENT = re.compile(
     r"(?:PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|TZ|TMPDIR|LD_LIBRARY_PATH|LD_PRELOAD|SENTENCE_TRANSFORMERS_HOME"
     r"|(?:LC|HF|HUGGINGFACE|TRANSFORMERS|TORCH|PYTORCH|TORCHINDUCTOR|TOKENIZERS|SAFETENSORS|ORT|OMP|MKL|KMP|GOMP|OPENBLAS"
@@ -37,9 +38,9 @@ _ENVIRONMENT = re.compile(
 
 
 def connect(place: HostPlace) -> socket.socket | None:
-    """Return a non-blocking connection to the running host, or None where none listens."""
+    """Return a non-blocking connection to the running host, None if none listens."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # A Unix socket connects at once or says EAGAIN; a blocking connect would wait for a host that hangs.
+    # A Unix socket connects at once or fails with EAGAIN. A blocking connect would wait for a host that hangs.
     connection.setblocking(False)
     try:
         connection.connect(place.socket)
@@ -56,7 +57,7 @@ def connect(place: HostPlace) -> socket.socket | None:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """The effective user id of the process at the other end."""
+    """Return the effective user id of the process at the other end."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[1])
 
@@ -94,7 +95,10 @@ def connect_or_start(
 
 @contextlib.contextmanager
 def launch_lock(place: HostPlace, give_up: Callable[[], bool]) -> Iterator[None]:
-    """Hold the lock under which hosts start and leave; raises ModelHostUnavailable when `give_up` turns true."""
+    """Hold the lock under which hosts start and leave.
+
+    Raises ModelHostUnavailable when `give_up` returns True.
+    """
     file = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         while not _try_lock(file):
@@ -115,7 +119,7 @@ def _try_lock(file: int) -> bool:
 
 
 def _spawn(place: HostPlace, settings: HostSettings, owner: Owner) -> None:
-    # Imported here: a session that finds the host running does not need it.
+    # Imported here, because a session that finds the host running does not need it.
     import subprocess
 
     with contextlib.suppress(FileNotFoundError):
@@ -123,11 +127,11 @@ def _spawn(place: HostPlace, settings: HostSettings, owner: Owner) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     log = os.open(place.log, flags, 0o600)
     try:
-        # The host inherits this open file and with it the lock, which therefore lasts exactly as long as the host.
+        # The host inherits this open file with its lock, so the lock lasts exactly as long as the host.
         fcntl.flock(log, fcntl.LOCK_EX)
         arguments = ["--socket", place.socket, "--config-json", json.dumps(dataclasses.asdict(settings))]
         arguments += ["--owner-pid", str(owner.pid), "--owner-start", str(owner.start_ticks)]
-        # -P: `-m` would otherwise put the current directory, the server's data directory, on the module path.
+        # -P, because `-m` would otherwise put the current directory, the server's data directory, on the module path.
         starter = subprocess.Popen(
             [interpreter(), "-P", "-m", "embedline.model_host", *arguments],
             stdin=subprocess.DEVNULL,
@@ -149,7 +153,10 @@ def _spawn(place: HostPlace, settings: HostSettings, owner: Owner) -> None:
 
 
 def interpreter() -> str:
-    """The Python to run. Inside PL/Python sys.executable may be empty, or the postgres binary."""
+    """Return the path of the Python to run.
+
+    Inside PL/Python sys.executable may be empty, or the postgres binary.
+    """
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     path = os.path.join(sys.exec_prefix or sys.base_exec_prefix, "bin", name)
     return path if os.access(path, os.X_OK) else "/usr/bin/python3"
@@ -158,14 +165,18 @@ def interpreter() -> str:
 def _environment(settings: HostSettings) -> dict[str, str]:
     # The host of remote models asks providers in the sessions' place, so it needs the keys that they would read.
     kept = {n: value for n, value in os.environ.items() if settings.is_remote or _ENVIRONMENT.fullmatch(n)}
-    # OpenMP threads that wait by spinning take the cores from those they wait for, as soon as the server is busy too: one
-    # MiniLM query beside two busy processes on 2 cores 134 ms, 26 ms with threads that sleep; batches 21 and 82 texts/s.
+    # OpenMP threads that wait by spinning take the cores from the threads they wait for, as soon as the server is busy,
+    # too. Beside two busy processes on 2 cores, one MiniLM query took 134 ms, and 26 ms with threads that sleep.
+    # Batches had 21 and 82 texts/s.
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return kept | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "PYTHONUNBUFFERED": "1"}
 
 
 def host_alive(place: HostPlace) -> bool:
-    """Whether the host that writes the log still runs: it holds the log's lock."""
+    """Return True if the host that writes the log still runs.
+
+    It holds the log's lock.
+    """
     try:
         file = os.open(place.log, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -177,11 +188,14 @@ def host_alive(place: HostPlace) -> bool:
 
 
 def log_tail(place: HostPlace) -> str | None:
-    """The last lines of the host's log without anything that looks like a key, or None where there is no log."""
+    """Return the last lines of the host's log, None if there is no log.
+
+    Text that looks like a key is left out.
+    """
     try:
         with open(place.log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 8 * LOG_TAIL_BYTES))
-            # Redacted before it is cut: half a key would not be recognised.
+            # Redacted before it is cut, because half a key would not be recognised.
             text = _SECRETS.sub("[redacted]", file.read().decode(errors="replace"))
     except FileNotFoundError:
         return None

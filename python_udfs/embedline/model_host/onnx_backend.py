@@ -1,8 +1,8 @@
-"""A model in onnxruntime: the prepared graph and tokenizer, without torch.
+"""Run a prepared graph and tokenizer in onnxruntime, without torch.
 
-sentence-transformers' own onnx backend is not used: it needs optimum-onnx, whose last release (0.1.0) wants transformers
-before 4.58, while sentence-transformers 6 wants 5.0 or newer, so the two cannot be installed together. Without them
-a host of all-MiniLM-L6-v2 in int8 is ready in 1 s instead of 6 and takes 190 MB instead of 640.
+sentence-transformers' own onnx backend is not used, because it needs optimum-onnx. The last release of that (0.1.0)
+requires transformers before 4.58, but sentence-transformers 6 requires 5.0 or newer, so the two cannot be installed
+together. Without them a host of all-MiniLM-L6-v2 in int8 is ready in 1 s instead of 6 and takes 190 MB instead of 640.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from embedline.model_host.host_settings import HostSettings
 
-# Since 1.29 the official builds for Linux report to their maker by default, names and hashes of models included, and leave
-# files in the user's cache directory. Read when the library is loaded: disable_telemetry_events() comes too late.
+# Since 1.29 the official builds for Linux report to their maker by default, names and hashes of models included. They
+# also leave files in the user's cache directory. The variable is read when the library is loaded, so
+# disable_telemetry_events() comes too late.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _CPU_CHARACTERS, _ACCELERATOR_CHARACTERS = 2048, 262_144
@@ -52,7 +53,7 @@ class OnnxBackend:
         return np.asarray(rows, dtype="<f4")
 
     def free_memory(self) -> None:
-        """Nothing: onnxruntime's arena keeps what it has for the next pass."""
+        """Do nothing, because onnxruntime's arena keeps its memory for the next pass."""
 
     def tokenizer(self) -> Tokenizer:
         """Return a copy of the tokenizer."""
@@ -83,7 +84,7 @@ def _session(graph: str, device: str | None) -> Any:
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    # As with OpenMP (see the launcher): threads that wait by spinning take the cores from those they wait for.
+    # As with OpenMP (see the launcher), spinning threads take the cores from the threads they wait for.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options, providers=providers)
@@ -95,7 +96,10 @@ def _session(graph: str, device: str | None) -> Any:
 
 
 def check_precision(settings: HostSettings, manifest: Manifest) -> None:
-    """Raise ProviderMisconfigured where a prepared directory is of another precision than the model's options ask for."""
+    """Raise ProviderMisconfigured if a prepared directory has another precision.
+
+    The model's options name the precision.
+    """
     if manifest.precision != settings.precision:
         raise ProviderMisconfigured(
             f'the ONNX model in "{settings.model}" is {manifest.precision}, not {settings.precision}',

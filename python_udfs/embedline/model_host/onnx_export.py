@@ -1,22 +1,23 @@
-"""Prepares a model for onnxruntime, once: its weights or torch to ONNX, then int8 where asked for.
+"""Prepare a model for onnxruntime, once: to ONNX, then to int8 if asked for.
 
-The graph holds the whole of the sentence-transformers model, pooling and normalisation included, so the host needs
-neither library to run it. A plain BERT is written from its weights (bert_graph.py), every other model is exported by
-torch. Preparing takes seconds, with torch gigabytes, so the host leaves it to a process of its own:
-`python -m embedline.model_host.onnx_export JSON`, which answers with one JSON object.
+The graph holds the whole sentence-transformers model, pooling and normalisation included, so the host needs neither
+library to run it. A plain BERT is written from its weights (bert_graph.py); torch exports every other model. Preparing
+takes seconds, and gigabytes with torch, so the host leaves it to a process of its own. `python -m
+embedline.model_host.onnx_export JSON` answers with one JSON object.
 
-Measured with all-MiniLM-L6-v2 (AVX-512 VNNI, CPU time a text of 900 characters; mean and least cosine to torch float32):
+Measured with all-MiniLM-L6-v2 (AVX-512 VNNI, CPU time per text of 900 characters; mean and least cosine to torch
+float32):
 
     torch                                     68 ms
     float32, TorchScript exporter             38 ms
     float32, torch.export exporter            46 ms   onnxruntime fuses less of its graph
-    int8, one scale a matrix                  21 ms   0.943  0.906
-    uint8, one scale a column                 27 ms   0.994  0.990
-    int8, one scale a column                  19 ms   0.994  0.991
+    int8, one scale per matrix                21 ms   0.943  0.906
+    uint8, one scale per column               27 ms   0.994  0.990
+    int8, one scale per column                19 ms   0.994  0.991
     the same in 7 bits                        21 ms   0.993  0.988
 
-The last one is what `int8` means here, on every processor: with 8 bits, AVX2 and AVX-512 without VNNI overflow and
-give other vectors, and a replica on other hardware must embed a query as the primary embedded the documents.
+The last one is the meaning of `int8` here, on every processor. With 8 bits, AVX2 and AVX-512 without VNNI overflow and
+give other vectors. A replica on other hardware must embed a query as the primary embedded the documents.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _OPSET = 17
-# protobuf holds 2 GB; what is larger keeps its weights in a file beside the graph.
+# Bytes above which a model keeps its weights in a file beside the graph, because protobuf holds 2 GB.
 _LARGE_BYTES = 1_800_000_000
-# The export is checked against torch on these: of different lengths, one longer than most models read.
+# Texts for comparing the export with torch. Their lengths differ, and one is longer than most models read.
 _SAMPLES = (
     "tree",
     "Autovacuum removes dead rows.",
@@ -72,15 +73,18 @@ _SAMPLES = (
     "The cat sat on the mat, and the dog, who had been asleep, looked up at once. " * 12,
     "In 1969, four computers were connected: the first message was meant to be LOGIN, and two letters arrived. " * 40,
 )
-# Above rounding, below any mistake.
+# Least mean cosine between the prepared model and the original: above rounding, below any mistake.
 _MIN_COSINE = {"float32": 0.999, "int8": 0.96}
 
 
 def prepare(settings: HostSettings) -> str:
-    """Return the directory of the model in ONNX form; make it where it is missing. Raises ProviderError."""
+    """Return the directory of the model in ONNX form, prepared if it is missing.
+
+    Raises ProviderError.
+    """
     root = cache_root()
     with contextlib.suppress(OSError):
-        # The weights of a model of the hub may not be here yet; fetching them is part of preparing.
+        # The weights of a model of the hub may not be here yet. Fetching them is part of preparing.
         path = cached_path(root, weights_identity(settings), settings.precision)
         if read_manifest(path) is not None:
             return path
@@ -88,7 +92,10 @@ def prepare(settings: HostSettings) -> str:
 
 
 def _prepare_apart(settings: HostSettings) -> str:
-    """Prepare in a process of its own: what torch takes is given back, and where it dies, the host says so."""
+    """Prepare in a process of its own.
+
+    The memory that torch takes is freed with it. If the process dies, the host reports its status.
+    """
     command = [sys.executable, "-P", "-m", __name__, json.dumps(dataclasses.asdict(settings))]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
     try:
@@ -105,7 +112,10 @@ def _prepare_apart(settings: HostSettings) -> str:
 
 
 def prepare_here(settings: HostSettings) -> str:
-    """Prepare in this process, into the cache. Two hosts that need the same model wait for each other."""
+    """Prepare in this process, into the cache.
+
+    Two hosts that need the same model wait for each other.
+    """
     source = _open_source(settings)
     root = cache_root()
     path = cached_path(root, weights_identity(settings), settings.precision)
@@ -116,7 +126,10 @@ def prepare_here(settings: HostSettings) -> str:
 
 
 def export(model: str, target: str, precision: str, revision: str | None = None) -> Manifest:
-    """Prepare a model into a directory that must not exist yet; returns what was written. Raises ProviderError."""
+    """Prepare a model into a directory that must not exist yet.
+
+    Returns the manifest of the model. Raises ProviderError.
+    """
     if os.path.lexists(target):
         raise ProviderMisconfigured(f'"{target}" exists already', hint="Name a directory that is to be made.")
     settings = HostSettings(model=model, revision=revision, backend="onnx", precision=precision)
@@ -128,7 +141,10 @@ def export(model: str, target: str, precision: str, revision: str | None = None)
 
 
 def _open_source(settings: HostSettings) -> Bert | TorchBackend:
-    """Return what is exported: a BERT by its files, any other model in torch, in float32 and on the processor."""
+    """Return the source of the export.
+
+    It is a BERT's files, or any other model in torch, in float32 and on the processor.
+    """
     bert = bert_graph.read(hub.snapshot(settings))
     if bert is not None:
         return bert
@@ -147,9 +163,13 @@ def _locked(path: str) -> Iterator[None]:
 
 
 def _write_whole(source: Bert | TorchBackend, settings: HostSettings, target: str) -> Manifest:
-    """Write the prepared model beside its place and then move it there, so nobody ever reads half of one."""
+    """Write the prepared model beside its place, then move it there.
+
+    No reader ever finds an incomplete model.
+    """
     target = os.path.abspath(target)
-    # Not mkdtemp: the umask decides who may read a model that was prepared for others; the cache is closed through its root.
+    # Not mkdtemp, because the umask decides who may read a model prepared for others. The cache is protected by its
+    # root.
     temporary = f"{target}.{secrets.token_hex(4)}"
     os.mkdir(temporary)
     try:
@@ -165,7 +185,7 @@ def _write(source: Bert | TorchBackend, settings: HostSettings, directory: str) 
     tokenizer = source.tokenizer() if isinstance(source, Bert) else _padding_tokenizer(source, settings)
     tokenizer.save(os.path.join(directory, TOKENIZER))
     with tempfile.TemporaryDirectory(prefix="float32-", dir=directory) as folder:
-        # Without torch the float32 graph is the measure of the int8 one.
+        # Without torch the int8 graph is compared with the float32 one.
         exported = folder if settings.precision == "int8" else directory
         plain = os.path.join(exported, GRAPH)
         if isinstance(source, Bert):
@@ -185,7 +205,7 @@ def _write(source: Bert | TorchBackend, settings: HostSettings, directory: str) 
 
 
 def _padding_tokenizer(source: TorchBackend, settings: HostSettings) -> Tokenizer:
-    """Return the tokenizer with the truncation and padding that transformers would apply at each call."""
+    """Return the tokenizer with transformers' truncation and padding."""
     tokenizer = source.tokenizer()
     if tokenizer is None or source.is_static:
         raise ProviderMisconfigured(
@@ -210,7 +230,7 @@ def _export_graph(source: TorchBackend, path: str) -> None:
     inputs = {name: value for name, value in features.items() if isinstance(value, torch.Tensor) and value.ndim == 2}
 
     class Whole(torch.nn.Module):  # type: ignore[misc] # its types are not read, see pyproject.toml
-        """Token ids in, sentence embeddings out."""
+        """Return sentence embeddings of token ids."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -222,7 +242,7 @@ def _export_graph(source: TorchBackend, path: str) -> None:
 
     axes = {name: {0: "texts", 1: "tokens"} for name in inputs} | {"sentence_embedding": {0: "texts"}}
     with torch.no_grad(), warnings.catch_warnings():
-        # The tracer warns of every branch on a shape; the result is compared with torch afterwards.
+        # The tracer warns of every branch on a shape. The result is compared with torch afterwards.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             Whole(),
@@ -237,7 +257,7 @@ def _export_graph(source: TorchBackend, path: str) -> None:
 
 
 def _quantise(source: str, target: str) -> None:
-    """Make int8 weights, dynamically quantised activations; the figures are above."""
+    """Write int8 weights with dynamically quantised activations; figures are above."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     folder = os.path.dirname(source)
@@ -253,7 +273,7 @@ def _quantise(source: str, target: str) -> None:
 
 
 def _check(wanted: NDArray[np.float32], got: NDArray[np.float32], settings: HostSettings) -> None:
-    """Raise ProviderMisconfigured where the prepared model is not the model any more."""
+    """Raise ProviderMisconfigured if the prepared model's vectors differ too much."""
     import numpy as np
 
     norms = np.linalg.norm(wanted, axis=1) * np.linalg.norm(got, axis=1)
@@ -272,7 +292,7 @@ def _check(wanted: NDArray[np.float32], got: NDArray[np.float32], settings: Host
 
 def main() -> None:
     settings = HostSettings(**json.loads(sys.argv[1]))
-    # Libraries print; the answer must stand alone.
+    # Libraries print to stdout, where only the answer may stand.
     answer, sys.stdout = sys.stdout, sys.stderr
     result: dict[str, Any]
     try:

@@ -1,4 +1,4 @@
-"""Where a host's socket, lock and log live, and who owns them."""
+"""Find the socket, lock and log of a host, and check their owner."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from dataclasses import dataclass
 from embedline.errors import ModelHostUnavailable, ProviderMisconfigured
 from embedline.model_host.host_settings import HostSettings
 
-# sun_path holds 108 bytes on Linux; the margin is for platforms with 104.
+# Longest path of a socket in bytes. sun_path holds 108 on Linux; the margin is for platforms with 104.
 MAX_SOCKET_PATH = 100
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process a host belongs to: the postmaster. The start time tells it from a later process of the same pid."""
+    """The process a host belongs to: the postmaster.
+
+    The start time distinguishes it from a later process with the same pid.
+    """
 
     pid: int
     start_ticks: int
 
     @classmethod
     def of(cls, pid: int) -> Owner:
-        """Raises ModelHostUnavailable where there is no such process."""
+        """Return the owner of that pid.
+
+        Raises ModelHostUnavailable if there is no such process.
+        """
         start_ticks = _start_ticks(pid)
         if start_ticks is None:
             raise ModelHostUnavailable(f"process {pid}, which the model host would belong to, is gone")
@@ -46,7 +52,7 @@ def _start_ticks(pid: int) -> int | None:
 
 @dataclass(frozen=True)
 class HostPlace:
-    """Where the files of one host lie."""
+    """The paths of one host's files."""
 
     directory: str
     name: str
@@ -73,9 +79,10 @@ class HostPlace:
 
 
 def prepare_place(settings: HostSettings, owner: Owner, root: str | None = None) -> HostPlace:
-    """Create the owner's directory where it is missing and return the host's place in it.
+    """Return the host's place in the owner's directory, made if it is missing.
 
-    Raises ProviderMisconfigured where someone else could have put the directory there: the socket gets users' texts.
+    Raises ProviderMisconfigured if another user could have put the directory there, because the socket gets users'
+    texts.
     """
     base = os.path.join(root or tempfile.gettempdir(), f"embedline-{os.geteuid()}")
     make_private(base)
@@ -92,9 +99,9 @@ def prepare_place(settings: HostSettings, owner: Owner, root: str | None = None)
 
 
 def make_private(path: str) -> str:
-    """Create a directory that only this user can use, or check that it is one; return it.
+    """Create a directory that only this user can use, or check that it is one.
 
-    Raises ProviderMisconfigured where it is open to others, OSError where it cannot be made.
+    Returns the path. Raises ProviderMisconfigured if it is open to others, OSError if it cannot be made.
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
@@ -109,7 +116,10 @@ def make_private(path: str) -> str:
 
 
 def remove_stale_places(base: str) -> None:
-    """Remove the directories of servers that are gone; a killed host could not tidy up after itself."""
+    """Remove the directories of servers that are gone.
+
+    A host that was killed could not remove its own.
+    """
     import shutil
 
     for entry in os.scandir(base):

@@ -1,11 +1,14 @@
-"""Prepared ONNX models: a directory with the graph, the tokenizer and a manifest, written once and then only read.
+"""Read and write prepared ONNX models.
+
+A prepared model is a directory with the graph, the tokenizer and a manifest, written once and then only read:
 
     model.onnx      from token ids to the sentence embedding, pooling and all, in float32 or int8
-    tokenizer.json  with the truncation and padding that the model wants
-    embedline.json  the manifest: what it was made of, and how
+    tokenizer.json  with the truncation and padding that the model needs
+    embedline.json  the manifest: its source, and how it was made
 
-They are kept in `$XDG_CACHE_HOME/embedline` (else `~/.cache/embedline`) of the server's operating-system user, one
-directory for each weights, precision and recipe, so every server of that user shares them and restarts find them.
+They are kept in `$XDG_CACHE_HOME/embedline` (else `~/.cache/embedline`) of the server's operating-system user. Each
+combination of weights, precision and recipe has its own directory, so every server of that user shares them. Restarts
+find them, too.
 """
 
 from __future__ import annotations
@@ -22,13 +25,16 @@ from embedline.model_host.choice import MANIFEST
 from embedline.model_host.place import make_private
 
 GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
-# Part of a prepared model's name: a new number has every model prepared anew, with another fingerprint.
+# Part of a prepared model's name. A new number has every model prepared again, with another fingerprint.
 RECIPE = 1
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared model is. `max_tokens` is without special tokens; None where the model has no limit."""
+    """The facts of a prepared model.
+
+    `max_tokens` is without special tokens, None if the model has no limit.
+    """
 
     weights: str
     precision: str
@@ -38,9 +44,9 @@ class Manifest:
 
 
 def read_manifest(directory: str) -> Manifest | None:
-    """Return the manifest of a prepared model, None where the directory is none.
+    """Return the manifest of a prepared model, None if the directory is not one.
 
-    Raises ProviderMisconfigured for one that another version of Embedline has written.
+    Raises ProviderMisconfigured if another version of Embedline has written it.
     """
     try:
         with open(os.path.join(directory, MANIFEST), encoding="utf-8") as file:
@@ -60,28 +66,29 @@ def read_manifest(directory: str) -> Manifest | None:
 
 
 def write_manifest(directory: str, manifest: Manifest) -> None:
-    """Write the manifest; it comes last, so a directory that has one is complete."""
+    """Write the manifest last, so that a directory that has one is complete."""
     with open(os.path.join(directory, MANIFEST), "w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(manifest), file, indent=4)
         file.write("\n")
 
 
 def cache_root() -> str:
-    """Return the directory of the user's prepared models, made where it is missing.
+    """Return the directory of the user's prepared models, made if it is missing.
 
-    Raises ProviderMisconfigured where someone else could write into it: the host loads what lies there.
+    Raises ProviderMisconfigured if another user could write into it, because the host loads its files.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     try:
         os.makedirs(home, mode=0o700, exist_ok=True)
         return make_private(os.path.join(home, "embedline"))
     except OSError:
-        # A service account may have no home. What lies here outlives the server, if not the machine's next start.
+        # A service account may have no home. This directory outlives the server, but not always the machine's next
+        # start.
         base = make_private(os.path.join(tempfile.gettempdir(), f"embedline-{os.geteuid()}"))
         return make_private(os.path.join(base, "models"))
 
 
 def cached_path(root: str, weights: str, precision: str) -> str:
-    """Return where the prepared form of some weights lies, or will."""
+    """Return the path of the prepared form of some weights, existing or not."""
     name = json.dumps([RECIPE, weights, precision])
     return os.path.join(root, f"onnx-{hashlib.sha256(name.encode()).hexdigest()[:32]}")

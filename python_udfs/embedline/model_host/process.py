@@ -1,4 +1,4 @@
-"""What every host process has in common: its socket, its owner, idleness, and the connections of sessions."""
+"""Run a host process: its socket, its owner, idleness and connections."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from embedline.model_host.wire_errors import error_fields
 
 CHECK_SECONDS = 1.0
 _LOCK_SECONDS = 2.0
-# Longer than a library takes to load from a cold disk.
+# Seconds after which a stuck loop ends the process: longer than a library takes to load from a cold disk.
 _STARVED_SECONDS = 120
-# The requests of one connection that wait here; more stay in its socket.
+# Requests of one connection that wait here; more stay in its socket.
 _MAX_OUTSTANDING = 64
 _BACKLOG = 1024
 
@@ -32,7 +32,7 @@ log = logging.getLogger("embedline.model_host")
 
 
 class HostProcess(abc.ABC):
-    """The state of a host that is not its model's; lives in the loop's thread."""
+    """The state of a host apart from its model's; lives in the loop's thread."""
 
     def __init__(self, place: HostPlace, settings: HostSettings, owner: Owner) -> None:
         self.settings = settings
@@ -43,7 +43,7 @@ class HostProcess(abc.ABC):
 
     @abc.abstractmethod
     def begin(self) -> None:
-        """Start what does the work; the socket listens already."""
+        """Start the work; the socket listens already."""
 
     @abc.abstractmethod
     def accept(self) -> HostConnection:
@@ -51,11 +51,14 @@ class HostProcess(abc.ABC):
 
     @abc.abstractmethod
     def is_ready(self) -> bool:
-        """Return True once a request is not kept waiting by the start."""
+        """Return True once requests need not wait for the start."""
 
     @abc.abstractmethod
     def has_moved(self) -> bool:
-        """Return True if there was progress since the last call: what waits is told so, as a sign of life."""
+        """Return True if there was progress since the last call.
+
+        Waiting sessions then get a sign of life.
+        """
 
     async def run(self) -> int:
         self.loop = asyncio.get_running_loop()
@@ -84,14 +87,14 @@ class HostProcess(abc.ABC):
 
     def _watch_owner(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
-            # Open first, look second: afterwards the descriptor can only mean the process that we looked at.
+            # Open before the check: afterwards the descriptor can only mean the process that was checked.
             file = os.pidfd_open(self._owner.pid)
             self.loop.add_reader(file, self._owner_gone)
         if not self._owner.alive():
             self._owner_gone()
 
     def _owner_gone(self) -> None:
-        # No session can start another host here, so no lock is needed. The last host out removes the directory.
+        # No session can start another host here, so no lock is needed. The last host to end removes the directory.
         for path in glob.glob(os.path.join(glob.escape(self.place.directory), f"{self.place.name}.*")):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -101,8 +104,9 @@ class HostProcess(abc.ABC):
 
     async def _tick(self) -> None:
         while True:
-            # A library that spins while it holds the interpreter's lock (seen in imports that run short of memory) stops
-            # this loop, and with it the watch on the owner. The kernel then ends the process: SIGALRM has no handler.
+            # A library may spin while it holds the interpreter's lock, as seen in imports that run short of memory.
+            # That stops this loop, and with it the watch on the owner. The kernel then ends the process, because
+            # SIGALRM has no handler.
             signal.alarm(_STARVED_SECONDS)
             await asyncio.sleep(CHECK_SECONDS)
             if not self._owner.alive():
@@ -112,17 +116,17 @@ class HostProcess(abc.ABC):
                 self.touch()
             elif time.monotonic() - self._last_request >= self.settings.idle_seconds and self.remove_socket():
                 self.stop(0, f"idle for {self.settings.idle_seconds:.0f} s")
-            # Only progress counts as a sign of life: clients give up a model thread that hangs.
+            # Only progress counts as a sign of life, so clients give up a model thread that hangs.
             if self.has_moved():
                 for connection in waiting:
                     connection.send({"op": "busy"})
 
     def remove_socket(self) -> bool:
-        """Stop being found; False where a session is just starting or finding a host."""
+        """Remove the socket; return False if a session is starting or finding a host."""
         deadline = time.monotonic() + _LOCK_SECONDS
         try:
             with launch_lock(self.place, lambda: time.monotonic() > deadline):
-                # A later host may have taken the path. Ours is still open, so its inode is not in use again.
+                # A later host may have taken the path. Our socket is still open, so its inode is not in use again.
                 if _identity(self.place.socket) == self._socket_identity:
                     os.unlink(self.place.socket)
         except ModelHostUnavailable:
@@ -133,7 +137,7 @@ class HostProcess(abc.ABC):
 
 
 class HostConnection(asyncio.Protocol, abc.ABC):
-    """One session's connection. Whatever breaks the protocol closes it."""
+    """One session's connection; a breach of the protocol closes it."""
 
     def __init__(self, host: HostProcess) -> None:
         self.outstanding = 0
@@ -142,19 +146,22 @@ class HostConnection(asyncio.Protocol, abc.ABC):
 
     @abc.abstractmethod
     def perform(self, operation: object, number: int, frame: Frame) -> None:
-        """Begin a request, which `answer` ends; raises ProtocolError for one that breaks a rule."""
+        """Begin a request, which `answer` ends.
+
+        Raises ProtocolError for one that breaks a rule.
+        """
 
     @abc.abstractmethod
     def cancel(self, number: int) -> bool:
-        """Forget a request; False where there is none of that number any more."""
+        """Forget a request; return False if there is none of that number any more."""
 
     @abc.abstractmethod
     def forget_all(self) -> None:
-        """Forget all requests: the session has gone."""
+        """Forget all requests, because the session has gone."""
 
     @abc.abstractmethod
     def is_known(self, number: int) -> bool:
-        """Return True if a request of that number is under way."""
+        """Return True if a request of that number is in flight."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -213,7 +220,10 @@ class HostConnection(asyncio.Protocol, abc.ABC):
 
 
 def _listen(path: str) -> socket.socket:
-    """Bind the socket, 0600 from its first moment (the umask is 077). The starter holds the lock, so no other binds."""
+    """Bind the socket, with mode 0600 from its first moment (the umask is 077).
+
+    The starter holds the lock, so no other process binds.
+    """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -1,12 +1,14 @@
-"""Frames between a backend and the model host: a length-prefixed JSON header, then raw bytes.
+"""Encode and decode frames between a backend and the model host.
+
+A frame is a length-prefixed JSON header, then raw bytes:
 
     4 bytes  length of the header, big-endian
     4 bytes  length of the payload, big-endian
     header   a JSON object, UTF-8
     payload  the texts of a request one after another, or the float32 values of an answer
 
-Pure: no sockets here. A frame that breaks a rule raises ProtocolError; the connection is then closed, because the
-place where the next frame starts is lost.
+Pure: there are no sockets here. A frame that breaks a rule raises ProtocolError. The connection is then closed, because
+the start of the next frame is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Part of the socket's name: after an upgrade of the package, sessions do not meet a host that speaks the old form.
+# Part of the socket's name, so that sessions of an upgraded package do not meet a host with the old form.
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_PAYLOAD_BYTES = 64 << 20
@@ -37,7 +39,10 @@ class Frame:
 
 
 def encode_frame(header: dict[str, Any], payload: bytes = b"") -> bytes:
-    """Return the frame's bytes; raises ProtocolError for a frame that the other side would refuse."""
+    """Return the frame's bytes.
+
+    Raises ProtocolError for a frame that the other side would refuse.
+    """
     encoded = json.dumps(header, separators=(",", ":")).encode()
     _check_lengths(len(encoded), len(payload))
     return b"".join((_LENGTHS.pack(len(encoded), len(payload)), encoded, payload))
@@ -51,13 +56,13 @@ def _check_lengths(header_bytes: int, payload_bytes: int) -> None:
 
 
 class FrameDecoder:
-    """Cuts a byte stream into frames; bytes may come in pieces of any size."""
+    """Cut a byte stream into frames; bytes may come in pieces of any size."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Take the bytes and yield every frame that is complete; raises ProtocolError."""
+        """Take the bytes and yield every complete frame; raises ProtocolError."""
         self._buffer += data
         while (frame := self._next()) is not None:
             yield frame
@@ -66,7 +71,7 @@ class FrameDecoder:
         if len(self._buffer) < _LENGTHS.size:
             return None
         header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)
-        # Before the body is waited for: a wrong length would otherwise fill the memory.
+        # Checked before the body arrives, because a wrong length would otherwise fill the memory.
         _check_lengths(header_bytes, payload_bytes)
         payload_start = _LENGTHS.size + header_bytes
         end = payload_start + payload_bytes
@@ -89,13 +94,19 @@ def _parse_header(encoded: bytes) -> dict[str, Any]:
 
 
 def pack_texts(texts: Sequence[str]) -> tuple[list[int], bytes]:
-    """Return the byte length of each text and all texts as one payload; raises UnicodeEncodeError on a surrogate."""
+    """Return the byte length of each text, and all texts as one payload.
+
+    Raises UnicodeEncodeError on a surrogate.
+    """
     encoded = [text.encode() for text in texts]
     return [len(item) for item in encoded], b"".join(encoded)
 
 
 def unpack_texts(lengths: object, payload: bytes) -> list[str]:
-    """Undo pack_texts; raises ProtocolError where lengths and payload do not belong together."""
+    """Undo pack_texts.
+
+    Raises ProtocolError if lengths and payload do not belong together.
+    """
     if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
         raise ProtocolError("the text lengths are not a list of natural numbers")
     if sum(lengths) != len(payload):

@@ -1,4 +1,7 @@
-"""Vectors of the queries that were asked last, within a bound of bytes and of age. Pure: no clock and no sockets here."""
+"""Cache the vectors of recent queries, within bounds of bytes and of age.
+
+Pure: there is no clock and no socket here.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from embedline.core.embedding import EmbeddingBlock
 
 # Bytes of all entries: about 5,000 vectors of 1,536 dimensions.
 MAX_BYTES = 32 << 20
-# Seconds for which a vector is used. A provider may change a model behind its name; the stored vectors are compared with it
-# each night, and a query should not be older than the answer to that.
+# Seconds for which a vector is used, because a provider may change a model behind its name. Stored vectors are compared
+# with the model each night, and a cached query should not be older than the answer to that comparison.
 MAX_AGE_SECONDS = 600.0
-# What Python takes for an entry beside the vector: the key, the block and the places in the dictionary.
+# Bytes that Python takes for an entry beside the vector: the key, the block and the places in the dictionary.
 _ENTRY_BYTES = 400
 
 
@@ -28,15 +31,19 @@ class _Entry:
 
 
 def cache_key(identity: str, text: str) -> bytes:
-    """Return the key of a query's vector: a hash, so that no text outlives its request.
+    """Return the key of a query's vector.
 
-    `identity` is all that decides the vector of a text: the model's fingerprint, and what is sent with the text.
+    It is a hash, so that no text outlives its request. `identity` is everything that decides the vector of a text: the
+    model's fingerprint, and the options sent with the text.
     """
     return hashlib.sha256(f"{identity}\0{text}".encode(errors="surrogatepass")).digest()
 
 
 class QueryCache:
-    """Query vectors by `cache_key`; the one that was not used for longest goes first. Times are seconds of any one clock."""
+    """Query vectors by `cache_key`; the least recently used is removed first.
+
+    Times are seconds of any one clock.
+    """
 
     def __init__(self, max_bytes: int = MAX_BYTES, max_age_seconds: float = MAX_AGE_SECONDS) -> None:
         self._max_bytes, self._max_age = max_bytes, max_age_seconds
@@ -44,7 +51,7 @@ class QueryCache:
         self.size = 0
 
     def get(self, key: bytes, now: float) -> EmbeddingBlock | None:
-        """Return the vector of a key, None where there is none or it is too old."""
+        """Return the vector of a key, None if there is none or it is too old."""
         entry = self._entries.get(key)
         if entry is None:
             return None

@@ -1,7 +1,6 @@
-"""The host of remote models: the connections to providers that all sessions of the server share for their queries.
+"""Share the connections to providers among all sessions, for their queries.
 
-A session would import the provider's client (0.5 s) and connect on its own, for its first search. Here that happens once.
-Nothing of a query is written anywhere: its text lives as long as its request, its vector stays in memory for a while.
+Nothing of a query is written anywhere. Its text lives as long as its request; its vector stays in memory for a while.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from embedline.model_host.query_cache import QueryCache, cache_key
 from embedline.model_host.wire_errors import error_fields
 from embedline.providers.openai_compatible import OpenAIEmbedder
 
-# Queries of one model that are under way at a time, of all sessions together. A session alone has one.
+# Queries of one model that may be in flight at a time, of all sessions together. A session alone has one.
 _MAX_QUERIES = 256
-# Models whose connections are kept; the one that was not asked for longest goes first.
+# Models whose connections are kept; the least recently used is removed first.
 _MAX_MODELS = 32
 # Seconds that a connection waits for the next query. Servers and balancers close idle ones after 60 s and more.
 _IDLE_CONNECTION_SECONDS = 55.0
-# Seconds for which a rate limit told to one query is believed by others. A provider may ask for a day and be well at once.
+# Seconds for which one query's rate limit holds for others. A provider may ask for a day and be well at once.
 _LONGEST_PAUSE_SECONDS = 5.0
 
 
@@ -47,7 +46,7 @@ class QueryEmbedder(OpenAIEmbedder):
 
 
 class RemoteHost(HostProcess):
-    """One for all remote models of a server."""
+    """The one host of all remote models of a server."""
 
     def __init__(self, place: HostPlace, settings: HostSettings, owner: Owner) -> None:
         super().__init__(place, settings, owner)
@@ -57,7 +56,7 @@ class RemoteHost(HostProcess):
 
     def begin(self) -> None:
         """Import the client while the first request is on its way."""
-        # What a library might say of a request does not belong into a log.
+        # A library's messages about a request do not belong in a log.
         logging.getLogger().setLevel(logging.ERROR)
         self.loop.set_exception_handler(_note_fault)
         self._imports.start()
@@ -71,11 +70,14 @@ class RemoteHost(HostProcess):
         return not self._imports.is_alive()
 
     def has_moved(self) -> bool:
-        """Return True: each request has a time-out of its own."""
+        """Return True, because each request has a timeout of its own."""
         return True
 
     def embedder(self, config: str) -> QueryEmbedder:
-        """Return the client of a model, given as JSON; raises ProviderError, or ProtocolError for what is no model."""
+        """Return the client of a model, given as JSON.
+
+        Raises ProviderError, or ProtocolError if the JSON is not a model.
+        """
         found = self._embedders.pop(config, None)
         if found is None:
             try:
@@ -86,7 +88,7 @@ class RemoteHost(HostProcess):
         self._embedders[config] = found
         if len(self._embedders) > _MAX_MODELS:
             _, oldest = self._embedders.popitem(last=False)
-            # It waits for its thread.
+            # In a thread of its own, because `close` waits for the client's thread.
             threading.Thread(target=oldest.close, name="embedline-close", daemon=True).start()
         return found
 
@@ -142,7 +144,7 @@ class RemoteConnection(HostConnection):
         except ProviderError as error:
             fields = error_fields(error)
         except Exception as error:
-            # Its words may hold the key or the query.
+            # The error's text may hold the key or the query.
             fields = error_fields(ProviderError("the provider's client failed", detail=type(error).__name__))
         if self._tasks.pop(number, None) is not None:
             self.answer(number, fields, payload)
@@ -160,11 +162,14 @@ class RemoteConnection(HostConnection):
 def _import_client() -> None:
     import openai
 
-    # Touch what is imported late.
+    # Accessed because the package imports it late.
     openai.AsyncOpenAI  # noqa: B018
 
 
 def _note_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Write the kind of an error that nothing has caught, and none of its words: they may hold a key or a query."""
+    """Log the kind of an uncaught error, without its text.
+
+    The text may hold a key or a query.
+    """
     error = context.get("exception")
     logging.getLogger("embedline.model_host").error("%s: %s", context.get("message"), type(error).__name__)

@@ -1,6 +1,7 @@
-"""Which texts the model sees next: queries first, then slices of the document requests in turn.
+"""Choose the next texts for the model.
 
-Pure but for one lock: connections put requests in, the inference thread takes batches out.
+Queries come first, then slices of the document requests in turn. Pure but for one lock: connections put requests in,
+the inference thread takes batches out.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SliceLimits:
-    """The most that one pass through the model takes: a query waits for at most one such slice.
+    """The most that one pass through the model takes.
 
-    `characters` counts what the model computes: texts in the slice times the longest of them, as short ones are padded.
+    A query waits for at most one such slice. `characters` counts the model's work: the number of texts times the
+    longest of them, because short ones are padded.
     """
 
     texts: int
@@ -60,7 +62,10 @@ class Request:
         return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
 
     def fill(self, indexes: list[int], rows: NDArray[np.float32]) -> None:
-        """Put rows of shape (len(indexes), dimensions) in their places; deliver when none is missing."""
+        """Put rows of shape (len(indexes), dimensions) in their places.
+
+        Delivers when none is missing.
+        """
         import numpy as np
 
         if self._done:
@@ -97,7 +102,10 @@ class Scheduler:
             self._changed.notify()
 
     def take(self, limits: SliceLimits) -> list[Part]:
-        """Wait for work and return one slice: parts of one or more requests of the same kind."""
+        """Wait for work and return one slice.
+
+        It holds parts of one or more requests of the same kind.
+        """
         with self._changed:
             while True:
                 for queue in self._queues.values():
@@ -131,7 +139,7 @@ def _fill_slice(queue: deque[Request], limits: SliceLimits) -> list[Part]:
         parts.append((request, indexes))
         count += len(indexes)
         if request.has_waiting():
-            # The slice is full. The others come next: a small request does not wait for a whole large one.
+            # The slice is full. The other requests come next, so that a small one does not wait for a whole large one.
             queue.rotate(-1)
             break
         queue.popleft()

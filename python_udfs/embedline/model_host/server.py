@@ -1,4 +1,4 @@
-"""The model host's process: an asyncio loop for the connections, one thread for the model."""
+"""Run the model host: an asyncio loop for connections, one thread for the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# How long a host that cannot load its model stays to tell those who are connected.
+# Seconds that a host that cannot load its model stays, to report the error to its connections.
 _FAREWELL_SECONDS = 1.0
 
 
@@ -32,7 +32,8 @@ def serve(socket_path: str, settings: HostSettings, owner: Owner) -> NoReturn:
     """Serve until idle or until the owner is gone, then end the process."""
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log.setLevel(logging.INFO)
-    # The loop thread answers queries while the model thread runs Python; the default of 5 ms would be most of a query.
+    # The loop thread answers queries while the model thread runs Python. The default of 5 ms would be most of a query's
+    # time.
     sys.setswitchinterval(0.0005)
     threading.excepthook = _die_with_thread
     status = 1
@@ -41,7 +42,7 @@ def serve(socket_path: str, settings: HostSettings, owner: Owner) -> NoReturn:
     except BaseException:
         log.exception("the model host failed")
     finally:
-        # Not sys.exit: finalising the interpreter under a running model thread can crash or hang.
+        # Not sys.exit, because finalising the interpreter under a running model thread can crash or hang.
         os._exit(status)
 
 
@@ -54,7 +55,10 @@ def _host(place: HostPlace, settings: HostSettings, owner: Owner) -> HostProcess
 
 
 def _die_with_thread(arguments: threading.ExceptHookArgs) -> None:
-    """A host without its model thread would let clients wait for ever; most likely memory has run out."""
+    """End the host with its model thread.
+
+    Clients would wait for ever otherwise. Most likely memory has run out.
+    """
     try:
         log.error("thread failed", exc_info=arguments.exc_value)
     finally:
@@ -62,7 +66,7 @@ def _die_with_thread(arguments: threading.ExceptHookArgs) -> None:
 
 
 class Host(HostProcess):
-    """The host of a local model; lives in the loop's thread, but for `_work`."""
+    """The host of a local model; lives in the loop's thread, except `_work`."""
 
     def __init__(self, place: HostPlace, settings: HostSettings, owner: Owner) -> None:
         super().__init__(place, settings, owner)
@@ -84,7 +88,7 @@ class Host(HostProcess):
         return self.model.done()
 
     def has_moved(self) -> bool:
-        """Return True while the model is loading, and if a slice was done since the last call."""
+        """Return True while the model loads, or if a slice was done since the last call."""
         before, self._slices_seen = self._slices_seen, self._slices_done
         return before != self._slices_done or not self.model.done()
 
@@ -103,7 +107,7 @@ class Host(HostProcess):
             try:
                 encode_parts(model, parts)
             except Exception as error:
-                # Only a lost device comes here; a new process is the one remedy.
+                # Only a lost device raises here, and a new process is the only remedy.
                 log.exception("the device is lost")
                 failure = ModelHostUnavailable("the model host lost its device", detail=describe(error))
                 for request, _ in parts:
@@ -119,7 +123,7 @@ class Host(HostProcess):
             request.fail(error)
         if not self.model.done():
             self.model.set_exception(error)
-            # Retrieved here, for there may be no probe that waits for it.
+            # Retrieved here, because there may be no probe that waits for it.
             self.model.exception()
         self.loop.call_later(_FAREWELL_SECONDS, self.stop, 1, error.message)
 
@@ -129,7 +133,10 @@ class Host(HostProcess):
 
 
 def encode_parts(model: LoadedModel, parts: list[Part]) -> None:
-    """Encode one slice. Where it fails, each request of it is tried alone: one bad text fails only its own request."""
+    """Encode one slice.
+
+    If it fails, each request of it is tried alone, so that a bad text fails only its own request.
+    """
     texts = [request.texts[index] for request, indexes in parts for index in indexes]
     try:
         rows = model.encode(texts)
@@ -168,7 +175,7 @@ class Connection(HostConnection):
             raise ProtocolError("the request's operation is unknown")
 
     def cancel(self, number: int) -> bool:
-        """Have the scheduler pass a request over."""
+        """Have the scheduler skip a request."""
         request = self._requests.pop(number, None)
         if request is None:
             return False
@@ -176,7 +183,7 @@ class Connection(HostConnection):
         return True
 
     def forget_all(self) -> None:
-        """Have the scheduler pass all requests over."""
+        """Have the scheduler skip all requests."""
         for request in self._requests.values():
             request.cancelled = True
         for task in self._tasks:
@@ -216,7 +223,7 @@ class Connection(HostConnection):
     async def _probe(self, number: int) -> None:
         try:
             model = await asyncio.shield(self._host.model)
-            # In another thread: hashing the weights of a large model takes a second.
+            # In another thread, because hashing the weights of a large model takes a second.
             fields = await asyncio.to_thread(model.describe, self._host.place.tokenizer)
         except ProviderError as error:
             fields = error_fields(error)

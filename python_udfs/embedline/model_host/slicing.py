@@ -1,9 +1,11 @@
-"""How much one pass through the model takes: found by measuring the passes of real traffic, so nothing is calibrated first.
+"""Find the best size of one pass through the model, from real traffic.
 
-Small slices keep a processor's caches warm and queries quick, large ones spread the cost of a call. Which size is best
-depends on the model, the backend and the machine: all-MiniLM-L6-v2 on 2 cores reads 28 texts of 900 characters a second
-in slices of 4 and 17 in slices of 32; its int8 form is at its best with 1 to 4, a static model with hundreds.
-Pure: the clock is the caller's.
+No calibration is needed. Small slices keep a processor's caches warm and queries quick; large ones spread the cost of a
+call. The best size depends on the model, the backend and the machine. On 2 cores all-MiniLM-L6-v2 reads 28 texts of 900
+characters a second in slices of 4, and 17 in slices of 32. Its int8 form is fastest with 1 to 4, a static model with
+hundreds.
+
+Pure: the caller passes the time.
 """
 
 from __future__ import annotations
@@ -12,18 +14,19 @@ from dataclasses import dataclass, field
 
 from embedline.model_host.scheduler import SliceLimits
 
-# A query waits for at most one slice; so a slice of several texts is kept below this.
+# Longest seconds of a slice of several texts, because a query waits for at most one slice.
 MAX_SLICE_SECONDS = 0.2
 LEAST_CHARACTERS = 512
 _MOST_CHARACTERS = 1 << 22
-# Both sizes in turn, each as often first as second: texts get shorter within a request, and other load comes and goes.
+# Both sizes in turn, each equally often first and second. Texts get shorter within a request, and other load comes and
+# goes.
 _TURNS = (0, 1, 1, 0) * 3
 _MIN_GAIN = 1.05
-# A slice says something about its size only where it was about full.
+# Least filled part of a slice whose time counts for its size.
 _FULL = 0.5
 _SLOW_IN_A_ROW = 3
 _FIRST_REST, _LONGEST_REST = 16, 4096
-# A slice of very short texts is bounded by their number: each costs its special tokens.
+# Characters per text that bound a slice of very short texts, because each text costs its special tokens.
 _CHARACTERS_PER_TEXT = 16
 
 
@@ -38,13 +41,16 @@ class _Trial:
 
     @property
     def gain(self) -> float:
-        """The second size's characters a second over the first one's."""
+        """Return the second size's characters per second over the first one's."""
         rates = [c / max(s, 1e-9) for c, s in zip(self.characters, self.seconds, strict=True)]
         return rates[1] / max(rates[0], 1e-9)
 
 
 class SliceTuner:
-    """Climbs from a start towards the fastest size, by factors of two, and never above what memory and queries allow."""
+    """Climb from a start towards the fastest size, by factors of two.
+
+    The size never exceeds the limits of memory and of queries.
+    """
 
     def __init__(self, characters: int) -> None:
         self._size = characters
@@ -56,12 +62,12 @@ class SliceTuner:
 
     @property
     def limits(self) -> SliceLimits:
-        """What the next slice may take."""
+        """Return the limits of the next slice."""
         size = self._size if self._trial is None else self._trial.sizes[_TURNS[self._trial.turn]]
         return SliceLimits(texts=max(1, size // _CHARACTERS_PER_TEXT), characters=size)
 
     def note(self, lengths: list[int], seconds: float) -> None:
-        """Learn from a slice of texts of these lengths, in characters, that has taken so long."""
+        """Learn from a slice of texts of these lengths, in characters, and its seconds."""
         size = self.limits.characters
         if len(lengths) * max(lengths) < _FULL * size:
             return
@@ -75,17 +81,23 @@ class SliceTuner:
             self._begin(seconds)
 
     def shrink(self, lengths: list[int]) -> None:
-        """Remember that so much did not fit into memory: from now on half of it is the most."""
+        """Remember a slice that did not fit into memory.
+
+        From now on half of it is the most.
+        """
         self._ceiling = max(LEAST_CHARACTERS, min(self._ceiling, len(lengths) * max(lengths) // 2))
         self._settle(min(self._size, self._ceiling))
 
     def _is_too_slow(self, lengths: list[int], seconds: float) -> bool:
-        """Whether the slice made queries wait too long; a few in a row halve the size, one ends a trial."""
+        """Return True if the slice made queries wait too long.
+
+        A few such slices in a row halve the size; one ends a trial.
+        """
         if seconds <= MAX_SLICE_SECONDS or len(lengths) == 1:
             self._slow = 0
             return False
         if self._trial is not None:
-            # The larger size, or load beside us: in both cases no time to try more.
+            # The larger size or other load is the reason. In both cases there is no time for a trial.
             self._settle(min(self._trial.sizes))
             return True
         self._slow += 1
@@ -94,7 +106,7 @@ class SliceTuner:
         return True
 
     def _begin(self, seconds: float) -> None:
-        """Try the next size, knowing how long a slice of the present one takes."""
+        """Try the next size; `seconds` is the time of a slice of the present one."""
         if not self._steps:
             self._steps = [2.0, 0.5]
         while self._steps:
@@ -116,7 +128,7 @@ class SliceTuner:
         self._trial = None
         won = trial.gain >= _MIN_GAIN
         if won:
-            # On in the same direction; the way back has just been measured.
+            # Go on in the same direction, because the way back has just been measured.
             self._size, self._steps = trial.sizes[1], self._steps[:1]
             self._rests = _FIRST_REST
         else:
@@ -127,7 +139,7 @@ class SliceTuner:
             self._settle(self._size)
 
     def _settle(self, size: int) -> None:
-        """Stay with a size for a while; the longer, the more often trials have led nowhere."""
+        """Keep a size for a while, and longer after each trial without a gain."""
         if size != self._size:
             self._rests = _FIRST_REST
         self._size, self._trial, self._steps, self._slow = size, None, [], 0

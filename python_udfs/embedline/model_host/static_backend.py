@@ -1,7 +1,7 @@
-"""A static model in numpy: the vector of a text is the mean of its tokens' rows in a table.
+"""Run a static model in numpy: a text's vector is the mean of its tokens' rows.
 
-The same vectors as sentence-transformers' StaticEmbedding, without torch: its host is ready in a fraction of a second
-instead of six and takes a tenth of the memory.
+The vectors are those of sentence-transformers' StaticEmbedding, without torch. Such a host is ready in a fraction of a
+second instead of six and takes a tenth of the memory.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-# Where the search for the best slice begins: 0.02 s with 256 dimensions on 2 cores.
+# Characters at which the search for the best slice begins: 0.02 s with 256 dimensions on 2 cores.
 _CHARACTERS = 131_072
-# torch divides by the length of a vector, but never by less than this (torch.nn.functional.normalize).
+# Smallest norm by which torch divides (torch.nn.functional.normalize).
 _MIN_NORM = 1e-12
 
 
@@ -45,7 +45,10 @@ class StaticBackend:
         self._tokenizer.no_padding()
 
     def forward(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return float32 rows of shape (len(texts), dimensions); a text without tokens is all zeros."""
+        """Return float32 rows of shape (len(texts), dimensions).
+
+        A text without tokens is all zeros.
+        """
         import numpy as np
 
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -59,7 +62,7 @@ class StaticBackend:
         return rows
 
     def free_memory(self) -> None:
-        """Nothing: numpy keeps none of what a failed pass took."""
+        """Do nothing, because numpy keeps no memory of a failed pass."""
 
     def tokenizer(self) -> Tokenizer:
         """Return a copy of the tokenizer."""
@@ -69,7 +72,10 @@ class StaticBackend:
 
 
 def _load_table(path: str) -> NDArray[np.float32]:
-    """Return the vectors, one row a token; model2vec's mapping and weights of tokens are applied."""
+    """Return the vectors, one row per token.
+
+    model2vec's mapping and weights of tokens are applied.
+    """
     import numpy as np
     from safetensors.numpy import load_file
 

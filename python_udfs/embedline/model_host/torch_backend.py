@@ -1,4 +1,4 @@
-"""A model in torch, with sentence-transformers."""
+"""Run a model in torch, with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from embedline.model_host.host_settings import HostSettings
 
-# Where the search for the best slice begins: measured with all-MiniLM-L6-v2 on 2 cores (0.15 s a slice) and with a
-# static model (0.02 s).
+# Characters at which the search for the best slice begins. Measured with all-MiniLM-L6-v2 on 2 cores (0.15 s a slice)
+# and with a static model (0.02 s).
 _CPU_CHARACTERS, _ACCELERATOR_CHARACTERS, _STATIC_CHARACTERS = 4096, 262_144, 131_072
 
 
@@ -28,10 +28,11 @@ class TorchBackend:
 
     def __init__(self, model: SentenceTransformer) -> None:
         self.model = model
-        # By name: its module has another path before sentence-transformers 6.
+        # By name, because its module has another path before sentence-transformers 6.
         self.is_static = type(model[0]).__name__ == "StaticEmbedding"
-        # Of a model that takes images, sounds or films, too, the library fetches a text that is an address, and opens one
-        # that is a path. What is named a text is none of these. Before 5.4 it has no such models and knows no names.
+        # If a model also takes images, sounds or films, the library fetches a text that is an address, and opens one
+        # that is a path. A text that is named as one is neither fetched nor opened. Before 5.4 there are no such models
+        # and no names.
         self._names_texts = set(getattr(model, "modalities", ["text"])) != {"text"}
         if self.is_static:
             self.slice_characters = _STATIC_CHARACTERS
@@ -42,13 +43,13 @@ class TorchBackend:
         """Return float32 rows of shape (len(texts), dimensions), not normalised."""
         import numpy as np
 
-        # The empty prompt shuts out a default prompt of the model's own config: prefixes are the client's business.
+        # The empty prompt overrides a default prompt of the model's own config, because the client adds the prefixes.
         inputs = [{"text": text} for text in texts] if self._names_texts else list(texts)
         rows = self.model.encode(inputs, prompt="", batch_size=len(texts), show_progress_bar=False)
         return np.asarray(rows, dtype="<f4")
 
     def free_memory(self) -> None:
-        """Give back what a failed pass has left."""
+        """Free the memory of a failed pass."""
         import torch
 
         gc.collect()
@@ -57,14 +58,14 @@ class TorchBackend:
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text in tokens, without special tokens; None where there is no limit."""
+        """Return the longest text in tokens, without special tokens; None without a limit."""
         longest = self.model.max_seq_length
         if self.is_static or longest is None or math.isinf(longest):
             return None
         return int(longest) - int(self.model.tokenizer.num_special_tokens_to_add(pair=False))
 
     def tokenizer(self) -> Tokenizer | None:
-        """Return a copy of the tokenizer, None where it is not one of the tokenizers library."""
+        """Return a copy of the tokenizer, None if it is not of the tokenizers library."""
         from tokenizers import Tokenizer
 
         own = self.model.tokenizer
@@ -73,7 +74,10 @@ class TorchBackend:
 
 
 def load_torch(settings: HostSettings, **model_kwargs: object) -> TorchBackend:
-    """Load the model; `model_kwargs` go to transformers. Raises what the libraries raise, and ProviderMisconfigured."""
+    """Load the model; `model_kwargs` go to transformers.
+
+    Raises the libraries' own errors, and ProviderMisconfigured.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -88,7 +92,7 @@ def load_torch(settings: HostSettings, **model_kwargs: object) -> TorchBackend:
         revision=settings.revision,
         backend="torch",
         device=settings.device,
-        # The type is explicit, for the default is whatever the weights were saved in.
+        # The type is explicit, because the default is the type in which the weights were saved.
         model_kwargs={"dtype": settings.precision, **model_kwargs},
         trust_remote_code=False,
     )

@@ -1,4 +1,4 @@
-"""What makes a model's vectors: the identity of its weights, independent of where they lie and of who reads them."""
+"""Identify a model's weights, wherever they lie and whatever reads them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def weights_identity(settings: HostSettings) -> str:
-    """Name the weights of a model.
+    """Return the identity of a model's weights.
 
-    A directory is known by the content of its weights, tokenizer and module list; a model of the hub by its commit; a
-    prepared ONNX model by the weights that it was made of. Raises OSError where the weights are not on this machine.
+    A directory is known by the content of its weights, tokenizer and module list, a model of the hub by its commit. A
+    prepared ONNX model is known by the weights that it was made of. Raises OSError if the weights are not on this
+    machine.
     """
     if not os.path.isdir(settings.model):
         from huggingface_hub import snapshot_download

@@ -1,1 +1,1 @@
-"""Registered models: their embedders, circuit breakers and health."""
+"""Use registered models: embedders, circuit breakers and health checks."""

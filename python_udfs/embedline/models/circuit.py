@@ -1,4 +1,7 @@
-"""One circuit breaker a model, shared by all workers: a provider that is down is not asked again and again."""
+"""Keep one circuit breaker for each model, shared by all workers.
+
+A provider that is down is not asked again and again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from embedline.postgres.session import Session
 
 
 def is_open(session: Session, model_id: int) -> bool:
-    """Whether the model is left alone for now."""
+    """Return True if the model must not be asked now."""
     return bool(
         session.scalar(
             "SELECT open_until > clock_timestamp() FROM embedline.circuit WHERE model_id = $1", ["bigint"], model_id
@@ -19,10 +22,11 @@ def is_open(session: Session, model_id: int) -> bool:
 
 
 def open_circuit(session: Session, model_id: int, message: str, retry_after: float | None) -> float:
-    """Note a failure of the provider as a whole; return the seconds for which the model is left alone.
+    """Record a failure of the whole provider; return how long the circuit stays open.
 
-    The provider's own wish decides, up to the setting max_provider_wait_seconds; without one, each failure in a row doubles
-    the pause. Failures of requests that were on their way when the circuit opened count once.
+    The result is in seconds. The wait that the provider asks for decides, up to the setting max_provider_wait_seconds.
+    Without one, each failure in a row doubles the pause. All failures of requests that were in flight when the circuit
+    opened count once.
     """
     found = session.query(
         "SELECT failure_count, open_until > clock_timestamp() AS open FROM embedline.circuit WHERE model_id = $1",
@@ -49,7 +53,10 @@ def open_circuit(session: Session, model_id: int, message: str, retry_after: flo
 
 
 def close_circuit(session: Session, model_id: int) -> None:
-    """Forget earlier failures after a success; not while the circuit is open, for the success was asked for earlier."""
+    """Forget earlier failures after a success.
+
+    Nothing changes while the circuit is open, because the successful request was sent before it opened.
+    """
     if session.scalar("SELECT 1 FROM embedline.circuit WHERE model_id = $1", ["bigint"], model_id):
         session.query(
             "DELETE FROM embedline.circuit WHERE model_id = $1 AND open_until <= clock_timestamp()",
@@ -60,7 +67,10 @@ def close_circuit(session: Session, model_id: int) -> None:
 
 @entry_point
 def resume_model(session: Session, name: str) -> int:
-    """Ask a model that is left alone again now; return how many rows and chunks that waited for their next try are due."""
+    """Close a model's circuit and make its waiting rows due.
+
+    Returns the number of rows and chunks that waited for their retry and are due now.
+    """
     model_id = load_model(session, name).model_id
     session.query("DELETE FROM embedline.circuit WHERE model_id = $1", ["bigint"], model_id)
     freed = 0

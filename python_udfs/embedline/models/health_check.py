@@ -1,8 +1,9 @@
-"""Whether a provider that failed a request answers anything at all: the judge between a text and its provider.
+"""Check whether a provider that failed a request answers anything at all.
 
-A failure looks the same whether a text brings its provider down, an account is closed or the provider is away: what tells
-them apart is an answer to something else. Each good answer is noted with the time at which its request was sent. Where none
-is recent enough, the model is asked for a short, harmless text; the rows that failed wait for its answer in their batch.
+A failure has the same form if a text brings its provider down, if an account is closed, or if the provider is away.
+Only an answer to something else tells these cases apart. Each good answer is recorded with the time at which its
+request was sent. If none is recent enough, the model is asked for a short, harmless text. The failed rows wait for its
+answer in their batch.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
 
 Health = Literal["sound", "failing"]
 
-# What is asked; a handful of tokens.
+# The harmless text, a handful of tokens.
 PROBE_TEXT = "embedline probe"
 _CACHE_KEY = "embedline.answers"
 
 
 @dataclass
 class _Answers:
-    """What this session knows of a model. Times are of time.monotonic."""
+    """The answers of a model in this session; times are of time.monotonic."""
 
-    # When the latest request was sent that was answered well.
+    # Time at which the latest request with a good answer was sent.
     good_sent_at: float = float("-inf")
     probe: Future[EmbeddingBlock] | None = None
     probe_sent_at: float = float("-inf")
@@ -39,7 +40,10 @@ class _Answers:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a provider: `health`, or `pending` until the probe is answered; `error` is the probe's own."""
+    """The health of a provider, or the pending probe that will tell it.
+
+    `error` is the probe's own.
+    """
 
     health: Health | None = None
     pending: Future[EmbeddingBlock] | None = None
@@ -47,15 +51,16 @@ class Verdict:
 
 
 def note_answer(session: Session, model_id: int, sent_at: float) -> None:
-    """Note that a request that was sent at a time has been answered well."""
+    """Record the good answer to a request that was sent at `sent_at`."""
     answers = _answers(session, model_id)
     answers.good_sent_at = max(answers.good_sent_at, sent_at)
 
 
 def ask(session: Session, version: Version, since: float, in_flight: Future[EmbeddingBlock] | None = None) -> Verdict:
-    """Say whether the version's model has answered anything that was sent at or after `since`.
+    """Return the health of the version's model since a time.
 
-    If nothing was, wait for a request that is `in_flight` since then, or else ask for the harmless text.
+    Any good answer to a request sent at or after `since` proves it sound. Without one, the verdict waits for a request
+    that is `in_flight` since then, or else for the harmless text.
     """
     answers = _answers(session, version.model.model_id)
     if answers.good_sent_at >= since:
@@ -81,7 +86,10 @@ def _answers(session: Session, model_id: int) -> _Answers:
 
 
 def _error_of(probe: Future[EmbeddingBlock], version: Version) -> EmbedlineError | None:
-    """Return what is wrong with the probe's answer; one with a useless vector is no good answer either."""
+    """Return the error of the probe's answer, None for a good answer.
+
+    An answer with an unusable vector is not a good one.
+    """
     from embedline.core import vectors
 
     error = probe.exception()

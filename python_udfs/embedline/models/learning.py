@@ -1,4 +1,7 @@
-"""What the answers of a model's endpoint teach about it, kept with the model so that no session has to find it out again."""
+"""Keep with a model the facts that its endpoint's answers show.
+
+No other session has to find them out again.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,23 @@ _KEEP = """
 
 
 def keep(session: Session, pipeline: Pipeline, learned: Mapping[str, str]) -> str | None:
-    """Keep what an answer showed of the pipeline's model; return what to say of it, the first time only."""
+    """Store new facts about the pipeline's model.
+
+    Returns a remark for the status, the first time only.
+    """
     model = pipeline.version.model
     new = {name: value for name, value in learned.items() if model.config.learned.get(name) != value}
     if not new:
         return None
-    # An answer of the endpoint before says nothing about the one that alter_model has set since.
+    # An answer of the earlier endpoint says nothing about one that alter_model has set since.
     types = ["bigint", "jsonb", "text"]
     kept = session.query(_KEEP, types, model.model_id, json.dumps(new), model.config.base_url)
     return f'model "{model.config.name}": {_REMARK}' if kept and "index" in new else None
 
 
 def is_error(last_error: str | None) -> bool:
-    """Return True for an error, which a success takes away, and False for what `keep` returned, which it does not."""
+    """Return True for an error, False for a remark of `keep`.
+
+    A success clears an error, but not a remark.
+    """
     return last_error is not None and not last_error.endswith(_REMARK)

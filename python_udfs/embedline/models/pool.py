@@ -1,4 +1,7 @@
-"""The session's embedders, and waiting for them so that a cancel or a time-out of the server gets through."""
+"""Keep the session's embedders, and wait for them cancellably.
+
+A cancel or a timeout of the server ends the wait.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _POLL_SECONDS = 0.1
 
 
 class _PooledEmbedder:
-    """An embedder with the requests that it has in flight, so that it can be replaced without losing them."""
+    """An embedder with its requests in flight, so that a replacement loses none."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
@@ -46,9 +49,9 @@ class _PooledEmbedder:
 
 
 def embedder_for(session: Session, model: Model) -> Embedder:
-    """Return the session's embedder of a model; it is made on first use and kept."""
+    """Return the session's embedder of a model, made on first use and kept."""
     pool: dict[tuple[int, ModelConfigKey], _PooledEmbedder] = session.cache.setdefault("embedline.embedders", {})
-    # Replaced, with requests in flight: what these return is paid for, and is still written.
+    # Replaced embedders with requests in flight. The answers to these are paid for, and are still written.
     replaced: list[_PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
     key = (model.model_id, _config_key(model.config))
     if key not in pool:
@@ -64,12 +67,15 @@ ModelConfigKey = str
 
 
 def _config_key(config: ModelConfig) -> ModelConfigKey:
-    # An embedder knows by itself what its own answers have shown.
+    # An embedder itself remembers the facts that its own answers have shown.
     return repr(replace(config, learned={}))
 
 
 def let_cancel_through(session: Session) -> Callable[[], None]:
-    """Return what to call about every 0.1 s while waiting inside a transaction: only plpy.execute heeds a cancel."""
+    """Return a function to call about every 0.1 s while waiting in a transaction.
+
+    Only plpy.execute heeds a cancel.
+    """
 
     def breathe() -> None:
         session.plpy.execute("SELECT 1")
@@ -80,7 +86,10 @@ def let_cancel_through(session: Session) -> Callable[[], None]:
 def wait_first(
     futures: Collection[Future[T]], on_wait: Callable[[], None], is_over: Callable[[], bool] = lambda: False
 ) -> set[Future[T]]:
-    """Return the futures that are done as soon as one is, or none once `is_over`, calling `on_wait` about every 0.1 s."""
+    """Return the futures that are done as soon as one is.
+
+    Returns none once `is_over`. Calls `on_wait` about every 0.1 s.
+    """
     while True:
         done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
         if done or is_over():
@@ -89,6 +98,9 @@ def wait_first(
 
 
 def wait_result(future: Future[T], on_wait: Callable[[], None]) -> T:
-    """Return the future's result (or raise its error), calling `on_wait` about every 0.1 s."""
+    """Return the future's result, calling `on_wait` about every 0.1 s.
+
+    The future's error is raised.
+    """
     wait_first([future], on_wait)
     return future.result()

@@ -1,4 +1,7 @@
-"""The vector of a query: of a remote model by the connections that all sessions share, else by the session's own embedder."""
+"""Embed a query through shared connections or the session's own embedder.
+
+Queries of remote models use the connections that all sessions share.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,20 @@ if TYPE_CHECKING:
 
 # Providers whose clients take long to import and hold connections that are worth sharing.
 _SHARED_PROVIDERS = ("openai",)
-# Seconds for which a session whose host did not start asks providers itself, without another attempt to start it.
+# Seconds for which a session asks providers itself after the host did not start, before it tries to start the host
+# again.
 _RESPITE_SECONDS = 60.0
-# How often a worker asks the host for a sign of life, in seconds. It ends when it was idle for an hour.
+# Seconds between a worker's pings of the host, which ends after an idle hour.
 _WARM_SECONDS = 600.0
-# In GD: the session's client of the host, and the times (time.monotonic) of the two above.
+# Keys in GD of the session's client of the host, and of the times (time.monotonic) for the two intervals above.
 _HOST, _UNUSABLE_UNTIL, _WARM_AT = "embedline.query_host", "embedline.query_host.unusable", "embedline.query_host.warm"
 
 
 class QueryEmbedding:
-    """A query on its way to the version's model: the caller may do other work before it asks for the `result`."""
+    """A query in flight to the version's model.
+
+    The caller may do other work before it asks for the `result`.
+    """
 
     def __init__(self, session: Session, version: Version, text: str) -> None:
         """Start to embed one repaired text."""
@@ -49,7 +56,7 @@ class QueryEmbedding:
             return self._wait()
 
     def cancel(self) -> None:
-        """End the request, if it has not ended: there is no one who wants the answer."""
+        """End the request if it has not ended, because its answer is not needed."""
         self._future.cancel()
 
     def _own(self) -> Future[EmbeddingBlock]:
@@ -59,21 +66,27 @@ class QueryEmbedding:
         try:
             return wait_result(self._future, let_cancel_through(self._session))
         except BaseException:
-            # A cancel or a time-out of the statement, among others.
+            # Such as a cancel or a timeout of the statement.
             self.cancel()
             raise
 
 
 def warm_up(session: Session, provider: str) -> None:
-    """Start the host of remote models before a search needs it, if the provider is one of these; wait for it for 0.1 s."""
+    """Start the host of remote models before a search needs it.
+
+    Does nothing for other providers. Waits about 0.1 s, until the host answers.
+    """
     if provider in _SHARED_PROVIDERS:
-        # A search that cannot have it does without.
+        # A search without the host asks the provider itself.
         with contextlib.suppress(ProviderError, OSError):
             wait_result(_host(session).ping(), let_cancel_through(session))
 
 
 def keep_warm(session: Session, providers: Iterable[str]) -> None:
-    """Have the host of remote models run while there are searches to expect. Waits for nothing; call it as often as you like."""
+    """Keep the host of remote models running while searches are expected.
+
+    Does not wait, and may be called at any rate.
+    """
     if time.monotonic() >= session.cache.get(_WARM_AT, 0.0) and not set(providers).isdisjoint(_SHARED_PROVIDERS):
         session.cache[_WARM_AT] = time.monotonic() + _WARM_SECONDS
         with contextlib.suppress(ProviderError, OSError):
@@ -81,7 +94,10 @@ def keep_warm(session: Session, providers: Iterable[str]) -> None:
 
 
 def _host(session: Session) -> SharedEmbedder:
-    """Return the session's client of the host; raises ProviderError or OSError where there can be none."""
+    """Return the session's client of the host.
+
+    Raises ProviderError or OSError if there can be none.
+    """
     if _HOST not in session.cache:
         from embedline.embedders.shared import SharedEmbedder
 
@@ -91,20 +107,26 @@ def _host(session: Session) -> SharedEmbedder:
 
 
 def _shared(session: Session, version: Version, text: str) -> Future[EmbeddingBlock] | None:
-    """Start the query at the host of remote models; None where the session has to do it itself."""
+    """Start the query at the host of remote models.
+
+    Returns None if the session has to ask the provider itself.
+    """
     config = version.model.config
     if config.provider not in _SHARED_PROVIDERS or time.monotonic() < session.cache.get(_UNUSABLE_UNTIL, 0.0):
         return None
     try:
         return _host(session).submit_query(config, _stamp(version), text)
     except (ProviderError, OSError):
-        # Such as a directory for the socket that others can use.
+        # For example because others can use the socket's directory.
         _do_without(session)
         return None
 
 
 def _stamp(version: Version) -> str:
-    """Return what tells the model from the one of before, also where a change behind its name was found."""
+    """Return a text that changes with the model's vectors.
+
+    It also changes if another model was found behind the same name.
+    """
     return f"{version.model.fingerprint} {version.vectors_valid_from or ''}"
 
 

@@ -1,4 +1,4 @@
-"""Registering embedding models."""
+"""Register embedding models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from embedline.postgres.session import Session
 from embedline.providers.options import check_options
 
 _KEY_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
-# Parameters of a query that are secrets; api-version and the like are none.
+# Names of query parameters that hold secrets; api-version and the like do not.
 _SECRET_PARAMETER = re.compile(r"key|token|secret|passw|signature|credential|\Asig\Z|\Acode\Z|auth", re.IGNORECASE)
 _LIMITS = {
     "max_batch_items": (1, 100_000),
@@ -57,7 +57,7 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
     if session.scalar("SELECT model_id FROM embedline.model WHERE name = $1", ["text"], config.name) is not None:
         raise AlreadyExists(
             f'there is a model "{config.name}" already',
-            hint=f"SELECT embedline.drop_model('{config.name}') removes it where no pipeline uses it.",
+            hint=f"SELECT embedline.drop_model('{config.name}') removes it if no pipeline uses it.",
         )
     info = probe(session, config)
     if config.dimensions is not None and info.dimensions != config.dimensions:
@@ -128,16 +128,19 @@ def checked_options(name: str, provider: str, given: str | None) -> dict[str, An
 
 
 def _refuse_secrets(base_url: str | None) -> None:
-    """Raise where an address carries a credential: readers see the address."""
+    """Raise InvalidParameter if an address carries a credential.
+
+    Readers see the address.
+    """
     try:
         parts = urlsplit(base_url or "")
         names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
     except ValueError:
-        raise InvalidParameter("base_url is no address", hint="For example http://127.0.0.1:11434/v1.") from None
+        raise InvalidParameter("base_url is not an address", hint="For example http://127.0.0.1:11434/v1.") from None
     if "@" in parts.netloc or any(_SECRET_PARAMETER.search(name) for name in names):
         raise InvalidParameter(
             "base_url must not hold a user, a password or a key",
-            detail="The address is not shown here, but everybody who may search sees it in embedline.model.",
+            detail="The address is not shown here, but every role that may search can read it in embedline.model.",
             hint="Start the server with the key in a variable and pass api_key_env => 'ITS_NAME'; a header of another name"
             ' than Authorization is options => \'{"key_header": "api-key"}\'.',
         )
@@ -163,13 +166,13 @@ def check_endpoint(base_url: str | None, api_key_env: str | None) -> None:
     if api_key_env is not None and not _KEY_VARIABLE.match(api_key_env):
         raise InvalidParameter(
             "api_key_env must be the name of an environment variable of the server",
-            detail="The value that was given is not shown: it may be the key itself.",
+            detail="The given value is not shown, because it may be the key itself.",
             hint="Start the server with OPENAI_API_KEY set and pass api_key_env => 'OPENAI_API_KEY'.",
         )
 
 
 def check_directory(provider: str, model: str) -> None:
-    """Raise if a local model's directory is not there."""
+    """Raise InvalidParameter if a local model's directory is not there."""
     if provider == "sentence-transformers" and os.path.isabs(model) and not os.path.isdir(model):
         raise InvalidParameter(
             f'there is no model directory "{model}" that the server can read',

@@ -1,8 +1,8 @@
-"""How many texts a provider takes in one request: found where larger requests are refused, and remembered with the model.
+"""Learn how many texts a provider takes in one request.
 
-A request that is refused is split by halves. Where all of its texts pass in smaller requests it was their number that the
-provider refuses: the largest size that passed is kept in embedline.model, for all workers. Now and then one larger request
-is tried, by bisection between what passed and what was refused: a limit may have been lifted.
+A request that is refused is split by halves. If all of its texts pass in smaller requests, their number was the reason
+for the refusal. The largest size that passed is kept in embedline.model, for all workers. From time to time one larger
+request is tried, by bisection between the passed and the refused size, because a limit may have been lifted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from embedline.postgres.session import Session
 # Seconds between two larger requests: while the limit is not known exactly, and once it is.
 _TRIAL_SECONDS, _KNOWN_LIMIT_SECONDS = 60.0, 3600.0
 
-# SKIP LOCKED throughout: a worker waits for no other, and what it learned will be learned again.
+# SKIP LOCKED throughout: a worker does not wait for another, and a lost fact will be learned again.
 _OURS = "model_id IN (SELECT model_id FROM embedline.model WHERE model_id = $1 FOR NO KEY UPDATE SKIP LOCKED)"
 _REMEMBER = f"""
     UPDATE embedline.model SET batch_items = CASE WHEN batch_items < $3 THEN greatest(batch_items, $2) ELSE $2 END,
@@ -42,7 +42,10 @@ _TRY = f"""
 
 @dataclass(eq=False)
 class Split:
-    """Sizes, in texts, of the requests that a refused request became; `is_spoilt` if one failed for another reason."""
+    """The sizes, in texts, of the requests that a refused request became.
+
+    `is_spoilt` if one failed for another reason.
+    """
 
     refused: set[int] = field(default_factory=set)
     passed: set[int] = field(default_factory=set)
@@ -50,7 +53,10 @@ class Split:
 
     @property
     def limit(self) -> tuple[int, int] | None:
-        """The largest size that passed and the smallest that was refused; None if size does not explain what happened."""
+        """Return the largest size that passed and the smallest that was refused.
+
+        None if size does not explain the refusals.
+        """
         if self.is_spoilt or not self.passed or not self.refused:
             return None
         passed, refused = max(self.passed), min(self.refused)
@@ -58,7 +64,7 @@ class Split:
 
 
 def remember(session: Session, model: Model, splits: Iterable[Split]) -> None:
-    """Keep what splits that are through tell of the model's limit."""
+    """Store the limit of a model that finished splits show."""
     limits = [split.limit for split in splits]
     for limit in limits:
         if limit is not None:
@@ -66,20 +72,23 @@ def remember(session: Session, model: Model, splits: Iterable[Split]) -> None:
 
 
 def note_passed(session: Session, model: Model, size: int) -> None:
-    """Keep that a request of more texts than the model was known to take has passed."""
+    """Store that a request passed with more texts than the model was known to take."""
     if model.batch_items is not None and size > model.batch_items:
         session.query(_GROW, ["bigint", "integer"], model.model_id, size)
 
 
 def note_too_long(session: Session, model: Model, sizes: Iterable[int]) -> None:
-    """Keep the size of the shortest text that was refused as too long and has passed in halves."""
+    """Store the size of the shortest text that was refused as too long.
+
+    Each of `sizes` is of a text that passed in halves.
+    """
     size = min(sizes, default=None)
     if size is not None and (model.text_size_refused is None or size < model.text_size_refused):
         session.query(_TOO_LONG, ["bigint", "integer"], model.model_id, size)
 
 
 def size_to_try(session: Session, model: Model, texts: int) -> int | None:
-    """Return the size of a request that is to be tried now beyond what passes; None in common life."""
+    """Return the size of a larger request to try now, None in most cases."""
     passed, refused, most = model.batch_items, model.batch_items_refused, model.config.max_batch_items
     if passed is None or passed >= min(texts, most):
         return None

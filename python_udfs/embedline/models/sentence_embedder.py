@@ -15,7 +15,10 @@ from embedline.models.pool import embedder_for, wait_result
 
 
 def sentence_embedder(session: Session, version: Version) -> EmbedSentences:
-    """Return what the semantic chunker asks for sentences' vectors: one float32 row for each, not normalised."""
+    """Return the function that embeds sentences for the semantic chunker.
+
+    It returns one float32 row for each sentence, not normalised.
+    """
 
     def embed(sentences: Sequence[str], on_wait: Callable[[], None]) -> FloatMatrix:
         from embedline.core import vectors

@@ -1,1 +1,4 @@
-"""PL/Python and PostgreSQL: sessions, locks, errors, rights. Nothing of pipelines."""
+"""Wrap PL/Python and PostgreSQL: sessions, locks, errors, rights.
+
+Nothing in this package knows pipelines.
+"""

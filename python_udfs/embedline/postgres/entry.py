@@ -1,4 +1,7 @@
-"""What an SQL wrapper calls: a function of a Session, whose errors are reported as PostgreSQL's."""
+"""Turn Python functions into entry points for SQL wrappers.
+
+An entry point gets a Session, and reports its errors as PostgreSQL's.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,21 @@ from embedline.postgres.session import Plpy, Session, SessionCache, T
 from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE, sqlstate_of
 
 P = ParamSpec("P")
-# Classes of errors that the caller's own circumstances raise in a statement of ours: read-only transaction, serialization
-# failure or deadlock, missing privilege, lock timeout, cancellation. Python frames tell nothing about them.
+# Classes of errors in our statements that the caller's own circumstances cause: read-only transaction, serialization
+# failure or deadlock, missing privilege, lock timeout, cancellation. Python frames say nothing about them.
 _CALLERS_OWN = ("25", "40", "42501", "55P03", "57")
-# In GD: how many of our functions are running inside each other.
+# Key in GD of the number of our functions that are running inside each other.
 _DEPTH = "embedline.depth"
 
 
 def entry_point(
     function: Callable[Concatenate[Session, P], T],
 ) -> Callable[Concatenate[Plpy, SessionCache, P], T]:
-    """Turn a function of a Session into what an SQL wrapper calls, with Embedline's errors reported as PostgreSQL's.
+    """Turn a function of a Session into the entry point of an SQL wrapper.
 
-    PL/Python prints the frames of a Python exception under the error, as its CONTEXT. An error that is meant for the caller
-    leaves without ours: the wrapper's own line is left, which PL/Python adds after us. A defect keeps all of its frames.
+    Embedline's errors are reported as PostgreSQL's. PL/Python prints the frames of a Python exception under the error,
+    as its CONTEXT. An error for the caller is raised without our frames; PL/Python adds only the wrapper's own line. A
+    defect keeps all of its frames.
     """
 
     def wrapper(plpy: Plpy, cache: SessionCache, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -49,14 +53,14 @@ def entry_point(
                 raise
             told = in_plain_words(plpy, error)
             if sqlstate_of(error) == LOCK_NOT_AVAILABLE and not getattr(told, "hint", None):
-                # PostgreSQL says that it gave up, not for whom it waited.
+                # PostgreSQL reports that the wait ended, not which session held the lock.
                 with contextlib.suppress(Exception):
                     told.hint = lock_holders(Session(plpy, cache))  # type: ignore[attr-defined]
             raise told from None
         finally:
             cache[_DEPTH] -= 1
             if told is not None:
-                # Python adds no frame of this function again when it goes on raising after `finally`.
+                # Python does not add this function's frame again when it goes on raising after `finally`.
                 told.__traceback__ = None
 
     wrapper.__doc__ = function.__doc__
@@ -64,13 +68,16 @@ def entry_point(
 
 
 def is_nested(session: Session) -> bool:
-    """Whether one of our functions runs inside another: a user's expression, which another of ours evaluates, called it."""
+    """Return True if one of our functions runs inside another.
+
+    Then a user's expression, which the outer function evaluates, called the inner one.
+    """
     return int(session.cache.get(_DEPTH, 0)) > 1
 
 
 @contextmanager
 def calling_ours(session: Session) -> Iterator[None]:
-    """For the length of a block, functions of ours that are called are not nested in the one that runs: it calls them itself."""
+    """Do not count our functions that the block calls itself as nested."""
     session.cache[_DEPTH] -= 1
     try:
         yield
@@ -82,13 +89,14 @@ def require_given(**values: object) -> None:
     """Raise InvalidParameter for the first value that is NULL."""
     for name, value in values.items():
         if value is None:
-            raise InvalidParameter(f"{name} must not be NULL", hint="Leave it out: then it has its default.")
+            raise InvalidParameter(f"{name} must not be NULL", hint="Leave it out to use its default.")
 
 
 def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:
-    """Return the exception that PL/Python turns into a PostgreSQL error with the SQLSTATE, DETAIL and HINT of `error`.
+    """Return the exception that PL/Python turns into a PostgreSQL error.
 
-    PL/Python puts the exception's type before the message; of a class in __main__ only the bare name.
+    It carries the SQLSTATE, DETAIL and HINT of `error`. PL/Python puts the exception's type before the message, and
+    only the bare name if the class is in __main__.
     """
     exception: BaseException = type("embedline", (plpy.Error,), {"__module__": "__main__"})(error.message)
     for name, value in (("sqlstate", error.sqlstate), ("detail", error.detail), ("hint", error.hint)):
@@ -98,7 +106,10 @@ def postgres_error(plpy: Plpy, error: EmbedlineError) -> BaseException:
 
 
 def in_plain_words(plpy: Plpy, error: Exception) -> BaseException:
-    """Return a server's error that passed through SPI without the name that PL/Python puts before its message."""
+    """Return a server's error without the name that PL/Python puts before it.
+
+    The error passed through SPI and has a SQLSTATE; any other exception is returned unchanged.
+    """
     sqlstate = sqlstate_of(error)
     if not sqlstate:
         return error

@@ -1,8 +1,10 @@
-"""Taking views away and putting them back as they were: with owner, grants, comments, options, and the views built on them.
+"""Drop views and create them again with their grants, options and dependent views.
 
-PostgreSQL refuses to change the type of a column that a view shows, and to drop a view that others are built on. What is
-kept of each view is what its creator could have said of it. Objects that cannot be made again from their definition, such as
-a table with a column of the view's row type, are refused by their names before anything is taken away.
+PostgreSQL refuses to change the type of a column that a view shows, and to drop a view that others are built on. Each
+view is kept with everything that its creator could have declared: owner, grants, comments, options.
+
+Some dependent objects cannot be created again from their definition, such as a table with a column of the view's row
+type. They are refused by name before any view is dropped.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _CHILDREN = """
         AND NOT EXISTS (SELECT FROM pg_depend AS e WHERE e.classid = 'pg_class'::regclass AND e.objid = c.oid
             AND e.deptype = 'e')
 """
-# What depends on the views or their row types and is no part of them: functions, tables, policies, temporary views.
+# Objects outside the views that depend on them or their row types: functions, tables, policies, temporary views.
 _OBSTACLES = """
     SELECT DISTINCT CASE WHEN r.oid IS NULL THEN pg_describe_object(d.classid, d.objid, d.objsubid)
         ELSE pg_describe_object('pg_class'::regclass, r.ev_class, 0) END AS object
@@ -75,7 +77,7 @@ _DEFAULTS = """
     SELECT quote_ident(a.attname) AS column, pg_get_expr(f.adbin, f.adrelid) AS expression
     FROM pg_attrdef AS f JOIN pg_attribute AS a ON a.attrelid = f.adrelid AND a.attnum = f.adnum WHERE f.adrelid = $1::oid
 """
-# Triggers, rules and indexes with what is said of each afterwards. An index keeps its name, a rule or a trigger its state.
+# Triggers, rules and indexes, with the statements that restore an index's name and the state of a rule or a trigger.
 _PARTS = """
     SELECT pg_get_triggerdef(t.oid) AS definition,
         CASE t.tgenabled WHEN 'D' THEN format('DISABLE TRIGGER %I', t.tgname) END AS state,
@@ -95,13 +97,16 @@ _STATISTICS = """
     SELECT quote_ident(a.attname) AS column, a.attstattarget AS target FROM pg_attribute AS a
     WHERE a.attrelid = $1::oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attstattarget >= 0
 """
-# A view that no longer fits what it reads: a column, an operator or a function is gone, or has another type.
+# SQLSTATEs if a view no longer fits its relations: a column, an operator or a function is gone or has another type.
 _NO_LONGER_FITS = ("42703", "42883", "42804", "42725", "42P01", "42601", "42P16", "42846", "22P02", "42702")
 
 
 @dataclass
 class KeptView:
-    """A view that is, or was, and all that was said of it. `definition` is its query."""
+    """A view with its declarations, whether it still exists or not.
+
+    `definition` is its query.
+    """
 
     oid: int
     schema: str
@@ -123,22 +128,22 @@ class KeptView:
 
     @property
     def qualified(self) -> str:
-        """Schema and name, quoted."""
+        """Return schema and name, quoted."""
         return f"{quote_ident(self.schema)}.{quote_ident(self.name)}"
 
     @property
     def is_materialized(self) -> bool:
-        """Whether it is a materialized view."""
+        """Return True if it is a materialized view."""
         return self.kind == "m"
 
     @property
     def type_words(self) -> str:
-        """What DROP and COMMENT call it."""
+        """Return the object type as DROP and COMMENT name it."""
         return "MATERIALIZED VIEW" if self.is_materialized else "VIEW"
 
 
 def load_kept(session: Session, oid: int | None) -> KeptView | None:
-    """Return all that there is to say of a view; None where it is gone."""
+    """Return a view with its declarations, None if it is gone."""
     rows = session.query(_VIEW, ["bigint"], oid)
     if not rows:
         return None
@@ -153,9 +158,9 @@ def load_kept(session: Session, oid: int | None) -> KeptView | None:
 
 
 def keep_with_dependents(session: Session, oids: Sequence[int]) -> list[KeptView]:
-    """Return these views and all that are built on them, in an order in which they can be created.
+    """Return these views and all that are built on them, in an order of creation.
 
-    Raises DependentObjects, with their names, where other objects depend on one of them.
+    Raises DependentObjects, with their names, if other objects depend on one of them.
     """
     parents: dict[int, set[int]] = {oid: set() for oid in oids}
     new = list(oids)
@@ -179,15 +184,16 @@ def keep_with_dependents(session: Session, oids: Sequence[int]) -> list[KeptView
 
 
 def drop_kept(session: Session, kept: Sequence[KeptView]) -> None:
-    """Drop views in the order in which nothing depends on the next one."""
+    """Drop the views, each before those that it is built on."""
     for view in reversed(kept):
         session.execute(f"DROP {view.type_words} {view.qualified}")
 
 
 def put_back(session: Session, view: KeptView, *, query: str | None = None) -> None:
-    """Create a view as it was, or with another query; materialized ones are empty until `fill`.
+    """Create a view as it was, or with another query.
 
-    Nothing of it is evaluated here: CREATE VIEW parses only, and indexes are built over no row, as the owner's.
+    A materialized view stays empty until `fill`. Nothing of the view is evaluated here: CREATE VIEW parses only, and
+    indexes are built over no row, as the owner's.
     """
     options = dict(str(option).split("=", 1) for option in view.options)
     listed = ", ".join(f"{name} = {quote_literal(value).strip()}" for name, value in options.items())
@@ -205,7 +211,10 @@ def put_back(session: Session, view: KeptView, *, query: str | None = None) -> N
 
 
 def _fitting(session: Session, view: KeptView, action: Callable[[], object]) -> None:
-    """Do a part of putting a view back; raise DependentObjects with its name where it no longer fits what it reads."""
+    """Run one step of recreating a view.
+
+    Raises DependentObjects with the view's name if the view no longer fits its relations.
+    """
     try:
         with session.plpy.subtransaction():
             action()
@@ -243,14 +252,20 @@ def _say_again(session: Session, view: KeptView) -> None:
 
 
 def fill(session: Session, kept: Sequence[KeptView]) -> None:
-    """Fill the materialized views that were filled; PostgreSQL runs their queries with their owners' rights."""
+    """Fill the materialized views that were filled before.
+
+    PostgreSQL runs their queries with their owners' rights.
+    """
     for view in kept:
         if view.is_materialized and view.is_populated:
             session.execute(f"REFRESH MATERIALIZED VIEW {view.qualified}")
 
 
 def give_grants(session: Session, view: str, grants: Sequence[dict[str, Any]]) -> None:
-    """Give a view that was created again exactly these rights: none of the creator's default privileges."""
+    """Give a recreated view exactly these grants.
+
+    The creator's default privileges are revoked.
+    """
     for grantee in {str(row["grantee"]) for row in session.query(_GRANTEES, ["text"], view)}:
         session.execute(f"REVOKE ALL ON {view} FROM {grantee}")
     for grant in grants:

@@ -1,4 +1,4 @@
-"""Locks: the keys of advisory locks, short waits for strong locks, and who holds them."""
+"""Take locks: keys of advisory locks, short waits, and the lock holders."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from embedline.errors import (
 from embedline.postgres.session import Session, T
 from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE, sqlstate_of
 
-# A try for a strong lock: below what a reader notices; and the pause before the next, in seconds.
+# One attempt at a strong lock, below the delay that a reader notices; then the pause before the next, in seconds.
 _LOCK_TRY = "10ms"
 _LOCK_PAUSE_SECONDS = (0.01, 0.04)
-# Who holds locks: sessions, and transactions that were prepared for a two-phase commit, of which no session is left.
+# Statements that find lock holders: sessions, and transactions prepared for a two-phase commit, which have no session.
 _SESSIONS = "SELECT pid, state, xact_start, query FROM pg_stat_activity WHERE state <> 'idle' ORDER BY xact_start;"
 _PREPARED = """
     SELECT quote_literal(p.gid) AS gid, p.owner, date_trunc('second', p.prepared)::text AS prepared_at
@@ -33,17 +33,17 @@ WORKER_LOCK_CLASS = 1164797804
 SLOT_LOCK_CLASS = 1164800817
 # First key of the transaction lock under which workers claim rows of one pipeline ("Emc1").
 CLAIM_LOCK_CLASS = 1164796721
-# First key of the transaction lock that writes share and a change of a pipeline's versions has alone ("Emv1").
+# First key of the transaction lock that writers share and a change of a pipeline's versions takes exclusively ("Emv1").
 VERSIONS_LOCK_CLASS = 1164801585
-# First key of the session lock under which rows are tried that were in hand when a worker died ("Emx1").
+# First key of the session lock for retrying rows that were in flight when a worker died ("Emx1").
 SUSPECT_LOCK_CLASS = 1164802097
 
 
 def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: float = 10.0) -> T:
-    """Do work that needs a strong lock, waiting for the lock a few milliseconds at a time; return what it returns.
+    """Do work that needs a strong lock, in short attempts; return its result.
 
-    Whoever waits for a strong lock makes all wait who come after: so nobody waits for longer than one try. Locks that a try
-    had already are given up with it. Raises NotReady after `seconds`, naming `what` could not be had.
+    A wait for a strong lock delays every later request for that lock. Each attempt therefore waits a few milliseconds
+    only, and its other locks are released with it. Raises NotReady after `seconds`; the error names `what`.
     """
     before = session.scalar("SELECT current_setting('lock_timeout')")
     deadline = time.monotonic() + seconds
@@ -66,9 +66,10 @@ def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: fl
 
 
 def lock_holders(session: Session) -> str:
-    """Return the hint that leads to those who may hold a lock: sessions, and the prepared transactions that hold locks now.
+    """Return a hint that finds the sessions and transactions that may hold a lock.
 
-    A prepared transaction has no session: it is in no row of pg_stat_activity, and holds its locks until it is ended.
+    A prepared transaction has no session and no row in pg_stat_activity. It holds its locks until it is committed or
+    rolled back, so the hint names each of them.
     """
     prepared = session.query(_PREPARED)
     hint = f"Wait for the sessions that this shows: {_SESSIONS}"
@@ -83,7 +84,10 @@ def lock_holders(session: Session) -> str:
 
 
 def change_versions(session: Session, pipeline_id: int) -> None:
-    """Have a pipeline's versions to this transaction alone: writes of workers end before, and begin again after it."""
+    """Lock a pipeline's versions for this transaction alone.
+
+    Writes of workers end before it, and begin again after it.
+    """
     retry_locked(
         session,
         lambda: session.query(
@@ -95,10 +99,10 @@ def change_versions(session: Session, pipeline_id: int) -> None:
 
 
 def hold_source(session: Session, source_oid: int) -> None:
-    """Lock a pipeline's source as its readers do, to the end of the transaction, before anything else of the pipeline is.
+    """Lock a pipeline's source as readers do, until the end of the transaction.
 
-    TRUNCATE locks the source first and then the generated tables: whoever has one of these and then wants the source keeps
-    it waiting, or deadlocks with it.
+    The source must be locked before any other object of the pipeline. TRUNCATE locks the source first, then the
+    generated tables. A session that took them in the other order would block it or deadlock with it.
     """
     name = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], source_oid)
     if name is None:
@@ -107,7 +111,10 @@ def hold_source(session: Session, source_oid: int) -> None:
 
 
 def live_workers(session: Session) -> list[int]:
-    """Return the ids of the workers whose session lock is held: only their claims count."""
+    """Return the ids of the workers whose session lock is held.
+
+    Only the claims of these workers count.
+    """
     rows = session.query(
         """
         SELECT objid::bigint AS worker_id FROM pg_locks
@@ -121,5 +128,5 @@ def live_workers(session: Session) -> list[int]:
 
 
 def bound_lock_wait(session: Session) -> None:
-    # A CREATE TRIGGER that waits makes every later write wait behind it: better to fail and be run again.
+    # A waiting CREATE TRIGGER makes every later write wait behind it, so it fails instead and is run again.
     session.execute("SELECT set_config('lock_timeout', '5s', true) WHERE current_setting('lock_timeout') = '0'")

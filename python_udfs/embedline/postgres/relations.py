@@ -1,15 +1,15 @@
-"""The schemas of generated objects, and that of pgvector."""
+"""Name the schemas of generated objects, and find that of pgvector."""
 
 from __future__ import annotations
 
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.session import Session
 
-# In GD: the number of pgvector's type.
+# Key in GD of the OID of pgvector's type.
 _VECTOR_TYPE = "embedline.vector_type"
-# Schema of the functions of users' expressions. The sources' owners may name these, and nothing in embedline_data.
+# Schema of the functions of users' expressions. The sources' owners may name these, but nothing in embedline_data.
 EXPRESSION_SCHEMA = "embedline_expression"
-# Schema of the generated functions that rank a version's chunks. Readers may name these, and nothing in embedline_data.
+# Schema of the generated functions that rank a version's chunks. Readers may name these, but nothing in embedline_data.
 SEARCH_SCHEMA = "embedline_search"
 
 
@@ -19,10 +19,11 @@ def data_name(name: str) -> str:
 
 
 def vector_schema(session: Session) -> str:
-    """Return the quoted schema that holds pgvector: search_path is pinned, so its functions are named in full.
+    """Return the quoted schema that holds pgvector.
 
-    ALTER EXTENSION vector SET SCHEMA may move it at any time. So the type's number is kept, not its name, and the name is
-    read past the snapshot: a REPEATABLE READ transaction from before the move would read where the extension was then.
+    search_path is pinned, so pgvector's functions need their schema. ALTER EXTENSION vector SET SCHEMA may move it at
+    any time, so the type's OID is cached and not its name. The name is read past the snapshot, because a REPEATABLE
+    READ transaction from before the move would read the old schema.
     """
     number = session.cache.get(_VECTOR_TYPE)
     if number is not None:

@@ -1,4 +1,7 @@
-"""Read in a subtransaction that is rolled back, so that no lock and no side effect stays."""
+"""Read in a subtransaction that is rolled back.
+
+No lock and no side effect of the read remains.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ class _ReadThrough(Exception):
 
 
 def read_and_release(session: Session, read: Callable[[], T]) -> T:
-    """Return what `read` finds, and undo all else that it did: it runs in a subtransaction that is rolled back.
+    """Return the result of `read`, and roll back everything else that it did.
 
-    The locks of tables that it took are given back at once. And what a user's expression did besides, in this session, has no
-    effect: a deferred trigger or a held cursor of the source's owner would run at the commit, with the rights of the session,
-    and a search_path set by it would be that of our next statement.
+    The table locks that it took are released at once. The effects of a user's expression in this session are undone,
+    too. A deferred trigger or a held cursor of the source's owner would otherwise run at the commit, with the session's
+    rights. A search_path set by the expression would apply to our next statement.
     """
     found: list[T] = []
     try:

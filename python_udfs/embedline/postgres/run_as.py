@@ -1,6 +1,7 @@
-"""Running statements with the rights of a source's owner: what users' expressions call runs while they are parsed and planned.
+"""Run statements with the rights of a source's owner.
 
-PostgreSQL folds constants, calls immutable functions and checks domains when it adds a constraint or creates a function.
+Functions in users' expressions run while an expression is parsed and planned. PostgreSQL folds constants, calls
+immutable functions and checks domains when it adds a constraint or creates a function.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ _PINNED = "pg_catalog, pg_temp"
 
 
 class Undone(Exception):
-    """Rolls back a subtransaction in which something was only looked at."""
+    """Roll back a subtransaction that only read."""
 
 
 def create_scratch_schema(session: Session, owner: str) -> str:
-    """Create a schema for this transaction in which the owner may create objects; return its quoted name."""
+    """Create a schema in which the owner may create objects.
+
+    It is meant for this transaction. Returns its quoted name.
+    """
     schema = quote_ident(f"embedline_new_{secrets.token_hex(8)}")
     session.execute(f"CREATE SCHEMA {schema}")
     session.execute(f"GRANT USAGE, CREATE ON SCHEMA {schema} TO {quote_ident(owner)}")
@@ -30,10 +34,11 @@ def create_scratch_schema(session: Session, owner: str) -> str:
 def run_as_owner(
     session: Session, owner: str, statement: str, search_path: str = _PINNED, columns: str | None = None
 ) -> list[dict[str, Any]]:
-    """Run one statement with the rights of the owner and with this search_path; return its rows where it has `columns`.
+    """Run one statement with the owner's rights and this search_path.
 
-    SET ROLE is forbidden within a SECURITY DEFINER function; one that belongs to another role is not. It is made for one
-    statement, where the owner cannot name it: code of the owner's that runs in it must not alter it for the next one.
+    Returns its rows if `columns` are given. SET ROLE is forbidden within a SECURITY DEFINER function, but calling a
+    SECURITY DEFINER function of another role is not. Such a function is created for one statement, under a name that
+    the owner cannot know. Otherwise the owner's code could alter it for the next statement.
     """
     function = data_name(f"_run_{secrets.token_hex(8)}")
     session.execute(
@@ -49,7 +54,7 @@ def run_as_owner(
     session.execute(f"REVOKE ALL ON FUNCTION {function}(text, text) FROM public")
     session.execute(f"ALTER FUNCTION {function}(text, text) OWNER TO {quote_ident(owner)}")
     rows = session.execute(f"SELECT * FROM {function}({quote_literal(statement)}, {quote_literal(search_path)})")
-    # A SET without LOCAL in the owner's code outlives the function: from here on names are ours again.
+    # A SET without LOCAL in the owner's code outlives the function, so the search_path is pinned again.
     session.execute(f"SET LOCAL search_path = {_PINNED}")
     session.execute(f"DROP FUNCTION {function}(text, text)")
     return rows

@@ -1,4 +1,4 @@
-"""The database edge: what every function that runs inside PostgreSQL needs."""
+"""Give functions that run inside PostgreSQL their access to the database."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 # GD, the dictionary that PL/Python shares between the functions of a session.
 SessionCache = dict[str, Any]
-# Plans that a session keeps. A pipeline has some 25 of 20 kB: a worker that served 1,000 pipelines grew by 600 MB.
+# Plans that a session keeps. A pipeline has some 25 of 20 kB, and a worker that served 1,000 pipelines grew by 600 MB.
 _MAX_PLANS = 2000
 
 
 class Result(Protocol):
-    """What plpy.execute returns: a sequence of rows, each a mapping of column to value."""
+    """The result of plpy.execute: rows, each a mapping of column to value."""
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
@@ -38,7 +38,7 @@ class Plpy(Protocol):
 
 
 class Session:
-    """One backend's view of the database: plpy, GD, and plans prepared once a session."""
+    """The database as one backend sees it: plpy, GD, and cached plans."""
 
     def __init__(self, plpy: Plpy, cache: SessionCache) -> None:
         self.plpy = plpy
@@ -46,7 +46,10 @@ class Session:
         self._plans: dict[tuple[str, tuple[str, ...]], Any] = cache.setdefault("embedline.plans", {})
 
     def query(self, sql: str, types: Sequence[str] = (), *values: Any) -> list[dict[str, Any]]:
-        """Run a statement that is worth a cached plan; return its rows (none for a command)."""
+        """Run a statement that is worth a cached plan.
+
+        Returns its rows, none for a command.
+        """
         key = (sql, tuple(types))
         plan = self._plans.get(key)
         if plan is None:
@@ -69,10 +72,10 @@ class Session:
 
     @property
     def server_version(self) -> int:
-        """The server's server_version_num, for example 170012."""
+        """Return the server's server_version_num, for example 170012."""
         return int(self.scalar("SELECT current_setting('server_version_num')"))
 
 
 def _has_rows(result: Result) -> bool:
-    # A command without RETURNING counts rows that it does not hand out.
+    # A command without RETURNING counts rows, but does not return them.
     return len(result) > 0

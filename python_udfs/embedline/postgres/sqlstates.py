@@ -1,17 +1,17 @@
-"""SQLSTATEs that are handled in more than one module, and the one of an error."""
+"""Name SQLSTATEs that several modules handle, and read the one of an error."""
 
 from __future__ import annotations
 
-# SQLSTATEs that are handled in more than one place.
+# A lock timeout, and a table that does not exist.
 LOCK_NOT_AVAILABLE = "55P03"
 UNDEFINED_TABLE = "42P01"
-# A table that another transaction has dropped, or given a key of other columns or types: undefined_table, undefined_column,
-# datatype_mismatch, invalid_text_representation.
+# SQLSTATEs if another transaction has dropped a table or changed the columns or types of its key: undefined_table,
+# undefined_column, datatype_mismatch, invalid_text_representation.
 CHANGED_TABLE = (UNDEFINED_TABLE, "42703", "42804", "22P02")
-# The end of the session, or of the statement: whoever tries again after errors lets these through.
+# SQLSTATEs that end the session or the statement. Code that retries after errors must raise these again.
 ENDING = ("57014", "57P01", "57P02", "57P03")
 
 
 def sqlstate_of(error: BaseException) -> str:
-    """Return an error's SQLSTATE, or '' where it is none of the database's."""
+    """Return an error's SQLSTATE, or '' if it is not the database's error."""
     return str(getattr(error, "sqlstate", None) or "")

@@ -1,4 +1,4 @@
-"""How a provider's answer is read if it is vague about the order of its vectors or wrong about their bytes."""
+"""Interpret answers with an unclear order of vectors or unexpected bytes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _MISTAKEN_ENCODINGS = {
     "float16": "<e",
     "big-endian float16": ">e",
 }
-# Values that a vector must have before its bytes are doubted. Fewer values may look like another encoding by chance.
+# Fewest values of a vector whose bytes are doubted. A shorter vector may resemble another encoding by chance.
 _DOUBTED_VALUES = 8
-# Bounds of an embedding's values, which lie within a few powers of ten. Bytes of another encoding spread over seventy.
+# Bounds of an embedding's largest value. Real values lie within a few powers of ten, bytes of another encoding within
+# seventy.
 _LARGEST_VALUES = (1e-6, 1e6)
-# Nearly all embeddings lie within these, and are looked at no further: the median costs three times as much.
+# Bounds within which nearly all embeddings lie. They are not checked further, because the median costs three times as
+# much.
 _COMMON_VALUES = (1e-9, 1e4)
 _LARGEST_TO_MEDIAN = 300.0
 _SMALLEST_TO_MEDIAN = 1e-5
-# Shares of a vector's values that are not zero, and that differ from each other, in an encoding that may be meant.
+# Least shares of values that are not zero, and that differ from each other, in a plausible encoding.
 _FEWEST_NONZERO = 0.75
 _FEWEST_DISTINCT = 0.5
 
@@ -37,12 +39,14 @@ class UnknownOrder(InvalidVectors):
 
 
 def text_numbers(items: Sequence[object], *, keeps_order: bool) -> tuple[list[int], bool]:
-    """Return the number of the text that each vector belongs to, and whether `index` says so in full.
+    """Return the number of each vector's text, and True if `index` says so in full.
 
-    A number that is missing, out of range or repeated counts for nothing. Where the others agree with the order of the
-    texts, or rise from vector to vector, the vectors are in that order. Otherwise one missing number is the one that is
-    left: servers written in Go leave a 0 out. Raises UnknownOrder if the numbers contradict each other, or if vectors
-    would be taken by position though an earlier answer had them in another order (not `keeps_order`).
+    A number that is missing, out of range or repeated is not used. If the others agree with the order of the texts, or
+    rise from vector to vector, the vectors are in that order. Otherwise a single missing number is the one left over,
+    because servers written in Go leave a 0 out.
+
+    Raises UnknownOrder if the numbers contradict each other. It also does if vectors would be taken by position
+    although an earlier answer had them in another order (not `keeps_order`).
     """
     raw = [item.get("index") if isinstance(item, dict) else None for item in items]
     given = [_index(value) for value in raw]
@@ -62,12 +66,18 @@ def text_numbers(items: Sequence[object], *, keeps_order: bool) -> tuple[list[in
 
 
 def _rises(numbers: Sequence[int]) -> bool:
-    """Return True for numbers that rise, or begin again at the first of them for each part of a request."""
+    """Return True if the numbers rise.
+
+    They may begin again at the first of them for each part of a request.
+    """
     return all(second >= first or second == numbers[0] == min(numbers) for first, second in itertools.pairwise(numbers))
 
 
 def _index(value: object) -> int | None:
-    """Return an index as a number, also one written as a string or a float; None if it is none."""
+    """Return an index as a number, or None if it is not one.
+
+    Numbers written as a string or a float count, too.
+    """
     if isinstance(value, str) and value.isascii() and value.isdigit():
         return int(value[:18])
     if isinstance(value, float) and value.is_integer():
@@ -77,7 +87,10 @@ def _index(value: object) -> int | None:
 
 
 def mistaken_encoding(row: bytes) -> str | None:
-    """Return the encoding of a vector's bytes if they make sense in it but not as little-endian float32; else None."""
+    """Return the encoding of a vector's bytes, None for little-endian float32.
+
+    Another encoding is returned only if the bytes make sense in it and do not as little-endian float32.
+    """
     if len(row) % 4 or _makes_sense(row):
         return None
     for name, code in _MISTAKEN_ENCODINGS.items():
@@ -91,7 +104,10 @@ def mistaken_encoding(row: bytes) -> str | None:
 
 
 def _makes_sense(row: bytes) -> bool:
-    """Return True if float32 values could be an embedding; those that are not finite are another check's finding."""
+    """Return True if float32 values could be an embedding.
+
+    Values that are not finite are left to another check.
+    """
     sizes = list(map(abs, _values(row, "<f")))
     if sizes and _COMMON_VALUES[0] <= min(sizes) and max(sizes) <= _COMMON_VALUES[1]:
         return True

@@ -32,10 +32,13 @@ _ENCODING_WORDS = re.compile(r"encoding[_ -]?format|base64", re.IGNORECASE)
 
 
 def is_about_encoding(error: ProviderError, *, is_probe: bool) -> bool:
-    """Return True for a refusal that names the encoding, or that nothing about a probe's harmless text explains."""
+    """Return True if a refusal is about the encoding.
+
+    It names the encoding, or it refuses a probe's harmless text without another explanation.
+    """
     if isinstance(error, TransientProviderError) and (error.throttled or error.unreachable or error.is_gateway):
         return False
-    # Some servers refuse with status 200. Whatever else came without a refusal may have been paid for.
+    # Some servers refuse with status 200. Any other answer without a refusal may have been paid for.
     if not error.is_refusal and error.message != _NO_VECTORS:
         return False
     if _ENCODING_WORDS.search(error.detail or ""):
@@ -48,10 +51,11 @@ def read_answer(
 ) -> EmbeddingBlock:
     """Check an answer's body and return its vectors in the order of the texts.
 
-    `keeps_order` is False once an answer of this endpoint had its vectors in another order.
+    `keeps_order` is False once an answer of this endpoint had its vectors in another order. Values are checked in
+    embedline.core.vectors.
 
-    Raises TransientProviderError where the body is no answer at all, InvalidVectors where it does not fit the texts and
-    DimensionMismatch where the vectors have another width than the column. Values are checked in embedline.vectors.
+    Raises TransientProviderError if the body is not an answer at all, and InvalidVectors if it does not fit the texts.
+    Raises DimensionMismatch if the vectors have another width than the column.
     """
     items, tokens = _items(content, clean)
     if len(items) != count:
@@ -76,7 +80,7 @@ def read_answer(
 
 
 def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int | None]:
-    """The vectors of an answer and the tokens that it says it cost."""
+    """Return the vectors of an answer and the tokens that it reports."""
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):
@@ -88,14 +92,15 @@ def _items(content: bytes, clean: Callable[[str], str]) -> tuple[list[Any], int 
         raise TransientProviderError(_NO_VECTORS, detail=text)
     usage = answer.get("usage")
     counts = [usage.get("total_tokens"), usage.get("prompt_tokens")] if isinstance(usage, dict) else []
-    # No text has no tokens: 0 stands for "not counted".
+    # Every text has tokens, so 0 stands for "not counted".
     return items, next((count for count in counts if type(count) is int and count > 0), None)
 
 
 def _check_encoding(items: Sequence[Any]) -> None:
-    """Raise ProviderMisconfigured if the first vector is base64 of anything but little-endian float32.
+    """Raise ProviderMisconfigured if base64 does not hold little-endian float32.
 
-    An endpoint that encodes one vector so encodes all of them: no row is the cause, and none is charged.
+    Only the first vector is read, because an endpoint encodes all vectors alike. No row is the cause, so none is
+    charged.
     """
     first = items[0].get("embedding") if items and isinstance(items[0], dict) else None
     if not isinstance(first, str):
@@ -110,7 +115,7 @@ def _check_encoding(items: Sequence[Any]) -> None:
 
 
 def _width_remark(items: Sequence[Any], dimensions: int) -> str:
-    """Say what base64 of an unexpected length may be."""
+    """Return a remark on base64 of an unexpected length."""
     first = items[0].get("embedding")
     if not isinstance(first, str):
         return ""
@@ -122,7 +127,10 @@ def _width_remark(items: Sequence[Any], dimensions: int) -> str:
 
 
 def _row(embedding: object) -> bytes:
-    """The float32 bytes of one vector, given as base64 or, by servers that know no base64, as a list of numbers."""
+    """Return the float32 bytes of one vector.
+
+    It comes as base64 or, from servers that know no base64, as a list of numbers.
+    """
     try:
         if isinstance(embedding, str):
             row = binascii.a2b_base64(embedding, strict_mode=True)

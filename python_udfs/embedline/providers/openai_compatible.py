@@ -1,7 +1,8 @@
-"""Models behind an HTTP interface of OpenAI's form: OpenAI itself, and vLLM, TEI, Ollama, llama.cpp and others.
+"""Embed over HTTP through an endpoint of OpenAI's form.
 
-The `openai` client runs in an asyncio loop in one daemon thread with every signal blocked. It never retries: the outbox
-does. The answer is read here and not by the client, which would pass wrong counts, orders and widths through.
+Such endpoints are OpenAI itself, vLLM, TEI, Ollama, llama.cpp and others. The `openai` client runs in an asyncio loop
+in one daemon thread with every signal blocked. It never retries, because the outbox does. The answer is read here,
+because the client would let wrong counts, orders and widths pass.
 """
 
 from __future__ import annotations
@@ -42,26 +43,26 @@ from embedline.providers.openai_errors import error_text, never_left, redact, re
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
-# OpenAI's documented limit; its models name no other.
+# Longest text in tokens, from OpenAI's documentation, because its models do not report one.
 _OPENAI_MAX_TOKENS = 8191
 _OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
-# These return any number of dimensions up to their own; others refuse the parameter.
+# Models that return any number of dimensions up to their own; others refuse the parameter.
 _SHORTENED_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large"})
 _CONNECT_SECONDS = 5.0
 _CLOSE_SECONDS = 1.0
-# Where the provider limits its rate and does not say for how long.
+# Seconds to pause after a rate limit if the provider names no wait.
 _PAUSE_SECONDS = 0.5
-# A session asks no more for so long at most after a rate limit; the circuit breaker, which can be closed, knows the rest.
+# Longest seconds that a session pauses after a rate limit. A longer wait is the circuit breaker's, which can be closed.
 _LONGEST_PAUSE_SECONDS = 1.0
-# An error's body is read no further.
+# Characters of an error's body that are read.
 _READ_CHARACTERS = 4000
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _REJECTED = frozenset({400, 413, 422})
-# Encodings that answers are asked for in, the compact one first; "none" sends no encoding_format at all.
+# Encodings to ask for, the compact one first; "none" sends no encoding_format at all.
 ENCODINGS = ("base64", "float", "none")
-# What gateways and overloaded servers say whatever is asked; a 500 may be about one text.
+# Statuses of gateways and overloaded servers, whatever the request is. A 500 may be about one text.
 _AWAY = frozenset({502, 503, 504})
-# What servers say of a text that is too long, some of them with status 500: vLLM, TEI, Ollama, llama.cpp, OpenAI.
+# Phrases for a text that is too long, some of them with status 500: vLLM, TEI, Ollama, llama.cpp, OpenAI.
 _TOO_LONG = re.compile(
     r"context (?:length|size|window)|sequence length|too (?:long|large|many tokens)|token limit|physical batch size"
     r"|(?:max|limit|exceed|less than|longer|at most)[^.]{0,40}\b(?:tokens|length)|tokens[^.]{0,40}(?:max|limit|exceed)",
@@ -70,7 +71,10 @@ _TOO_LONG = re.compile(
 
 
 class _Response(Protocol):
-    """What is read of an HTTP response; the client's HTTP library is its own affair and has changed before."""
+    """The parts of an HTTP response that are read.
+
+    The client's HTTP library is its own affair and has changed before.
+    """
 
     @property
     def status_code(self) -> int: ...
@@ -83,7 +87,7 @@ class _Response(Protocol):
 
 
 class OpenAIEmbedder:
-    """Embeds through an OpenAI-compatible endpoint."""
+    """Embed through an OpenAI-compatible endpoint."""
 
     # Seconds that a connection waits for its next request; the HTTP library's own default is 5.
     idle_connection_seconds = 5.0
@@ -102,7 +106,8 @@ class OpenAIEmbedder:
         self._thread: threading.Thread | None = None
         self._client: openai.AsyncOpenAI | None = None
         self._slots: asyncio.Semaphore | None = None
-        # The last rate limit: when it was met, until when the provider asks to wait, and until when this session does.
+        # Clock times of the last rate limit, of the end of the wait that the provider asks for, and of this session's
+        # pause.
         self._limited_at = self._wanted_until = self._resume_at = 0.0
         self._keeps_order = "order" not in config.learned
         self._encoding = config.options.get("encoding_format") or config.learned.get("encoding_format", ENCODINGS[0])
@@ -110,7 +115,10 @@ class OpenAIEmbedder:
     # The main thread
 
     def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
-        """Start embedding; the future raises ProviderError. Cancelling the future ends the request."""
+        """Start embedding; the future raises ProviderError.
+
+        Cancelling the future ends the request.
+        """
         if not texts:
             done: Future[EmbeddingBlock] = Future()
             done.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
@@ -120,7 +128,10 @@ class OpenAIEmbedder:
         return asyncio.run_coroutine_threadsafe(embedding, self._running_loop())
 
     def probe(self) -> Future[ModelInfo]:
-        """Embed one short text to learn the dimensions; one more as a query if queries have a body of their own."""
+        """Embed one short text to learn the dimensions.
+
+        If queries have a body of their own, one more text is embedded as a query.
+        """
         return asyncio.run_coroutine_threadsafe(self._probe(), self._running_loop())
 
     def close(self) -> None:
@@ -175,7 +186,7 @@ class OpenAIEmbedder:
             max_tokens=options.get("max_tokens", default),
             tokenizer_path=options.get("tokenizer"),
             fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-            # A single vector says nothing about the order.
+            # A single vector shows nothing about the order.
             learned={name: value for name, value in block.learned.items() if name == "encoding_format"},
         )
 
@@ -185,7 +196,7 @@ class OpenAIEmbedder:
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
-            # What one request was told about the rate holds for all that wait behind it.
+            # The rate limit that one request met holds for all requests that wait behind it.
             until = self._wanted_until if submitted_at <= self._limited_at else self._resume_at
             if (wait := until - time.monotonic()) > 0:
                 message = f"{self._address} limits its rate"
@@ -204,7 +215,10 @@ class OpenAIEmbedder:
                 raise
 
     async def _ask(self, texts: list[str], kind: Kind, key: str | None, *, is_probe: bool) -> EmbeddingBlock:
-        """Post the texts and read the answer; if the encoding is refused, ask for the next one and keep to it."""
+        """Post the texts and read the answer.
+
+        If the endpoint refuses the encoding, the next one is tried and kept.
+        """
         is_fixed = bool(self._config.options.get("encoding_format"))
         encodings = [self._encoding] if is_fixed else ENCODINGS[ENCODINGS.index(self._encoding) :]
         refusal: ProviderError | None = None
@@ -213,12 +227,13 @@ class OpenAIEmbedder:
                 block = self._read(await self._post(texts, kind, key, encoding), len(texts), key)
             except ProviderError as error:
                 if encoding == encodings[-1] or not is_about_encoding(error, is_probe=is_probe):
-                    # The first refusal says most, but it would be held against the texts. What passes is told as that.
+                    # The first refusal tells most, but it would be charged to the texts. A transient error is raised as
+                    # such.
                     raise error if isinstance(error, TransientProviderError) else refusal or error from None
                 refusal = refusal or error
             else:
                 if not is_fixed and encoding != ENCODINGS[0]:
-                    # A request of before may yet be answered in the encoding of before.
+                    # A request sent earlier may yet be answered in the earlier encoding.
                     self._encoding = max(self._encoding, encoding, key=ENCODINGS.index)
                     block = replace(block, learned={**block.learned, "encoding_format": encoding})
                 return block
@@ -230,7 +245,7 @@ class OpenAIEmbedder:
                 content, count, self._config.dimensions, lambda text: redact(text, key), keeps_order=self._keeps_order
             )
         except UnknownOrder:
-            # Asked again in halves: now no answer is taken by position.
+            # The texts are sent again in halves, and no answer is taken by position from now on.
             self._keeps_order = False
             raise
         self._keeps_order = self._keeps_order and "order" not in block.learned
@@ -240,8 +255,8 @@ class OpenAIEmbedder:
         import openai
 
         client = self._open_client()
-        # As extra_body, which goes out as it is: as the parameter `input` the package walks through the texts one by one to
-        # see whether they need renaming, which took half of this thread's time.
+        # Passed as extra_body, which is sent unchanged. If `input` were a parameter, the package would walk through the
+        # texts one by one to rename members, which took half of this thread's time.
         body: dict[str, Any] = request_body(self._config.options, kind) | {"input": texts}
         if self._sends_dimensions():
             body["dimensions"] = self._config.dimensions
@@ -249,7 +264,7 @@ class OpenAIEmbedder:
             # The client fills in what is not given.
             body["encoding_format"] = openai.Omit()
         try:
-            # The read timeout starts anew with every byte; this bound is on the whole.
+            # The read timeout restarts with every byte, so this bounds the whole request.
             async with asyncio.timeout(self._config.timeout_seconds + _CONNECT_SECONDS):
                 response = await client.embeddings.with_raw_response.create(
                     input="",
@@ -259,7 +274,7 @@ class OpenAIEmbedder:
                     extra_body=body,
                 )
             return response.content
-        # `from None` throughout: a report of the chain would show the request, and the request holds the key.
+        # `from None` throughout, because a report of the chain would show the request, which holds the key.
         except openai.APIStatusError as error:
             refusal = self._status_error(error.response, key)
             refusal.is_refusal = True
@@ -292,17 +307,17 @@ class OpenAIEmbedder:
 
             timeout = openai.Timeout(self._config.timeout_seconds, connect=_CONNECT_SECONDS)
             self._client = openai.AsyncOpenAI(
-                # Stands in for the key, which goes with each request and is kept nowhere; it is never sent.
+                # A placeholder that is never sent: the key goes with each request and is kept nowhere.
                 api_key="unused",
                 base_url=self._url,
                 default_query=self._query,
                 max_retries=0,
                 timeout=timeout,
-                # A redirect would carry texts and key to an address that nobody has approved.
+                # A redirect would carry texts and key to an address that no administrator has approved.
                 http_client=openai.DefaultAsyncHttpxClient(
                     follow_redirects=False,
                     timeout=timeout,
-                    # Proxies; certificates have their variables on this machine, too.
+                    # Trust the environment for proxies. Certificates have variables of their own on this machine.
                     trust_env=not self._is_loopback(),
                     verify=self._verification(),
                     limits=self._limits(),
@@ -312,8 +327,8 @@ class OpenAIEmbedder:
 
     def _verification(self) -> ssl.SSLContext | bool:
         if not self._url.startswith("https:"):
-            # Redirects are refused, so no certificate is ever looked at. Reading the system's authorities takes 0.1 s, in
-            # a thread that a backend which is ended meanwhile must not have inside OpenSSL.
+            # Redirects are refused, so no certificate is ever checked. Reading the system's authorities takes 0.1 s in
+            # a thread. A backend that ends meanwhile must not have a thread inside OpenSSL.
             return no_authorities()
         return tls_context(self._config, os.environ) or True
 
@@ -334,7 +349,7 @@ class OpenAIEmbedder:
         if key and (name := self._config.options.get("key_header")):
             headers = {"Authorization": openai.Omit(), str(name): key}
         if self._url != OPENAI_URL:
-            # The client takes these from the environment; they are no business of another provider.
+            # The client takes these from the environment; another provider must not see them.
             headers |= {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
         return headers
 
@@ -366,7 +381,7 @@ class OpenAIEmbedder:
         message = f"{self._address} answered with HTTP status {status}"
         detail = redact(error_text(response.text), key) or None
         if status == 429 and "insufficient_quota" in response.text:
-            # OpenAI says so where the account is out of money: waiting a second does not help.
+            # OpenAI reports so when the account is out of money. Waiting a second does not help.
             hint = "Top up the provider's account, or raise its spending limit."
             return ProviderMisconfigured(message, detail=detail, hint=hint)
         is_too_long = status == 413 or (

@@ -1,4 +1,4 @@
-"""What an endpoint's errors say: their texts without secrets, and how long to wait."""
+"""Read an endpoint's errors: their texts without secrets, and the wait."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 _MAX_RETRY_AFTER = 86_400.0
-# Causes with which the request never left: the HTTP library's own names.
+# Names that the HTTP library gives to errors after which the request was never sent.
 _UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
 _MESSAGE_CHARACTERS = 500
 _SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
@@ -26,15 +26,18 @@ def never_left(error: BaseException) -> bool:
 
 
 def redact(text: str, key: str | None) -> str:
-    """One bounded line of the text without the key and without anything that looks like one."""
-    # Before it is cut: half a key would not be recognised.
+    """Return one bounded line of the text, without the key or lookalikes of one."""
+    # Before the text is cut, because half a key would not be recognised.
     if key:
         text = text.replace(key, "[redacted]")
     return " ".join(_SECRETS.sub("[redacted]", text).split())[:_MESSAGE_CHARACTERS]
 
 
 def error_text(body: str) -> str:
-    """The provider's own words out of an error's body, with the parameter that they are about."""
+    """Return the provider's own words from an error's body.
+
+    The parameter that they are about is appended.
+    """
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
@@ -49,7 +52,10 @@ def error_text(body: str) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The wait in seconds that the provider asks for, in any of the forms in use; None without one."""
+    """Return the seconds that the provider asks to wait, None if it names none.
+
+    All forms of the headers in use are read.
+    """
     wait = _number(headers.get("retry-after-ms"), 0.001)
     if wait is None:
         wait = _number(headers.get("retry-after"), 1.0)

@@ -1,6 +1,7 @@
-"""Options of a model: which ones its provider knows, which values they take, and the request bodies that they add to.
+"""Check a model's options and build the request bodies from them.
 
-They are checked when a model is registered or altered, not when it is used: a model that is registered goes on working.
+Options are checked when a model is registered or altered, not when it is used, so that a registered model goes on
+working.
 """
 
 from __future__ import annotations
@@ -13,32 +14,32 @@ from typing import Any
 
 from embedline.errors import InvalidParameter
 
-# Options that add to each request's body, and to that of documents or of queries.
+# Options that add to the body of each request, of documents, and of queries.
 BODY_OPTIONS = ("extra_body", "document_body", "query_body")
-# Members of a body that have a parameter or an option of their own, which names the way to set them.
+# Members of a body that have a parameter or an option of their own, with the way to set them.
 _RESERVED_MEMBERS = {
     "input": "The texts come from the pipeline; a prefix is document_prefix or query_prefix.",
     "model": "It is the parameter model => '…'.",
     "dimensions": 'It is the parameter dimensions => N, with the option "send_dimensions": true.',
     "encoding_format": 'It is the option "encoding_format".',
 }
-# A key in an option would be readable to all who may search.
+# Names of members that look like secrets. Every role that may search could read a key in an option.
 _SECRET_MEMBER = re.compile(
     r"(api|access|auth|secret)[-_ ]?(key|token)|authorization|passw|secret|credential|\Atoken\Z", re.I
 )
-# Parameters that are mistaken for options; see create_model.
+# Parameters of create_model that are mistaken for options.
 _PARAMETERS = (
     "dimensions", "base_url", "api_key_env", "revision", "document_prefix", "query_prefix", "max_batch_items",
     "max_batch_tokens", "concurrency", "timeout_seconds", "price_per_million_tokens",
 )  # fmt: skip
-# Least similarity of a known name that is proposed for an unknown one (difflib's own default).
+# Least similarity at which a known name is proposed for an unknown one (difflib's own default).
 _SIMILARITY = 0.6
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option: which values it takes, in code and in words, and what helps a user who gave another."""
+    """An option: its test, the values that it takes in words, and a hint."""
 
     fits: Callable[[Any], bool]
     wanted: str
@@ -81,9 +82,9 @@ OPENAI_OPTIONS = {
 
 
 def check_options(model: str, given: Mapping[str, Any], known: Mapping[str, Option] | Collection[str]) -> None:
-    """Raise InvalidParameter for an option that is not known, or whose value does not fit where that is known.
+    """Raise InvalidParameter for an unknown option or a value that does not fit.
 
-    NULL stands for an option that is not given.
+    Values are checked only if `known` maps names to options. NULL stands for an option that is not given.
     """
     for name, value in given.items():
         if name not in known:
@@ -98,7 +99,10 @@ def check_options(model: str, given: Mapping[str, Any], known: Mapping[str, Opti
 
 
 def unknown_option(model: str, name: str, known: Collection[str]) -> InvalidParameter:
-    """Return the error for an option that the model's provider does not know, with the nearest name that it does."""
+    """Return the error for an option that the model's provider does not know.
+
+    Its hint proposes the nearest known name.
+    """
     from difflib import get_close_matches
 
     by_lower = {option.lower(): option for option in (*_PARAMETERS, *known)}
@@ -115,12 +119,18 @@ def unknown_option(model: str, name: str, known: Collection[str]) -> InvalidPara
 
 
 def request_body(options: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return what the options add to a request for documents or for queries; the kind's own members win."""
+    """Return the options' additions to a request for documents or for queries.
+
+    The members of the kind's own body win over those of extra_body.
+    """
     return {**(options.get("extra_body") or {}), **(options.get(f"{kind}_body") or {})}
 
 
 def given_bodies(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bodies that the options add to, which decide the vectors: a model without any has none."""
+    """Return the given bodies, which decide the vectors.
+
+    A model without any has an empty result.
+    """
     return {name: options[name] for name in BODY_OPTIONS if options.get(name)}
 
 
@@ -132,7 +142,7 @@ def _check_body(model: str, option: str, body: Mapping[str, Any]) -> None:
         if _SECRET_MEMBER.search(member):
             raise InvalidParameter(
                 f'option "{option}" of model "{model}" must not hold a secret, such as "{member}"',
-                detail="Its value is not shown here, but everybody who may search sees it in embedline.model.",
+                detail="Its value is not shown here, but every role that may search can read it in embedline.model.",
                 hint="Start the server with the key in a variable and pass api_key_env => 'ITS_NAME'.",
             )
 

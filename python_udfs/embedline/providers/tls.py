@@ -1,7 +1,7 @@
-"""Which authorities an https provider's certificate is checked against.
+"""Choose the authorities that check an https provider's certificate.
 
-The option ca_file comes first, then the usual variables of the server's environment, then the system's own store. Only a
-superuser registers models, so only a superuser names a file; nothing of its content is ever shown.
+The option ca_file comes first, then the usual variables of the server's environment, then the system's own store. Only
+a superuser registers models, so only a superuser names a file. Its content is never shown.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
     from embedline.core.embedding import ModelConfig
 
-# Files or, of the second, directories in OpenSSL's form. The third, of the library requests, may be either.
+# The first variable names files, the second directories in OpenSSL's form. The third, of the library requests, names
+# either.
 _FILE_VARIABLE, _DIRECTORY_VARIABLE, _EITHER_VARIABLE = "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"
 _OPTION_HINT = """options => '{"ca_file": "/etc/ssl/private-ca.pem"}'"""
 
 
 def tls_context(config: ModelConfig, environment: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Return what checks the provider's certificate; None: the client's own way, the system's store.
+    """Return the context that checks the provider's certificate.
 
-    Raises ProviderMisconfigured for a file or directory that cannot be used, naming the option or variable.
+    None means the client's own way, the system's store. Raises ProviderMisconfigured for a file or directory that
+    cannot be used; the error names the option or variable.
     """
     option = config.options.get("ca_file")
     if option is not None:
@@ -50,7 +52,7 @@ def no_authorities() -> ssl.SSLContext:
 
 
 def untrusted(config: ModelConfig, address: str, error: BaseException) -> ProviderMisconfigured | None:
-    """Return the error of a certificate that was refused, None for another error of a connection."""
+    """Return the error for a refused certificate, None for any other error."""
     import ssl
 
     cause: BaseException | None = error

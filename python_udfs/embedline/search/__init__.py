@@ -1,1 +1,1 @@
-"""Rank a version's chunks: for search, for the gate, and for the measurement of either."""
+"""Rank a version's chunks, for search, for the gate, and to measure either."""

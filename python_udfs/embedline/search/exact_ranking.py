@@ -1,6 +1,7 @@
-"""Exact search over all vectors of a version for many queries in one pass: numpy, a page of vectors at a time.
+"""Search all vectors of a version exactly, for many queries in one pass.
 
-A sequential scan with a sort for each query reads the table as often as there are queries; this reads it once.
+numpy ranks a page of vectors at a time. A sequential scan with a sort for each query would read the table once per
+query; this reads it once.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from embedline.search.ranking import version_view
 
 # Vectors read at a time: 384 dimensions take 12 MB, the distances of 200 queries 13 MB.
 _PAGE = 8192
-# Nearest chunks kept for each document wanted: a document may have many of them.
+# Nearest chunks kept for each document wanted, because a document may have many of them.
 _CHUNKS_KEPT = 16
 
 
 @dataclass(frozen=True)
 class Page:
-    """Some of a version's chunks: their ids, the keys of their documents, their vectors of shape (chunks, dimensions)."""
+    """Some of a version's chunks.
+
+    They have ids, the keys of their documents, and vectors of shape (chunks, dimensions).
+    """
 
     chunk_ids: npt.NDArray[np.int64]
     keys: list[str]
@@ -58,7 +62,10 @@ def read_pages(session: Session, pipeline: Pipeline) -> Iterator[Page]:
 
 
 def distances(queries: FloatMatrix, stored: FloatMatrix, distance: str) -> npt.NDArray[np.float64]:
-    """Return pgvector's distances, shape (queries, stored): 1 - cosine, minus the inner product, or Euclidean."""
+    """Return pgvector's distances, shape (queries, stored).
+
+    They are 1 - cosine, minus the inner product, or Euclidean.
+    """
     left, right = queries.astype(np.float64), stored.astype(np.float64)
     products = left @ right.T
     if distance == "inner_product":
@@ -78,7 +85,10 @@ def as_stored(queries: FloatMatrix, column_type: str) -> FloatMatrix:
 
 
 def nearest_distances(session: Session, pipeline: Pipeline, queries: FloatMatrix, k: int) -> npt.NDArray[np.float64]:
-    """Return the k smallest distances of each query in order, shape (queries, k), less where there are fewer vectors."""
+    """Return the k smallest distances of each query in order, shape (queries, k).
+
+    There are fewer if there are fewer vectors.
+    """
     version = pipeline.version
     rounded = as_stored(queries, version.column_type)
     nearest = np.empty((len(queries), 0))
@@ -90,7 +100,10 @@ def nearest_distances(session: Session, pipeline: Pipeline, queries: FloatMatrix
 
 
 class ExactRanking:
-    """The documents that many queries find by exact search, each by its best chunk; vectors come in page by page."""
+    """The documents that many queries find by exact search, each by its best chunk.
+
+    Vectors are added page by page.
+    """
 
     def __init__(self, queries: QueryVectors, column_type: str, distance: str, k: int) -> None:
         self._queries, self._distance, self._k = queries, distance, k
@@ -100,7 +113,7 @@ class ExactRanking:
         self._nearest, self._documents = np.empty((count, 0)), np.empty((count, 0), dtype=np.int64)
 
     def add(self, keys: Sequence[str], matrix: FloatMatrix) -> None:
-        """Take in chunks of documents with these keys, one row of `matrix` each."""
+        """Add chunks of documents with these keys, one row of `matrix` each."""
         numbers = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
         # A query or a mapped vector without a direction is near to nothing.
         with np.errstate(invalid="ignore", divide="ignore"):

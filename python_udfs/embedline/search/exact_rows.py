@@ -1,4 +1,7 @@
-"""Rows that are ranked exactly beside a version's index: new ones, and those far from all others."""
+"""Choose the rows that are ranked exactly beside a version's index.
+
+They are new rows, and rows far from all others.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 from embedline.search.exact_ranking import distances
 
-# Vectors that stand for all of a version, and which of their similarities tells how far a vector is from them.
+# Vectors that stand for all of a version, and the rank of the similarity that measures a vector's distance from them.
 _SAMPLE, _RANK = 1000, 10
-# The farthest rows are ranked exactly with every search: this share of them, and 4 MB of vectors at most (2 ms).
+# Share of the farthest rows that every search ranks exactly, and the bytes of vectors at most (2 ms).
 _FAR_SHARE, _FAR_BYTES = 0.03, 4_000_000
 # Vectors scored at a time, and the seconds that one call of `advance` may take.
 _PAGE, _SECONDS = 2000, 0.5
-# A row that exact ranking puts among so many and search does not find counts as unreachable.
+# A row counts as unreachable if exact ranking puts it among this many first rows and search does not find it.
 FIRST = 3
-# Above this share of such rows the index is worth building again.
+# Share of such rows above which the index is worth building again.
 POOR_SHARE = 0.05
-# Whether a check has something to do, without a lock or a write. $1 is the version.
+# Tells if a check has something to do, without a lock or a write. $1 is the version.
 _IS_DUE = """
     SELECT r.version_id IS NULL OR r.pending_to IS NOT NULL
         OR r.checked_to < (SELECT max(v.chunk_id) FROM {vectors} AS v)
@@ -56,9 +59,10 @@ _WRITERS = """
 
 
 def maintain(session: Session, pipeline: Pipeline) -> None:
-    """Look at what was written since the last check, in each version of the pipeline that has an index.
+    """Check the rows written since the last check, in each indexed version.
 
-    Workers call it every few seconds. It takes half a second for each version at most, and no lock that a writer waits for.
+    Workers call it every few seconds. It takes half a second for each version at most, and no lock that a writer waits
+    for.
     """
     several = len(pipeline.versions) > 1
     for version in load_versions(session, pipeline.name) if several else [pipeline]:
@@ -67,10 +71,11 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
 
 
 def advance(session: Session, pipeline: Pipeline, seconds: float = _SECONDS) -> bool:
-    """Check new rows of a version: keep those that are far, move `checked_to` on; return True if all are checked.
+    """Check new rows of a version, keep far ones; return True if all are checked.
 
-    Chunk ids grow, but a transaction that took lower ones may commit later. So the end of a check is fixed by one call, a
-    later one notes who is writing then, and the check begins when these have ended.
+    It also moves `checked_to` on. Chunk ids grow, but a transaction that took lower ones may commit later. So one call
+    fixes the end of a check. A later one notes the transactions that are writing then, and the check begins when these
+    have ended.
     """
     version_id = pipeline.version.version_id
     due = _IS_DUE.format(vectors=pipeline.vectors, exact=pipeline.exact)
@@ -114,7 +119,7 @@ def advance(session: Session, pipeline: Pipeline, seconds: float = _SECONDS) -> 
 
 @dataclass(frozen=True)
 class _Yardstick:
-    """A sample of a version's vectors, and the similarity below which a vector is far from them."""
+    """A sample of a version's vectors, and the similarity below which a vector is far."""
 
     sample: FloatMatrix
     far: float
@@ -128,7 +133,10 @@ class _Yardstick:
 def tenth_best(
     matrix: FloatMatrix, sample: FloatMatrix, distance: str, *, is_itself: bool = False
 ) -> npt.NDArray[np.float64]:
-    """Return the tenth best similarity of each row to the sample; `is_itself`: rows are the sample and leave themselves out."""
+    """Return the tenth best similarity of each row to the sample.
+
+    If `is_itself`, the rows are the sample and leave themselves out.
+    """
     if distance == "l2":
         near = -distances(matrix, sample, "l2")
     else:
@@ -141,7 +149,10 @@ def tenth_best(
 
 
 def _yardstick(session: Session, pipeline: Pipeline) -> _Yardstick | None:
-    """Return what far means in a version now; None for a version of a few rows, which are all ranked exactly anyway."""
+    """Return the measure of a far vector in a version now.
+
+    None for a version of a few rows, which are all ranked exactly anyway.
+    """
     sample = sample_vectors(session, pipeline, _SAMPLE)
     if len(sample) <= _RANK:
         return None
@@ -163,7 +174,10 @@ def _row_count(session: Session, pipeline: Pipeline) -> int:
 
 
 def sample_vectors(session: Session, pipeline: Pipeline, count: int) -> FloatMatrix:
-    """Return up to `count` random vectors of the version, found through its primary key; shape (rows, dimensions)."""
+    """Return up to `count` random vectors of the version, shape (rows, dimensions).
+
+    They are found through the primary key.
+    """
     version = pipeline.version
     rows = session.query(
         f"""
@@ -188,7 +202,10 @@ def sample_vectors(session: Session, pipeline: Pipeline, count: int) -> FloatMat
 
 
 def _check(session: Session, pipeline: Pipeline, after: int, until: int, deadline: float) -> int:
-    """Score the rows after one chunk and up to another, keep the far ones; return the chunk up to which that was done."""
+    """Score the rows after one chunk and up to another, and keep the far ones.
+
+    Returns the last chunk that was scored.
+    """
     yardstick = _yardstick(session, pipeline)
     _look_again(session, pipeline, yardstick)
     if yardstick is None:
@@ -221,7 +238,10 @@ def _check(session: Session, pipeline: Pipeline, after: int, until: int, deadlin
 def keep_exact(
     session: Session, pipeline: Pipeline, chunk_ids: Sequence[int], similarities: Sequence[float | None]
 ) -> None:
-    """Have every search rank these rows exactly, from now on; rows that are so already take the new similarity."""
+    """Have every search rank these rows exactly, from now on.
+
+    Rows that are ranked so already get the new similarity.
+    """
     if not chunk_ids:
         return
     column = quote_ident(pipeline.version.column)
@@ -239,7 +259,10 @@ def keep_exact(
 
 
 def keep_late(session: Session, pipeline: Pipeline, chunk_ids: Sequence[int]) -> None:
-    """Have rows ranked exactly that are written behind the check of their version: of chunks older than it looked at."""
+    """Have rows ranked exactly that are written behind their version's check.
+
+    They are of chunks older than those that the check covers.
+    """
     if not pipeline.version.has_index or not chunk_ids:
         return
     known = session.scalar(
@@ -258,7 +281,10 @@ def _forget_absent(session: Session, pipeline: Pipeline) -> None:
 
 
 def _look_again(session: Session, pipeline: Pipeline, yardstick: _Yardstick | None = None) -> None:
-    """Score the rows that are ranked exactly because they came late, and drop those that are not far."""
+    """Score the rows that are ranked exactly because they came late.
+
+    Those that are not far are dropped.
+    """
     rows = session.query(
         f"SELECT e.chunk_id, {vector_schema(session)}.{pipeline.version.column_type}_send(e.embedding) AS vector"
         f" FROM {pipeline.exact} AS e WHERE e.similarity IS NULL ORDER BY e.chunk_id LIMIT $1",
@@ -288,7 +314,7 @@ def _look_again(session: Session, pipeline: Pipeline, yardstick: _Yardstick | No
 
 
 def rebuild_hint(pipeline: Pipeline) -> str:
-    """Return the statements that build the version's index again with a better graph."""
+    """Return the statements that rebuild the version's index with a better graph."""
     index = own_index(pipeline, "").qualified
     better = min(2 * int(str(pipeline.version.index_options.get("ef_construction", EF_CONSTRUCTION))), 1000)
     return f"ALTER INDEX {index} SET (ef_construction = {better}); REINDEX INDEX CONCURRENTLY {index};"

@@ -1,15 +1,18 @@
-"""What a version's index reaches: which rows are ranked exactly beside it, and with which hnsw.ef_search it is asked.
+"""Measure the recall of a version's index, and choose how to search it.
 
-An HNSW graph gives no promise. A row that is far from all others hangs on few edges, and a query about it fills the search
-with the edge of the bulk: on PostgreSQL 17 and 18 such rows were not found at ef_search 400 though exact ranking puts them
-first. That a row finds itself proves nothing: one did at 40 whose query failed at 600. So
+The choice is which rows are ranked exactly beside the index, and with which hnsw.ef_search it is searched.
 
-- rows are ranked exactly from their write on, until `advance` has looked at them;
+An HNSW graph gives no promise. A row far from all others hangs on few edges, and a query about it fills the search with
+the edge of the bulk. On PostgreSQL 17 and 18 such rows were not found at ef_search 400, although exact ranking puts
+them first. A row that finds itself proves nothing: one did at 40 whose query failed at 600. Therefore
+
+- rows are ranked exactly from their write on, until `advance` has checked them;
 - rows far from a sample of all stay ranked exactly, in the table <pipeline>_v<n>_exact;
-- `Measurement` finds the smallest ef_search at which typical and off-centre queries find what exact ranking finds.
+- `Measurement` finds the smallest ef_search at which typical and off-centre queries find the exact results.
 
-How far is told by the tenth best similarity to 1,000 random vectors. Of 30 sentences on other subjects than 300,000 package
-summaries, 22 are among the farthest 0.8 %, 27 among the farthest 1.6 %, by the nearest neighbour far fewer.
+The distance of a row is measured by the tenth best similarity to 1,000 random vectors. Of 30 sentences on other
+subjects than 300,000 package summaries, 22 are among the farthest 0.8 %, and 27 among the farthest 1.6 %. By the
+nearest neighbour there were far fewer.
 """
 
 from __future__ import annotations
@@ -31,23 +34,27 @@ from embedline.search.exact_ranking import as_stored, distances, read_pages
 from embedline.search.exact_rows import FIRST, POOR_SHARE, sample_vectors, tenth_best
 from embedline.search.ranking import MAX_EF_SEARCH, Ranker
 
-# Queries of each kind that a measurement asks, and neighbours that each looks for.
+# Queries of each kind in a measurement, and the neighbours that each asks for.
 QUERIES, _K = 100, 10
 # Steps of about a fifth: at 200 a search of the manual costs a quarter more CPU than at 140.
 _EF_SEARCHES = (40, 50, 60, 70, 85, 100, 120, 140, 170, 200, 240, 280, 340, 400, 480, 560, 680, 800, 1000)
-# Noise added to a stored vector of length 1: the cosine of the query to it is 0.89, as that of a paraphrase.
+# Noise added to a stored vector of length 1. The cosine of the query to it is 0.89, as that of a paraphrase.
 _NOISE = 0.5
-# A query whose best hit is farther than this share of the stored vectors are from their nearest neighbours is off-centre.
+# Share of stored vectors whose distance to their nearest neighbours bounds a usual query; beyond it a query is
+# off-centre.
 _USUAL_SHARE = 0.98
-# An ef_search up to this is used for all queries where the off-centre ones need it: 100 more take 1 ms.
+# Largest ef_search of off-centre queries that is used for all queries, because 100 more take 1 ms.
 _FOR_ALL = 200
-# Up to this many rows for each of ef_search, ranking all of them exactly costs less than a search so wide.
+# Rows for each of ef_search up to which ranking all of them exactly costs less than a search so wide.
 _ROWS_FOR_EF = 25
 
 
 @dataclass
 class Kind:
-    """Queries of one kind: their vectors, the distances that exact ranking finds for each, shape (queries, 10)."""
+    """Queries of one kind with their exact results.
+
+    `matrix` holds their vectors, `exact` the distances of each in order, shape (queries, 10).
+    """
 
     name: str
     matrix: FloatMatrix
@@ -58,26 +65,30 @@ class Kind:
 
 
 class Measurement:
-    """Finds how a version is to be searched. `steps` yields between pieces of some 10 ms, so that a worker can do others.
+    """Measure how a version should be searched.
 
-    The session is the call's: a caller that goes on with the steps in another call sets it.
+    `steps` yields between pieces of some 10 ms, so that a worker can do others. The session is the call's, so a caller
+    that continues the steps in another call sets it.
     """
 
     def __init__(
         self, session: Session, pipeline: Pipeline, real: FloatMatrix | None = None, queries: int = QUERIES
     ) -> None:
-        """Measure with `queries` of each kind that is made from stored vectors, and with real queries' vectors if given."""
+        """Measure with made queries, and with the vectors of real ones if given.
+
+        `queries` of each kind are made from stored vectors.
+        """
         self.session, self.pipeline = session, pipeline
         self.kinds: list[Kind] = []
         self._real, self._queries = real, queries
         self.outcome: Reach | None = None
-        # Chunks that exact ranking puts among the first and search, as it was found best, does not find.
+        # Chunks among the first of an exact ranking that search, with its best settings, does not find.
         self.unreached: set[int] = set()
         self.rows = 0
 
     @property
     def is_poor(self) -> bool:
-        """Return True if so many of the first rows were missed that the index should be built better."""
+        """Return True if so many first rows were missed that a better index is needed."""
         asked = sum(len(kind.matrix) for kind in self.kinds)
         return len(self.unreached) > POOR_SHARE * FIRST * asked
 
@@ -148,7 +159,10 @@ class Measurement:
             start += len(kind.matrix)
 
     def _choose(self, kind: Kind, target: float) -> Iterator[None]:
-        """Find the smallest ef_search that reaches the target: recall grows with it, so halving is enough."""
+        """Find the smallest ef_search that reaches the target.
+
+        Recall grows with it, so bisection is enough.
+        """
         low, high = 0, len(_EF_SEARCHES) - 1
         while low < high:
             middle = (low + high) // 2
@@ -159,13 +173,13 @@ class Measurement:
                 recalls.append(recall)
                 yield
             low, high = (low, middle) if np.mean(recalls) >= target else (middle + 1, high)
-        # Off-centre queries differ the most among themselves: with a step to spare recall@10 of others is not below it. The
-        # manual's 10,000 chunks had 0.9893 of the 0.99 asked for without.
+        # Off-centre queries differ the most among themselves. With a step to spare the recall@10 of others is not below
+        # the target. Without it the manual's 10,000 chunks had 0.9893 of the 0.99 asked for.
         spare = 1 if kind.name == "off_centre" and low > 0 else 0
         kind.ef_search = _EF_SEARCHES[min(low + spare, len(_EF_SEARCHES) - 1)]
 
     def _asked(self, ranker: Ranker, kind: Kind) -> Iterator[tuple[set[int], float]]:
-        """Yield for each query the chunks among its first that were not found, and its recall."""
+        """Yield for each query the first chunks that were not found, and its recall."""
         for vector, exact, chunk_ids in zip(kind.matrix, kind.exact, kind.chunk_ids, strict=True):
             ranker.session = self.session
             rows = ranker.nearest(vectors.literal(vector), _K)
@@ -209,8 +223,8 @@ def _perturbed(stored: FloatMatrix, random: np.random.Generator) -> FloatMatrix:
 def _off_centre(stored: FloatMatrix, count: int, distance: str, random: np.random.Generator) -> FloatMatrix:
     """Return queries far from the bulk of the vectors.
 
-    Half are means of three stored vectors: questions about several subjects. Half lean to one that is far from the others,
-    with more of another in them: questions in other words about what few texts are about.
+    Half are means of three stored vectors, like questions about several subjects. Half lean to one that is far from the
+    others, with more of another in them. They are like questions, in other words, about subjects of few texts.
     """
     half = count // 2
     members = random.integers(0, len(stored), (3, half))

@@ -1,4 +1,7 @@
-"""Many queries against one version: its model embeds them in batches, and search's own ranker answers them."""
+"""Ask one version many queries.
+
+Its model embeds them in batches, and search's own ranker answers them.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,16 @@ from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.postgres.session import Session
 from embedline.search.ranking import Ranker
 
-# Texts of one request: queries are short, and a cancel is heeded between requests.
+# Texts of one request. Queries are short, and a cancel is heeded between requests.
 _REQUEST_TEXTS = 256
 
 
 @dataclass(frozen=True)
 class QueryVectors:
-    """Queries as a version's model sees them: shape (queries, dimensions), and which have a direction at all."""
+    """Queries as a version's model sees them, shape (queries, dimensions).
+
+    `usable` marks those that have a direction.
+    """
 
     matrix: FloatMatrix
     usable: npt.NDArray[np.bool_]
@@ -36,14 +42,17 @@ class QueryVectors:
 
 @dataclass
 class Rankings:
-    """The keys that each query finds, best first, and the seconds that each search took."""
+    """The keys that each query finds, best first, and the seconds of each search."""
 
     keys: list[list[str]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
 def embed_queries(session: Session, pipeline: Pipeline, texts: Sequence[str]) -> QueryVectors:
-    """Embed the texts, which are repaired already, as search embeds a query; the statement stays cancellable."""
+    """Embed the repaired texts as search embeds a query.
+
+    The statement stays cancellable.
+    """
     version, breathe = pipeline.version, let_cancel_through(session)
     embedder = embedder_for(session, version.model)
     size = min(version.model.config.max_batch_items, _REQUEST_TEXTS)
@@ -62,45 +71,54 @@ def embed_queries(session: Session, pipeline: Pipeline, texts: Sequence[str]) ->
 
 
 def embedding_seconds(session: Session, pipeline: Pipeline, text: str) -> float:
-    """Return how long one query's embedding takes, alone."""
+    """Return the seconds that embedding one query takes, alone."""
     began = time.perf_counter()
     wait_result(embedder_for(session, pipeline.version.model).submit([text], "query"), let_cancel_through(session))
     return time.perf_counter() - began
 
 
 def key_expression(pipeline: Pipeline, alias: str) -> str:
-    """Return the key as search gives it: the column's text, or a JSON array of texts where there are several columns."""
+    """Return SQL for the key as search returns it.
+
+    It is the column's text, or a JSON array of texts if there are several columns.
+    """
     columns = ", ".join(f"{alias}.{quote_ident(pipeline.view_columns[c])}::text" for c in pipeline.key_columns)
     return columns if len(pipeline.key_columns) == 1 else f"pg_catalog.jsonb_build_array({columns})::text"
 
 
 class DocumentSearch:
-    """search(per_document => true) of one version, for many queries."""
+    """Run search(per_document => true) of one version, for many queries."""
 
     def __init__(self, session: Session, pipeline: Pipeline, queries: QueryVectors, k: int) -> None:
         self._ranker, self._queries, self._k = Ranker(session, pipeline), queries, k
         self.rankings = Rankings()
 
     def find(self, query: int) -> list[str]:
-        """Return the keys of the k documents whose best chunks are nearest; none if the query has no direction."""
+        """Return the keys of the k documents whose best chunks are nearest.
+
+        None if the query has no direction.
+        """
         if not self._queries.usable[query]:
             return []
         rows = self._ranker.nearest(self._queries.literal(query), self._k, per_document=True)
         return [str(row["key"]) for row in rows]
 
     def report(self, done: int, total: int) -> None:
-        """Say how far the ranking of all queries is."""
+        """Report the progress of ranking all queries."""
         progress.report(self._ranker.session, "ranking the queries", done, total)
 
     def measure(self, query: int) -> None:
-        """Find, and keep the ranking and the time it took."""
+        """Find, and keep the ranking and its seconds."""
         began = time.perf_counter()
         self.rankings.keys.append(self.find(query))
         self.rankings.seconds.append(time.perf_counter() - began)
 
 
 def rank_all(searches: Sequence[DocumentSearch], queries: int) -> None:
-    """Have each of the searches answer all queries in turns, so that none has the quieter machine or the warmer cache."""
+    """Have each of the searches answer all queries in turns.
+
+    So none has the quieter machine or the warmer cache.
+    """
     for query in range(min(queries, 5)):
         for search in searches:
             search.find(query)

@@ -1,7 +1,7 @@
-"""The one ranker: what is nearest to a vector in a version, for search, for the gate, and for what measures either.
+"""Rank the nearest chunks of a version, for search, the gate and measurements.
 
-A ranking has two sources. The version's index gives the nearest rows that its graph reaches. Beside it are ranked exactly:
-the rows that were written since the last reach check, and those known to be far from all others (see search_functions).
+A ranking has two sources. The version's index gives the nearest rows that its graph reaches. Beside it, rows written
+since the last check are ranked exactly. So are rows known to be far from all others (see search_functions).
 """
 
 from __future__ import annotations
@@ -21,36 +21,43 @@ from embedline.postgres.session import Session
 Row = dict[str, Any]
 How = Literal["usual", "wide", "exact"]
 
-# pgvector's bound of hnsw.ef_search, which is how many rows a scan finds before it begins again.
+# pgvector's bound of hnsw.ef_search, which is the number of rows that a scan finds before it starts again.
 MAX_EF_SEARCH = 1000
-# Until an index is measured. Recall@10 of 100,000 package summaries: 0.94 with 40, 0.98 with 100 (m 16, ef_construction 200).
+# Until an index is measured. Recall@10 of 100,000 package summaries: 0.94 with 40, 0.98 with 100 (m 16, ef_construction
+# 200).
 DEFAULT_EF_SEARCH = 100
 # Chunks asked for at first for each document wanted, because one document may have many of the nearest.
 OVERFETCH = 4
-# Rows asked for beyond those wanted: rows that score alike come in the order of their keys, also the last of them.
+# Rows asked for beyond those wanted, so that the last of rows with one score are also ordered by their keys.
 _SPARE = 10
-# How many times as many rows are asked for when a ranking gave too few, and where that ends.
+# Factor by which more rows are asked for when a ranking gave too few, and its end in rows.
 _MORE, _MOST = 4, 50_000
-# Vectors ranked exactly because they are new: 2 MB of them are ranked in 1 to 2 ms.
+# Bytes of new vectors that are ranked exactly, in 1 to 2 ms; then the fewest new rows.
 _NEW_BYTES, _FEWEST_NEW = 2_000_000, 64
-# After this chunk there is none.
+# A chunk id that no chunk follows.
 _NO_CHUNK = 2**63 - 1
-# Distances that agree to this many digits are taken for equal: pgvector adds up in float32.
+# Digits to which equal distances agree, because pgvector adds up in float32.
 _DIGITS = 5
 
 
 def newest_rows(dimensions: int) -> int:
-    """Return how many new rows of a version are ranked exactly at most."""
+    """Return the most new rows of a version that are ranked exactly."""
     return max(_FEWEST_NEW, _NEW_BYTES // (4 * dimensions))
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """Return rows best first; those that score alike by key and chunk, so that two versions of the same vectors agree."""
+    """Return rows best first, those with one score by key and chunk.
+
+    So two versions of the same vectors agree.
+    """
     return sorted(rows, key=lambda row: (round(row["distance"], _DIGITS), str(row["key"]), row["chunk_id"]))
 
 
 def version_view(session: Session, pipeline: Pipeline) -> str:
-    """Return the qualified name of the view over the pipeline's version alone, or raise NotFound."""
+    """Return the qualified name of the view over the pipeline's version alone.
+
+    Raises NotFound if the view is gone.
+    """
     name = session.scalar(
         "SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], pipeline.version.view_oid
     )
@@ -62,8 +69,8 @@ def version_view(session: Session, pipeline: Pipeline) -> str:
     return str(name)
 
 
-# Without an iterative scan, dead tuples and row-level security would shorten the result. The SET clauses of the SQL function
-# put the caller's values back at its end.
+# Without an iterative scan, dead tuples and row-level security would shorten the result. The SET clauses of the SQL
+# function restore the caller's values at its end.
 _SCAN = """
     SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', 'strict_order', true)
 """
@@ -71,14 +78,14 @@ _SCAN = """
 
 @dataclass(frozen=True)
 class _Answer:
-    """What one statement found: rows in order, and whether there are no more."""
+    """The result of one statement: rows in order; True if there are no more."""
 
     rows: list[Row]
     is_all: bool
 
 
 class Ranker:
-    """Ranks one version with the index and the settings that serve it."""
+    """Rank one version with the index and the settings that serve it."""
 
     def __init__(
         self,
@@ -89,25 +96,25 @@ class Ranker:
         *,
         ranks_new: bool = True,
     ) -> None:
-        """Prepare for a version, with the index that search has chosen or the one given.
+        """Prepare for a version, with the index that search has chosen or the given one.
 
-        An `ef_search` given by a caller is used as it is, and nothing is searched again. Who measures an index leaves new
-        rows to it (`ranks_new`): that they are ranked exactly passes.
+        An `ef_search` given by a caller is used as it is, and nothing is searched again. A measurement of the index
+        leaves new rows to the index (not `ranks_new`), because they are ranked exactly for a short time only.
         """
         self.session, self._pipeline, self._given, self._ranks_new = session, pipeline, ef_search, ranks_new
         self._index = index or precision.chosen_index(session, pipeline)
         self._vector_type = f"{vector_schema(session)}.{pipeline.version.column_type}"
-        # What a policy hides would be left out after the ranking: the view's plan takes it into account.
+        # Rows that a policy hides would be left out after the ranking. The view's plan takes the policy into account.
         self._through_view = self._index.precision is not None or bool(
             session.scalar("SELECT row_security_active($1::oid)", ["bigint"], pipeline.source_oid)
         )
         self._view = version_view(session, pipeline) if self._through_view else ""
 
     def nearest(self, vector: str, k: int, *, per_document: bool = False, how: How | None = None) -> list[Row]:
-        """Return the k nearest chunks, or of each document its best one; rows of chunk_id, key, chunk, distance.
+        """Return the k nearest chunks, or the best chunk of the k nearest documents.
 
-        A query whose best hit is farther than those of usual queries is ranked again, wider or exactly. `how` chooses one
-        of these for all.
+        Rows are of chunk_id, key, chunk, distance. If the best hit of a query is farther than those of usual queries,
+        it is ranked again, wider or exactly. `how` chooses one of these for all.
         """
         reach = self._pipeline.version.reach
         rows = self._enough(vector, k, per_document, how or "usual")
@@ -148,7 +155,8 @@ class Ranker:
             return precision.ef_search(self._index, limit)
         reach = self._pipeline.version.reach
         measured = None if reach is None else reach.wide_ef_search if how == "wide" else reach.ef_search
-        # Twice the rows: recall@10 of the manual's index terms was 0.768 with 40 for 40 rows, 0.780 with 80 (exact 0.793).
+        # Twice the rows: recall@10 of the manual's index terms was 0.768 with 40 for 40 rows, 0.780 with 80 (exact
+        # 0.793).
         return min(max(measured or DEFAULT_EF_SEARCH, 2 * limit), MAX_EF_SEARCH)
 
     def _ask(self, vector: str, limit: int, how: How) -> _Answer:
@@ -164,17 +172,21 @@ class Ranker:
         return _Answer(_distinct(found), self._is_all(found, limit + _SPARE))
 
     def _after(self) -> int | None:
-        """Return the chunk after which new ones are ranked exactly; None if the version has no index to be helped."""
+        """Return the chunk after which new ones are ranked exactly.
+
+        None if the version has no index to add them to.
+        """
         version = self._pipeline.version
         if not version.has_index:
             return None
         return (version.reach.checked_to if version.reach else 0) if self._ranks_new else _NO_CHUNK
 
     def statement(self, limit: int, how: How = "usual") -> str:
-        """Return the query for the nearest `limit` chunks: $1 is the vector, $2 the chunk after which chunks are new.
+        """Return the query for the nearest `limit` chunks.
 
-        The limit is a constant, so that the planner knows it, and the vector a parameter of its own type: a text would be
-        parsed once for each row (5,000 rows of 384 dimensions: 124 ms in place of 27).
+        $1 is the vector, $2 the chunk after which chunks are new. The limit is a constant, so that the planner knows
+        it. The vector is a parameter of its own type, because a text would be parsed once for each row. For 5,000 rows
+        of 384 dimensions that took 124 ms in place of 27.
         """
         newest = newest_rows(self._pipeline.version.dimensions)
         has_beside = how != "exact" and self._after() is not None
@@ -185,7 +197,7 @@ class Ranker:
         index = self._view_statement(limit, is_exact=how == "exact")
         if not has_beside:
             return index
-        # Where policies hide rows, the nearest ones may all be hidden: all are ranked and joined.
+        # If policies hide rows, the nearest ones may all be hidden, so all are ranked and joined.
         return f"({index}) UNION ALL SELECT r.*, 'beside' FROM {self._function('beside')}($1, NULL, $2, {newest}) AS r"
 
     def _function(self, suffix: str) -> str:
@@ -208,11 +220,11 @@ class Ranker:
 
     @staticmethod
     def _is_all(found: Sequence[Row], limit: int) -> bool:
-        """Return True if the index, or the ranking in its place, has no more rows than these."""
+        """Return True if the index, or the ranking in its place, has no more rows."""
         of_index = [row for row in found if row["source"] == "index"]
         if of_index and of_index[0]["considered"] is not None:
             return int(of_index[0]["considered"]) < limit
-        # A ranking of functions that gave no row at all may have had hidden ones; the caller's bound ends the search.
+        # If functions returned no row at all, they may have had hidden ones; the caller's bound ends the search.
         return len(of_index) < limit and (bool(of_index) or limit > _MOST)
 
 

@@ -1,4 +1,4 @@
-"""Search: a text becomes a vector of the version that serves, and that version is ranked by it."""
+"""Search: embed a text with the serving version's model, and rank that version."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from embedline.postgres.spans import span
 from embedline.search.version_choice import answer
 
 _MAX_K = 10_000
-# Each only where it has pgvector's default. A scan that a filter thins out ends after max_scan_tuples rows, or once it has
-# used scan_mem_multiplier times work_mem.
+# Each setting is changed only if it has pgvector's default. A scan thinned out by a filter ends after max_scan_tuples
+# rows, or once it has used scan_mem_multiplier times work_mem.
 _PREPARE_SCAN = """
     SELECT set_config(s.name, s.value, true)
     FROM (VALUES ('hnsw.iterative_scan', 'off', 'strict_order'), ('hnsw.ef_search', '40', $1),
@@ -30,23 +30,27 @@ _PREPARE_SCAN = """
 
 @entry_point
 def embed_query(session: Session, pipeline_name: str, query: str) -> str:
-    """Return the query's vector in pgvector's text form, made by the model of the version that serves."""
+    """Return the query's vector in pgvector's text form.
+
+    The model of the serving version makes it.
+    """
     from embedline.catalog.serving import serving_number
 
     pipeline = load_pipeline(session, pipeline_name)
     shown = serving_number(session, pipeline)
     if shown != pipeline.version.number:
-        # The view was cut over after this transaction's snapshot was taken; the statement reads the view as it is now.
+        # The view was cut over after this transaction's snapshot was taken. The statement reads the view as it is now.
         pipeline = load_version(session, pipeline_name, shown)
     _prepare_scan(session, pipeline)
     return _embed(session, pipeline, query)
 
 
 def _prepare_scan(session: Session, pipeline: Pipeline) -> None:
-    """Have the transaction's index scans give as many rows as a statement asks for, and the right ones.
+    """Let the transaction's index scans return as many and as good rows as asked for.
 
-    pgvector reads these settings when a scan gives its first row, after the query's vector is known. Without an iterative
-    scan LIMIT 100 over the routing view gave 40 rows, and a filter fewer still. Values that the session has set itself stay.
+    pgvector reads these settings when a scan gives its first row, after the query's vector is known. Without an
+    iterative scan LIMIT 100 over the routing view gave 40 rows, and a filter fewer still. Values that the session has
+    set itself stay.
     """
     from embedline.search import ranking
 
@@ -66,7 +70,10 @@ def search(
     tenant: str | None,
     session_key: str | None,
 ) -> list[dict[str, Any]]:
-    """Return the k nearest chunks (or the k nearest documents by their best chunk) as rows of key, chunk, score."""
+    """Return the k nearest chunks, or documents by their best chunk.
+
+    Rows are of key, chunk, score.
+    """
     require_given(k=k)
     if not 1 <= k <= _MAX_K:
         raise InvalidParameter(f"k must be between 1 and {_MAX_K}, not {k}")
@@ -83,10 +90,13 @@ def search(
 def _rank(
     session: Session, pipeline: Pipeline, query: str, k: int, per_document: bool, ef_search: int | None
 ) -> list[dict[str, Any]]:
-    """Search with one version: its model embeds the query and it alone is ranked, whatever the routing view shows."""
+    """Search with one version.
+
+    Its model embeds the query and it alone is ranked, whichever version the routing view shows.
+    """
     pending = _start(session, pipeline, query)
     try:
-        # In the time that the provider takes: a session's first search imports the ranker, and each prepares it.
+        # While the provider works: a session's first search imports the ranker, and each search prepares it.
         from embedline.search import ranking
 
         ranker = ranking.Ranker(session, pipeline, ef_search)
@@ -112,14 +122,17 @@ def _start(session: Session, pipeline: Pipeline, query: str | None) -> QueryEmbe
 
 
 def _finish(pipeline: Pipeline, pending: QueryEmbedding) -> str:
-    """Return the query's vector in pgvector's text form, normalised if the version's vectors are."""
+    """Return the query's vector in pgvector's text form.
+
+    It is normalised if the version's vectors are.
+    """
     version, block = pipeline.version, pending.result()
     if (block.count, block.dimensions) != (1, version.dimensions):
         raise DimensionMismatch(
             f"the model returned {block.dimensions} dimensions, pipeline {pipeline.name} has {version.dimensions}"
         )
     values = array("f", block.data)
-    # hypot and one format string run in C: 0.44 ms for 1,536 dimensions, where a loop over the values took 0.70 ms.
+    # hypot and one format string run in C: 0.44 ms for 1,536 dimensions. A loop over the values took 0.70 ms.
     norm = math.hypot(*values)
     if not math.isfinite(norm) or norm == 0:
         raise InvalidVectors("the query's vector has no direction", hint="Ask with other words.")

@@ -1,4 +1,7 @@
-"""Which version answers a search while traffic is shared out, and what another would have answered."""
+"""Choose the version that answers a search while traffic is shared.
+
+A shadow read also records the answer of another version.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def answer(
     k: int,
     search: Callable[[Pipeline], Rows],
 ) -> Rows:
-    """Return what `search` finds with the version whose turn it is; note what another would have found where asked to."""
+    """Return the results of `search` with the version whose turn it is.
+
+    If a shadow read is asked for, the results of the other version are compared and recorded.
+    """
     if len(serving.versions) == 1:
         return search(serving)
     row = session.query(_TRAFFIC, ["bigint", "text"], serving.pipeline_id, tenant)[0]
@@ -63,7 +69,10 @@ def drawn(caller: str, pipeline_name: str) -> float:
 def _read_in_shadow(
     session: Session, shadow: Pipeline, served: Rows, seconds: float, k: int, search: Callable[[Pipeline], Rows]
 ) -> None:
-    """Search with the other version and note how it compares; whatever fails there is not the caller's trouble."""
+    """Search with the other version and record how it compares.
+
+    A failure of the shadow read does not reach the caller.
+    """
     if session.scalar("SELECT current_setting('transaction_read_only')::boolean"):
         return
     try:

@@ -1,1 +1,1 @@
-"""What is sent to providers: the ledger, budgets and rate limits."""
+"""Account for requests to providers: the ledger, budgets and rate limits."""

@@ -1,6 +1,7 @@
-"""Budgets: what a pipeline or a model may spend in a day or a month, in tokens or in money, and what a million tokens cost.
+"""Limit the spending of a pipeline or a model per day or month.
 
-Days and months are those of UTC. There is one currency for all prices and budgets of a database, whichever it is.
+A budget is in tokens or in money; money needs the price of a million tokens. Days and months are those of UTC. All
+prices and budgets of a database have the same currency, whichever it is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CAPS = """
     FROM embedline.budget AS b
     WHERE (b.scope = 'pipeline' AND b.name = $2) OR (b.scope = 'model' AND b.name = $3)
 """
-# A statement replaces the whole budget of its scope and period: a unit that is not named is no longer limited.
+# Replaces the whole budget of its scope and period, so a unit that is not named is no longer limited.
 _SET_CAPS = """
     WITH wanted AS (
         SELECT * FROM jsonb_to_recordset($4::jsonb) AS w (unit text, amount numeric) WHERE w.amount IS NOT NULL
@@ -55,9 +56,9 @@ _MONEY_USERS = """
 
 @dataclass(frozen=True)
 class Cap:
-    """One budget in one unit: what is left of it, and when it begins anew.
+    """One budget in one unit, with its remainder and its next start.
 
-    `stopped_at_tokens` is the size of the request that last no longer fitted, None where none was refused in this period.
+    `stopped_at_tokens` is the size of the last request that did not fit, None if none was refused in this period.
     """
 
     scope: str
@@ -71,7 +72,10 @@ class Cap:
     stopped_at_tokens: int | None
 
     def tokens_left(self, price: Decimal | None) -> float:
-        """Return the tokens that may still be sent, at `price` for a million: infinite where they cost nothing."""
+        """Return the tokens that may still be sent, at `price` for a million.
+
+        It is infinite if they cost nothing.
+        """
         if self.unit == "tokens":
             return float(self.remaining)
         if price is None:
@@ -80,12 +84,15 @@ class Cap:
         return float(self.remaining / price * TOKENS_PER_PRICE) if price else float("inf")
 
     def is_exhausted(self, price: Decimal | None) -> bool:
-        """Whether nothing is left, or too little for the request that was refused last."""
+        """Return True if nothing is left, or too little for the request refused last."""
         left = self.tokens_left(price)
         return left <= 0 or (self.stopped_at_tokens is not None and left < self.stopped_at_tokens)
 
     def reason(self, price: Decimal | None, granted: int, wanted: int) -> str:
-        """Say which budget stops a request of `wanted` tokens after `granted` others, and until when."""
+        """Return which budget stops a request of `wanted` tokens, and until when.
+
+        `granted` are the tokens of other requests before it.
+        """
         of_what = f'budget of {self.scope} "{self.name}"'
         if self.unit == "money" and price is None:
             return f"{of_what} is in money, but its model has no price: SELECT embedline.set_price(model, price)"
@@ -97,7 +104,10 @@ class Cap:
 
 
 def admit(caps: Sequence[Cap], price: Decimal | None, tokens: Sequence[int]) -> tuple[int, Cap | None]:
-    """Return how many of the requests fit into all budgets one after the other, and the budget that stops the next."""
+    """Return how many of the requests fit into all budgets, in order.
+
+    The second value is the budget that stops the next one.
+    """
     sent = 0
     left = [(cap, cap.tokens_left(price)) for cap in caps]
     for count, amount in enumerate(tokens):
@@ -122,7 +132,10 @@ def load_caps(session: Session, pipeline_id: int, pipeline_name: str, model_name
 
 
 def note_stop(session: Session, pipeline_id: int, tokens: int) -> None:
-    """Keep the size of a request that no longer fitted: claims make no sense until so much is left again."""
+    """Record the size of a request that did not fit.
+
+    Claims are useless until that many tokens are left again.
+    """
     session.query(
         """
         INSERT INTO embedline.budget_stop (pipeline_id, tokens) VALUES ($1, $2)
@@ -143,7 +156,10 @@ def set_budget(
     tokens: int | None,
     money: Decimal | None,
 ) -> None:
-    """Let a pipeline or a model spend so much in each day or month; replaces what was set for that period."""
+    """Limit the spending of a pipeline or a model per day or month.
+
+    Replaces the earlier budget of that period.
+    """
     if tokens is None and money is None:
         raise InvalidParameter(
             "a budget needs tokens or money", hint="SELECT embedline.drop_budget(...) takes a budget away."
@@ -171,7 +187,7 @@ def set_budget(
 
 @entry_point
 def drop_budget(session: Session, pipeline_name: str | None, model_name: str | None, period: str | None) -> None:
-    """Take the budgets of a pipeline or a model away: those of one period, or all."""
+    """Remove the budgets of a pipeline or a model, of one period or all."""
     if period is not None:
         _check_period(period)
     pipeline_id, model_id = _scope(session, pipeline_name, model_name)
@@ -193,7 +209,7 @@ def drop_budget(session: Session, pipeline_name: str | None, model_name: str | N
 
 @entry_point
 def set_price(session: Session, model_name: str, price: Decimal | None) -> None:
-    """Store what the provider takes for a million tokens; it counts for requests from now on."""
+    """Store the provider's price of a million tokens, for requests from now on."""
     model = load_model(session, model_name)
     check_price(price)
     if price is None and (users := session.query(_MONEY_USERS, ["bigint"], model.model_id)):

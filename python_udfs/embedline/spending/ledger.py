@@ -1,14 +1,16 @@
-"""The ledger: what workers send to providers is reserved before the call and corrected after the answers.
+"""Reserve the tokens of requests before the call, and correct them afterwards.
 
-One row for each batch, appended by its worker and changed only by it, so that no row is hot. A reservation whose worker
-died stays counted at its estimate: the provider may have done the work. Rows of before the last minutes are rolled up
-into one a day, so that the sum over a month stays cheap.
+There is one row for each batch. Only the batch's worker writes it, so that no row is hot. If a worker dies, its
+reservation stays counted at its estimate, because the provider may have done the work. Rows older than the last minutes
+are rolled up into one per day, so that the sum over a month stays cheap.
 
-Where a budget or a rate limit applies, reservations follow each other under one advisory lock of the database: each sees
-all earlier ones, whichever pipeline or model they were for. A worker holds it until the transaction that reserves ends, a
-few milliseconds. embed_pending lives in one long transaction, so it gives the lock back at once. Until it commits, others do
-not see what it reserved: beside n calls of embed_pending a cap may be passed by what these have in hand. If its
-transaction is rolled back, its reservations are too, though the provider was asked.
+If a budget or a rate limit applies, reservations follow each other under one advisory lock of the database. Each sees
+all earlier ones, whichever pipeline or model they were for. A worker holds the lock until the transaction that reserves
+ends, a few milliseconds.
+
+embed_pending lives in one long transaction, so it releases the lock at once. Until it commits, others do not see its
+reservations: beside n calls of embed_pending a cap may be exceeded by their requests in flight. If its transaction is
+rolled back, so are its reservations, although the provider was asked.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from embedline.spending.rate_limits import RateState
 # First key of the locks of the ledger ("Eml1"): 0 for reserving, 1 for rolling up.
 LEDGER_LOCK_CLASS = 1164799025
 _RESERVE_LOCK, _ROLL_UP_LOCK = 0, 1
-# Rolled up by a worker at every so many reservations: what stays holds about two minutes and this many rows.
+# Reservations after which a worker rolls the ledger up. About two minutes and this many rows remain.
 _ROLL_UP_EVERY = 500
 _UNMETERED = "embedline.unmetered_pipelines"
 
@@ -47,12 +49,13 @@ _RESERVE = """
     INSERT INTO embedline.reservation (model_id, pipeline_id, worker_id, requests, tokens, price)
     VALUES ($1, $2, $3, $4, $5, $6) RETURNING reservation_id
 """
-# Fenced by settled_at: a second settlement changes nothing. A row that was rolled up meanwhile stays at its estimate.
+# Fenced by settled_at, so that a second settlement changes nothing. A row that was rolled up meanwhile keeps its
+# estimate.
 _SETTLE = """
     UPDATE embedline.reservation SET tokens = coalesce($2, tokens), settled_at = clock_timestamp()
     WHERE reservation_id = $1 AND settled_at IS NULL
 """
-# A rate limit looks back 60 s. What is open and has no living worker will never be settled: it is closed as estimated.
+# A rate limit needs the last 60 s. An open reservation without a living worker is closed at its estimate.
 _ROLL_UP = """
     WITH old AS (
         DELETE FROM embedline.reservation AS r
@@ -79,10 +82,10 @@ _ROLL_UP = """
 
 @dataclass(frozen=True)
 class Grant:
-    """The answer to a reservation: the first `count` requests may be sent, under `reservation_id`.
+    """The answer to a reservation: the first `count` requests may be sent.
 
-    Where requests are left over, `wait_seconds` says how long they have to wait and `reason` for what. `reservation_id` is
-    None where nothing was granted, or where the model has no ledger.
+    They are sent under `reservation_id`, which is None if nothing was granted or the model has no ledger. If requests
+    are left over, `wait_seconds` is how long they have to wait and `reason` names the limit.
     """
 
     count: int
@@ -103,10 +106,10 @@ class _Meter:
 
 
 def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], worker_id: int | None) -> Grant:
-    """Reserve the requests that are ready, in order; `tokens` holds the estimate of each.
+    """Reserve the requests that are ready, in order; `tokens` holds their estimates.
 
     A request is granted whole or not at all, and none after one that is not. The resident worker commits after it and
-    only then sends, so that a crash never sends what is not in the ledger.
+    only then sends, so that a crash never sends a request that is not in the ledger.
     """
     meter = _load_meter(session, pipeline) if tokens and not _known_unmetered(session, pipeline) else None
     if meter is None:
@@ -125,17 +128,20 @@ def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], worker_
 
 
 def settle(session: Session, reservation_id: int, tokens_used: int | None) -> None:
-    """Correct a reservation to what the provider counted; None: it did not say, the estimate stays."""
+    """Correct a reservation to the provider's count.
+
+    With None, the provider gave no count and the estimate stays.
+    """
     session.query(_SETTLE, ["bigint", "bigint"], reservation_id, tokens_used)
 
 
 def blocked_until(session: Session, pipeline: Pipeline) -> float | None:
-    """Return the seconds for which a claim of this pipeline makes no sense; None: go on."""
+    """Return the seconds for which claims of this pipeline are useless, None if none."""
     meter = _load_meter(session, pipeline)
     if meter is None or not meter.limited:
         return None
     waits = [cap.seconds for cap in _load_caps(session, pipeline, meter) if cap.is_exhausted(meter.price)]
-    # The smallest request there is: a larger one may still have to wait, but something can go.
+    # Tried with the smallest possible request. A larger one may have to wait although this one passes.
     _, wait, _ = _load_rates(session, pipeline, meter).admit([1])
     if wait is not None:
         waits.append(wait)
@@ -143,9 +149,9 @@ def blocked_until(session: Session, pipeline: Pipeline) -> float | None:
 
 
 def tokens_left(session: Session, pipeline: Pipeline) -> int | None:
-    """Return how large a request may be at most to fit into every budget and a minute's limit; None: as large as it likes.
+    """Return the largest size of a request that fits every budget, in tokens.
 
-    What is packed larger than this can never be granted by the budget that it finds.
+    A minute's limit counts, too. None if nothing limits it. A larger request could never be granted by its budgets.
     """
     meter = None if _known_unmetered(session, pipeline) else _load_meter(session, pipeline)
     if meter is None or not meter.limited:
@@ -160,12 +166,18 @@ def tokens_left(session: Session, pipeline: Pipeline) -> int | None:
 
 @entry_point
 def roll_up_usage(session: Session) -> int:
-    """Sum up what is older than two minutes by day, model and pipeline; return the number of reservations that it took in."""
+    """Sum up reservations older than two minutes by day, model and pipeline.
+
+    Returns the number of reservations that were rolled up.
+    """
     return roll_up(session)
 
 
 def roll_up(session: Session) -> int:
-    """Roll the ledger up, unless another session is at it; return the number of reservations taken in."""
+    """Roll the ledger up, unless another session does so now.
+
+    Returns the number of reservations that were rolled up.
+    """
     alone = session.scalar(
         "SELECT pg_try_advisory_xact_lock($1, $2)", ["integer"] * 2, LEDGER_LOCK_CLASS, _ROLL_UP_LOCK
     )
@@ -173,7 +185,10 @@ def roll_up(session: Session) -> int:
 
 
 def _load_meter(session: Session, pipeline: Pipeline) -> _Meter | None:
-    """Return what applies to the pipeline; None where it needs no ledger, which holds until the pipeline's next claim."""
+    """Return the price and limits of the pipeline, None if it needs no ledger.
+
+    None holds until the pipeline's next claim.
+    """
     model_id = pipeline.version.model.model_id
     row = session.query(_METER, ["bigint", "bigint"], pipeline.pipeline_id, model_id)[0]
     unmetered: set[tuple[int, int]] = session.cache.setdefault(_UNMETERED, set())
@@ -185,7 +200,7 @@ def _load_meter(session: Session, pipeline: Pipeline) -> _Meter | None:
 
 
 def _known_unmetered(session: Session, pipeline: Pipeline) -> bool:
-    # Versions of one pipeline have models of their own: one may cost nothing, the next is paid for.
+    # Keyed by model, too, because the versions of one pipeline may have free and paid models.
     unmetered: set[tuple[int, int]] = session.cache.get(_UNMETERED, set())
     return (pipeline.pipeline_id, pipeline.version.model.model_id) in unmetered
 
@@ -203,7 +218,10 @@ def _load_rates(session: Session, pipeline: Pipeline, meter: _Meter) -> RateStat
 
 
 def _decide(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequence[int]) -> tuple[Grant, bool]:
-    """Return what budgets and rate limits let go, and whether it is a budget that stops the rest."""
+    """Return the requests that budgets and rate limits grant.
+
+    The second value is True if a budget stops the rest.
+    """
     affordable, cap = admit(_load_caps(session, pipeline, meter), meter.price, tokens)
     count, wait, reason = _load_rates(session, pipeline, meter).admit(tokens[:affordable])
     if count < affordable or cap is None:
@@ -231,7 +249,7 @@ def _append(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequenc
 
 @contextmanager
 def _serialised(session: Session, worker_id: int | None) -> Iterator[None]:
-    """Let no other reservation come between looking and writing."""
+    """Keep other reservations out between the read and the write."""
     scope = "xact_" if worker_id is not None else ""
     lock = ["integer", "integer"], LEDGER_LOCK_CLASS, _RESERVE_LOCK
     session.query(f"SELECT pg_advisory_{scope}lock($1, $2)", *lock)

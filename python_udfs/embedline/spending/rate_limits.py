@@ -1,10 +1,13 @@
-"""Rate limits: what all workers together may send to a model in a minute, without a row that all of them write.
+"""Limit the requests and tokens that all workers send to a model per minute.
 
-The ledger's rows of the last 60 s are the state. Two rules decide when a request may start; both hold for requests and for
-tokens. Window: no stretch of 60 s carries more than the limit. Spread: a bucket that drains at limit / 60 a second (a leaky
-bucket as a meter, ITU-T I.371) must have drained to one second's worth, so that a minute's allowance does not leave in a
-burst with silence after it. A request that alone is above the limit goes when the last 60 s were empty: the provider,
-not we, may refuse it.
+The ledger's rows of the last 60 s are the state, so there is no row that all workers write. Two rules decide when a
+request may start. Both hold for requests and for tokens.
+
+Window: no stretch of 60 s carries more than the limit. Spread: a bucket drains at limit / 60 a second (a leaky bucket
+as a meter, ITU-T I.371) and must have drained to one second's worth. Otherwise a minute's allowance would leave in a
+burst with silence after it.
+
+A request that alone is above the limit may start when the last 60 s were empty. Its refusal is left to the provider.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 
 WINDOW_SECONDS = 60.0
-# How much may leave at once after a pause, in seconds of the allowance; also the longest silence at the end of a minute.
+# Seconds of the allowance that may leave at once after a pause; also the longest silence at the end of a minute.
 BURST_SECONDS = 1.0
-# Waits are at least this long: at 3,000 requests a minute five go at once, in one reservation instead of five.
+# Shortest wait in seconds. At 3,000 requests a minute five requests share one reservation instead of taking five.
 MINIMUM_WAIT_SECONDS = 0.1
 
-# newer: each row with all that came after it. The largest surplus of any such stretch over the drain is the bucket's level.
+# newer: each row with all later rows. The largest surplus of any such stretch over the drain is the bucket's level.
 _WINDOWS = """
     SELECT r.requests_per_minute, r.tokens_per_minute, w.*
     FROM embedline.rate_limit AS r
@@ -46,10 +49,10 @@ _WINDOWS = """
 
 @dataclass(frozen=True)
 class Window:
-    """One limit and what the last 60 s hold of it.
+    """One limit, with the use of it in the last 60 s.
 
-    `limit` is per minute; `used` is the sum of the last 60 s; `level` is that of the leaky bucket; in `first_leaves_in`
-    seconds the oldest of them leaves the window. `unit` names it in messages.
+    `limit` is per minute; `used` is the sum of the last 60 s. `level` is that of the leaky bucket. The oldest request
+    leaves the window in `first_leaves_in` seconds. `unit` names the limit in messages.
     """
 
     unit: str
@@ -60,11 +63,14 @@ class Window:
 
     @property
     def reason(self) -> str:
-        """What a request waits for."""
+        """Return the name of the limit for which a request waits."""
         return f"rate limit of {self.limit:.0f} {self.unit} a minute"
 
     def wait(self, granted: float, amount: float) -> float:
-        """Return the seconds until a request of `amount` may start, when `granted` more starts now; 0: at once."""
+        """Return the seconds until a request of `amount` may start, 0 for now.
+
+        `granted` more of the unit starts now.
+        """
         drain = self.limit / WINDOW_SECONDS
         wait = (max(self.level, 0.0) + granted - drain * BURST_SECONDS) / drain
         if self.used + granted > 0 and self.used + granted + amount > self.limit:
@@ -74,13 +80,16 @@ class Window:
 
 @dataclass(frozen=True)
 class RateState:
-    """The windows of a model, requests and tokens as far as each is limited."""
+    """The windows of a model: requests and tokens, each None if not limited."""
 
     requests: Window | None
     tokens: Window | None
 
     def admit(self, tokens: Sequence[int]) -> tuple[int, float | None, str | None]:
-        """Return how many of the requests may start now, and how long and for what the next has to wait (None: for nothing)."""
+        """Return how many of the requests may start now, in order.
+
+        The other values are the seconds that the next one has to wait and the reason, None if none waits.
+        """
         sent = 0
         for count, amount in enumerate(tokens):
             asked = ((self.requests, count, 1), (self.tokens, sent, amount))
@@ -110,7 +119,10 @@ def load_rate_state(session: Session, model_id: int) -> RateState:
 def set_rate_limit(
     session: Session, model_name: str, requests_per_minute: int | None, tokens_per_minute: int | None
 ) -> None:
-    """Limit what all workers together send to a model in a minute; both NULL takes the limit away."""
+    """Limit what all workers together send to a model per minute.
+
+    If both limits are NULL, the model has none.
+    """
     model = load_model(session, model_name)
     for name, value in (("requests_per_minute", requests_per_minute), ("tokens_per_minute", tokens_per_minute)):
         if value is not None and value < 1:

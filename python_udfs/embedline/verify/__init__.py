@@ -1,1 +1,1 @@
-"""Compare what is stored with what the source and the model ask for, and repair it."""
+"""Compare stored data with the source and the model, and repair it."""

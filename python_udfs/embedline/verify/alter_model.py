@@ -2,10 +2,12 @@
 
 Options that decide its vectors stay.
 
-The stored vectors stay. So an endpoint is accepted only if it gives them again: a sample of stored chunks is embedded by the
-new endpoint and compared by cosine, with the bound that `verify` uses each night. A lower bound would let a server in int8
-pass, whose vectors of MiniLM had a median of 0.9915 and went down to 0.9794 (300 paragraphs), but also one that puts a prefix
-before each text: median 0.9840.
+Its endpoint, key, limits, and the options that do not decide vectors can be altered. The stored vectors stay, so an
+endpoint is accepted only if it gives them again. The new endpoint embeds a sample of stored chunks, which is compared
+by cosine, with the bound that `verify` uses each night.
+
+With a lower bound a server in int8 would pass. Its vectors of MiniLM had a median of 0.9915 and went down to 0.9794
+(300 paragraphs). But an endpoint that puts a prefix before each text would pass, too: its median was 0.9840.
 """
 
 from __future__ import annotations
@@ -39,23 +41,23 @@ from embedline.postgres.session import Session
 from embedline.spending import ledger
 from embedline.verify import model_drift
 
-# Stored chunks that are embedded again. If one in 30 came back otherwise, 100 would all be the same in 3 % of tries.
+# Stored chunks that are embedded again. If one in 30 came back different, 100 would all be the same in 3 % of tries.
 _SAMPLE = 100
-# Lengths of vectors that are not normalised may differ by this share. A cosine does not see the length.
+# Share by which lengths of vectors that are not normalised may differ. A cosine does not see the length.
 _LENGTH_TOLERANCE = 0.01
-# Options that decide vectors or the texts that they are of. Each is part of a recipe, so another value is another model.
+# Options that decide vectors or their texts. Each is part of a recipe, so another value is another model.
 _DECISIVE_OPTIONS = (
     "tokenizer", "send_dimensions", "extra_body", "document_body", "query_body", "backend", "precision",
 )  # fmt: skip
 _LIMITS = ("concurrency", "max_batch_items", "max_batch_tokens", "timeout_seconds")
 
-# Alterations of one model follow each other. NO KEY: a pipeline that is created with the model does not wait.
+# Alterations of one model follow each other. NO KEY, so that creating a pipeline with the model does not wait.
 _LOCK = "SELECT price_per_million_tokens FROM embedline.model WHERE model_id = $1 FOR NO KEY UPDATE"
 _USERS = """
     SELECT DISTINCT p.name FROM embedline.version AS v JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
     WHERE v.model_id = $1 ORDER BY p.name
 """
-# Waits for the workers that write into these versions, and lets no other begin; see VersionWork.write.
+# Waits for the workers that write into these versions, and blocks new ones; see VersionWork.write.
 _HOLD = "SELECT 1 FROM embedline.version WHERE model_id = $1 ORDER BY version_id FOR UPDATE"
 _STORE = """
     UPDATE embedline.model SET model = $2, base_url = $3, api_key_env = $4, max_batch_items = $5, max_batch_tokens = $6,
@@ -68,7 +70,7 @@ _STORE_TYPES = [
 _STORE_PROBED = """
     UPDATE embedline.model SET fingerprint = $2, probed_fingerprint = nullif($3, $2), learned = $4 WHERE model_id = $1
 """
-# Found through the primary key, so that the cost is the same on any table; see drift, which asks for the keys, too.
+# Found through the primary key, so that the cost is the same on any table. model_drift does the same with the keys.
 _CHOOSE = """
     WITH target AS MATERIALIZED (
         SELECT b.low + floor(random() * (b.high - b.low + 1))::bigint AS chunk_id
@@ -85,7 +87,7 @@ _CHOOSE = """
 
 @dataclass(frozen=True)
 class _Compared:
-    """A stored chunk and what the new endpoint makes of it."""
+    """A stored chunk compared with its vector of the new endpoint."""
 
     pipeline: str
     chunk_id: int
@@ -99,7 +101,8 @@ def alter_model(session: Session, name: str, parameters: dict[str, Any]) -> None
 
     Nothing is changed unless the new endpoint gives the stored vectors.
 
-    Superusers only. Holds the model's row, which no worker and no search waits for, while the endpoint is asked.
+    Nothing is changed unless the new endpoint gives the stored vectors. Superusers only. Holds the model's row while
+    the endpoint is asked; no worker and no search waits for that lock.
     """
     require_superuser(session, "alter a model", f"As a superuser, run embedline.alter_model('{name}', ...).")
     changes = ModelChanges.from_parameters(parameters)
@@ -107,7 +110,7 @@ def alter_model(session: Session, name: str, parameters: dict[str, Any]) -> None
     check_limits(changes.limits)
     model = load_model(session, name)
     stored_price = session.scalar(_LOCK, ["bigint"], model.model_id)
-    # As it is now: an alteration may have ended while this one waited.
+    # Loaded again, because another alteration may have ended while this one waited.
     model = load_model(session, name)
     config = _wanted(model, changes)
     price = stored_price if price is None else price
@@ -124,7 +127,7 @@ def alter_model(session: Session, name: str, parameters: dict[str, Any]) -> None
 
 
 def _differ_only(before: ModelConfig, after: ModelConfig, fields: Sequence[str]) -> bool:
-    """Return True if the configs are the same but for these fields."""
+    """Return True if the configs are the same except for these fields."""
     return replace(before, **{field: getattr(after, field) for field in fields}) == after
 
 
@@ -173,7 +176,7 @@ def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
     try:
         info = wait_result(embedder.probe(), let_cancel_through(session))
         fingerprint = model.fingerprint
-        # A key names an account; budgets that are used up must not keep an old one in place.
+        # Not for a new key, which names an account: used-up budgets must not keep an old key in place.
         if not _differ_only(model.config, config, (*_LIMITS, "api_key_env")):
             fingerprint = _checked_fingerprint(session, replace(model, config=config), info, embedder)
     except DimensionMismatch as error:
@@ -189,7 +192,7 @@ def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
         info.fingerprint,
         json.dumps(dict(info.learned)),
     )
-    # The failures that opened it were those of the endpoint before.
+    # The failures that opened it were those of the earlier endpoint.
     session.query("DELETE FROM embedline.circuit WHERE model_id = $1", ["bigint"], model.model_id)
 
 
@@ -201,7 +204,7 @@ def _checked_fingerprint(session: Session, model: Model, info: ModelInfo, embedd
     versions = _versions(session, model)
     compared = _compare(session, versions, embedder)
     if not compared and versions:
-        # A worker may be about to write the first vectors, made by the endpoint before.
+        # A worker may be about to write the first vectors, made by the earlier endpoint.
         bound_lock_wait(session)
         for name in dict.fromkeys(pipeline.name for pipeline in versions):
             load_alone(session, name, holds_source=False)
@@ -231,7 +234,7 @@ def _checked_fingerprint(session: Session, model: Model, info: ModelInfo, embedd
 
 
 def _versions(session: Session, model: Model) -> list[Pipeline]:
-    """Return all versions that the model embeds, each with the model as it is to be."""
+    """Return all versions that the model embeds, each with the altered model."""
     names = [str(row["name"]) for row in session.query(_USERS, ["bigint"], model.model_id)]
     return [
         replace(pipeline, version=replace(pipeline.version, model=model))
@@ -291,7 +294,7 @@ def _take_fingerprint(session: Session, versions: list[Pipeline], fingerprint: s
 
     Rows in flight for them are dropped.
 
-    The versions are this transaction's alone: a worker that comes with vectors of the endpoint before finds another
+    The versions are this transaction's alone. A worker that comes with vectors of the earlier endpoint finds another
     generation, or another fingerprint, and its rows are embedded again.
     """
     for pipeline in versions:
@@ -317,7 +320,7 @@ def _take_fingerprint(session: Session, versions: list[Pipeline], fingerprint: s
 
 
 def _other_way(name: str, pipeline: str | None) -> str:
-    """Return what to run for a model that gives other vectors."""
+    """Return the statements for a model that gives other vectors."""
     of = quote_literal(pipeline).strip() if pipeline else "pipeline"
     new = quote_literal(f"{name}_2").strip()
     return (

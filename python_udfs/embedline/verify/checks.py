@@ -1,4 +1,4 @@
-"""What verify compares: each check finds and, if asked, repairs one kind of difference."""
+"""Check a pipeline: each check finds, and can repair, one kind of difference."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from embedline.queue import chunk_queue, coverage
 from embedline.queue.backfill import missing_keys, restart_backfill
 from embedline.verify.findings import Finding, make_finding
 
-# Up to so many rows a repair goes through the queue. More of them would keep live changes waiting: they are left to a
-# new pass of the backfill, which gives way to those.
+# Rows up to which a repair uses the queue. More of them would delay live changes, so they are left to a new pass of the
+# backfill, which yields to live changes.
 QUEUED_ROWS = 10_000
 _CAPTURE_EVENTS = ["insert", "update", "delete", "truncate"]
 
@@ -36,7 +36,10 @@ def require_source(session: Session, pipeline: Pipeline) -> None:
 
 
 def capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
-    """Capture triggers that are gone or switched off: the cause of most of what the other checks find."""
+    """Find capture triggers that are gone or disabled.
+
+    They are the cause of most other findings.
+    """
     rows = session.query(
         """
         WITH found AS (
@@ -45,7 +48,7 @@ def capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
             LEFT JOIN pg_trigger AS t ON t.tgrelid = $1::oid AND t.tgname = 'embedline_' || $2 || '_' || w.name
         )
         SELECT f.name, f.tgenabled IS NULL AS gone, f.always FROM found AS f
-        -- What was made to fire in replica mode is off there as soon as it fires in the others alone.
+        -- A trigger that was made to fire in replica mode is off there if it fires only in the other modes.
         WHERE coalesce(f.tgenabled, 'D') IN ('D', 'R') OR (f.always AND f.tgenabled = 'O')
         """,
         ["bigint", "text", "text[]"],
@@ -66,7 +69,10 @@ def capture_off(session: Session, pipeline: Pipeline) -> list[Finding]:
 
 
 def _statement_triggers_of_a_part(session: Session, pipeline: Pipeline) -> list[Finding]:
-    """A source that became a part of another table, unseen: no statement trigger of it fires on a write through that."""
+    """Find a source that became a part of another table unnoticed.
+
+    Its statement triggers do not fire on a write through that table.
+    """
     blind = session.scalar(
         "SELECT EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = p.source) FROM embedline.pipeline AS p"
         " WHERE p.pipeline_id = $1 AND p.capture = 'statement'",
@@ -80,9 +86,10 @@ def _statement_triggers_of_a_part(session: Session, pipeline: Pipeline) -> list[
 
 
 def against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Rows that lack a document or whose document is not that of their content, filter and recipe.
+    """Find rows without a document, or with an outdated one.
 
-    While the version is still being filled the backfill will come to them: they are counted as pending.
+    A document is outdated if it does not match the row's content, filter and recipe. While the version is being filled
+    they are counted as pending, because the backfill will reach them.
     """
     columns = [f"k.{column}" for column in pipeline.quoted_key_columns]
     query = f"""
@@ -121,21 +128,26 @@ def against_source(session: Session, pipeline: Pipeline, repair: bool) -> list[F
 
 
 def _queue(session: Session, pipeline: Pipeline, keys: Sequence[Sequence[str]]) -> None:
-    """Queue keys, given as a list for each key column, as an application's write does it."""
+    """Queue keys as an application's write does.
+
+    They are given as a list for each key column.
+    """
     if keys:
         given = f"unnest({pipeline.key_arrays()}) AS given ({pipeline.key_list})"
         session.query(enqueue(pipeline, given), pipeline.key_parameter_types, *map(list, keys))
 
 
 def chunks(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Documents that lack a chunk or a vector, and chunks that belong to no document or to one that must have none.
+    """Find documents that lack a chunk or a vector, and chunks without a document.
 
-    A repair marks the document with a hash that no content has, so that the worker writes it anew though its content is
-    what it was; identical chunks lend their vectors as always. A chunk without a vector is never one that a worker is
-    about to complete: both are written in one transaction. Keys without a document are always queued: the worker removes
-    what is left of them.
+    Chunks of a document that must have none are found, too. A repair marks the document with a hash that no content
+    has. So the worker writes it again although its content is the same, and identical chunks lend their vectors as
+    always.
+
+    A chunk without a vector is never one that a worker is about to complete, because both are written in one
+    transaction. Keys without a document are always queued, and the worker removes their remains.
     """
-    # After a cutover the version may go without chunks that were accepted.
+    # After a cutover the version may lack chunks whose dead letters were accepted.
     given_up = (
         "EXISTS (SELECT FROM embedline.version_dead_letter AS l"
         f" WHERE l.version_id = {pipeline.version.version_id} AND l.chunk_id = c.chunk_id)"
@@ -191,7 +203,10 @@ def chunks(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
 
 
 def other_versions(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Chunks that a version beside the serving one lacks, though its backfill is through and nothing of them is queued."""
+    """Find chunks that a version beside the serving one lacks.
+
+    Its backfill is complete, and nothing of them is queued.
+    """
     findings = []
     for other in load_versions(session, pipeline.name):
         if other.is_serving or other.version.state != "complete":
@@ -206,10 +221,10 @@ def other_versions(session: Session, pipeline: Pipeline, repair: bool) -> list[F
 
 
 def gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Documents whose row is gone: removed at once with their chunks and vectors.
+    """Find documents whose row is gone; remove them with their chunks and vectors.
 
-    The document rows are locked first, and only then is the source looked at again: no worker can write in between. A
-    worker could still take a row that comes back at this very moment for unchanged; the closing look finds it.
+    The document rows are locked first, and only then is the source read again, so no worker can write in between. A
+    worker could still take a row that returns at this very moment for unchanged. The closing read finds it.
     """
     arrays = ", ".join(f"array_agg(l.{quote_ident(key)}) AS {quote_ident(key)}" for key in pipeline.key_columns)
     gone_chunks = "".join(
@@ -255,7 +270,10 @@ def gone(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
 
 
 def hidden(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Keys whose chunks no view shows and that no change queues: a mark and its change are written and settled together."""
+    """Find keys whose chunks are hidden although no change of them is queued.
+
+    A mark and its change are written and settled together.
+    """
     rows = session.query(
         f"""
         WITH stray AS MATERIALIZED (
@@ -276,7 +294,10 @@ def hidden(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
 
 
 def dead_letters(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Dead letters of rows that are gone or embedded. A TRUNCATE leaves one that another transaction has locked."""
+    """Find dead letters of rows that are gone or embedded.
+
+    A TRUNCATE leaves one that another transaction has locked.
+    """
     rows = session.query(
         f"""
         WITH letter AS (

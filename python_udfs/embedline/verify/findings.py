@@ -1,4 +1,4 @@
-"""What a check has found, and how findings of several ranges become one."""
+"""Define the finding of a check, and merge findings of several ranges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from embedline.postgres.session import Session
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: `count` is None where the check could not be made, and `example` then says why."""
+    """The finding of one check.
+
+    `count` is None if the check could not be made, and `example` then holds the reason.
+    """
 
     name: str
     count: int | None
@@ -32,7 +35,7 @@ def make_finding(row: Mapping[str, Any]) -> Finding:
 
 
 def merge(findings: Sequence[Finding]) -> list[Finding]:
-    """Add up what several checks found under one name."""
+    """Add up the findings of several checks under one name."""
     merged: dict[str, Finding] = {}
     for finding in findings:
         first = merged.setdefault(finding.name, finding)

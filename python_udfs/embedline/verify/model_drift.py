@@ -1,7 +1,7 @@
-"""Whether stored vectors are still those of the model: a remote model may change behind its name, a file be replaced.
+"""Check whether stored vectors are still those of the model.
 
-A vector of another model is as wide as its neighbours and answers queries with nonsense: only embedding the text again
-shows it.
+A remote model may change behind its name, and a file may be replaced. A vector of another model is as wide as its
+neighbours and answers queries with nonsense. Only embedding the text again shows it.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from embedline.search.exact_rows import keep_exact
 from embedline.spending import ledger
 
 MAX_SAMPLE = 1000
-# Below this cosine a stored vector is not the model's. Noise stays far above: 5e-8 off 1 with MiniLM in other batches and
-# in float16 columns; remote models round a little more. Another model is far below: unrelated vectors of 384
+# Cosine below which a stored vector is not the model's. Noise stays far above: 5e-8 off 1 with MiniLM in other batches
+# and in float16 columns; remote models round a little more. Another model is far below: unrelated vectors of 384
 # dimensions are within 0.2 of zero.
 _MIN_COSINE = 0.99
-# Dynamic int8 quantises activations by the range of their batch: up to 0.017 off 1 in other batches (MiniLM, 220 texts).
+# Dynamic int8 quantises activations by the range of their batch: up to 0.017 off 1 in other batches (MiniLM, 220
+# texts).
 _MIN_COSINE_INT8 = 0.95
-# A pipeline of which more than this share of the sample is foreign is embedded anew as a whole.
+# Share of foreign vectors in the sample above which the whole pipeline is embedded again.
 _EVERYWHERE = 0.5
-# Texts of one request: with chunks of the longest context it stays below the provider's limit of tokens.
+# Texts of one request. With chunks of the longest context it stays below the provider's limit of tokens.
 _REQUEST_TEXTS = 16
 
 
 @dataclass(frozen=True)
 class StoredVector:
-    """A sampled chunk: its digest, its row's key, and the vector that the model gives for it now."""
+    """A sampled chunk: its digest, its row's key, and its vector from the model now."""
 
     digest: bytes
     key: Mapping[str, Any]
@@ -55,7 +56,10 @@ class StoredVector:
 
 @dataclass(frozen=True)
 class Drift:
-    """What a sample showed. `fingerprint` is the model's of now where it is not the one registered."""
+    """The result of a sample.
+
+    `fingerprint` is the model's present one if it is not the registered one.
+    """
 
     sampled: int = 0
     foreign: tuple[StoredVector, ...] = ()
@@ -64,17 +68,17 @@ class Drift:
 
     @property
     def is_finding(self) -> bool:
-        """Whether there is something to report."""
+        """Return True if there is something to report."""
         return bool(self.foreign or self.fingerprint or self.error)
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether most of the pipeline's vectors must be taken for foreign."""
+        """Return True if most of the pipeline's vectors must be taken for foreign."""
         return len(self.foreign) > _EVERYWHERE * self.sampled
 
     @property
     def example(self) -> dict[str, Any]:
-        """What a person needs to judge the finding."""
+        """Return the facts by which a person can judge the finding."""
         if self.error is not None:
             return {"not_checked": self.error}
         shown: dict[str, Any] = {"sampled": self.sampled}
@@ -92,10 +96,11 @@ class Drift:
 
 
 def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
-    """Embed the texts of up to `sample` random chunks again and compare; asks the model nothing where there are none.
+    """Embed the texts of up to `sample` random chunks again, and compare.
 
-    One probe and one request for each 16 texts, inside the caller's transaction; the statement stays cancellable. No
-    table of the pipeline is locked meanwhile: a TRUNCATE of the source does not wait for the model.
+    Asks the model nothing if there are none. One probe and one request for each 16 texts, inside the caller's
+    transaction; the statement stays cancellable. No table of the pipeline is locked meanwhile, so a TRUNCATE of the
+    source does not wait for the model.
     """
     model = pipeline.version.model
 
@@ -138,9 +143,10 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
 
 
 def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str, Any]]:
-    """Return random chunks with their vectors, found through the primary key: the same cost on any table.
+    """Return random chunks with their vectors.
 
-    Chunks that are known to be foreign already, and wait for the backfill, are not asked for again.
+    They are found through the primary key, at the same cost on any table. Known foreign chunks that wait for the
+    backfill are left out.
     """
     version = pipeline.version
     rows = session.query(
@@ -167,7 +173,7 @@ def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str,
         sample,
         version.version_id,
     )
-    # Without the norm there is no direction to compare; such vectors are another check's finding.
+    # A zero vector has no direction to compare; it is another check's finding.
     matrix = (
         vectors.vectors_from_send([row["vector"] for row in rows], version.column_type) if rows else np.zeros((0, 1))
     )
@@ -182,7 +188,10 @@ def lowest_cosine(config: ModelConfig) -> float:
 
 
 def embed_texts(session: Session, pipeline: Pipeline, embedder: Embedder, texts: Sequence[str]) -> FloatMatrix:
-    """Return one finite vector with a direction for each text; raises ProviderError otherwise."""
+    """Return one finite vector with a direction for each text.
+
+    Raises ProviderError otherwise.
+    """
     version, breathe = pipeline.version, let_cancel_through(session)
     size = min(version.model.config.max_batch_items, _REQUEST_TEXTS)
     parts = []
@@ -199,7 +208,10 @@ def embed_texts(session: Session, pipeline: Pipeline, embedder: Embedder, texts:
 
 
 def replace_vectors(session: Session, pipeline: Pipeline, foreign: Sequence[StoredVector]) -> int:
-    """Write the vectors of now in the place of foreign ones, for every chunk of that text; return for how many texts."""
+    """Replace foreign vectors by the model's present ones.
+
+    All chunks of the text get the new vector. Returns the number of texts.
+    """
     if not foreign:
         return 0
     version, schema = pipeline.version, vector_schema(session)
@@ -224,14 +236,17 @@ def replace_vectors(session: Session, pipeline: Pipeline, foreign: Sequence[Stor
         [str(UUID(bytes=stored.digest)) for stored in foreign],
         ["[" + ",".join(f"{value:.9g}" for value in stored.vector) + "]" for stored in foreign],
     )
-    # Copies of the vectors before are ranked no more, and the new ones exactly until they are looked at.
+    # Copies of the earlier vectors are no longer ranked. The new ones are ranked exactly until they are checked.
     changed = rows[0]["chunk_ids"] or []
     keep_exact(session, pipeline, changed, [None] * len(changed))
     return int(rows[0]["replaced"])
 
 
 def accept_fingerprint(session: Session, pipeline: Pipeline, found: Drift) -> None:
-    """Register the model's fingerprint of now where its vectors are the stored ones, or all are being made anew."""
+    """Register the model's present fingerprint.
+
+    That is done if its vectors are the stored ones, or if all vectors are replaced.
+    """
     if found.fingerprint is not None and (found.is_everywhere or not found.foreign):
         session.query(
             "UPDATE embedline.model SET fingerprint = $2, probed_fingerprint = NULL WHERE model_id = $1",

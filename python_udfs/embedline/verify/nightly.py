@@ -1,4 +1,7 @@
-"""The nightly run: every pipeline verified and repaired, old dead letters purged, the ledger rolled up."""
+"""Verify and repair all pipelines each night, and clean up.
+
+Old dead letters are purged, and the ledger is rolled up.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from embedline.queue.dead_letters import purge
 from embedline.spending import ledger
 from embedline.verify.verify import note_failure, verify_pipeline
 
-# Session advisory lock: of two nightly runs in one database the second returns at once ("Emn1").
+# Session advisory lock ("Emn1"). If two nightly runs meet in one database, the second returns at once.
 _LOCK = 1164799537
-# Chunks of each pipeline that the model is asked for again: one or two requests, whatever the pipeline's size.
+# Chunks of each pipeline that the model embeds again: one or two requests, for a pipeline of any size.
 _SAMPLE = 20
 _KEPT_DAYS = 90
 
@@ -24,10 +27,13 @@ Step = Literal["verify", "failed", "purge"]
 
 @entry_point
 def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair: bool, message: str | None) -> None:
-    """Do one step of the nightly run, a transaction of its own; called by run_nightly alone."""
+    """Do one step of the nightly run, a transaction of its own.
+
+    Only run_nightly calls it.
+    """
     if step == "verify" and pipeline_name is not None:
         pipeline = load_pipeline(session, pipeline_name)
-        # Whoever pauses a pipeline may do so because its provider must not be asked.
+        # A pipeline may be paused because its provider must not be asked.
         verify_pipeline(session, pipeline, repair, _SAMPLE if pipeline.state == "active" else 0)
     elif step == "failed" and pipeline_name is not None:
         note_failure(session, pipeline_name, message or "")
@@ -47,14 +53,14 @@ def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair
 
 
 def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
-    """Body of a procedure that commits after each pipeline: the trouble of one neither stops nor undoes another.
+    """Run the steps, with a commit after each pipeline.
 
-    Steps run as the SECURITY DEFINER function embedline._nightly_step, because a procedure that commits can be neither
-    SECURITY DEFINER nor have a pinned search_path.
+    An error of one pipeline neither stops nor undoes another. Steps run as the SECURITY DEFINER function
+    embedline._nightly_step. A procedure that commits can be neither SECURITY DEFINER nor have a pinned search_path.
     """
     locked = plpy.execute(f"SELECT pg_catalog.pg_try_advisory_lock({_LOCK}) AS locked")
     if not locked[0]["locked"]:
-        plpy.notice("embedline: a nightly run is under way in another session")
+        plpy.notice("embedline: another session runs a nightly run already")
         return
     try:
         rows = plpy.execute("SELECT p.name FROM embedline.pipeline AS p ORDER BY p.pipeline_id")

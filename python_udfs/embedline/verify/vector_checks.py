@@ -1,4 +1,4 @@
-"""Checks of stored vectors: their values, what the index reaches, and whether the model is still theirs."""
+"""Check stored vectors: their values, the index's recall, and their model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from embedline.search.index_recall import Measurement
 from embedline.verify import model_drift
 from embedline.verify.findings import Finding, make_finding
 
-# float16 rounds the norm of a unit vector by under 5e-4; one that is further off was never normalised.
+# Largest deviation of a norm from 1. float16 rounds the norm of a unit vector by under 5e-4; beyond this it was not
+# normalised.
 _NORM_TOLERANCE = 0.01
 
 
 def vectors(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Vectors without a chunk, and vectors of a norm that the distance or the index cannot use.
+    """Find vectors without a chunk, and vectors with an unusable norm.
 
-    The former can only come of writes that no foreign key saw (session_replication_role = replica). A vector of norm
-    zero is in no HNSW index: it is removed, and the check of the chunks then finds the gap.
+    The former only come from writes that no foreign key saw (session_replication_role = replica). No HNSW index has a
+    vector of norm zero, so it is removed, and the check of the chunks then finds the gap.
     """
     schema, version = vector_schema(session), pipeline.version
     column = quote_ident(version.column)
@@ -62,9 +63,9 @@ def vectors(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]
 
 
 def unreachable(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
-    """Rows that exact ranking puts among the first of a sample of queries, and search does not find.
+    """Find rows that exact ranking puts first and search does not find.
 
-    The index of each version is measured again for it. A repair has search rank these rows exactly.
+    The index of each version is measured again with a sample of queries. A repair has search rank these rows exactly.
     """
     findings = []
     for version in load_versions(session, pipeline.name):
@@ -85,7 +86,10 @@ def unreachable(session: Session, pipeline: Pipeline, repair: bool) -> list[Find
 
 
 def foreign(session: Session, pipeline: Pipeline, found: model_drift.Drift, repair: bool) -> Finding:
-    """Report vectors of another model. Repair: those of the sample, or where most are foreign, all of the pipeline."""
+    """Report vectors of another model.
+
+    A repair embeds those of the sample again or, if most are foreign, all of the pipeline.
+    """
     if found.error is not None:
         return Finding("foreign", None, 0, found.example)
     repaired = 0

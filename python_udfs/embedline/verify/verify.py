@@ -1,8 +1,8 @@
-"""Verifying a pipeline: what is stored against what the source asks for, and putting right what differs.
+"""Verify a pipeline: compare stored data with the source, and repair it.
 
-Each check is one statement, hence one snapshot: an application's write and the queue entry that it makes are seen
-together or not at all, and a row in a worker's hands is still queued. Repairs leave the embedding to the workers: rows
-are queued; only what no row asks for any more is deleted here. No statement waits for a row lock of an application.
+Each check is one statement, hence one snapshot. An application's write and its queue entry are seen together or not at
+all, and a row in flight is still queued. Repairs queue rows and leave the embedding to the workers. Only data that no
+row needs any more are deleted here. No statement waits for a row lock of an application.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from embedline.verify.vector_checks import foreign, unreachable, vectors
 
 @entry_point
 def verify(session: Session, pipeline_name: str, repair: bool | None, sample: int | None) -> list[dict[str, Any]]:
-    """Check a pipeline, repair it where asked to, and note the result; return what was found."""
+    """Check a pipeline, repair it if asked to, and record the result.
+
+    Returns the findings.
+    """
     if sample is None or not 0 <= sample <= model_drift.MAX_SAMPLE:
         raise InvalidParameter(
             f"sample must be between 0 and {model_drift.MAX_SAMPLE}",
@@ -54,10 +57,11 @@ def verify(session: Session, pipeline_name: str, repair: bool | None, sample: in
 
 
 def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: int) -> list[Finding]:
-    """Make all checks of a pipeline and write them into embedline.verification; return those that found something.
+    """Run all checks of a pipeline and write them into embedline.verification.
 
-    First the model, with no table locked; then what only reads, then what takes row locks: these, and the source's lock of
-    a reader, are held to the transaction's end.
+    Returns the checks that found something. The model is checked first, with no table locked. Then come checks that
+    only read, then those that take row locks. The row locks and the reader's lock on the source last to the
+    transaction's end.
     """
     require_source(session, pipeline)
     prepare_environment()
@@ -65,7 +69,7 @@ def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: 
     hold_source(session, pipeline.source_oid)
     asked, pipeline = pipeline, load_pipeline(session, pipeline.name)
     if pipeline.version.version_id != asked.version.version_id:
-        # Cut over meanwhile.
+        # The pipeline was cut over meanwhile.
         found = None
     findings = capture_off(session, pipeline)
     findings += against_source(session, pipeline, repair)
@@ -85,7 +89,7 @@ def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: 
 
 
 def note_failure(session: Session, pipeline_name: str, message: str) -> None:
-    """Write into embedline.verification that a pipeline could not be verified."""
+    """Record in embedline.verification that a pipeline could not be verified."""
     session.query(
         "INSERT INTO embedline.verification (pipeline_id, finding_count, repaired_count, error)"
         " SELECT p.pipeline_id, 0, 0, $2 FROM embedline.pipeline AS p WHERE p.name = $1",

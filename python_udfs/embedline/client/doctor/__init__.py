@@ -1,1 +1,1 @@
-"""`embedline doctor`: what the server lacks or suffers from."""
+"""`embedline doctor`: find the server's missing parts and problems."""

@@ -1,7 +1,7 @@
-"""`embedline doctor`: what the server lacks or suffers from, as a list of checks that anyone can add one to.
+"""List the checks of `embedline doctor`; anyone can add one.
 
-A check takes a Server and yields findings: nothing, where it has nothing to look at. What is put under `commands` is run as
-it stands, so it is never broken into lines.
+A check takes a Server and yields findings, none if it does not apply. `commands` are run as they stand, so they are
+never broken into lines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from embedline.client.doctor.server import Finding, Server
 from embedline.client.install import ENCODING_REMEDY
 from embedline.core.names import vector_index
 
-# Bytes of shared memory that the smallest parallel index build asks for at once; with less it is built serially.
+# Bytes of shared memory that the smallest parallel index build allocates at once. With less it is built serially.
 _SMALLEST_PARALLEL_BUILD = 72 * 1024**2
 _SCHEDULED_WORKERS = """
     SELECT count(*) FROM cron.job
@@ -25,7 +25,7 @@ _SCHEDULED_WORKERS = """
 
 
 def postgresql(server: Server) -> Iterator[Finding]:
-    """The server's version is one that Embedline is made for."""
+    """Check that Embedline supports the server's version."""
     number = server.connection.info.server_version
     found = f"{number // 10000}.{number % 10000}"
     if number < 150000:
@@ -37,7 +37,7 @@ def postgresql(server: Server) -> Iterator[Finding]:
 
 
 def encoding(server: Server) -> Iterator[Finding]:
-    """The database is in UTF8."""
+    """Check that the database is in UTF8."""
     found = str(server.scalar("SHOW server_encoding"))
     if found == "UTF8":
         yield Finding("encoding", "ok", found)
@@ -52,7 +52,7 @@ def encoding(server: Server) -> Iterator[Finding]:
 
 
 def role(server: Server) -> Iterator[Finding]:
-    """The role may look at everything."""
+    """Check that the role may read everything."""
     if not server.is_superuser:
         name = server.scalar("SELECT current_user")
         advice = "The server's Python, its shared memory and the jobs' runs are not looked at: connect as a superuser."
@@ -60,7 +60,7 @@ def role(server: Server) -> Iterator[Finding]:
 
 
 def schema(server: Server) -> Iterator[Finding]:
-    """Embedline is installed in this database, in this package's version."""
+    """Check that Embedline is installed in this database, in this package's version."""
     if not server.is_installed:
         yield Finding("schema embedline", "note", "not installed in this database", "", ("embedline upgrade",))
         return
@@ -73,9 +73,9 @@ def schema(server: Server) -> Iterator[Finding]:
 
 
 def pg_cron(server: Server) -> Iterator[Finding]:
-    """pg_cron is there and runs jobs in a mode in which a resident one stops no other."""
+    """Check that pg_cron is there, in a mode in which a resident job stops no other."""
     version = server.installed("pg_cron")
-    # A parameter that exists only where the library is loaded.
+    # A parameter that exists only if the library is loaded.
     mode = server.scalar("SELECT current_setting('cron.use_background_workers', true)")
     if version is None:
         yield _no_pg_cron(server, is_loaded=mode is not None)
@@ -114,7 +114,7 @@ def _no_pg_cron(server: Server, *, is_loaded: bool) -> Finding:
 
 
 def jobs(server: Server) -> Iterator[Finding]:
-    """Each of our scheduled jobs runs."""
+    """Check that each of our scheduled jobs runs."""
     if server.scalar("SELECT to_regprocedure('embedline._job_troubles()') IS NOT NULL") is not True:
         return
     for names, trouble, remedy in server.connection.execute(
@@ -124,7 +124,7 @@ def jobs(server: Server) -> Iterator[Finding]:
 
 
 def workers(server: Server) -> Iterator[Finding]:
-    """Somebody embeds what is written."""
+    """Check that a worker embeds new rows."""
     if server.scalar("SELECT to_regclass('embedline.worker') IS NOT NULL") is not True:
         return
     alive = int(server.scalar("SELECT embedline._workers_alive()"))
@@ -140,7 +140,7 @@ def workers(server: Server) -> Iterator[Finding]:
 
 
 def shared_memory(server: Server) -> Iterator[Finding]:
-    """An index can be built by several processes."""
+    """Check that several processes can build an index."""
     free = server.inside.get("shared_memory")
     if free is None or server.scalar("SHOW dynamic_shared_memory_type") != "posix":
         return
@@ -152,7 +152,7 @@ def shared_memory(server: Server) -> Iterator[Finding]:
         yield Finding("shared memory", "ok", found)
 
 
-# One after the other; of the same weight, findings are shown in this order.
+# The checks in their order; findings of the same weight are shown in it.
 _REACH = """
     SELECT p.name, v.number, r.ef_search, r.recall, coalesce(r.recall_target, 0.99) AS target,
         (SELECT f.finding ->> 'count' FROM embedline.verification AS o
@@ -169,7 +169,7 @@ _REACH = """
 
 
 def index_reach(server: Server) -> Iterator[Finding]:
-    """The index of each serving version was measured, and finds what exact ranking finds."""
+    """Check that each serving version's index was measured and finds exact results."""
     if not server.is_installed or server.scalar("SELECT to_regclass('embedline.index_reach')") is None:
         return
     for name, number, ef_search, recall, target, unreachable in server.connection.execute(_REACH).fetchall():

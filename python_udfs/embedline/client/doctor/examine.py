@@ -41,14 +41,20 @@ CHECKS: tuple[Check, ...] = (
 
 
 def examine(connection: Connection, checks: Iterable[Check] = CHECKS) -> list[Finding]:
-    """Run the checks on a connection in autocommit mode; return what they found, the gravest first."""
+    """Run the checks on a connection in autocommit mode.
+
+    Returns their findings, the gravest first.
+    """
     server = Server(connection)
     found = [finding for check in checks for finding in _run(check, server)]
     return sorted(found, key=lambda finding: _WEIGHTS.index(finding.verdict))
 
 
 def _run(check: Check, server: Server) -> Iterator[Finding]:
-    """Yield a check's findings; one that the database refuses to answer is told as not made, and stops no other."""
+    """Yield a check's findings.
+
+    If the database refuses an answer, the check is reported as not made, and the others go on.
+    """
     try:
         yield from check(server)
     except psycopg.Error as error:

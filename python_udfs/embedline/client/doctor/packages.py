@@ -1,4 +1,4 @@
-"""Checks of what is installed: PL/Python, pgvector, and the package as the server sees it."""
+"""Check the installed parts: PL/Python, pgvector, and the server's package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PGVECTOR_BUGS = (
 
 
 def plpython(server: Server) -> Iterator[Finding]:
-    """plpython3u is there."""
+    """Check that plpython3u is there."""
     if server.offered("plpython3u") is None:
         package = f"apt-get install postgresql-plpython3-{server.major}"
         yield Finding("plpython3u", "error", "missing", "On Debian:", (package,))
@@ -33,7 +33,7 @@ def plpython(server: Server) -> Iterator[Finding]:
 
 
 def pgvector(server: Server) -> Iterator[Finding]:
-    """pgvector is there, new enough, and without known bugs."""
+    """Check that pgvector is there, new enough, and without known bugs."""
     installed, offered = server.installed("vector"), server.offered("vector")
     version = installed or offered
     if version is None:
@@ -62,7 +62,7 @@ def pgvector(server: Server) -> Iterator[Finding]:
 
 
 def package(server: Server) -> Iterator[Finding]:
-    """The server's Python finds this very package."""
+    """Check that the server's Python finds this very package."""
     inside = server.inside
     if "version" in inside:
         found = f"{inside['version']} in {inside['folder']}"
@@ -80,7 +80,10 @@ def package(server: Server) -> Iterator[Finding]:
 
 
 def _python_path(server: Server) -> tuple[str, ...]:
-    """Return how a cluster of Debian's tools gets PYTHONPATH; nothing for other servers."""
+    """Return the commands that set PYTHONPATH for a cluster of Debian's tools.
+
+    There are none for other servers.
+    """
     file = PurePosixPath(str(server.scalar("SHOW config_file")))
     if file.parts[:3] != ("/", "etc", "postgresql"):
         return ()

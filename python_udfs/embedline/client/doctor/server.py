@@ -1,4 +1,4 @@
-"""What the checks ask: the server, the database, and the Python inside it."""
+"""Query the server, the database, and the Python inside it, for the checks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal, LiteralString
 from embedline.client.connection import Connection
 from embedline.client.install import REQUIRED_MODULES
 
-# In the order in which a person should see to them.
+# In the order of their urgency.
 Verdict = Literal["error", "warning", "note", "ok"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: a line of `embedline doctor`, with what to do about it."""
+    """The finding of one check: a line of `embedline doctor`, with advice."""
 
     check: str
     verdict: Verdict
@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Server:
-    """The database that is looked at."""
+    """The examined database."""
 
     connection: Connection
 
@@ -65,9 +65,10 @@ class Server:
 
     @functools.cached_property
     def inside(self) -> dict[str, Any]:
-        """What the server's Python says of itself, the package and /dev/shm; empty where we may not ask it.
+        """Return the facts that the server's Python knows of itself.
 
-        Before `embedline upgrade` plpython3u is not there: it is created for the look, and rolled back.
+        The package and /dev/shm are among them. They are empty if we may not ask it. Before `embedline upgrade`
+        plpython3u is not there, so it is created for this query, and rolled back.
         """
         if not self.is_superuser or self.offered("plpython3u") is None:
             return {}

@@ -1,6 +1,6 @@
-"""Alembic operations for models, pipelines and versions, and their autogeneration, for every Alembic environment.
+"""Alembic operations for models, pipelines and versions, with autogeneration.
 
-`plugin` is what Alembic loads; `operations` says what there is; `pipeline_operations`, `version_operations` and
-`index_operations` say what each does; `declaration` reads
-the TOML file of pipelines, `comparison` compares it with the database, `autogenerate` and `chain` write revisions.
+They work in every Alembic environment. Alembic loads `plugin`. `operations` defines the operations;
+`pipeline_operations`, `version_operations` and `index_operations` run them. `declaration` reads the TOML file of
+pipelines and `comparison` compares it with the database. `autogenerate` and `chain` write revisions.
 """

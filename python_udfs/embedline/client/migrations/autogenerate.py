@@ -1,5 +1,7 @@
-"""`alembic revision --autogenerate` and `alembic check`: nothing of Embedline's is proposed to be dropped or created,
-and what is declared in the TOML file is compared with the database.
+"""Serve `alembic revision --autogenerate` and `alembic check`.
+
+Nothing of Embedline's is proposed to be dropped or created. The declaration in the TOML file is compared with the
+database.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ logger = logging.getLogger("alembic.embedline")
 
 OWN_SCHEMAS = ("embedline", "embedline_data", "embedline_expression", "embedline_search")
 
-# The views over generated tables, in the schemas of the sources; models may map them. From the system's catalogue alone, since
-# whoever writes migrations may have no right on Embedline's.
+# The views over generated tables, in the schemas of the sources; models may map them. Only the system's catalogue is
+# read, because the author of migrations may have no right on Embedline's.
 _VIEWS = """
     SELECT DISTINCT s.nspname, v.relname FROM pg_catalog.pg_depend AS d
     JOIN pg_catalog.pg_rewrite AS r ON r.oid = d.objid AND d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass
@@ -50,7 +52,10 @@ _CRON = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_
 
 
 def hide_schemas(context: AutogenContext, schemas: set[str | None]) -> None:
-    """Take Embedline's schemas, and that of the pg_cron that its installation creates, out of the comparison."""
+    """Remove Embedline's schemas from the comparison.
+
+    The schema of the pg_cron that its installation creates is removed, too.
+    """
     schemas.difference_update(OWN_SCHEMAS)
     if (
         context.dialect.name == "postgresql"
@@ -61,7 +66,10 @@ def hide_schemas(context: AutogenContext, schemas: set[str | None]) -> None:
 
 
 def hide_canary_tables(context: AutogenContext) -> None:
-    """Keep canary tables that the metadata does not declare from being compared, and so from being dropped."""
+    """Keep undeclared canary tables from being compared, and so from being dropped.
+
+    They are tables that the metadata does not declare.
+    """
     if context.dialect.name != "postgresql":
         return
     hidden = _undeclared_canary_tables(context)
@@ -73,7 +81,7 @@ def hide_canary_tables(context: AutogenContext) -> None:
         logger.info("table %s.%s is left alone: gates use it, and the metadata does not declare it", *table)
         return False
 
-    # Where the list is not there the table is compared, and hide_operations takes out what comes of it.
+    # If the list is missing, the table is compared, and hide_operations removes the resulting operations.
     filters = getattr(context, "_name_filters", None)
     if isinstance(filters, list):
         filters.append(is_compared)
@@ -87,9 +95,10 @@ def _undeclared_canary_tables(context: AutogenContext) -> frozenset[TableName]:
 
 
 def hide_operations(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
-    """Take out what was proposed for tables, views, triggers and functions of Embedline.
+    """Remove the operations proposed for Embedline's objects.
 
-    Models that map its tables and views are no tables to create.
+    They are tables, views, triggers and functions. Models that map Embedline's tables and views are not tables to
+    create.
     """
     if context.dialect.name != "postgresql":
         return
@@ -106,12 +115,13 @@ def hide_operations(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
         return schema in OWN_SCHEMAS or (schema, name) in own or name in to_come or is_own_entity(operation)
 
     def is_own_entity(operation: MigrateOperation) -> bool:
-        # An operation of alembic_utils: functions, views, triggers and grants as entities with a schema and a signature.
+        # An operation of alembic_utils: functions, views, triggers and grants as entities with a schema and a
+        # signature.
         entity = getattr(operation, "target", None)
         schema, signature = getattr(entity, "schema", None), getattr(entity, "signature", None)
         if not isinstance(schema, str) or not isinstance(signature, str):
             return False
-        # A grant is one on a table, a function's signature has parameters.
+        # A grant is one on a table; a function's signature has parameters.
         schema = schema.replace('"', "")
         name = str(getattr(entity, "table", None) or signature.partition("(")[0]).replace('"', "")
         is_extension = type(entity).__name__ == "PGExtension" and type(operation).__name__ == "DropOp"
@@ -125,7 +135,10 @@ def hide_operations(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
 
 
 def compare_pipelines(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
-    """Add the operations that bring the database to the declaration; a changed model becomes a chain of revisions."""
+    """Add the operations that bring the database to the declaration.
+
+    A changed model becomes a chain of revisions.
+    """
     declaration = find_declaration(context.migration_context.config)
     if declaration is None or context.dialect.name != "postgresql":
         return
@@ -146,14 +159,17 @@ def compare_pipelines(context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
             options.get("process_revision_directives"), expansions, changes.upgrades
         )
     else:
-        # One revision for several databases: the others may have no such pipeline.
+        # One revision may serve several databases, and the others may have no such pipeline.
         for upgrade in changes.upgrades:
             last = upgrade.expand
             rendering.explain(last, [*last.info.get("embedline.comment", []), _BY_HAND.format(upgrade.pipeline)])
 
 
 def _only_checks(context: AutogenContext) -> bool:
-    """Whether this is `alembic check`, which prints the last revision that there would be: it is to be the only one."""
+    """Return True in `alembic check`.
+
+    It prints only the last revision, so there must be only one.
+    """
     config = context.migration_context.config
     called = getattr(getattr(config, "cmd_opts", None), "cmd", None)
     return called is not None and called[0] is command.check
@@ -163,7 +179,10 @@ _BY_HAND = "The revisions for index, cutover and contract: write them by hand, s
 
 
 def _following(before: Hook | None, expansions: Sequence[MigrateOperation], upgrades: Sequence[Upgrade]) -> Hook:
-    """Return the environment's own hook followed by ours, which adds a revision for each later phase of the chain."""
+    """Return the environment's own hook followed by ours.
+
+    Ours adds a revision for each later phase of the chain.
+    """
 
     def process(context: MigrationContext, revision: Any, directives: list[MigrationScript]) -> None:
         if before is not None:

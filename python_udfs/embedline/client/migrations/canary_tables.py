@@ -1,4 +1,7 @@
-"""The tables that gates use and no metadata declares: canaries, made by hand as docs/upgrade.md says, and the demo's tables."""
+"""Find the tables that gates use and no metadata declares.
+
+They are canaries, made by hand as docs/upgrade.md describes, and the demo's tables.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from embedline.client.migrations.statements import literal
 # Schema and name of a table.
 TableName = tuple[str, str]
 
-# A role that writes migrations may have no right on Embedline's tables: asked first, since a refusal ends the transaction.
+# Checked first, because a role that writes migrations may have no right on Embedline's tables, and a refusal ends the
+# transaction.
 _MAY_READ_GATES = """
     SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
     FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
@@ -26,8 +30,8 @@ _MAY_READ_GATES = """
 _NAMED_BY_GATES = """
     SELECT DISTINCT e.evidence ->> 'canaries' FROM embedline.evaluation AS e WHERE e.evidence ->> 'canaries' IS NOT NULL
 """
-# By name, in the spelling of regclass or with the schema. Before the first gate a canary table is known by what the
-# documentation tells people to create: its name and its columns.
+# By name, in the spelling of regclass or with the schema. Before the first gate a canary table is recognised by the
+# name and the columns that the documentation asks for.
 _TABLES = """
     SELECT n.nspname, c.relname FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
     CROSS JOIN LATERAL (
@@ -46,7 +50,10 @@ _TABLES = """
 def find_canary_tables(
     connection: Connection, declaration: Declaration | None, config: Config | None
 ) -> frozenset[TableName]:
-    """Return the tables that gates have used, or that the declaration or a revision of the environment names for one."""
+    """Return the tables that gates have used or will use.
+
+    A declaration or a revision of the environment may name a table for a later gate.
+    """
     if not is_installed(connection):
         return frozenset()
     named = {*_of_declaration(declaration), *_of_revisions(config), *_of_gates(connection)}
@@ -72,7 +79,10 @@ def _of_gates(connection: Connection) -> Iterator[str]:
 
 
 def _of_revisions(config: Config | None) -> Iterator[str]:
-    """Yield what cutovers in the environment's revisions name as a constant; they may not have run yet."""
+    """Yield the tables that cutovers in the environment's revisions name as constants.
+
+    These revisions may not have run yet.
+    """
     if config is None or config.get_alembic_option("script_location") is None:
         return
     for script in ScriptDirectory.from_config(config).walk_revisions():

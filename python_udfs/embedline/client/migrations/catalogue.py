@@ -1,4 +1,4 @@
-"""Reading models and pipelines from a client's side, through whatever driver Alembic has."""
+"""Read models and pipelines from a client, through any driver that Alembic has."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class StoredPipeline:
 
     @property
     def serving(self) -> Mapping[str, Any]:
-        """The version that serves."""
+        """Return the version that serves."""
         return next(version for version in self.versions if version["serving"])
 
     @property
     def next_number(self) -> int:
-        """Number that embedline.add_embedding_version gives next."""
+        """Return the number that embedline.add_embedding_version gives next."""
         return 1 + max(int(version["number"]) for version in self.versions)
 
 
@@ -54,7 +54,7 @@ class Catalogue:
 
 
 def is_installed(connection: Connection) -> bool:
-    """Whether the database has an Embedline whose pipelines have versions."""
+    """Return True if the database has an Embedline whose pipelines have versions."""
     # Not to_regclass, which fails for a role without USAGE on the schema.
     query = (
         "SELECT count(*) FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"

@@ -1,4 +1,7 @@
-"""The chain of revisions that upgrades a pipeline's model: expand, index, cutover, contract."""
+"""Write the chain of revisions that upgrades a pipeline's model.
+
+Its phases are expand, index, cutover and contract.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ PHASES = ("expand", "index", "cutover", "contract")
 
 @dataclass(frozen=True)
 class Upgrade:
-    """A pipeline's way from the version that serves to the one that `expand` adds."""
+    """A pipeline's way from the serving version to the one that `expand` adds."""
 
     expand: AddEmbeddingVersionOp
     serving: int
@@ -40,11 +43,11 @@ class Upgrade:
 
     @property
     def pipeline(self) -> str:
-        """Name of the pipeline."""
+        """Return the name of the pipeline."""
         return self.expand.pipeline
 
     def message(self, phase: str) -> str:
-        """Title of a revision."""
+        """Return the title of a revision."""
         return f"{phase} version {self.expand.version} of {self.pipeline}"
 
     def operations(self, phase: str) -> list[PipelineOperation]:
@@ -79,7 +82,7 @@ class Upgrade:
                 return [explain(contract, self._about_contract())]
 
     def _registration_again(self) -> dict[str, Any] | None:
-        """Return the arguments that would register the serving model again, but its name."""
+        """Return the arguments that register the serving model again, except its name."""
         if self.serving_registration is None:
             return None
         return {key: value for key, value in self.serving_registration.written().items() if key != "name"}
@@ -121,7 +124,10 @@ def reversed_operations(operations: Sequence[PipelineOperation]) -> DowngradeOps
 
 
 def write_chain(config: Config, upgrade: Upgrade, *, head: str = "head", phases: Sequence[str] = PHASES) -> list[Path]:
-    """Write a revision for each phase into the environment's versions folder; return the files in their order."""
+    """Write a revision for each phase into the environment's versions folder.
+
+    Returns the files in their order.
+    """
     scripts = ScriptDirectory.from_config(config)
     written: list[Path] = []
     for phase in phases:

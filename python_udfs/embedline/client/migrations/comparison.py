@@ -1,4 +1,4 @@
-"""Comparing declared pipelines with those of the database."""
+"""Compare declared pipelines with those of the database."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from embedline.client.migrations.statements import literal
 
 logger = logging.getLogger("alembic.embedline")
 
-# A change of one of these is a new version; an index is built anew beside the vectors, so its options are not among them.
+# A change of one of these needs a new version. Index options are not among them, because an index is rebuilt beside the
+# vectors.
 RECIPE = (
     "model", "column_type", "distance", "chunking", "chunk_tokens", "chunk_overlap", "chunking_options",
 )  # fmt: skip
 # A change of one of these concerns the rows one by one: embedline.alter_pipeline.
 ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight")
-# What embedline.alter_pipeline's drop can take away.
+# The options that embedline.alter_pipeline's drop can remove.
 _OPTIONAL = ("filter", "document_prefix", "tenant")
 # The text of a table's name as SplitIdentifierString of varlena.c reads it. From PostgreSQL 16 on to_regclass returns NULL
 # for any other text, as for a table that does not exist yet; before, it raises an error.
@@ -44,7 +45,10 @@ _TABLE_NAME = re.compile(rf"\s*{_NAME}\s*(?:\.\s*{_NAME}\s*){{0,2}}", re.ASCII)
 
 @dataclass(frozen=True)
 class Changes:
-    """What brings the database to the declaration: drops come before other changes of the schema, the rest after."""
+    """The changes that bring the database to the declaration.
+
+    Drops come before other changes of the schema, the rest after.
+    """
 
     drops: tuple[PipelineOperation, ...] = ()
     operations: tuple[PipelineOperation, ...] = ()
@@ -52,7 +56,10 @@ class Changes:
 
 
 def compare(connection: Connection, declaration: Declaration) -> Changes:
-    """Return the changes; raise CommandError where the declaration asks for what no operation does."""
+    """Return the changes.
+
+    Raises CommandError if the declaration asks for a change that no operation can do.
+    """
     if not is_installed(connection):
         raise CommandError(
             f"{declaration.path} declares pipelines, but embedline is not installed in the database. "
@@ -77,9 +84,9 @@ def compare(connection: Connection, declaration: Declaration) -> Changes:
 
 
 def _new_models(declaration: Declaration, catalogue: Catalogue) -> list[CreateModelOp]:
-    """Return the models that a declared pipeline asks for and that are not registered.
+    """Return the unregistered models that a declared pipeline uses.
 
-    Others are not proposed: a contract forgets the model that nothing uses any more, though the file may keep it.
+    Others are not proposed: a contract forgets a model that is no longer used, though the file may keep it.
     """
     new = []
     used = {declared.create.model for declared in declaration.pipelines.values()}
@@ -123,7 +130,7 @@ def _log_undeclared(declaration: Declaration, catalogue: Catalogue) -> None:
 
 
 def recreation(stored: StoredPipeline) -> CreatePipelineOp:
-    """Return the operation that creates the pipeline with what it has now."""
+    """Return the operation that creates the pipeline with its present values."""
     serving, values = stored.serving, stored.values
     recipe = {name: serving[name] for name in (*RECIPE, "index_method", "index_options") if name != "model"}
     return CreatePipelineOp(
@@ -152,7 +159,7 @@ def _require_model(declaration: Declaration, declared: DeclaredPipeline, catalog
 
 
 def _source_oid(connection: Connection, declaration: Declaration, declared: DeclaredPipeline) -> int | None:
-    """Return the source's oid, None where there is no such table yet."""
+    """Return the source's oid, None if there is no such table yet."""
     source = declared.create.source
     refusal = CommandError(
         f"{declaration.path}: [pipelines.{declared.create.name}] source {source!r} is no name of a table. "
@@ -171,7 +178,7 @@ def _source_oid(connection: Connection, declaration: Declaration, declared: Decl
 
 def _require_same_source(found: int | None, declared: DeclaredPipeline, stored: StoredPipeline) -> None:
     source = declared.create.source
-    # None: the table comes with this revision, or was renamed in the models first.
+    # None if the table comes with this revision, or was renamed in the models first.
     if found is not None and found != stored.values["source_oid"]:
         raise CommandError(
             f'pipeline "{stored.name}" watches {stored.values["source"]}, not {source}. '
@@ -186,7 +193,7 @@ def _alteration(declared: DeclaredPipeline, stored: StoredPipeline) -> list[Alte
     for name, value in declared.create.written().items():
         if name in ALTERABLE and not _same(stored.values[name], value):
             changed[name], before[name] = value, stored.values[name]
-    # An optional expression that the file no longer has is one that is to go: content depends on it.
+    # An optional expression that the file no longer has must be dropped; content cannot be.
     drop = tuple(
         name for name in _OPTIONAL if getattr(declared.create, name) is None and stored.values[name] is not None
     )
@@ -213,7 +220,7 @@ def _upgrade(declared: DeclaredPipeline, stored: StoredPipeline, catalogue: Cata
 
 
 def planned_upgrade(declared: DeclaredPipeline, stored: StoredPipeline, catalogue: Catalogue) -> Upgrade:
-    """Return the upgrade of a pipeline to what is declared of it."""
+    """Return the upgrade of a pipeline to its declaration."""
     settings = declared.upgrade
     given = {
         name: value
@@ -235,5 +242,5 @@ def _has(version: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _same(stored: Any, declared: Any) -> bool:
-    """Whether values are equal; 95 and 95.0 are."""
+    """Return True if values are equal; 95 and 95.0 are."""
     return bool(stored == (dict(declared) if isinstance(declared, Mapping) else declared))

@@ -1,4 +1,4 @@
-"""The TOML file that declares pipelines: models, pipelines, how their upgrades go, and what is to be dropped."""
+"""Read the TOML file that declares models, pipelines, upgrades and drops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embedline.client.migrations.operations import CreateModelOp, CreatePipeline
 OPTION = "embedline_pipelines"
 DEFAULT_NAME = "embedline.toml"
 
-# What TOML may give for a field, by the name of the field's type, and the words for it.
+# Types of TOML values for a field, by the name of the field's type, and the words for them.
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "a string"),
     "int": ((int,), "a whole number"),
@@ -37,7 +37,7 @@ Operation = TypeVar("Operation", bound=PipelineOperation)
 
 @dataclass(frozen=True)
 class UpgradeSettings:
-    """How the revisions of a pipeline's upgrade go; table [pipelines.<name>.upgrade]."""
+    """The settings of a pipeline upgrade; table [pipelines.<name>.upgrade]."""
 
     backfill_order: str | None = None
     backfill_rate: int | None = None
@@ -51,7 +51,7 @@ class UpgradeSettings:
 
 @dataclass(frozen=True)
 class DeclaredPipeline:
-    """One table [pipelines.<name>]: what it asks for, as the operation that would create it."""
+    """One table [pipelines.<name>], as the operation that would create it."""
 
     create: CreatePipelineOp
     upgrade: UpgradeSettings
@@ -59,7 +59,10 @@ class DeclaredPipeline:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What the file says. Pipelines and models that it does not name are left alone."""
+    """The content of the file.
+
+    Pipelines and models that it does not name are left alone.
+    """
 
     path: Path
     models: Mapping[str, CreateModelOp] = field(default_factory=dict)
@@ -69,7 +72,7 @@ class Declaration:
 
 
 def find_declaration(config: Config | None) -> Declaration | None:
-    """Return the declaration of an Alembic environment, None where it has none."""
+    """Return the declaration of an Alembic environment, None if it has none."""
     if config is None:
         return None
     named = config.get_alembic_option(OPTION)
@@ -86,7 +89,7 @@ def _beside(config: Config, name: str) -> Path:
 
 
 def read_declaration(path: Path) -> Declaration:
-    """Read and check the file; raise CommandError with what is wrong in it."""
+    """Read and check the file; raise CommandError for its first fault."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,8 +145,8 @@ def _check_keys(path: Path, label: str, kind: Any, given: Mapping[str, Any], fil
 
 
 def _check_value(path: Path, label: str, name: str, value: Any, declared_type: str) -> None:
-    """Raise unless the value is of the field's type, and one of those that the field knows."""
-    # Loads tokenizers: only where a file declares something.
+    """Raise CommandError unless the value fits the field's type and known values."""
+    # Loads tokenizers, so it is imported only if a file declares something.
     from embedline.chunking.spec import METHODS
 
     accepted, wanted = _TYPES[declared_type]

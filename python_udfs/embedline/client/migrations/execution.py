@@ -1,4 +1,7 @@
-"""Run a statement of an operation, online or as SQL text, and report its errors in Alembic's words."""
+"""Run a statement of an operation, online or as SQL text.
+
+Its errors are reported in Alembic's form.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from embedline.client.migrations import operations as ops
 from embedline.client.migrations.catalogue import is_installed
 from embedline.client.migrations.statements import literal
 
-# A child of Alembic's own logger, so that an environment as `alembic init` makes it shows what is done.
+# A child of Alembic's own logger, so that an environment made by `alembic init` shows its messages.
 logger = logging.getLogger("alembic.embedline")
 MODEL = "SELECT to_jsonb(m) FROM embedline.model AS m WHERE m.name = :name"
 _VERSION = """
@@ -29,7 +32,7 @@ _VERSION = """
     JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
     WHERE p.name = :pipeline AND v.number = :version
 """
-# Set by ALTER or learnt by the model itself; a declaration that is otherwise the same is the same model.
+# Set by ALTER or learnt by the model itself. A declaration that is otherwise the same is the same model.
 _NOT_COMPARED = ("price_per_million_tokens", "expression_search_path", "capture", "version")
 
 
@@ -37,10 +40,10 @@ _NOT_COMPARED = ("price_per_million_tokens", "expression_search_path", "capture"
 def committed_at_once(
     operations: Operations, operation: ops.PipelineOperation, *, required: bool = False
 ) -> Iterator[None]:
-    """Leave the migration's transaction for the block: locks end with each statement, and what is done stays done.
+    """Leave the migration's transaction for the block.
 
-    An environment that begins the transaction itself, outside Alembic, cannot be left: then the block is part of it,
-    unless it is `required` to be outside.
+    Locks end with each statement, and each statement commits. An environment that begins the transaction itself,
+    outside Alembic, cannot be left. Then the block is part of it, unless it is `required` to be outside.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -89,7 +92,10 @@ def require_installed(operations: Operations) -> None:
 def require_same(
     label: str, wanted: Mapping[str, Any], existing: Mapping[str, Any], hint: str, ignored: tuple[str, ...] = ()
 ) -> None:
-    """Raise where what exists under the name is not what the revision asks for; what it leaves open may be anything."""
+    """Raise CommandError if the existing object differs from the revision's.
+
+    Values that the revision leaves open may be anything.
+    """
     for name, value in wanted.items():
         if name in _NOT_COMPARED or name in ignored or name not in existing:
             continue
@@ -102,7 +108,7 @@ def require_same(
 def look(operations: Operations, query: str, **parameters: Any) -> dict[str, Any] | None:
     """Return the row that a query gives as one jsonb, or None."""
     found = scalar(operations, query, **parameters)
-    # Whether jsonb comes parsed is up to the driver.
+    # Some drivers parse jsonb, others do not.
     row: dict[str, Any] | None = json.loads(found) if isinstance(found, str) else found
     return row
 
@@ -126,7 +132,10 @@ def run(operations: Operations, statement: str) -> Any:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turn the database's refusal into what `alembic` prints without a traceback, with its hint."""
+    """Turn a database error into one that `alembic` prints without a traceback.
+
+    Its hint is kept.
+    """
     try:
         yield
     except DBAPIError as error:

@@ -1,4 +1,4 @@
-"""What Alembic's operations on vector indexes do."""
+"""Run Alembic's operations on vector indexes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from embedline.errors import EmbedlineError
 
 _POLL_SECONDS = 1.0
 _COVERAGE = "SELECT to_jsonb(v) FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
-# The source of a pipeline without chunks that the migration's role may read and whose backfill it may close.
+# The source of a pipeline without chunks, if the migration's role may read it and close its backfill.
 _UNUSED = """
     SELECT p.source::oid::regclass::text FROM embedline.pipeline AS p
     WHERE p.name = :pipeline AND has_function_privilege('embedline.embed_pending(integer, text)', 'EXECUTE')
         AND has_table_privilege(p.source::oid, 'SELECT')
         AND NOT EXISTS (SELECT FROM embedline.versions AS v WHERE v.pipeline = p.name AND v.chunks > 0)
 """
-# In the catalogue: whoever may not drop the index, which a superuser built for it, may not even name its schema.
+# From the catalogue: a role that may not drop an index, which a superuser built for it, may not even name its schema.
 _INDEX = """
     SELECT jsonb_build_object('owner', pg_catalog.pg_get_userbyid(c.relowner),
         'owned', pg_catalog.pg_has_role(c.relowner, 'USAGE'))
@@ -50,9 +50,9 @@ _INSUFFICIENT_PRIVILEGE = "42501"
 
 @Operations.implementation_for(ops.BuildVectorIndexOp)
 def build_vector_index(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
-    """Build the index over a connection in autocommit mode once the backfill is complete."""
+    """Build the index in autocommit mode once the backfill is complete."""
     if is_offline(operations):
-        # Where it stops, what came before it is committed, with Alembic's mark.
+        # If it stops here, the earlier operations are committed, with Alembic's mark.
         with committed_at_once(operations, operation):
             run(operations, _index_is_there(operation))
         return
@@ -62,7 +62,10 @@ def build_vector_index(operations: Operations, operation: ops.BuildVectorIndexOp
 
 
 def _index_is_there(operation: ops.BuildVectorIndexOp) -> str:
-    """Return what a script can do: stop where the index is missing, since only the database knows when to build it."""
+    """Return a statement for a script, which stops if the index is missing.
+
+    Only the database knows when to build it.
+    """
     names = ", ".join(map(literal, (operation.pipeline, operation.version)))
     command = f"embedline build-index {operation.pipeline} --version {operation.version}"
     statement = f"embedline.index_statement({names})"
@@ -78,7 +81,10 @@ def _index_is_there(operation: ops.BuildVectorIndexOp) -> str:
 
 
 def close_if_empty(operations: Operations, operation: Any) -> None:
-    """Close the backfill of an empty table, as in a database that is built from its history: no worker has to run for it."""
+    """Close the backfill of an empty table.
+
+    A database that is built from its history has such tables, and no worker has to run for them.
+    """
     if _coverage(operations, operation)["state"] == "complete":
         return
     source = scalar(operations, _UNUSED, pipeline=operation.pipeline)
@@ -124,7 +130,10 @@ def _progress(coverage: Mapping[str, Any]) -> str:
 
 
 def _build(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
-    """Build as `embedline build-index` does, over the migration's own connection, which is in autocommit mode."""
+    """Build as `embedline build-index` does, over the migration's own connection.
+
+    That is in autocommit mode.
+    """
     client = build_index.SqlAlchemyClient(operations.get_bind())
     logger.info("building the index of %s", label(operation))
     try:
@@ -149,7 +158,7 @@ def _index_name(operation: Any) -> str:
 
 @Operations.implementation_for(ops.DropVectorIndexOp)
 def drop_vector_index(operations: Operations, operation: ops.DropVectorIndexOp) -> None:
-    """Drop the index without holding up reads or writes."""
+    """Drop the index without blocking reads or writes."""
     with committed_at_once(operations, operation, required=True):
         if not is_offline(operations):
             version = stored_version(operations, operation)

@@ -1,7 +1,8 @@
-"""The operations: what a revision can do to models, pipelines and versions, and how each is undone.
+"""Define the operations of revisions on models, pipelines and versions.
 
-A field of an operation is a keyword of `op.<operation>` and, where it is not None, a parameter of the SQL function of the
-same meaning. None leaves a value to the function: its default, or what the serving version has.
+Each knows how it is undone. A field of an operation is a keyword of `op.<operation>`. Unless it is None, it is also a
+parameter of the SQL function of the same meaning. None leaves a value to the function: its default, or the value of the
+serving version.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ Options = Mapping[str, Any]
 
 @dataclass(eq=False)
 class PipelineOperation(MigrateOperation):
-    """An operation on a model, a pipeline or a version of one; its first field is written without its name."""
+    """An operation on a model, a pipeline or a version.
+
+    Its first field is written without its name.
+    """
 
     operation: ClassVar[str]
-    # Fields that travel with the operation and are no argument of it.
+    # Fields that travel with the operation, but are not arguments of it.
     unwritten: ClassVar[tuple[str, ...]] = ()
 
     def written(self) -> dict[str, Any]:
-        """Return the fields that differ from their defaults: what a revision file has to say."""
+        """Return the fields that differ from their defaults, as a revision writes them."""
         return {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -32,7 +36,7 @@ class PipelineOperation(MigrateOperation):
         }
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what `alembic check` prints."""
+        """Return the tuple that `alembic check` prints."""
         return (self.operation, *self.written().values())
 
 
@@ -84,7 +88,7 @@ class DropModelOp(PipelineOperation):
         return operations.invoke(cls(name))
 
     def reverse(self) -> CreateModelOp:
-        """Register the model again, where it is known what it was."""
+        """Register the model again, if its arguments are known."""
         if self.dropped is None:
             raise ValueError(
                 f"op.drop_model({self.name!r}) does not say what the model was: write its downgrade yourself"
@@ -145,7 +149,10 @@ class DropPipelineOp(PipelineOperation):
         return operations.invoke(cls(name))
 
     def reverse(self) -> CreatePipelineOp:
-        """Create the pipeline again, where it is known what it was; workers then embed everything again."""
+        """Create the pipeline again, if its arguments are known.
+
+        Workers then embed everything again.
+        """
         if self.dropped is None:
             raise ValueError(
                 f"op.drop_pipeline({self.name!r}) does not say what the pipeline was: write its downgrade yourself"
@@ -156,7 +163,10 @@ class DropPipelineOp(PipelineOperation):
 @Operations.register_operation("alter_pipeline")
 @dataclass(eq=False)
 class AlterPipelineOp(PipelineOperation):
-    """Change what is embedded of each row; as embedline.alter_pipeline. The model changes by a new version instead."""
+    """Change the expressions of a pipeline; as embedline.alter_pipeline.
+
+    The model changes by a new version instead.
+    """
 
     operation: ClassVar[str] = "alter_pipeline"
     unwritten: ClassVar[tuple[str, ...]] = ("before",)
@@ -172,11 +182,14 @@ class AlterPipelineOp(PipelineOperation):
 
     @classmethod
     def alter_pipeline(cls, operations: Operations, name: str, **options: Any) -> Any:
-        """Change a pipeline's expressions or weight; None keeps, drop=["filter"] takes an optional one away."""
+        """Change a pipeline's expressions or weight.
+
+        None keeps a value; drop=["filter"] removes an optional one.
+        """
         return operations.invoke(cls(name, **options))
 
     def reverse(self) -> AlterPipelineOp:
-        """Put the expressions back."""
+        """Restore the expressions."""
         after = {name: getattr(self, name) for name in self.before}
         kept = {name: value for name, value in self.before.items() if value is not None}
         drop = tuple(name for name, value in self.before.items() if value is None)
@@ -195,11 +208,11 @@ class MovePipelineOp(PipelineOperation):
 
     @classmethod
     def move_pipeline(cls, operations: Operations, name: str, new_source: str, *, old_source: str | None = None) -> Any:
-        """Go over to another table; `old_source` is the table that a downgrade goes back to."""
+        """Watch another table; `old_source` is the table for a downgrade."""
         return operations.invoke(cls(name, new_source, old_source))
 
     def reverse(self) -> MovePipelineOp:
-        """Go back to the table before, where the operation says which one that was."""
+        """Watch the earlier table again, if the operation names it."""
         if self.old_source is None:
             raise ValueError(
                 f"op.move_pipeline({self.name!r}, ...) does not say what the table was before: give old_source"
@@ -210,7 +223,10 @@ class MovePipelineOp(PipelineOperation):
 @Operations.register_operation("alter_source")
 @dataclass(eq=False)
 class AlterSourceOp(PipelineOperation):
-    """Run a statement that changes a source while the views of its pipelines are away; as embedline.alter_source."""
+    """Change a source while the views of its pipelines are dropped.
+
+    As embedline.alter_source.
+    """
 
     operation: ClassVar[str] = "alter_source"
     source: str
@@ -221,11 +237,14 @@ class AlterSourceOp(PipelineOperation):
     def alter_source(
         cls, operations: Operations, source: str, statement: str, *, reverse_statement: str | None = None
     ) -> Any:
-        """Change a column that the views of a pipeline show, or drop it; the views come back in the same transaction."""
+        """Change or drop a column that the views of a pipeline show.
+
+        The views are recreated in the same transaction.
+        """
         return operations.invoke(cls(source, statement, reverse_statement))
 
     def reverse(self) -> AlterSourceOp:
-        """Run the statement that undoes the change, where the operation gives one."""
+        """Run the statement that undoes the change, if the operation has one."""
         if self.reverse_statement is None:
             raise ValueError(
                 f"op.alter_source({self.source!r}, ...) does not say how it is undone: give reverse_statement"
@@ -236,7 +255,10 @@ class AlterSourceOp(PipelineOperation):
 @Operations.register_operation("add_embedding_version")
 @dataclass(eq=False)
 class AddEmbeddingVersionOp(PipelineOperation):
-    """Expand: begin a version, its dual write and its backfill; as embedline.add_embedding_version."""
+    """Expand: begin a version, its dual write and its backfill.
+
+    As embedline.add_embedding_version.
+    """
 
     operation: ClassVar[str] = "add_embedding_version"
     pipeline: str
@@ -257,18 +279,24 @@ class AddEmbeddingVersionOp(PipelineOperation):
     def add_embedding_version(
         cls, operations: Operations, pipeline: str, *, version: int, model: str, **options: Any
     ) -> Any:
-        """Begin version `version` of a pipeline: it is written from now on, workers fill it, and nothing reads it yet."""
+        """Begin version `version` of a pipeline.
+
+        It is written from now on and workers fill it, but no search reads it yet.
+        """
         return operations.invoke(cls(pipeline, version, model, **options))
 
     def reverse(self) -> DropEmbeddingVersionOp:
-        """Drop the version, which does not serve; nobody asked for a window to come back to it."""
+        """Drop the version, which does not serve, without a rollback window."""
         return DropEmbeddingVersionOp(self.pipeline, self.version, rollback_window="0 hours", added=self)
 
 
 @Operations.register_operation("drop_embedding_version")
 @dataclass(eq=False)
 class DropEmbeddingVersionOp(PipelineOperation):
-    """Contract: drop a version that does not serve; as embedline.drop_embedding_version."""
+    """Contract: drop a version that does not serve.
+
+    As embedline.drop_embedding_version.
+    """
 
     operation: ClassVar[str] = "drop_embedding_version"
     unwritten: ClassVar[tuple[str, ...]] = ("added", "model", "registration")
@@ -283,20 +311,24 @@ class DropEmbeddingVersionOp(PipelineOperation):
     def drop_embedding_version(
         cls, operations: Operations, pipeline: str, *, version: int, rollback_window: str | None = None
     ) -> Any:
-        """Drop a version's tables; refused while it serves, and before the window for a rollback to it has ended."""
+        """Drop a version's tables.
+
+        Refused while the version serves, and before its rollback window has ended.
+        """
         return operations.invoke(cls(pipeline, version, rollback_window))
 
     def reverse(self) -> AddEmbeddingVersionOp | RestoreEmbeddingVersionOp:
-        """Begin the version anew where it had not served; otherwise there is no way back."""
+        """Begin the version again if it never served; otherwise it cannot be restored."""
         return self.added or RestoreEmbeddingVersionOp(self.pipeline, self.version, self.model, self.registration)
 
 
 @Operations.register_operation("restore_embedding_version")
 @dataclass(eq=False)
 class RestoreEmbeddingVersionOp(PipelineOperation):
-    """The downgrade of a contract: says what to run, since vectors that were dropped do not come back.
+    """The downgrade of a contract: names the commands to run.
 
-    `registration` are the arguments of create_model but the name: the contract forgets the model.
+    Dropped vectors cannot be restored. `registration` are the arguments of create_model except the name, because the
+    contract forgets the model.
     """
 
     operation: ClassVar[str] = "restore_embedding_version"
@@ -315,7 +347,7 @@ class RestoreEmbeddingVersionOp(PipelineOperation):
         model: str | None = None,
         registration: Options | None = None,
     ) -> Any:
-        """Pass where the version is still there; raise with the manual path where it was dropped."""
+        """Pass if the version is still there; raise with the manual path if not."""
         return operations.invoke(cls(pipeline, version, model, registration))
 
     def reverse(self) -> DropEmbeddingVersionOp:
@@ -326,7 +358,10 @@ class RestoreEmbeddingVersionOp(PipelineOperation):
 @Operations.register_operation("build_vector_index")
 @dataclass(eq=False)
 class BuildVectorIndexOp(PipelineOperation):
-    """Index: build a version's HNSW index CONCURRENTLY once its backfill is verified; as `embedline build-index`."""
+    """Index: build a version's HNSW index CONCURRENTLY, once its backfill is verified.
+
+    As `embedline build-index`.
+    """
 
     operation: ClassVar[str] = "build_vector_index"
     pipeline: str
@@ -335,7 +370,10 @@ class BuildVectorIndexOp(PipelineOperation):
 
     @classmethod
     def build_vector_index(cls, operations: Operations, pipeline: str, *, version: int, wait_seconds: float = 0) -> Any:
-        """Build a version's index outside a transaction; wait so long for the backfill, and refuse if it is not complete."""
+        """Build a version's index outside a transaction.
+
+        Waits `wait_seconds` for the backfill, and refuses if it is not complete then.
+        """
         return operations.invoke(cls(pipeline, version, wait_seconds))
 
     def reverse(self) -> DropVectorIndexOp:
@@ -365,7 +403,10 @@ class DropVectorIndexOp(PipelineOperation):
 @Operations.register_operation("cutover_embedding_version")
 @dataclass(eq=False)
 class CutoverEmbeddingVersionOp(PipelineOperation):
-    """Cutover: let a version serve that passed its gate; as embedline.evaluate and embedline.cutover."""
+    """Cutover: let a version serve that passed its gate.
+
+    As embedline.evaluate and embedline.cutover.
+    """
 
     operation: ClassVar[str] = "cutover_embedding_version"
     pipeline: str
@@ -379,7 +420,10 @@ class CutoverEmbeddingVersionOp(PipelineOperation):
 
     @classmethod
     def cutover_embedding_version(cls, operations: Operations, pipeline: str, *, version: int, **options: Any) -> Any:
-        """Run the gate where no passing one is stored, then swap the view in a transaction of its own."""
+        """Run the gate if no passing one is stored, then swap the view.
+
+        The swap is a transaction of its own.
+        """
         return operations.invoke(cls(pipeline, version, **options))
 
     def reverse(self) -> RollbackEmbeddingVersionOp:
@@ -398,9 +442,12 @@ class RollbackEmbeddingVersionOp(PipelineOperation):
 
     @classmethod
     def rollback_embedding_version(cls, operations: Operations, pipeline: str, *, version: int) -> Any:
-        """Let the version serve again that served before `version`, with everything written since."""
+        """Let the version serve again that served before `version`.
+
+        It has everything written since.
+        """
         return operations.invoke(cls(pipeline, version))
 
     def reverse(self) -> CutoverEmbeddingVersionOp:
-        """Let it serve again."""
+        """Let the version serve again."""
         return CutoverEmbeddingVersionOp(self.pipeline, self.version)

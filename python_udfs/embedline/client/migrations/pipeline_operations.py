@@ -1,8 +1,10 @@
-"""What each operation does: online it looks first, so that a chain that was killed can be run again; offline it renders.
+"""Run the operations on models and pipelines.
 
-Alembic writes its version table in the transaction of the migration. Operations that stay in it (models, pipelines) are all or
-nothing with that; those on versions commit on their own, so that no lock outlives its statement, and find on the next run
-that they are done.
+Online each checks the database first, so that a chain that was killed can be run again; offline it renders SQL.
+
+Alembic writes its version table in the transaction of the migration. Operations on models and pipelines stay in it, so
+all succeed or none. Those on versions commit on their own, so that no lock outlives its statement, and the next run
+finds them done.
 """
 
 from __future__ import annotations
@@ -77,14 +79,17 @@ def alter_pipeline(operations: Operations, operation: ops.AlterPipelineOp) -> No
 
 @Operations.implementation_for(ops.MovePipelineOp)
 def move_pipeline(operations: Operations, operation: ops.MovePipelineOp) -> None:
-    """Go over to the table; a second run finds the pipeline there."""
+    """Watch the new table; a second run finds the pipeline there."""
     arguments = {"name": operation.name, "new_source": Cast(operation.new_source, "regclass")}
     run(operations, call("move_pipeline", arguments))
 
 
 @Operations.implementation_for(ops.AlterSourceOp)
 def alter_source(operations: Operations, operation: ops.AlterSourceOp) -> None:
-    """Run the statement in the migration's transaction, or by itself where no pipeline watches the table any more."""
+    """Run the statement in the migration's transaction.
+
+    If no pipeline watches the table any more, it runs by itself.
+    """
     arguments = {"source": Cast(operation.source, "regclass"), "statement": operation.statement}
     is_watched = is_offline(operations) or (
         is_installed(operations.get_bind()) and scalar(operations, _WATCHED, source=operation.source)

@@ -1,10 +1,12 @@
-"""What Alembic loads through its entry point group `alembic.plugins`: operations and comparisons for any environment.
+"""Register operations and comparisons with Alembic, for any environment.
 
-The entry point is named alembic.autogenerate.embedline, because an environment that says nothing compares with the plugins
-alembic.autogenerate.* only; `autogenerate_plugins=["alembic.autogenerate.*", "~alembic.autogenerate.embedline"]` leaves it out.
+Alembic loads this through its entry point group `alembic.plugins`. The entry point is named
+alembic.autogenerate.embedline, because an environment without a setting compares only with the plugins
+alembic.autogenerate.*. The setting `autogenerate_plugins=["alembic.autogenerate.*", "~alembic.autogenerate.embedline"]`
+leaves it out.
 
-This is imported by every `import alembic` beside an installed embedline, in the middle of it: nothing heavy here, and
-nothing of alembic.autogenerate, which is not complete yet.
+Every `import alembic` beside an installed embedline imports this, before Alembic is complete. So it imports nothing
+heavy, and nothing of alembic.autogenerate.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ __all__ = ["index_operations", "operations", "pipeline_operations", "setup", "ve
 
 
 def setup(plugin: Plugin) -> None:
-    """Register what autogenerate calls; the operations are there since they were imported."""
+    """Register the hooks of autogenerate.
+
+    The operations were registered when they were imported.
+    """
     register: Any = plugin.add_autogenerate_comparator
     register(_hide, "schema", "embedline", priority=DispatchPriority.FIRST)
     register(_compare, "schema", "embedline", priority=DispatchPriority.LAST)
@@ -48,7 +53,8 @@ def _compare(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: set[str 
 
 
 class _Entry(ModuleType):
-    # Alembic up to 1.19 iterates over what an entry point loads, later ones want the module itself: this is both.
+    # Alembic up to 1.19 iterates over the object that an entry point loads, later ones want the module itself. This is
+    # both.
     def __iter__(self) -> Iterator[ModuleType]:
         yield self
 

@@ -1,4 +1,7 @@
-"""How operations stand in a revision file. Importing this registers it, once Alembic is complete."""
+"""Render operations in a revision file.
+
+Importing this registers it, once Alembic is complete.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def explain(operation: Operation, lines: list[str]) -> Operation:
 
 @renderers.dispatch_for(PipelineOperation)
 def render(context: AutogenContext, operation: PipelineOperation) -> str:
-    """Return the comment and the call, in one line where it fits."""
+    """Return the comment and the call, in one line if it fits."""
     prefix = context.opts.get("alembic_module_prefix") or ""
     (_, name), *rest = operation.written().items()
     arguments = [repr(name), *(f"{key}={_value(value)}" for key, value in rest)]

@@ -1,4 +1,7 @@
-"""Calls of Embedline's SQL functions as text, so that online and offline migrations run the same statement."""
+"""Write calls of Embedline's SQL functions as text.
+
+So online and offline migrations run the same statement.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ class Cast:
 
 
 def literal(value: object) -> str:
-    """Return an SQL constant: of None, a number, a text, a list of texts, a mapping as jsonb, or a Cast."""
+    """Return an SQL constant.
+
+    It may be of None, a number, a text, a list of texts, a mapping as jsonb, or a Cast.
+    """
     match value:
         case None:
             return "NULL"
@@ -37,11 +43,14 @@ def literal(value: object) -> str:
 
 
 def call(function: str, arguments: Mapping[str, object]) -> str:
-    """Return SELECT of a function of schema embedline with named arguments; those that are None are left to SQL."""
+    """Return SELECT of a function of schema embedline with named arguments.
+
+    Arguments that are None are left to SQL.
+    """
     given = ", ".join(f"{name} => {literal(value)}" for name, value in arguments.items() if value is not None)
     return f"SELECT embedline.{function}({given})"
 
 
 def call_rows(function: str, arguments: Mapping[str, object]) -> str:
-    """Like `call`, for a function that returns a table."""
+    """Return the call of a function that returns a table, as `call` does."""
     return "SELECT * FROM " + call(function, arguments).removeprefix("SELECT ")

@@ -1,4 +1,7 @@
-"""Planning an upgrade for `embedline upgrade-model`: what there is, read through the environment's own env.py."""
+"""Plan an upgrade for `embedline upgrade-model`.
+
+The catalogue is read through the environment's own env.py.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,13 @@ from embedline.client.migrations.operations import CreatePipelineOp
 
 
 def configuration(path: Path) -> Config:
-    """Return the configuration of an Alembic environment: alembic.ini, or a pyproject.toml with [tool.alembic]."""
+    """Return the configuration of an Alembic environment.
+
+    It is an alembic.ini, or a pyproject.toml with [tool.alembic].
+    """
     if not path.is_file():
         raise CommandError(f"there is no {path}. HINT: embedline upgrade-model --config PATH names the alembic.ini.")
-    # The caller prints which files are written; Alembic need not do so, too.
+    # The caller prints the written files, so Alembic need not.
     options = Namespace(quiet=True, x=None)
     if path.suffix == ".toml":
         return Config(toml_file=str(path), cmd_opts=options)
@@ -35,7 +41,10 @@ def configuration(path: Path) -> Config:
 
 
 def plan_upgrade(config: Config, name: str, recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Upgrade:
-    """Return the upgrade of a pipeline to another recipe; settings override those of the TOML file."""
+    """Return the upgrade of a pipeline to another recipe.
+
+    `settings` override those of the TOML file.
+    """
     catalogue = _catalogue(config)
     declaration = find_declaration(config)
     stored = catalogue.pipelines.get(name)
@@ -51,7 +60,10 @@ def plan_upgrade(config: Config, name: str, recipe: Mapping[str, Any], settings:
 
 
 def _catalogue(config: Config) -> Catalogue:
-    """Read the catalogue over the connection that the environment itself makes, without writing anything."""
+    """Read the catalogue over the environment's own connection.
+
+    Nothing is written.
+    """
     found: list[Catalogue] = []
 
     def read(revision: Any, context: MigrationContext) -> list[Any]:
@@ -74,8 +86,8 @@ def _require_change(create: CreatePipelineOp, stored: StoredPipeline) -> None:
     wanted = {name: value for name, value in create.written().items() if name in comparison.RECIPE}
     for version in stored.versions:
         if all(version[name] == value for name, value in wanted.items()):
-            state = "serves" if version["serving"] else "is on its way"
-            raise CommandError(f'version {version["number"]} of pipeline "{stored.name}" is that, and {state}')
+            state = "serves" if version["serving"] else "is being filled"
+            raise CommandError(f'version {version["number"]} of pipeline "{stored.name}" has this recipe, and {state}')
 
 
 def _with_model(upgrade: Upgrade, catalogue: Catalogue, declaration: Declaration | None) -> Upgrade:

@@ -1,4 +1,4 @@
-"""What Alembic's operations on versions do."""
+"""Run Alembic's operations on versions."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ _GATE = "SELECT v.gate FROM embedline.versions AS v WHERE v.pipeline = :pipeline
 
 @Operations.implementation_for(ops.AddEmbeddingVersionOp)
 def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVersionOp) -> None:
-    """Begin the version in the migration's transaction, and see that it got the number that the revision files name."""
+    """Begin the version, and check that it got the number of the revision files.
+
+    It is begun in the migration's transaction.
+    """
     arguments = operation.written()
     del arguments["version"]
     arguments["pipeline_name"] = arguments.pop("pipeline")
     statement = call("add_embedding_version", arguments)
     if is_offline(operations):
-        # Committed before the script comes to the index, which stops it until there is something to index.
+        # Committed before the index operation, which stops the script until there are vectors to index.
         with committed_at_once(operations, operation):
             run(operations, _checked_number(statement, operation))
         return
@@ -52,13 +55,14 @@ def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVer
         recipe = {name: value for name, value in operation.written().items() if name not in ("pipeline", "version")}
         hint = (
             f"SELECT embedline.drop_embedding_version({literal(operation.pipeline)}, {operation.version}) removes it"
-            " where nobody needs it."
+            " if it is not needed."
         )
         require_same(label(operation), recipe, existing, hint, ("backfill_order", "backfill_rate"))
         return
-    # Committed at once: until then a DELETE on the source waits for the chunk table, to which the new one has a foreign key.
+    # Committed at once, because until then a DELETE on the source waits for the chunk table, which the new table
+    # references.
     with committed_at_once(operations, operation):
-        # Looked at before, too: a version of another number would stay.
+        # Checked before, too, because a version of another number would stay.
         _require_number(operation, scalar(operations, _NEXT_NUMBER, pipeline=operation.pipeline))
         _require_number(operation, run(operations, statement))
 
@@ -72,7 +76,10 @@ def _require_number(operation: ops.AddEmbeddingVersionOp, number: int | None) ->
 
 
 def _checked_number(statement: str, operation: ops.AddEmbeddingVersionOp) -> str:
-    """Return the statement that raises where the version gets another number than the rest of the script names."""
+    """Return a statement that raises if the version gets an unexpected number.
+
+    The rest of the script names the expected one.
+    """
     number = statement.removeprefix("SELECT ")
     message = f"the next version of pipeline {operation.pipeline} is not {operation.version}"
     return (
@@ -99,14 +106,14 @@ def drop_embedding_version(operations: Operations, operation: ops.DropEmbeddingV
     if is_offline(operations):
         run(operations, statement)
         return
-    # Committed at once: until then reads and writes wait for what is dropped.
+    # Committed at once, because until then reads and writes wait for the dropped tables.
     with committed_at_once(operations, operation):
         run(operations, statement)
 
 
 @Operations.implementation_for(ops.RestoreEmbeddingVersionOp)
 def restore_embedding_version(operations: Operations, operation: ops.RestoreEmbeddingVersionOp) -> None:
-    """Pass where the version was never dropped; otherwise say how to get to its model."""
+    """Pass if the version was never dropped; otherwise name the way to its model."""
     if not is_offline(operations) and stored_version(operations, operation) is not None:
         return
     model = operation.model or "MODEL"
@@ -119,7 +126,7 @@ def restore_embedding_version(operations: Operations, operation: ops.RestoreEmbe
 
 
 def _registration(operations: Operations, operation: ops.RestoreEmbeddingVersionOp) -> str:
-    """Return what registers the version's model again, where the contract has forgotten it."""
+    """Return the statement that registers a forgotten model of the version again."""
     name = operation.model
     if name is None or (not is_offline(operations) and look(operations, MODEL, name=name) is not None):
         return ""
@@ -131,7 +138,7 @@ def _registration(operations: Operations, operation: ops.RestoreEmbeddingVersion
 
 @Operations.implementation_for(ops.CutoverEmbeddingVersionOp)
 def cutover_embedding_version(operations: Operations, operation: ops.CutoverEmbeddingVersionOp) -> None:
-    """Run the gate where no passing one is stored, then swap; each commits at once."""
+    """Run the gate if no passing one is stored, then swap; each commits at once."""
     statement = call("cutover", {**names(operation), "override_reason": operation.override_reason})
     with committed_at_once(operations, operation):
         if is_offline(operations):
@@ -158,7 +165,10 @@ def _evaluation(operation: ops.CutoverEmbeddingVersionOp) -> str:
 
 
 def _pass_gate(operations: Operations, operation: ops.CutoverEmbeddingVersionOp) -> None:
-    """Evaluate where the newest gate does not pass; what it finds is stored, and embedline.cutover decides by that."""
+    """Evaluate if the newest gate does not pass.
+
+    The result is stored, and embedline.cutover decides by it.
+    """
     if scalar(operations, _GATE, pipeline=operation.pipeline, version=operation.version) == "pass":
         return
     with reported(), _notices_logged(operations):
@@ -168,7 +178,10 @@ def _pass_gate(operations: Operations, operation: ops.CutoverEmbeddingVersionOp)
 
 
 def _gate_line(row: sqlalchemy.RowMapping) -> str:
-    """Return a row of a gate in words: what was measured, the verdict, the figures that it has, and the detail."""
+    """Return a row of a gate in words.
+
+    It has the measure, the verdict, the figures and the detail.
+    """
     figures = [f"{name} {row[name]:.3f}" for name in ("old", "new", "difference") if row[name] is not None]
     if row["low"] is not None:
         figures.append(f"95 % interval {row['low']:.3f} to {row['high']:.3f}")
@@ -178,7 +191,10 @@ def _gate_line(row: sqlalchemy.RowMapping) -> str:
 
 @contextlib.contextmanager
 def _notices_logged(operations: Operations) -> Iterator[None]:
-    """Log what the server says while the block runs, such as how far a gate is; drivers other than psycopg 3 keep it."""
+    """Log the server's notices while the block runs, such as a gate's progress.
+
+    Drivers other than psycopg 3 keep them.
+    """
     driver: Any = operations.get_bind().connection.driver_connection
     if not hasattr(driver, "add_notice_handler"):
         yield
@@ -196,7 +212,7 @@ def _notices_logged(operations: Operations) -> Iterator[None]:
 
 @Operations.implementation_for(ops.RollbackEmbeddingVersionOp)
 def rollback_embedding_version(operations: Operations, operation: ops.RollbackEmbeddingVersionOp) -> None:
-    """Roll back if the version serves: a second run must not roll forward again."""
+    """Roll back if the version serves, so that a second run does not roll forward."""
     with committed_at_once(operations, operation):
         version = None if is_offline(operations) else stored_version(operations, operation)
         if is_offline(operations) or (version is not None and version["serving"]):

@@ -1,4 +1,7 @@
-"""The steps behind the Makefile: `PYTHONPATH=python_udfs /usr/bin/python3 -m embedline.dev.cluster.bootstrap STEP`."""
+"""Run the steps behind the Makefile.
+
+Usage: `PYTHONPATH=python_udfs /usr/bin/python3 -m embedline.dev.cluster.bootstrap STEP`.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ def local_cluster(settings: Settings | None = None) -> Cluster:
 
 
 def setup(settings: Settings) -> None:
-    """Install everything that the cluster needs; skip what is there."""
-    # First of all: a checkout that the server cannot read needs none of it.
+    """Install everything that the cluster needs; skip installed parts."""
+    # First of all, because a checkout that the server cannot read needs none of the rest.
     check_place(settings.root, settings.source, settings.data_dir)
     major = system.choose_major(settings.data_dir)
     system.ensure_packages(major)
@@ -45,7 +48,10 @@ def setup(settings: Settings) -> None:
 
 
 def lint_setup(settings: Settings) -> None:
-    """Install what the linters need: the system packages name the Python, the virtual environment holds the tools."""
+    """Install the linters' needs.
+
+    The system packages name the Python, the virtual environment holds the tools.
+    """
     major = system.choose_major(settings.data_dir)
     system.ensure_packages(major)
     virtualenv.ensure_virtualenv(settings, major)
@@ -61,7 +67,10 @@ def docs_setup(settings: Settings) -> None:
 
 
 def test_setup(settings: Settings) -> None:
-    """Install what the tests need beside `up`; TORCH=1 insists on torch, TORCH=0 leaves it out."""
+    """Install the additional needs of the tests.
+
+    TORCH=1 insists on torch, TORCH=0 leaves it out.
+    """
     virtualenv.ensure_tools(settings)
     virtualenv.ensure_torch(settings, os.environ.get("TORCH", ""))
 
@@ -77,7 +86,8 @@ def up(settings: Settings) -> None:
         cluster.init()
     if cluster.running_port() is not None and cluster.is_moved():
         say("The checkout was moved: the local cluster is restarted, its sessions look for the old path")
-        # It knows its files by the old path, so its shutdown checkpoint would fail; recovery at the next start needs none.
+        # It knows its files by the old path, so its shutdown checkpoint would fail. Recovery at the next start needs
+        # none.
         cluster.stop("immediate")
     if cluster.running_port() == cluster.port:
         say(f"The local cluster runs on port {cluster.port}")
@@ -102,7 +112,10 @@ def down(settings: Settings) -> None:
 
 
 def clean(settings: Settings) -> None:
-    """Stop the cluster and remove all that the set-up put into the checkout; system packages stay."""
+    """Stop the cluster and remove all files that the set-up put into the checkout.
+
+    System packages stay.
+    """
     say(f"Removing the local cluster in {settings.data_dir}, .venv, .models and caches")
     _refuse_foreign_directory(settings.data_dir)
     _cluster_without_venv(settings).remove()
@@ -119,7 +132,10 @@ def dsn(settings: Settings) -> None:
 
 
 def psql(settings: Settings) -> None:
-    """Become psql, connected to the local database; the password travels in the environment, not in the arguments."""
+    """Become psql, connected to the local database.
+
+    The password travels in the environment, not in the arguments.
+    """
     cluster = _cluster_without_venv(settings)
     environment = {**os.environ, "PGPASSWORD": cluster.password()}
     arguments = ["psql", "-h", "127.0.0.1", "-p", str(cluster.port), "-U", SUPERUSER, "-d", DATABASE]
@@ -141,13 +157,16 @@ _READERS = {"dsn", "psql"}
 
 
 def _cluster_without_venv(settings: Settings) -> Cluster:
-    """Return the cluster for steps that start no server and so need no PYTHONPATH for it."""
+    """Return the cluster for steps that start no server.
+
+    They need no PYTHONPATH for it.
+    """
     major = system.choose_major(settings.data_dir) if settings.data_dir.exists() else system.OLDEST_MAJOR
     return Cluster(settings.data_dir, settings.port, system.bin_dir(major), python_path="")
 
 
 def _refuse_foreign_directory(data_dir: Path) -> None:
-    """Never delete a directory that EMBEDLINE_PGDATA names by mistake."""
+    """Refuse to delete a directory that EMBEDLINE_PGDATA names by mistake."""
     if not os.environ.get("EMBEDLINE_PGDATA"):  # .postgres in the checkout is ours, finished or not
         return
     if data_dir.is_dir() and any(data_dir.iterdir()) and not (data_dir / "PG_VERSION").exists():
@@ -180,7 +199,7 @@ def _ensure_models(settings: Settings) -> None:
 
 @contextmanager
 def _one_at_a_time(settings: Settings) -> Iterator[None]:
-    """Let two `make` in one checkout follow each other."""
+    """Make two `make` in one checkout follow each other."""
     descriptor = os.open(settings.root, os.O_RDONLY)
     try:
         try:
@@ -197,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="embedline.dev.cluster.bootstrap", description=__doc__)
     parser.add_argument("step", choices=sorted(_STEPS))
     step = parser.parse_args().step
-    os.umask(0o022)  # the server's OS user reads what is made here
+    os.umask(0o022)  # the server's OS user reads the files made here
     try:
         settings = load_settings()
         if step in _READERS:

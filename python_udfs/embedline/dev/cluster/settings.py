@@ -1,4 +1,4 @@
-"""Where the local installation keeps its things."""
+"""Find the paths of the local installation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_PORT = 54329
 
 @dataclass(frozen=True)
 class Settings:
-    """The checkout and what the set-up puts into it."""
+    """The checkout and the paths that the set-up fills."""
 
     root: Path
     data_dir: Path
@@ -37,7 +37,10 @@ class Settings:
 
     @property
     def site_packages(self) -> Path:
-        """The venv's site-packages; the server reads them, so the interpreter's version is the venv's own, not ours."""
+        """Return the venv's site-packages.
+
+        The server reads them, so the interpreter's version is the venv's own, not ours.
+        """
         found = sorted(self.venv.glob("lib/python3.*/site-packages"))
         if not found:
             raise SetupError(f"there is no virtual environment in {self.venv}\nRun: make setup")
@@ -45,7 +48,10 @@ class Settings:
 
     @property
     def server_python_path(self) -> str:
-        """PYTHONPATH of the server: it reads no .pth file of an editable install there, so we name the checkout too."""
+        """Return PYTHONPATH of the server.
+
+        It reads no .pth file of an editable install, so the checkout is named, too.
+        """
         return f"{self.site_packages}{os.pathsep}{self.source}"
 
 
@@ -64,6 +70,6 @@ def load_settings() -> Settings:
     text = os.environ.get("EMBEDLINE_PORT") or str(DEFAULT_PORT)
     if not text.isdecimal() or not 1024 <= int(text) <= 65535:
         raise SetupError(
-            f"EMBEDLINE_PORT={text} is no port number\nUse a number from 1024 to 65535, for example {DEFAULT_PORT}."
+            f"EMBEDLINE_PORT={text} is not a port number\nUse a number from 1024 to 65535, for example {DEFAULT_PORT}."
         )
     return Settings(root=root, data_dir=data_dir, port=int(text))

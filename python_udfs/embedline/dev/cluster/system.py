@@ -1,4 +1,7 @@
-"""System packages: the PostgreSQL server, PL/Python, pg_cron, the manual; compilers only where pgvector is built."""
+"""Install system packages: PostgreSQL, PL/Python, pg_cron, the manual.
+
+Compilers are installed only if pgvector is built.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def os_release() -> dict[str, str]:
 def choose_major(data_dir: Path) -> int:
     """Return the PostgreSQL major version to use.
 
-    The data directory's own where there is one, else the newest supported server installed, else the distribution's.
+    It is the data directory's own if there is one, else the newest supported server installed, else the distribution's.
     """
     version_file = data_dir / "PG_VERSION"
     try:
@@ -74,7 +77,7 @@ def candidate(package: str) -> str | None:
 
 @functools.cache
 def update_lists() -> None:
-    """Refresh apt's package lists, once a run."""
+    """Refresh apt's package lists, once per run."""
     run_step("Refreshing apt's package lists", as_root(["apt-get", "-q", "update"]))
 
 
@@ -95,7 +98,7 @@ def _is_installed(package: str) -> bool:
 
 
 def required_packages(major: int) -> list[str]:
-    """Return what Embedline needs from apt, pgvector apart."""
+    """Return Embedline's packages from apt, except pgvector."""
     return [
         f"postgresql-{major}",
         f"postgresql-plpython3-{major}",
@@ -106,7 +109,7 @@ def required_packages(major: int) -> list[str]:
 
 
 def ensure_build_packages() -> None:
-    """Install what pgvector, written in C, is built with."""
+    """Install the tools that build pgvector, which is written in C."""
     absent = missing(["gcc", "libc6-dev", "make", "dpkg-dev"])
     if absent:
         update_lists()
@@ -134,7 +137,10 @@ def ensure_packages(major: int) -> None:
 
 
 def _ensure_manual(major: int) -> None:
-    """Container images often tell dpkg to leave out /usr/share/doc; the demo reads the manual there."""
+    """Install the pages of the manual if dpkg left them out.
+
+    Container images often tell dpkg to leave out /usr/share/doc; the demo reads the manual there.
+    """
     if (manual_dir(major) / "bookindex.html").exists():
         return
     package = f"postgresql-doc-{major}"

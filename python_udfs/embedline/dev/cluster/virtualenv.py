@@ -1,6 +1,7 @@
-"""The virtual environment: of the very Python that the server's PL/Python links, so that the server can use it.
+"""Fill the virtual environment in layers, each only if a step needs it.
 
-Filled in layers, each only when a step needs it: what the demo runs with, the developers' tools, and torch.
+The layers are the demo's packages, the developers' tools, and torch. It uses the very Python that the server's
+PL/Python links, so that the server can use it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from embedline.dev.cluster import system
 from embedline.dev.cluster.console import SetupError, capture, run_step, say
 from embedline.dev.cluster.settings import Settings
 
-# The tested version first. A plain `torch` can pull gigabytes of CUDA libraries, so the plan is read before it is followed.
+# The tested version first. A plain `torch` can pull gigabytes of CUDA libraries, so the plan is read before it is
+# followed.
 _TORCH = ("torch==2.13.0", "torch>=2.6")
 _CUDA_PACKAGE = re.compile(r"nvidia-|cuda-|triton")
 _TORCH_EXTRA, _TOOLS_EXTRA, _DEMO_EXTRA, _DOCS_EXTRA = "local", "dev", "demo", "docs"
@@ -27,7 +29,10 @@ _SHEBANG_BYTES = 127
 
 
 def linked_python(major: int) -> str:
-    """Return the Python version, for example "3.11", that the server's PL/Python is linked with."""
+    """Return the Python version that the server's PL/Python is linked with.
+
+    For example "3.11".
+    """
     library = system.pg_config(major, "pkglibdir") / "plpython3.so"
     match = re.search(r"libpython(3\.\d+)", capture(["ldd", str(library)]))
     if match is None:
@@ -36,7 +41,7 @@ def linked_python(major: int) -> str:
 
 
 def ensure_virtualenv(settings: Settings, major: int) -> None:
-    """Create the environment and install the package into it, with what its demo needs."""
+    """Create the environment and install the package with its demo's needs."""
     version = linked_python(major)
     _mend_moved(settings)
     _create(settings, version)
@@ -44,7 +49,7 @@ def ensure_virtualenv(settings: Settings, major: int) -> None:
 
 
 def ensure_tools(settings: Settings) -> None:
-    """Install what tests and linters need."""
+    """Install the needs of tests and linters."""
     _ensure_layer(settings, _TOOLS_EXTRA, "The developers' tools are up to date")
 
 
@@ -54,7 +59,10 @@ def ensure_site_builder(settings: Settings) -> None:
 
 
 def ensure_torch(settings: Settings, wish: str) -> None:
-    """Install torch and sentence-transformers: always (wish "1"), never ("0"), or if a build without CUDA is offered ("")."""
+    """Install torch and sentence-transformers.
+
+    `wish` is "1" for always, "0" for never, and "" for a build without CUDA if one is offered.
+    """
     if wish not in ("", "0", "1"):
         raise SetupError(f"TORCH={wish} is no choice\nUse TORCH=1 to install torch, TORCH=0 to leave it out.")
     if wish == "0" or _is_installed(settings, _TORCH_EXTRA):
@@ -73,9 +81,10 @@ def ensure_torch(settings: Settings, wish: str) -> None:
 
 
 def compile_sources(settings: Settings) -> None:
-    """Compile the package's sources, as pip does for an installed package; what is up to date is skipped.
+    """Compile the package's sources, as pip does for an installed package.
 
-    The server's OS user may write nothing here: without this each of its sessions compiles them again, for 0.1 s.
+    Up-to-date ones are skipped. The server's OS user may write nothing here, so without this each of its sessions
+    compiles them again, for 0.1 s.
     """
     command = [str(settings.python), "-m", "compileall", "-q", str(settings.source)]
     if subprocess.run(command, check=False).returncode != 0:
@@ -89,7 +98,10 @@ def _say_without_torch() -> None:
 
 
 def _is_without_cuda(settings: Settings, requirement: str) -> bool:
-    """Return True if pip would install torch without CUDA's libraries; nothing is installed."""
+    """Return True if pip would install torch without CUDA's libraries.
+
+    Nothing is installed.
+    """
     say(f"Asking pip what {requirement} would install")
     plan = [*_pip(settings), "--quiet", "--dry-run", "--report", "-", requirement]
     done = subprocess.run(plan, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -104,7 +116,7 @@ def _pip(settings: Settings) -> list[str]:
 
 
 def _ensure_layer(settings: Settings, extra: str, present: str) -> None:
-    """Install the package with an extra, unless that was done for this very pyproject.toml."""
+    """Install the package with an extra, unless that was done for this pyproject.toml."""
     if _is_installed(settings, extra):
         say(present)
         return
@@ -139,7 +151,10 @@ def _create(settings: Settings, version: str) -> None:
 
 
 def _mend_moved(settings: Settings) -> None:
-    """Put this checkout's path into an environment that was moved or copied here; its scripts name the other path."""
+    """Put this checkout's path into an environment that was moved or copied here.
+
+    Its scripts name the other path.
+    """
     old = _recorded_path(settings.venv / "pyvenv.cfg")
     if old is None or old == settings.venv:
         return
@@ -151,14 +166,14 @@ def _mend_moved(settings: Settings) -> None:
         return
     site_packages = settings.site_packages
     linked = [*site_packages.glob("*.pth"), *site_packages.glob("embedline-*.dist-info/direct_url.json")]
-    # The configuration last: it tells that all is done.
+    # The configuration comes last, because it marks the work as done.
     for path in [*sorted((settings.venv / "bin").iterdir()), *linked, settings.venv / "pyvenv.cfg"]:
         if path.is_file() and not path.is_symlink():
             _replace_path(path, old.parent, settings.root)
 
 
 def _recorded_path(configuration: Path) -> Path | None:
-    """Return where an environment was made, None where there is none."""
+    """Return the path where an environment was made, None if there is none."""
     try:
         match = re.search(r"^command = .* -m venv (?:--\S+ )*(.+)$", configuration.read_text(), re.MULTILINE)
     except FileNotFoundError:
@@ -170,9 +185,9 @@ def _replace_path(path: Path, old: Path, new: Path) -> None:
     content = path.read_bytes()
     if b"\0" in content:  # a program
         return
-    # What pip notes as a URL is written as one.
+    # pip records some paths as URLs.
     before, after = (quote(str(old)), quote(str(new))) if path.suffix == ".json" else (str(old), str(new))
-    # A whole path: /srv/embedline is no part of /srv/embedline-2.
+    # Only whole paths: /srv/embedline is no part of /srv/embedline-2.
     pattern = re.compile(re.escape(os.fsencode(before)) + rb"(?![\w.-])")
     changed = pattern.sub(lambda _: os.fsencode(after), content)
     if changed != content:

@@ -1,1 +1,1 @@
-"""The demo: the PostgreSQL manual, searchable by meaning (`make demo`)."""
+"""Make the PostgreSQL manual searchable by meaning (`make demo`)."""

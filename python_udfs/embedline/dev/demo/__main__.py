@@ -1,4 +1,7 @@
-"""Run the demo: what `make demo` and, with `--upgrade`, `make demo-upgrade` do. EMBEDLINE_DSN names the database."""
+"""Run `make demo` and, with `--upgrade`, `make demo-upgrade`.
+
+EMBEDLINE_DSN names the database.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from embedline.dev.demo.upgrade import run_upgrade
 
 
 def main() -> int:
-    """Run the demo; return 0 where it did what it promises, else 1."""
+    """Run the demo; return 0 if it keeps its promises, else 1."""
     parser = argparse.ArgumentParser(prog="make demo", description="Make the PostgreSQL manual searchable by meaning.")
     parser.add_argument("--model", choices=sorted(DEMOS), default="static-256")
     parser.add_argument("--upgrade", action="store_true", help="upgrade a pipeline's model under traffic instead")

@@ -1,4 +1,7 @@
-"""The PostgreSQL manual as data: its pages, and the terms of its own index with the pages that answer them."""
+"""Read the PostgreSQL manual: its pages, and the terms of its index.
+
+Each term has the pages that answer it.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,10 @@ class Page:
 
 
 def manual_folder(major: int, root: Path = _DOC_ROOT) -> Path:
-    """Return the folder of the manual's HTML pages, of the server's major version where that one is installed.
+    """Return the folder of the manual's HTML pages.
 
-    Raises ManualNotFound with the package to install.
+    The server's major version is preferred if its manual is installed. Raises ManualNotFound with the package to
+    install.
     """
     found = {
         int(path.parts[-3].rpartition("-")[2]): path.parent
@@ -44,7 +48,10 @@ def manual_folder(major: int, root: Path = _DOC_ROOT) -> Path:
 
 
 def read_pages(folder: Path) -> Iterator[Page]:
-    """Yield every page except the index, whose terms would answer every search with themselves."""
+    """Yield every page except the index.
+
+    The index's terms would answer every search with themselves.
+    """
     for path in sorted(folder.glob("*.html")):
         if path.name != _INDEX_PAGE:
             yield _read_page(path)
@@ -63,7 +70,10 @@ def _read_page(path: Path) -> Page:
 
 
 def collapse_spaces(text: str) -> str:
-    """Return text with single spaces and trimmed lines; empty lines stay, since chunks are cut at them first."""
+    """Return text with single spaces and trimmed lines.
+
+    Empty lines stay, because chunks are cut at them first.
+    """
     return "\n".join(" ".join(line.split()) for line in text.splitlines()).strip()
 
 

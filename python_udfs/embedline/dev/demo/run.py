@@ -1,6 +1,6 @@
-"""The run itself: load, embed, index, search, measure recall, edit, delete.
+"""Run the demo: load, embed, index, search, measure recall, edit, delete.
 
-Every statement is its own transaction (autocommit): nothing here holds a snapshot while it waits.
+Every statement is its own transaction (autocommit), so no snapshot is held while it waits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _CONTENT = r"title || E'\n\n' || body"
 _TABLE_COMMENT = "Embedline demo: pages of the PostgreSQL manual"
 _ROWS_PER_CALL = 100
 _K = 10
-# A worker commits a whole provider request at once; on two busy cores a large one of MiniLM takes minutes.
+# Seconds without progress after which the demo fails. A worker commits a whole provider request at once; on two busy
+# cores a large one of MiniLM takes minutes.
 _STALLED_SECONDS = 600.0
 _WORKER_SECONDS = 90.0
 _VISIBLE_SECONDS = 30.0
@@ -48,10 +49,10 @@ class DemoFailed(Exception):
 
 @dataclass(frozen=True)
 class Demo:
-    """What differs between the models: which pages, and what is asked.
+    """The differences between the models: pages and questions.
 
-    Each question stands with the pages that answer it; tests hold the search to them.
-    `required_recall` is None where no figure was promised.
+    Each question stands with the pages that answer it; tests hold the search to them. `required_recall` is None if no
+    figure was promised.
     """
 
     model: str
@@ -108,7 +109,7 @@ DEMOS = {
 
 
 def run_demo(dsn: str, demo: Demo, console: Console) -> list[str]:
-    """Run the whole demo; return what fell short of the promise, an empty list where nothing did."""
+    """Run the whole demo; return its broken promises, an empty list if all were kept."""
     started = time.perf_counter()
     with psycopg.connect(dsn, autocommit=True, application_name="embedline demo") as connection:
         folder = manual_folder(connection.info.server_version // 10000)
@@ -128,7 +129,7 @@ def run_demo(dsn: str, demo: Demo, console: Console) -> list[str]:
 
 
 def headline(console: Console, text: str) -> None:
-    """Print what comes next."""
+    """Print the title of the next step."""
     console.print(f"\n[bold]{escape(text)}[/bold]")
 
 
@@ -144,7 +145,10 @@ def scalar(connection: psycopg.Connection[Any], query: Any, parameters: Iterable
 
 
 def recreate(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page], console: Console) -> None:
-    """Create table and pipeline anew. A table of that name that is not the demo's is left alone."""
+    """Recreate table and pipeline.
+
+    A table of that name that is not the demo's is left alone.
+    """
     table = sql.Identifier("public", demo.name)
     comment = scalar(connection, "SELECT obj_description(to_regclass(%s))", [f"public.{demo.name}"])
     exists = scalar(connection, "SELECT to_regclass(%s) IS NOT NULL", [f"public.{demo.name}"])
@@ -171,7 +175,10 @@ def recreate(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page],
 
 
 def _with_patience(action: Callable[[], object]) -> None:
-    """Run a statement that may meet a worker's short locks; its own lock_timeout ends each try."""
+    """Run a statement that may meet a worker's short locks.
+
+    Its own lock_timeout ends each attempt.
+    """
     for left in reversed(range(_LOCK_TRIES)):
         try:
             action()
@@ -182,7 +189,10 @@ def _with_patience(action: Callable[[], object]) -> None:
 
 
 def drain(connection: psycopg.Connection[Any], demo: Demo, pages: list[Page], console: Console) -> list[str]:
-    """Embed everything, together with the scheduled worker if it is there already; return what stayed behind."""
+    """Embed everything, and return the rows that were not embedded.
+
+    The scheduled worker takes part if it is there already.
+    """
     started = time.perf_counter()
     with console.status("starting the model host, if it does not run (a process beside the server)"):
         connection.execute("SELECT embedline.embed_query(%s, 'hello')", (demo.name,))
@@ -232,7 +242,7 @@ def _embed_all(connection: psycopg.Connection[Any], demo: Demo, report: Callable
         if time.monotonic() - moved_at > _STALLED_SECONDS:
             raise DemoFailed(f"nothing was embedded for {_STALLED_SECONDS:.0f} s; last error: {last_error or 'none'}")
         if not embedded:
-            # The rest is in the hands of the scheduled worker, or waits for its retry.
+            # The scheduled worker has claimed the rest, or it waits for its retry.
             time.sleep(0.05)
 
 
@@ -259,7 +269,7 @@ def _show_searches(connection: psycopg.Connection[Any], demo: Demo, console: Con
         started = time.perf_counter()
         row = connection.execute(_SEARCH, (demo.name, question, 1)).fetchone()
         _show_hit(console, question, row, time.perf_counter() - started)
-    # A scalar subquery is run once; embed_query() itself in ORDER BY would be run for each row of an exact search.
+    # A scalar subquery is run once; embed_query() itself in ORDER BY would run for each row of an exact search.
     query = sql.SQL(
         "SELECT page, chunk, 1 - (embedding <=> (SELECT embedline.embed_query(%(pipeline)s, %(question)s))) AS score\n"
         "  FROM {} WHERE title LIKE %(pattern)s\n"
@@ -284,7 +294,10 @@ def _show_hit(console: Console, question: str, row: tuple[Any, ...] | None, seco
 def _measure_recall(
     connection: psycopg.Connection[Any], demo: Demo, terms: dict[str, frozenset[str]], console: Console
 ) -> list[str]:
-    """Search each term of the manual's own index; the pages it names are the right answers."""
+    """Search each term of the manual's own index.
+
+    The pages that it names are the right answers.
+    """
     headline(console, f"Recall@{_K} over the manual's own index")
     started = time.perf_counter()
     shares = []
@@ -310,7 +323,10 @@ def _measure_recall(
 
 
 def _edit(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> list[str]:
-    """Commit an edit and wait until search sees it; only the scheduled worker embeds it."""
+    """Commit an edit and wait until search sees it.
+
+    Only the scheduled worker embeds it.
+    """
     headline(console, "An edit, seen by search through the scheduled worker alone")
     await_worker(connection, console)
     update = sql.SQL("UPDATE {} SET body = body || E'\\n\\n' || %s WHERE page = %s").format(
@@ -318,7 +334,7 @@ def _edit(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> 
     )
     with connection.transaction():
         connection.execute(update, (_EDIT_TEXT, demo.edited_page))
-        # From here on the clock counts the commit itself too.
+        # The clock starts here, so it counts the commit itself, too.
         committed_at = time.perf_counter()
     while not _sees_edit(connection, demo):
         if time.perf_counter() - committed_at > _VISIBLE_SECONDS:
@@ -335,7 +351,7 @@ def _edit(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> 
 
 
 def await_worker(connection: psycopg.Connection[Any], console: Console) -> None:
-    """See to it that pg_cron runs a resident worker."""
+    """Make sure that pg_cron runs a resident worker."""
     if scalar(connection, _HAS_WORKER):
         return
     if scalar(connection, "SELECT to_regclass('cron.job') IS NULL") or not scalar(
@@ -358,7 +374,10 @@ def _sees_edit(connection: psycopg.Connection[Any], demo: Demo) -> bool:
 
 
 def _delete(connection: psycopg.Connection[Any], demo: Demo, console: Console) -> list[str]:
-    """Delete a page: its chunks go in the same transaction, so the very next search cannot find it."""
+    """Delete a page, and check that the next search does not find it.
+
+    Its chunks are deleted in the same transaction.
+    """
     headline(console, "A DELETE, gone from search at once")
     question = "garbage-collect a database with VACUUM"
 

@@ -1,4 +1,4 @@
-"""Readers and a writer that are at work while the demo upgrades the model."""
+"""Read and write while the demo upgrades the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _WRITE_SECONDS = 1.0
 
 @dataclass
 class Tally:
-    """What readers and the writer saw; times are of time.monotonic, in seconds."""
+    """The observations of readers and the writer.
+
+    Times are of time.monotonic, in seconds.
+    """
 
     reads: list[tuple[float, float]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -27,16 +30,19 @@ class Tally:
 
     @property
     def longest(self) -> float:
-        """The longest time that a read took."""
+        """Return the longest time of a read."""
         return max((seconds for _, seconds in self.reads), default=0.0)
 
     def longest_between(self, begin: float, end: float) -> float:
-        """The longest time of a read that was under way in a span of time."""
+        """Return the longest time of a read that overlaps a span of time."""
         return max((s for start, s in self.reads if start < end and start + s > begin), default=0.0)
 
 
 class LiveTraffic:
-    """Context in which two readers rank through the routing view and by search, and a writer edits pages."""
+    """Context in which two readers search and a writer edits pages.
+
+    The readers rank through the routing view and by search.
+    """
 
     def __init__(self, dsn: str, table: str, pages: Sequence[str], questions: Sequence[str]) -> None:
         self.tally = Tally()
@@ -58,7 +64,7 @@ class LiveTraffic:
 
     def _read(self, seed: int) -> None:
         draw = random.Random(seed)
-        # The widths of the query's vector and of the row's: they differ where two models are mixed.
+        # The widths of the query's vector and of the row's. They differ if two models are mixed.
         view = sql.SQL(
             "WITH asked AS MATERIALIZED (SELECT embedline.embed_query({pipeline}, %(text)s) AS vector)"
             " SELECT vector_dims((SELECT vector FROM asked)), vector_dims(embedding) FROM {view}"

@@ -1,6 +1,7 @@
-"""`make demo-upgrade`: another model for pages that are searched and edited all the time, and back, and for good.
+"""Upgrade the model of pages that are searched and edited all the time.
 
-The statements are those of docs/upgrade.md; `embedline upgrade-model` writes the same chain as Alembic revisions.
+`make demo-upgrade` goes to the new model, back to the old one, and to the new one for good. The statements are those of
+docs/upgrade.md; `embedline upgrade-model` writes the same chain as Alembic revisions.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _VERSION = """
 
 
 def run_upgrade(dsn: str, console: Console) -> list[str]:
-    """Run the whole demo; return what fell short of the promise, an empty list where nothing did."""
+    """Run the whole demo; return its broken promises, an empty list if all were kept."""
     started = time.perf_counter()
     with psycopg.connect(dsn, autocommit=True, application_name="embedline demo") as connection:
         folder = manual_folder(connection.info.server_version // 10000)
@@ -65,7 +66,10 @@ def run_upgrade(dsn: str, console: Console) -> list[str]:
 
 
 def _forget_last_run(connection: psycopg.Connection[Any]) -> None:
-    """Take away what an interrupted run left: the pipeline, and the bad model that it could not forget."""
+    """Remove the objects that an interrupted run left.
+
+    They are the pipeline, and the bad model that it could not forget.
+    """
     if scalar(connection, "SELECT count(*) FROM embedline.pipeline WHERE name = %s", [NAME]):
         connection.execute("SELECT embedline.drop_pipeline(%s)", (NAME,))
     if scalar(connection, "SELECT count(*) FROM embedline.model WHERE name = %s", [_bad_name()]):
@@ -79,7 +83,10 @@ def _bad_name() -> str:
 def _create_canaries(
     connection: psycopg.Connection[Any], terms: Mapping[str, frozenset[str]], console: Console
 ) -> None:
-    """The manual's own index as labelled queries: each term, and the pages that its entry names."""
+    """Store the manual's own index as labelled queries.
+
+    Each term stands with the pages that its entry names.
+    """
     table = sql.Identifier("public", f"{NAME}_canary")
     connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table))
     connection.execute(sql.SQL("CREATE TABLE {} (query text, key text, grade integer DEFAULT 1)").format(table))
@@ -178,11 +185,11 @@ def _figure(value: float | None) -> str:
 
 
 def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, console: Console) -> float:
-    """Run a swap; return the longest time in seconds that a read took meanwhile."""
+    """Run a swap; return the longest time in seconds of a read during it."""
     begin = time.monotonic()
     connection.execute(statement.encode())
     end = time.monotonic()
-    # A read that began in it may still be under way.
+    # A read that began in the swap may still be running.
     time.sleep(0.5)
     pause = tally.longest_between(begin, end)
     _say(console, statement)
@@ -191,7 +198,10 @@ def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, con
 
 
 def _missing_after_rollback(connection: psycopg.Connection[Any], console: Console) -> int:
-    """Count what the version lacks that serves again: at once, and until the writes of the last moments are through."""
+    """Count the vectors that the restored version lacks.
+
+    They are counted at once, and until the writes of the last moments are embedded.
+    """
     started = time.monotonic()
     first: int | None = None
     while True:
@@ -221,7 +231,10 @@ def _contract(connection: psycopg.Connection[Any], console: Console) -> None:
 
 
 def _offer_bad_model(connection: psycopg.Connection[Any], console: Console) -> list[str]:
-    """Offer static-256's vectors cut to 16 dimensions; return what is wrong where they are not refused."""
+    """Offer static-256's vectors cut to 16 dimensions.
+
+    Returns a fault if they are not refused.
+    """
     headline(console, f"A bad model, static-256's vectors cut to {_BAD_DIMENSIONS} dimensions, is offered and refused")
     _register_bad(connection)
     number = _expand(connection, _bad_name(), console)
@@ -241,7 +254,7 @@ def _offer_bad_model(connection: psycopg.Connection[Any], console: Console) -> l
 
 
 def _register_bad(connection: psycopg.Connection[Any]) -> None:
-    # The old model may have been forgotten by the contract; its files lie beside the new one's.
+    # The contract may have forgotten the old model. Its files are beside the new one's.
     new = Path(str(scalar(connection, "SELECT model FROM embedline.model WHERE name = %s", [NEW_MODEL])))
     folder = new.parent / _bad_name()
     cut_static_model(new.parent / "static-256", _BAD_DIMENSIONS, folder)

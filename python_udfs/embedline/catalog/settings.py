@@ -29,7 +29,7 @@ class PacingLimits:
 
 @dataclass(frozen=True)
 class Settings(PacingLimits):
-    """All settings; see the table in docs/operations.md.
+    """All settings; see the list in docs/reference/settings.md.
 
     - `live_share`: the largest part of batches for live changes while a backfill has work.
     - `max_replication_lag_seconds`, `max_xmin_age`: the limits at which workers slow down. They are the seconds that a replica

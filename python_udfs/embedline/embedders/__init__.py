@@ -1,6 +1,6 @@
 """Embedding providers, one module each behind the `Embedder` protocol.
 
-docs/providers.md tells how to add one.
+docs/how-to/openai-endpoints.md tells how to add one.
 """
 
 from embedline.core.embedding import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo

@@ -1,6 +1,6 @@
 """Estimate rows, tokens, money, bytes and hours before anything is paid for.
 
-The figures are rows, tokens, money, bytes and hours. Runs with the caller's rights: the sample reads the table, and
+Runs with the caller's rights: the sample reads the table, and
 evaluates the content, as the caller. A superuser does it as the source's owner, because the expressions of a pipeline
 are that role's code.
 

@@ -1,6 +1,4 @@
-"""Alter the endpoint, key, limits and options of a registered model.
-
-Options that decide its vectors stay.
+"""Alter a registered model without changing its vectors.
 
 Its endpoint, key, limits, and the options that do not decide vectors can be altered. The stored vectors stay, so an
 endpoint is accepted only if it gives them again. The new endpoint embeds a sample of stored chunks, which is compared
@@ -325,5 +323,6 @@ def _other_way(name: str, pipeline: str | None) -> str:
     new = quote_literal(f"{name}_2").strip()
     return (
         f"It is another model: SELECT embedline.create_model({new}, ...); then"
-        f" SELECT embedline.add_embedding_version({of}, {new}); fills a version beside the stored one (docs/upgrade.md)."
+        f" SELECT embedline.add_embedding_version({of}, {new}); fills a version beside the stored one"
+        " (docs/how-to/upgrade-a-model.md)."
     )

@@ -175,7 +175,9 @@ def _only_checks(context: AutogenContext) -> bool:
     return called is not None and called[0] is command.check
 
 
-_BY_HAND = "The revisions for index, cutover and contract: write them by hand, see docs/alembic.md; pipeline {}."
+_BY_HAND = (
+    "The revisions for index, cutover and contract: write them by hand, see docs/how-to/use-alembic.md; pipeline {}."
+)
 
 
 def _following(before: Hook | None, expansions: Sequence[MigrateOperation], upgrades: Sequence[Upgrade]) -> Hook:

@@ -1,6 +1,6 @@
 """Find the tables that gates use and no metadata declares.
 
-They are canaries, made by hand as docs/upgrade.md describes, and the demo's tables.
+They are canaries, made by hand as docs/how-to/upgrade-a-model.md describes, and the demo's tables.
 """
 
 from __future__ import annotations

@@ -412,7 +412,7 @@ def _say_what_next(demo: Demo, console: Console, seconds: float) -> None:
         ("  SELECT * FROM embedline.status;", "what waits, what works, what failed"),
         (f"  UPDATE {demo.name} SET body = body || '…' WHERE page = '…';", "and search again"),
         (f"make demo MODEL={other}", "the same with the other model"),
-        ("less docs/reference.md", "every function, with examples"),
+        ("less docs/reference/index.md", "every function, with examples"),
     ):
         console.print(
             f"  [green]{escape(command)}[/green]{'  ' if meaning else ''}[dim]{escape(meaning)}[/dim]", soft_wrap=True

@@ -1,7 +1,7 @@
 """Upgrade the model of pages that are searched and edited all the time.
 
 `make demo-upgrade` goes to the new model, back to the old one, and to the new one for good. The statements are those of
-docs/upgrade.md; `embedline upgrade-model` writes the same chain as Alembic revisions.
+docs/how-to/upgrade-a-model.md; `embedline upgrade-model` writes the same chain as Alembic revisions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def run_upgrade(dsn: str, console: Console) -> list[str]:
             shortfalls += _offer_bad_model(connection, console)
         shortfalls += _report(traffic.tally, console)
     headline(
-        console, f"Done in {time.perf_counter() - started:.0f} s. The same in your own migrations: docs/upgrade.md"
+        console,
+        f"Done in {time.perf_counter() - started:.0f} s. The same in your own migrations: docs/how-to/use-alembic.md",
     )
     return shortfalls
 

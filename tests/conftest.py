@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import importlib.util
 import os
@@ -31,6 +32,7 @@ import throwaway
 from embedline.dev.cluster.bootstrap import local_cluster
 from embedline.dev.cluster.cluster import Cluster
 from embedline.dev.cluster.settings import load_settings
+from recycling import RecycledDatabase
 
 # Unique to this run, so that two runs on one server never meet.
 _RUN = f"{os.getpid()}_{secrets.token_hex(3)}"
@@ -130,10 +132,22 @@ def role_passwords(maintenance: psycopg.Connection) -> Iterator[dict[str, str]]:
         maintenance.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(role)))
 
 
+@pytest.fixture(scope="session")
+def recycled_database(template_server: NoopExecutor) -> Iterator[RecycledDatabase]:
+    """The database that this process's tests have one after the other."""
+    recycled = RecycledDatabase(lambda: cloned_database(template_server, template_server.template_dbname))
+    yield recycled
+    recycled.close()
+    if os.environ.get("EMBEDLINE_RECYCLING"):
+        print(
+            f"\n{recycled.clones} clones, because of {collections.Counter(recycled.differences)}", file=sys.__stderr__
+        )
+
+
 @pytest.fixture
-def database_dsn(template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
-    """URI of a fresh clone of the template, for a superuser."""
-    with cloned_database(template_server, template_server.template_dbname) as dsn:
+def database_dsn(recycled_database: RecycledDatabase, role_passwords: dict[str, str]) -> Iterator[str]:
+    """URI of a database that is as the template is, for a superuser."""
+    with recycled_database.lend(role_passwords.keys()) as dsn:
         yield dsn
 
 
@@ -142,6 +156,11 @@ def empty_database_dsn(server_dsn: str, template_server: NoopExecutor, role_pass
     """URI of a database without Embedline in it. The template stays beside it, so that the server's roles stay too."""
     with cloned_database(template_server, "template0") as dsn:
         yield dsn
+
+
+def dbname_of(dsn: str) -> str:
+    """Return the name of a URI's database."""
+    return str(conninfo.conninfo_to_dict(dsn)["dbname"])
 
 
 @contextlib.contextmanager
@@ -182,9 +201,12 @@ def connect(database_dsn: str, role_passwords: dict[str, str]) -> Iterator[Conne
 
 
 @pytest.fixture
-def database(connect: Connect) -> psycopg.Connection:
-    """A superuser's autocommit connection to the test's own database, models static-256 and minilm registered."""
-    return connect()
+def database(connect: Connect, recycled_database: RecycledDatabase, database_dsn: str) -> psycopg.Connection:
+    """A superuser's autocommit connection to the test's own database, models static-256 and minilm registered.
+
+    The session may have imports of earlier tests, and nothing else of them; those of `connect` are new.
+    """
+    return recycled_database.session(database_dsn) or connect()
 
 
 @pytest.fixture

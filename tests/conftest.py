@@ -138,10 +138,9 @@ def recycled_database(template_server: NoopExecutor) -> Iterator[RecycledDatabas
     recycled = RecycledDatabase(lambda: cloned_database(template_server, template_server.template_dbname))
     yield recycled
     recycled.close()
-    if os.environ.get("EMBEDLINE_RECYCLING"):
-        print(
-            f"\n{recycled.clones} clones, because of {collections.Counter(recycled.differences)}", file=sys.__stderr__
-        )
+    if report := os.environ.get("EMBEDLINE_RECYCLING"):
+        with open(report, "a", encoding="utf-8") as file:
+            file.write(f"{recycled.clones} clones; differences: {dict(collections.Counter(recycled.differences))}\n")
 
 
 @pytest.fixture

@@ -180,6 +180,8 @@ class RecycledDatabase:
         else:
             # A new object on the same session: handlers of notices, prepared statements and adapters are the test's own.
             opened = psycopg.Connection(self._handle)
+            self._given.append(opened)
+            opened.rollback()
             opened.autocommit = True
         self._given.append(opened)
         return opened
@@ -217,10 +219,9 @@ class RecycledDatabase:
 
     def _restore(self, roles: list[str]) -> bool:
         """Empty the database and the session; return whether nothing tells them from new ones."""
-        connection = self._open_session()
-        if connection.info.transaction_status == pq.TransactionStatus.ACTIVE:
+        if self._handle is not None and self._handle.transaction_status == pq.TransactionStatus.ACTIVE:
             return False
-        connection.rollback()
+        connection = self._open_session()
         connection.execute("DISCARD ALL")
         for (gid,) in connection.execute(
             "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = current_database()"

@@ -68,8 +68,9 @@ lint: _lint-setup ## check style, types, layers, SQL and migrations
 	@.venv/bin/alembic upgrade head --sql >.build/migrations.sql
 	@.venv/bin/squawk --config .squawk.toml .build/migrations.sql
 
-golden: ## write sql/README.md from the files of sql/
+golden: _test-setup ## write sql/README.md, and the schema and the rights in tests/golden
 	@PYTHONPATH=python_udfs PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.sql_index
+	@EMBEDLINE_UPDATE_GOLDEN=1 $(WITH_DSN) .venv/bin/pytest -n 0 -q tests/db/test_golden.py
 
 dsn: ## print the connection URI of the local database, and nothing else
 	@$(BOOTSTRAP) dsn

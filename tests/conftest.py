@@ -37,6 +37,21 @@ from recycling import RecycledDatabase
 # Unique to this run, so that two runs on one server never meet.
 _RUN = f"{os.getpid()}_{secrets.token_hex(3)}"
 
+_FAULT_FOLDERS = ("cron", "faults")
+# Files that take longest, or wait longest, by what they took: the order in which processes take them.
+_LONGEST = {
+    name: place
+    for place, name in enumerate(
+        (
+            *("test_schedule.py", "test_job_troubles.py", "test_index_jobs.py", "test_provider_faults.py"),
+            *("test_evaluate.py", "test_capture.py", "test_pipelines.py", "test_onnx_models.py", "test_hub_models.py"),
+            *("test_chunkers_properties.py", "test_operations.py", "test_removal.py", "test_gate.py"),
+            *("test_search_plans.py", "test_reach.py", "test_precision.py", "test_deletions.py", "test_versions.py"),
+            *("test_long_commands.py", "test_words_of_keys_and_locks.py", "test_budgets_end_to_end.py"),
+        )
+    )
+}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the run's server before the processes of a parallel run begin: they inherit its address."""
@@ -49,6 +64,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of faults, put the longest files first, and skip what needs torch where it is not installed."""
+    for item in items:
+        if item.path.parent.name in _FAULT_FOLDERS:
+            item.add_marker(pytest.mark.faults)
+    # A process takes a file at a time: one that begins late and takes long would run alone at the end.
+    items.sort(key=lambda item: _LONGEST.get(item.path.name, len(_LONGEST)))
+    _skip_without_torch(items)
+
+
+def _skip_without_torch(items: list[pytest.Item]) -> None:
     """Skip the tests that need torch where it is not installed; EMBEDLINE_TORCH=1 lets them fail there."""
     if os.environ.get("EMBEDLINE_TORCH") == "1" or importlib.util.find_spec("sentence_transformers") is not None:
         return
@@ -245,7 +270,7 @@ def new_cluster() -> Iterator[StartCluster]:
                 data_dir=Path(folder) / "data",
                 port=support.free_port(),
                 bin_dir=local_cluster(settings).bin_dir,
-                python_path=settings.server_python_path,
+                python_path=throwaway.server_python_path(),
                 cron_database=cron_database,
                 settings={"shared_buffers": "64MB", "max_wal_size": "1GB", "fsync": "off", **(settings_ or {})},
                 environment=environment or {},

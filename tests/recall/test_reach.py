@@ -154,10 +154,10 @@ def test_a_vector_that_is_written_behind_the_check_is_ranked_exactly(off_topic: 
         """
         CREATE OR REPLACE FUNCTION test_keep_late(chunk_ids bigint[]) RETURNS void LANGUAGE plpython3u AS $python$
             from embedline.catalog import load as catalog
-            from embedline.search import index_recall as reach
+            from embedline.search import exact_rows
             from embedline.postgres.session import Session
             session = Session(plpy, GD)
-            reach.keep_late(session, catalog.load_pipeline(session, "page"), chunk_ids)
+            exact_rows.keep_late(session, catalog.load_pipeline(session, "page"), chunk_ids)
         $python$
         """
     )

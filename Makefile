@@ -15,7 +15,7 @@ TORCH ?=
 BOOTSTRAP := PYTHONPATH=python_udfs PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.cluster.bootstrap
 WITH_DSN  := EMBEDLINE_DSN="$$($(BOOTSTRAP) dsn)"
 
-.PHONY: help setup up demo demo-upgrade test bench golden lint dsn psql down clean _lint-setup _test-setup
+.PHONY: help setup up demo demo-upgrade test test-faults coverage bench golden lint dsn psql down clean _lint-setup _test-setup
 
 help: ## print this help
 	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -38,9 +38,25 @@ demo-upgrade: up ## another model for pages that are searched and edited all the
 _test-setup: up
 	@$(BOOTSTRAP) test-setup
 
-test: _test-setup ## run the tests (ARGS='-k name' goes to pytest; TORCH=1 insists on those that need torch, 0 skips them)
+# Four processes on two cores: most tests wait for a backend or a model host. The order is that of tests/conftest.py.
+PYTEST := EMBEDLINE_TORCH=$(TORCH) $(WITH_DSN) .venv/bin/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30
+
+test: _test-setup ## run the tests but those of faults (ARGS='-k name' goes to pytest; TORCH=1 insists on torch, 0 skips it)
 	@echo "» Running the tests" >&2
-	@EMBEDLINE_TORCH=$(TORCH) $(WITH_DSN) .venv/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) -m "not faults" $(ARGS)
+
+test-faults: _test-setup ## run the tests that kill, break and slow down, and those that wait for pg_cron
+	@echo "» Running the tests of faults" >&2
+	@$(PYTEST) -m faults $(ARGS)
+
+# Statements that run in backends and model hosts count, too: see tests/measuring.
+coverage: _test-setup ## run all tests and print which statements of the package they run, in servers and outside (ARGS)
+	@rm -rf .build/coverage && mkdir -p .build/coverage && chmod 1777 .build/coverage
+	@status=0; PYTHONPATH=$(CURDIR)/tests/measuring $(PYTEST) $(ARGS) || status=$$?; \
+	cd .build/coverage; export EMBEDLINE_COVERAGE_DATA=data; \
+	../../.venv/bin/coverage combine --quiet --rcfile ../../tests/measuring/coverage.ini .; \
+	../../.venv/bin/coverage report --rcfile ../../tests/measuring/coverage.ini; \
+	exit $$status
 
 bench: _test-setup ## run a benchmark (NAME=drain-stub, all, or "x --save"; without NAME it lists them)
 	@echo "» Running benchmark $(or $(NAME),of every kind)" >&2
@@ -77,8 +93,9 @@ docs: _docs-setup ## build the pages of docs/ as a site into .build/site; a warn
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --config-file .mkdocs.yml
 	@echo "  open .build/site/index.html" >&2
 
-golden: ## write sql/README.md from the files of sql/
+golden: _test-setup ## write sql/README.md, and the schema and the rights in tests/golden
 	@PYTHONPATH=python_udfs PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.sql_index
+	@EMBEDLINE_UPDATE_GOLDEN=1 $(WITH_DSN) .venv/bin/pytest -n 0 -q tests/db/test_golden.py
 
 dsn: ## print the connection URI of the local database, and nothing else
 	@$(BOOTSTRAP) dsn

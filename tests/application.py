@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from programs import Process
 
 _MODELS = '''"""The application's tables."""
 
@@ -73,14 +73,10 @@ class Application:
         """Write embedline.toml beside alembic.ini."""
         (self.folder / "embedline.toml").write_text(text, encoding="utf-8")
 
-    def start(self, program: str, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, program: str, *arguments: str) -> Process:
         """Start a program of this virtual environment in the application's folder."""
         environment = {name: value for name, value in os.environ.items() if name != "EMBEDLINE_DSN"}
-        return subprocess.Popen(
-            [str(Path(sys.executable).with_name(program)), *arguments],
-            cwd=self.folder, env=environment, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        return Process(program, arguments, cwd=self.folder, env=environment)
 
     def run(self, program: str, *arguments: str, fails: bool = False) -> str:
         """Run a program; return its output, or in one line what it said of its failure, which must be no traceback."""

@@ -6,17 +6,13 @@ import os
 import pty
 import re
 import subprocess
-import sys
 import threading
-from pathlib import Path
+
+import programs
 
 # Wide enough that no line is cut.
 _COLUMNS = "200"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-def _command(arguments: tuple[str, ...]) -> list[str]:
-    return [str(Path(sys.executable).with_name("embedline")), *arguments]
 
 
 def _environment(dsn: str) -> dict[str, str]:
@@ -25,10 +21,7 @@ def _environment(dsn: str) -> dict[str, str]:
 
 def run(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command with pipes to its end."""
-    return subprocess.run(
-        _command(arguments), env=_environment(dsn), text=True, capture_output=True, stdin=subprocess.DEVNULL,
-        check=False, timeout=300,
-    )  # fmt: skip
+    return programs.run("embedline", *arguments, env=_environment(dsn))
 
 
 class Terminal:
@@ -36,9 +29,7 @@ class Terminal:
 
     def __init__(self, dsn: str, *arguments: str) -> None:
         self._main, side = pty.openpty()
-        self._process = subprocess.Popen(
-            _command(arguments), env=_environment(dsn), stdin=subprocess.DEVNULL, stdout=side, stderr=side
-        )
+        self._process = programs.Process("embedline", arguments, env=_environment(dsn), stdout=side, stderr=side)
         os.close(side)
         self._output = b""
         self._reader = threading.Thread(target=self._read)

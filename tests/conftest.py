@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import importlib.util
 import os
@@ -31,9 +32,25 @@ import throwaway
 from embedline.dev.cluster.bootstrap import local_cluster
 from embedline.dev.cluster.server import Cluster
 from embedline.dev.cluster.settings import load_settings
+from recycling import RecycledDatabase
 
 # Unique to this run, so that two runs on one server never meet.
 _RUN = f"{os.getpid()}_{secrets.token_hex(3)}"
+
+_FAULT_FOLDERS = ("cron", "faults")
+# Files that take longest, or wait longest, by what they took: the order in which processes take them.
+_LONGEST = {
+    name: place
+    for place, name in enumerate(
+        (
+            *("test_schedule.py", "test_job_troubles.py", "test_index_jobs.py", "test_provider_faults.py"),
+            *("test_evaluate.py", "test_capture.py", "test_pipelines.py", "test_onnx_models.py", "test_hub_models.py"),
+            *("test_chunkers_properties.py", "test_operations.py", "test_removal.py", "test_gate.py"),
+            *("test_search_plans.py", "test_reach.py", "test_precision.py", "test_deletions.py", "test_versions.py"),
+            *("test_long_commands.py", "test_words_of_keys_and_locks.py", "test_budgets_end_to_end.py"),
+        )
+    )
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +64,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of faults, put the longest files first, and skip what needs torch where it is not installed."""
+    for item in items:
+        if item.path.parent.name in _FAULT_FOLDERS:
+            item.add_marker(pytest.mark.faults)
+    # A process takes a file at a time: one that begins late and takes long would run alone at the end.
+    items.sort(key=lambda item: _LONGEST.get(item.path.name, len(_LONGEST)))
+    _skip_without_torch(items)
+
+
+def _skip_without_torch(items: list[pytest.Item]) -> None:
     """Skip the tests that need torch where it is not installed; EMBEDLINE_TORCH=1 lets them fail there."""
     if os.environ.get("EMBEDLINE_TORCH") == "1" or importlib.util.find_spec("sentence_transformers") is not None:
         return
@@ -130,10 +157,21 @@ def role_passwords(maintenance: psycopg.Connection) -> Iterator[dict[str, str]]:
         maintenance.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(role)))
 
 
+@pytest.fixture(scope="session")
+def recycled_database(template_server: NoopExecutor) -> Iterator[RecycledDatabase]:
+    """The database that this process's tests have one after the other."""
+    recycled = RecycledDatabase(lambda: cloned_database(template_server, template_server.template_dbname))
+    yield recycled
+    recycled.close()
+    if report := os.environ.get("EMBEDLINE_RECYCLING"):
+        with open(report, "a", encoding="utf-8") as file:
+            file.write(f"{recycled.clones} clones; differences: {dict(collections.Counter(recycled.differences))}\n")
+
+
 @pytest.fixture
-def database_dsn(template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
-    """URI of a fresh clone of the template, for a superuser."""
-    with cloned_database(template_server, template_server.template_dbname) as dsn:
+def database_dsn(recycled_database: RecycledDatabase, role_passwords: dict[str, str]) -> Iterator[str]:
+    """URI of a database that is as the template is, for a superuser."""
+    with recycled_database.lend(role_passwords.keys()) as dsn:
         yield dsn
 
 
@@ -142,6 +180,11 @@ def empty_database_dsn(server_dsn: str, template_server: NoopExecutor, role_pass
     """URI of a database without Embedline in it. The template stays beside it, so that the server's roles stay too."""
     with cloned_database(template_server, "template0") as dsn:
         yield dsn
+
+
+def dbname_of(dsn: str) -> str:
+    """Return the name of a URI's database."""
+    return str(conninfo.conninfo_to_dict(dsn)["dbname"])
 
 
 @contextlib.contextmanager
@@ -182,9 +225,12 @@ def connect(database_dsn: str, role_passwords: dict[str, str]) -> Iterator[Conne
 
 
 @pytest.fixture
-def database(connect: Connect) -> psycopg.Connection:
-    """A superuser's autocommit connection to the test's own database, models static-256 and minilm registered."""
-    return connect()
+def database(connect: Connect, recycled_database: RecycledDatabase, database_dsn: str) -> psycopg.Connection:
+    """A superuser's autocommit connection to the test's own database, models static-256 and minilm registered.
+
+    The session may have imports of earlier tests, and nothing else of them; those of `connect` are new.
+    """
+    return recycled_database.session(database_dsn) or connect()
 
 
 @pytest.fixture
@@ -224,7 +270,7 @@ def new_cluster() -> Iterator[StartCluster]:
                 data_dir=Path(folder) / "data",
                 port=support.free_port(),
                 bin_dir=local_cluster(settings).bin_dir,
-                python_path=settings.server_python_path,
+                python_path=throwaway.server_python_path(),
                 cron_database=cron_database,
                 settings={"shared_buffers": "64MB", "max_wal_size": "1GB", "fsync": "off", **(settings_ or {})},
                 environment=environment or {},

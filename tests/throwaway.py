@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from embedline.dev.cluster.settings import load_settings
 # Where files live in memory, and the room that a run may need there: a WAL of 1 GB and some dozen databases.
 _MEMORY = Path("/dev/shm")
 _ROOM = 4 * 2**30
+# See sitecustomize.py there.
+_MEASURING = Path(__file__).resolve().parent / "measuring"
 _SETTINGS = {
     "fsync": "off",
     "synchronous_commit": "off",
@@ -27,6 +30,12 @@ _SETTINGS = {
     "max_connections": "200",
     "shared_buffers": "256MB",
 }
+
+
+def server_python_path() -> str:
+    """Return the PYTHONPATH of a server of the tests; while coverage is measured, the folder that counts comes first."""
+    path = load_settings().server_python_path
+    return f"{_MEASURING}{os.pathsep}{path}" if str(_MEASURING) in sys.path else path
 
 
 def start_server() -> Cluster:
@@ -39,7 +48,7 @@ def start_server() -> Cluster:
         data_dir=folder / "data",
         port=support.free_port(),
         bin_dir=local_cluster(settings).bin_dir,
-        python_path=settings.server_python_path,
+        python_path=server_python_path(),
         cron_database=None,
         settings=_SETTINGS,
     )

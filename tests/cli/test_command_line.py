@@ -9,7 +9,6 @@ import pty
 import secrets
 import struct
 import subprocess
-import sys
 import termios
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,15 +18,14 @@ import pytest
 from psycopg import conninfo
 
 import embedline
+import programs
 from embedline.client.doctor.examine import examine
 from embedline.client.doctor.server import Finding, Server
 from support import create_pages, create_pipeline, scalar, settle, uri
 
-_COMMAND = [sys.executable, "-m", "embedline.client.cli"]
-
 
 def _piped(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*_COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return programs.run("embedline", *arguments)
 
 
 def _in_terminal(*arguments: str, columns: int = 80) -> list[str]:
@@ -35,7 +33,7 @@ def _in_terminal(*arguments: str, columns: int = 80) -> list[str]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen([*_COMMAND, *arguments], stdout=theirs, stderr=theirs, env=environment)
+    process = programs.Process("embedline", arguments, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
     while True:

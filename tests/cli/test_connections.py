@@ -16,21 +16,25 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
+import programs
 from embedline.client import connection
 from embedline.client.connection import NoDatabaseNamed
 from embedline.dev.cluster.server_user import as_server_user, server_user
 from support import ROOT, create_pages, create_pipeline, free_port, scalar, settle, wait_until
 
 _PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-_COMMAND = [sys.executable, "-m", "embedline.client.cli"]
-_ALEMBIC = [sys.executable, "-m", "alembic", "upgrade", "head"]
+_COMMAND = ["embedline"]
+_ALEMBIC = ["alembic", "upgrade", "head"]
 
 
 def _run(command: list[str], check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {n: v for n, v in os.environ.items() if not n.startswith("PG") and n != "EMBEDLINE_DSN"}
-    done = subprocess.run(
-        command, cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True, check=False, timeout=300
-    )
+    if command[0] == sys.executable:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True, check=False, timeout=300
+        )
+    else:
+        done = programs.run(*command, cwd=ROOT, env={**clean, **environment})
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -75,7 +79,18 @@ def test_a_percent_in_the_address_is_no_format(database_dsn: str) -> None:
     _run([*_COMMAND, "upgrade", "--dsn", dsn], PGPASSWORD=str(parts["password"]))
 
 
-@pytest.mark.parametrize("command", [[*_COMMAND, "status"], [*_COMMAND, "upgrade"], _ALEMBIC])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*_COMMAND, "status"],
+        [*_COMMAND, "upgrade"],
+        _ALEMBIC,
+        [sys.executable, "-m", "embedline.client.cli", "status"],
+        [sys.executable, "-m", *_ALEMBIC],
+        [sys.executable, str(Path(sys.executable).with_name("embedline")), "upgrade"],
+        [sys.executable, str(Path(sys.executable).with_name("alembic")), "upgrade", "head"],
+    ],
+)
 def test_without_a_database_named_it_says_what_to_set(command: list[str]) -> None:
     done = _run(command, check=False)
     assert done.returncode == 1

@@ -159,6 +159,7 @@ def test_claims_that_come_from_a_backup_are_taken_over(stub_database: psycopg.Co
     assert dead_letters(stub_database) == {}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("crashes", [1, 2, 3, 4, 9])
 def test_a_range_of_the_backfill_is_read_however_often_its_workers_died(
     stub_database: psycopg.Connection, stub: StubProvider, crashes: int
@@ -174,6 +175,7 @@ def test_a_range_of_the_backfill_is_read_however_often_its_workers_died(
     assert assert_all_settled(stub_database, stub.dimensions) == 100 - len(given_up)
 
 
+@pytest.mark.faults
 def test_rows_that_crash_their_worker_are_quarantined_alone_beside_two_workers(
     stub_database: psycopg.Connection, stub: StubProvider
 ) -> None:

@@ -165,6 +165,7 @@ class _Scene:
             )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_reader_ever_sees_a_chunk_of_another_row(
     connect: Connect, database: psycopg.Connection, stub: StubProvider, level: str

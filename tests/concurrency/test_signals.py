@@ -130,6 +130,7 @@ def test_signals_of_a_paused_pipeline_are_folded_and_count_once_it_goes_on(
     assert assert_all_settled(pages, stub.dimensions) == 601
 
 
+@pytest.mark.faults
 def test_what_a_worker_left_that_was_killed_is_found_by_one_that_is_idle(
     pages: psycopg.Connection, stub: StubProvider
 ) -> None:

@@ -111,6 +111,7 @@ def test_reservations_and_roll_ups_beside_each_other_lose_nothing(ledger: psycop
     assert scalar(ledger, "SELECT count(*) FROM embedline.usage_day") >= 1
 
 
+@pytest.mark.faults
 def test_the_ledger_survives_a_crash_of_the_server(own_cluster: Cluster) -> None:
     with psycopg.connect(own_cluster.dsn(), autocommit=True) as connection:
         create_pages(connection, 3)

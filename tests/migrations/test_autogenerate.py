@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
+from pytest_postgresql.executors import NoopExecutor
 
 from application import PIPELINE, Application
+from conftest import cloned_database, dbname_of
 from support import create_pipeline, scalar, settle
 
 _NOTHING = "No new upgrade operations detected"
 
 
+@pytest.fixture(scope="module")
+def first_application(template_server: NoopExecutor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    """An application whose table exists and has a few rows: each test begins with a copy of it and of its database."""
+    with cloned_database(template_server, template_server.template_dbname) as dsn:
+        app = Application(tmp_path_factory.mktemp("first"), dsn)
+        app.autogenerate("article")
+        app.alembic("upgrade", "head")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute(
+                "INSERT INTO article SELECT n, 'Title ' || n, 'Body ' || n FROM generate_series(1, 20) AS n"
+            )
+        yield app
+
+
 @pytest.fixture
-def application(tmp_path: Path, database_dsn: str) -> Application:
-    """An application whose table exists and has a few rows."""
-    app = Application(tmp_path, database_dsn)
-    app.autogenerate("article")
-    app.alembic("upgrade", "head")
-    with psycopg.connect(database_dsn, autocommit=True) as connection:
-        connection.execute("INSERT INTO article SELECT n, 'Title ' || n, 'Body ' || n FROM generate_series(1, 20) AS n")
-    return app
+def database_dsn(
+    first_application: Application, template_server: NoopExecutor, role_passwords: dict[str, str]
+) -> Iterator[str]:
+    """URI of a clone of the application's database."""
+    with cloned_database(template_server, dbname_of(first_application.dsn)) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def application(first_application: Application, tmp_path: Path, database_dsn: str) -> Application:
+    """The application on the test's own database."""
+    return first_application.copy(tmp_path, database_dsn)
 
 
 def test_the_first_revision_holds_the_applications_table_and_nothing_else(application: Application) -> None:

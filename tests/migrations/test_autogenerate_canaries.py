@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
+from pytest_postgresql.executors import NoopExecutor
 
 from application import PIPELINE, Application
-from conftest import MakeRole
+from conftest import MakeRole, cloned_database, dbname_of
 from support import create_pipeline, scalar, settle
 
 _NOTHING = "No new upgrade operations detected"
@@ -23,16 +25,35 @@ sa.Table(
 """
 
 
+@pytest.fixture(scope="module")
+def first_application(template_server: NoopExecutor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    """An application with a pipeline over its table: each test begins with a copy of it and of its database."""
+    with cloned_database(template_server, template_server.template_dbname) as dsn:
+        app = Application(tmp_path_factory.mktemp("first"), dsn)
+        app.autogenerate("article")
+        app.alembic("upgrade", "head")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute(
+                "INSERT INTO article SELECT n, 'Title ' || n, 'Body ' || n FROM generate_series(1, 20) AS n"
+            )
+            create_pipeline(connection, "article", "article", "title", index_method="none")
+            settle(connection)
+        yield app
+
+
 @pytest.fixture
-def application(tmp_path: Path, database_dsn: str, database: psycopg.Connection) -> Application:
-    """An application with a pipeline over its table."""
-    app = Application(tmp_path, database_dsn)
-    app.autogenerate("article")
-    app.alembic("upgrade", "head")
-    database.execute("INSERT INTO article SELECT n, 'Title ' || n, 'Body ' || n FROM generate_series(1, 20) AS n")
-    create_pipeline(database, "article", "article", "title", index_method="none")
-    settle(database)
-    return app
+def database_dsn(
+    first_application: Application, template_server: NoopExecutor, role_passwords: dict[str, str]
+) -> Iterator[str]:
+    """URI of a clone of the application's database."""
+    with cloned_database(template_server, dbname_of(first_application.dsn)) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def application(first_application: Application, tmp_path: Path, database_dsn: str) -> Application:
+    """The application on the test's own database."""
+    return first_application.copy(tmp_path, database_dsn)
 
 
 def _create_canaries(database: psycopg.Connection, table: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from alembic.script import ScriptDirectory
 from psycopg import conninfo
 from pytest_postgresql.executors import NoopExecutor
 
+import programs
 from embedline.dev.cluster.server import Cluster
 from support import MODELS, ROOT, assert_exact, create_pages, create_pipeline, drain, scalar, settle, uri
 
@@ -57,10 +57,7 @@ def _alembic(dsn: str | None, *arguments: str, check: bool = True) -> subprocess
     environment: Mapping[str, str] = {k: v for k, v in os.environ.items() if k != "EMBEDLINE_DSN"}
     if dsn is not None:
         environment = {**environment, "EMBEDLINE_DSN": dsn}
-    done = subprocess.run(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = programs.run("alembic", *arguments, cwd=ROOT, env=environment)
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import conninfo, sql
+from psycopg import sql
 from pytest_postgresql.executors import NoopExecutor
 
 from application import PIPELINE, Application
-from conftest import MakeRole, cloned_database
+from conftest import MakeRole, cloned_database, dbname_of
 from small_models import register_static
 from support import scalar, wait_until
 from working import Worker
@@ -44,7 +44,7 @@ def watched(template_server: NoopExecutor, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def database_dsn(watched: Application, template_server: NoopExecutor, role_passwords: dict[str, str]) -> Iterator[str]:
     """URI of a clone of the application's database."""
-    with cloned_database(template_server, str(conninfo.conninfo_to_dict(watched.dsn)["dbname"])) as dsn:
+    with cloned_database(template_server, dbname_of(watched.dsn)) as dsn:
         yield dsn
 
 

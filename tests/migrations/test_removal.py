@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 
 import psycopg
 import pytest
 
+import programs
 from embedline.dev.cluster.server import Cluster
 from support import ROOT, create_pages, create_pipeline, scalar, settle
 from upgrading import add_version, cut_over, settle_versions
@@ -27,10 +27,7 @@ Prepare = Callable[[psycopg.Connection], None]
 
 
 def _downgrade(dsn: str, revision: str = "base") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "embedline.client.cli", "downgrade", revision],
-        env={**os.environ, "EMBEDLINE_DSN": dsn}, cwd="/", capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    return programs.run("embedline", "downgrade", revision, cwd="/", env={**os.environ, "EMBEDLINE_DSN": dsn})
 
 
 def _assert_gone(dsn: str) -> None:
@@ -220,9 +217,8 @@ def test_an_earlier_release_is_refused_in_one_sentence(database: psycopg.Connect
     settle(database)
     add_version(database, "minilm")
     _assert_refused(database_dsn, 'pipeline "page" has versions', revision="0005")
-    alembic = [sys.executable, "-m", "alembic", "downgrade", "0005"]
     environment = {**os.environ, "EMBEDLINE_DSN": database_dsn}
-    done = subprocess.run(alembic, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    done = programs.run("alembic", "downgrade", "0005", cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith("HINT: ")
@@ -233,9 +229,9 @@ def test_the_rendered_script_removes_everything(database: psycopg.Connection, da
     create_pipeline(database)
     settle(database)
     _another_chunking_alone(database)
-    alembic = [sys.executable, "-m", "alembic", "downgrade", "head:base", "--sql"]
-    rendered = subprocess.run(alembic, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    database.execute(rendered.encode())
+    rendered = programs.run("alembic", "downgrade", "head:base", "--sql", cwd=ROOT)
+    assert rendered.returncode == 0, rendered.stderr
+    database.execute(rendered.stdout.encode())
     assert database.execute(_TRACES).fetchall() == []
 
 

@@ -141,6 +141,7 @@ def test_slices_with_overlap_cover_the_text_in_order(
     tokens=st.sampled_from([32, 64, 256]),
     prefix=st.sampled_from(["", "Title\n", "Title: ", "A long title " * 30]),
 )
+@example(text="\U00010000" * 15 + "\U0001d400", tokens=64, prefix="")
 def test_no_chunk_with_its_prefix_is_longer_than_its_limit(
     method: str, model: str | None, text: str, tokens: int, prefix: str
 ) -> None:

@@ -110,11 +110,11 @@ class TokenMeasure:
         return tokens
 
     def surely_fits(self, text: str, capacity: int) -> bool:
-        # A token is at least one byte of the text as the tokenizer normalises it; one more may mark the beginning. No
-        # normal form is longer than NFKD.
+        # A token is at least one byte of the text as the tokenizer normalises it; one more may mark the beginning. Which
+        # form that is, is not known. NFKD splits characters, and can also shorten one: U+1D400 has four bytes, its "A" one.
         if len(text) >= capacity:
             return False
-        return text.isascii() or len(unicodedata.normalize("NFKD", text).encode()) < capacity
+        return text.isascii() or sum(map(_most_bytes, text)) < capacity
 
     def sizes(self, texts: Sequence[str]) -> list[int]:
         return [len(encoding) for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -131,6 +131,13 @@ class TokenMeasure:
 
     def _size(self, text: str) -> int:
         return len(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _most_bytes(character: str) -> int:
+    """Return the bytes of a character in UTF-8, as it is or decomposed, whichever are more."""
+    forms = (character, *(unicodedata.normalize(form, character) for form in ("NFD", "NFKD")))
+    return max(len(form.encode()) for form in forms)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,962 @@
+CREATE SCHEMA embedline;
+
+CREATE SCHEMA embedline_data;
+
+CREATE SCHEMA embedline_expression;
+
+CREATE SCHEMA embedline_search;
+
+CREATE SCHEMA public;
+
+CREATE TABLE embedline.alembic_version (
+    version_num character varying(32) NOT NULL,
+    CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
+);
+
+CREATE TABLE embedline.backfill_range (
+    range_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    relation regclass NOT NULL,
+    file_node oid NOT NULL,
+    next_tid tid NOT NULL,
+    end_tid tid NOT NULL,
+    done boolean DEFAULT false NOT NULL,
+    claimed_by integer,
+    crash_count smallint DEFAULT 0 NOT NULL,
+    CONSTRAINT backfill_range_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT backfill_range_pkey PRIMARY KEY (range_id)
+) WITH (fillfactor=70);
+
+CREATE VIEW embedline.budget (
+    scope text,
+    name text,
+    period text,
+    unit text,
+    amount numeric,
+    spent numeric,
+    reserved numeric,
+    remaining numeric,
+    starts_at timestamp with time zone,
+    resets_at timestamp with time zone,
+    state text
+);
+
+CREATE TABLE embedline.budget_stop (
+    pipeline_id bigint NOT NULL,
+    tokens bigint NOT NULL,
+    stopped_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT budget_stop_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT budget_stop_pkey PRIMARY KEY (pipeline_id)
+);
+
+CREATE TABLE embedline.chunk_set (
+    chunk_set_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    number integer NOT NULL,
+    chunking text NOT NULL,
+    chunk_tokens integer,
+    chunk_overlap integer DEFAULT 0 NOT NULL,
+    chunking_options jsonb DEFAULT '{}'::jsonb NOT NULL,
+    tokenizer text,
+    CONSTRAINT chunk_set_chunk_overlap_check CHECK ((chunk_overlap >= 0)),
+    CONSTRAINT chunk_set_chunk_tokens_check CHECK ((chunk_tokens > 0)),
+    CONSTRAINT chunk_set_chunking_check CHECK ((chunking = ANY (ARRAY['recursive'::text, 'sentences'::text, 'markdown'::text, 'fixed'::text, 'semantic'::text, 'none'::text]))),
+    CONSTRAINT chunk_set_number_check CHECK ((number > 0)),
+    CONSTRAINT chunk_set_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT chunk_set_pipeline_id_number_key UNIQUE (pipeline_id, number),
+    CONSTRAINT chunk_set_pkey PRIMARY KEY (chunk_set_id)
+);
+
+CREATE TABLE embedline.circuit (
+    model_id bigint NOT NULL,
+    failure_count integer NOT NULL,
+    open_until timestamp with time zone NOT NULL,
+    last_error text NOT NULL,
+    CONSTRAINT circuit_model_id_fkey FOREIGN KEY (model_id) REFERENCES embedline.model(model_id) ON DELETE CASCADE,
+    CONSTRAINT circuit_pkey PRIMARY KEY (model_id)
+);
+
+CREATE TABLE embedline.cutover (
+    cutover_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    kind text NOT NULL,
+    from_version_id bigint NOT NULL,
+    to_version_id bigint NOT NULL,
+    from_number integer NOT NULL,
+    to_number integer NOT NULL,
+    evaluation_id bigint,
+    override_reason text,
+    swap_seconds double precision,
+    performed_by text DEFAULT SESSION_USER NOT NULL,
+    performed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT cutover_evaluation_id_fkey FOREIGN KEY (evaluation_id) REFERENCES embedline.evaluation(evaluation_id) ON DELETE SET NULL,
+    CONSTRAINT cutover_kind_check CHECK ((kind = ANY (ARRAY['cutover'::text, 'rollback'::text]))),
+    CONSTRAINT cutover_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT cutover_pkey PRIMARY KEY (cutover_id)
+);
+
+CREATE TABLE embedline.dead_letter (
+    dead_letter_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    key jsonb NOT NULL,
+    stage text NOT NULL,
+    error_code text NOT NULL,
+    message text NOT NULL,
+    content_hash bytea,
+    attempts integer NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT dead_letter_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT dead_letter_pkey PRIMARY KEY (dead_letter_id),
+    CONSTRAINT dead_letter_stage_check CHECK ((stage = ANY (ARRAY['claim'::text, 'read'::text, 'validate'::text, 'chunk'::text, 'embed'::text, 'write'::text])))
+);
+
+CREATE TABLE embedline.evaluation (
+    evaluation_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    baseline_number integer,
+    kind text NOT NULL,
+    verdict text NOT NULL,
+    fidelity_verdict text NOT NULL,
+    quality_verdict text NOT NULL,
+    query_source text NOT NULL,
+    query_count integer NOT NULL,
+    k integer NOT NULL,
+    margin double precision NOT NULL,
+    seed bigint NOT NULL,
+    fingerprint text NOT NULL,
+    evidence jsonb NOT NULL,
+    evaluated_by text DEFAULT SESSION_USER NOT NULL,
+    evaluated_at timestamp with time zone DEFAULT statement_timestamp() NOT NULL,
+    baseline_version_id bigint,
+    baseline_fingerprint text,
+    CONSTRAINT evaluation_fidelity_verdict_check CHECK ((fidelity_verdict = ANY (ARRAY['pass'::text, 'fail'::text, 'inconclusive'::text]))),
+    CONSTRAINT evaluation_kind_check CHECK ((kind = ANY (ARRAY['gate'::text, 'preview'::text]))),
+    CONSTRAINT evaluation_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT evaluation_pkey PRIMARY KEY (evaluation_id),
+    CONSTRAINT evaluation_quality_verdict_check CHECK ((quality_verdict = ANY (ARRAY['pass'::text, 'fail'::text, 'inconclusive'::text]))),
+    CONSTRAINT evaluation_query_source_check CHECK ((query_source = ANY (ARRAY['canary'::text, 'known_item'::text]))),
+    CONSTRAINT evaluation_verdict_check CHECK ((verdict = ANY (ARRAY['pass'::text, 'fail'::text, 'inconclusive'::text]))),
+    CONSTRAINT evaluation_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE TABLE embedline.index_reach (
+    version_id bigint NOT NULL,
+    checked_to bigint DEFAULT 0 NOT NULL,
+    pending_to bigint,
+    pending_xact xid8,
+    pending_writers text[],
+    ef_search integer,
+    wide_ef_search integer,
+    far_distance double precision,
+    recall_target real,
+    recall real,
+    measures jsonb,
+    measured_at timestamp with time zone,
+    measured_rows bigint,
+    CONSTRAINT index_reach_ef_search_check CHECK (((ef_search >= 1) AND (ef_search <= 1000))),
+    CONSTRAINT index_reach_pkey PRIMARY KEY (version_id),
+    CONSTRAINT index_reach_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE,
+    CONSTRAINT index_reach_wide_ef_search_check CHECK (((wide_ef_search >= 1) AND (wide_ef_search <= 1000)))
+);
+
+CREATE TABLE embedline.model (
+    model_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    name text NOT NULL,
+    provider text NOT NULL,
+    model text NOT NULL,
+    revision text,
+    dimensions integer NOT NULL,
+    max_tokens integer,
+    tokenizer text,
+    base_url text,
+    api_key_env text,
+    document_prefix text DEFAULT ''::text NOT NULL,
+    query_prefix text DEFAULT ''::text NOT NULL,
+    max_batch_items integer DEFAULT 2048 NOT NULL,
+    max_batch_tokens integer DEFAULT 300000 NOT NULL,
+    concurrency integer DEFAULT 8 NOT NULL,
+    timeout_seconds double precision DEFAULT 60 NOT NULL,
+    options jsonb DEFAULT '{}'::jsonb NOT NULL,
+    fingerprint text NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    price_per_million_tokens numeric,
+    batch_items integer,
+    batch_items_refused integer,
+    batch_items_at timestamp with time zone,
+    text_size_refused integer,
+    learned jsonb DEFAULT '{}'::jsonb NOT NULL,
+    probed_fingerprint text,
+    CONSTRAINT model_batch_items_check CHECK ((batch_items > 0)),
+    CONSTRAINT model_batch_items_refused_check CHECK ((batch_items_refused > batch_items)),
+    CONSTRAINT model_concurrency_check CHECK (((concurrency >= 1) AND (concurrency <= 256))),
+    CONSTRAINT model_dimensions_check CHECK (((dimensions >= 1) AND (dimensions <= 16000))),
+    CONSTRAINT model_max_batch_items_check CHECK ((max_batch_items > 0)),
+    CONSTRAINT model_max_batch_tokens_check CHECK ((max_batch_tokens > 0)),
+    CONSTRAINT model_max_tokens_check CHECK ((max_tokens > 0)),
+    CONSTRAINT model_name_key UNIQUE (name),
+    CONSTRAINT model_pkey PRIMARY KEY (model_id),
+    CONSTRAINT model_price_per_million_tokens_check CHECK ((price_per_million_tokens >= (0)::numeric)),
+    CONSTRAINT model_text_size_refused_check CHECK ((text_size_refused > 0)),
+    CONSTRAINT model_timeout_seconds_check CHECK ((timeout_seconds > (0)::double precision))
+);
+
+CREATE TABLE embedline.model_rate (
+    model_id bigint NOT NULL,
+    tokens_per_second double precision NOT NULL,
+    measured_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT model_rate_model_id_fkey FOREIGN KEY (model_id) REFERENCES embedline.model(model_id) ON DELETE CASCADE,
+    CONSTRAINT model_rate_pkey PRIMARY KEY (model_id),
+    CONSTRAINT model_rate_tokens_per_second_check CHECK ((tokens_per_second > (0)::double precision))
+);
+
+CREATE TABLE embedline.pipeline (
+    pipeline_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    name text NOT NULL,
+    source regclass NOT NULL,
+    content_expression text NOT NULL,
+    filter_expression text,
+    expression_search_path text NOT NULL,
+    key_attributes smallint[] NOT NULL,
+    input_attributes smallint[] NOT NULL,
+    key_columns text[] NOT NULL,
+    key_types text[] NOT NULL,
+    view_columns jsonb NOT NULL,
+    routing_view regclass,
+    capture text NOT NULL,
+    state text DEFAULT 'active'::text NOT NULL,
+    serving_version_id bigint,
+    created_by text DEFAULT SESSION_USER NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    document_prefix_expression text,
+    tenant_expression text,
+    weight double precision DEFAULT 1 NOT NULL,
+    code_version integer DEFAULT 1 NOT NULL,
+    generation integer DEFAULT 1 NOT NULL,
+    recipe integer,
+    view_attributes jsonb DEFAULT '{}'::jsonb NOT NULL,
+    source_columns jsonb DEFAULT '{}'::jsonb NOT NULL,
+    attributes_of text,
+    altered_at timestamp with time zone,
+    source_name text,
+    is_resting boolean DEFAULT false NOT NULL,
+    CONSTRAINT pipeline_capture_check CHECK ((capture = ANY (ARRAY['statement'::text, 'row'::text]))),
+    CONSTRAINT pipeline_name_key UNIQUE (name),
+    CONSTRAINT pipeline_pkey PRIMARY KEY (pipeline_id),
+    CONSTRAINT pipeline_serving_version_id_fkey FOREIGN KEY (serving_version_id) REFERENCES embedline.version(version_id) ON DELETE SET NULL,
+    CONSTRAINT pipeline_state_check CHECK ((state = ANY (ARRAY['active'::text, 'paused'::text]))),
+    CONSTRAINT pipeline_weight_check CHECK (((weight > (0)::double precision) AND (weight < 'Infinity'::double precision)))
+);
+
+CREATE TABLE embedline.pipeline_health (
+    pipeline_id bigint NOT NULL,
+    last_error text,
+    last_error_at timestamp with time zone,
+    CONSTRAINT pipeline_health_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT pipeline_health_pkey PRIMARY KEY (pipeline_id)
+) WITH (fillfactor=50);
+
+CREATE TABLE embedline.precision_index (
+    precision_index_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    version_id bigint NOT NULL,
+    name text NOT NULL,
+    kind text NOT NULL,
+    dimensions integer NOT NULL,
+    oversampling real DEFAULT 4 NOT NULL,
+    CONSTRAINT precision_index_kind_check CHECK ((kind = ANY (ARRAY['halfvec'::text, 'binary'::text, 'prefix'::text]))),
+    CONSTRAINT precision_index_oversampling_check CHECK (((oversampling >= (1)::double precision) AND (oversampling <= (100)::double precision))),
+    CONSTRAINT precision_index_pkey PRIMARY KEY (precision_index_id),
+    CONSTRAINT precision_index_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE,
+    CONSTRAINT precision_index_version_id_name_key UNIQUE (version_id, name)
+);
+
+CREATE TABLE embedline.rate_limit (
+    model_id bigint NOT NULL,
+    requests_per_minute integer,
+    tokens_per_minute bigint,
+    CONSTRAINT rate_limit_limit_check CHECK ((num_nonnulls(requests_per_minute, tokens_per_minute) >= 1)),
+    CONSTRAINT rate_limit_model_id_fkey FOREIGN KEY (model_id) REFERENCES embedline.model(model_id) ON DELETE CASCADE,
+    CONSTRAINT rate_limit_pkey PRIMARY KEY (model_id),
+    CONSTRAINT rate_limit_requests_per_minute_check CHECK ((requests_per_minute > 0)),
+    CONSTRAINT rate_limit_tokens_per_minute_check CHECK ((tokens_per_minute > 0))
+);
+
+CREATE TABLE embedline.reservation (
+    reservation_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    model_id bigint NOT NULL,
+    pipeline_id bigint NOT NULL,
+    worker_id integer,
+    reserved_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    settled_at timestamp with time zone,
+    requests integer NOT NULL,
+    tokens bigint NOT NULL,
+    price numeric,
+    CONSTRAINT reservation_pkey PRIMARY KEY (reservation_id)
+) WITH (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=2000, autovacuum_analyze_scale_factor=0, autovacuum_analyze_threshold=2000);
+
+CREATE TABLE embedline.setting (
+    name text NOT NULL,
+    value text NOT NULL,
+    CONSTRAINT setting_pkey PRIMARY KEY (name)
+);
+
+CREATE TABLE embedline.shadow_read (
+    shadow_read_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    k integer NOT NULL,
+    overlap double precision NOT NULL,
+    serving_seconds double precision NOT NULL,
+    shadow_seconds double precision NOT NULL,
+    read_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT shadow_read_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT shadow_read_pkey PRIMARY KEY (shadow_read_id),
+    CONSTRAINT shadow_read_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE UNLOGGED TABLE embedline.signal (
+    pipeline text NOT NULL,
+    due_at timestamp with time zone DEFAULT now() NOT NULL
+) WITH (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=2000, vacuum_truncate=false);
+
+CREATE TABLE embedline.spending_cap (
+    spending_cap_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint,
+    model_id bigint,
+    period text NOT NULL,
+    unit text NOT NULL,
+    amount numeric NOT NULL,
+    set_by text NOT NULL,
+    set_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT spending_cap_amount_check CHECK ((amount >= (0)::numeric)),
+    CONSTRAINT spending_cap_model_id_fkey FOREIGN KEY (model_id) REFERENCES embedline.model(model_id) ON DELETE CASCADE,
+    CONSTRAINT spending_cap_period_check CHECK ((period = ANY (ARRAY['day'::text, 'month'::text]))),
+    CONSTRAINT spending_cap_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT spending_cap_pkey PRIMARY KEY (spending_cap_id),
+    CONSTRAINT spending_cap_scope_check CHECK ((num_nonnulls(pipeline_id, model_id) = 1)),
+    CONSTRAINT spending_cap_scope_period_unit_key UNIQUE NULLS NOT DISTINCT (pipeline_id, model_id, period, unit),
+    CONSTRAINT spending_cap_unit_check CHECK ((unit = ANY (ARRAY['tokens'::text, 'money'::text])))
+);
+
+CREATE VIEW embedline.status (
+    pipeline text,
+    source text,
+    model text,
+    state text,
+    pending bigint,
+    backfill_done bigint,
+    backfill_total bigint,
+    backfill_complete boolean,
+    oldest_pending_age interval,
+    dead_letters bigint,
+    last_error text,
+    last_error_at timestamp with time zone,
+    workers_alive bigint,
+    index_state text,
+    batch_rows integer,
+    held_back_by text,
+    verified_at timestamp with time zone,
+    unrepaired bigint,
+    backfill_percent numeric,
+    ef_search integer,
+    index_recall real,
+    remedy text,
+    request_items integer
+);
+
+CREATE TABLE embedline.traffic (
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    share double precision NOT NULL,
+    shadow_share double precision NOT NULL,
+    CONSTRAINT traffic_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT traffic_pkey PRIMARY KEY (pipeline_id),
+    CONSTRAINT traffic_shadow_share_check CHECK (((shadow_share >= (0)::double precision) AND (shadow_share <= (1)::double precision))),
+    CONSTRAINT traffic_share_check CHECK (((share >= (0)::double precision) AND (share <= (1)::double precision))),
+    CONSTRAINT traffic_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE TABLE embedline.traffic_tenant (
+    pipeline_id bigint NOT NULL,
+    tenant text NOT NULL,
+    version_id bigint NOT NULL,
+    CONSTRAINT traffic_tenant_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT traffic_tenant_pkey PRIMARY KEY (pipeline_id, tenant),
+    CONSTRAINT traffic_tenant_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE VIEW embedline.usage (
+    day date,
+    model text,
+    pipeline text,
+    requests bigint,
+    tokens bigint,
+    reserved_tokens bigint,
+    money numeric
+);
+
+CREATE TABLE embedline.usage_day (
+    day date NOT NULL,
+    model_id bigint NOT NULL,
+    pipeline_id bigint NOT NULL,
+    requests bigint NOT NULL,
+    tokens bigint NOT NULL,
+    money numeric NOT NULL,
+    busy_seconds double precision NOT NULL,
+    CONSTRAINT usage_day_pkey PRIMARY KEY (day, model_id, pipeline_id)
+) WITH (fillfactor=50);
+
+CREATE TABLE embedline.verification (
+    verification_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    verified_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    repair boolean DEFAULT false NOT NULL,
+    finding_count bigint DEFAULT 0 NOT NULL,
+    repaired_count bigint DEFAULT 0 NOT NULL,
+    findings jsonb DEFAULT '[]'::jsonb NOT NULL,
+    error text,
+    CONSTRAINT verification_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT verification_pkey PRIMARY KEY (verification_id)
+);
+
+CREATE TABLE embedline.version (
+    version_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    number integer NOT NULL,
+    model_id bigint NOT NULL,
+    dimensions integer NOT NULL,
+    column_type text NOT NULL,
+    distance text NOT NULL,
+    index_method text NOT NULL,
+    index_options jsonb DEFAULT '{}'::jsonb NOT NULL,
+    state text DEFAULT 'backfilling'::text NOT NULL,
+    fingerprint text NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    completed_at timestamp with time zone,
+    vectors_valid_from timestamp with time zone,
+    chunk_set integer DEFAULT 1 NOT NULL,
+    view regclass,
+    backfill_order text DEFAULT 'oldest_first'::text NOT NULL,
+    backfill_rate integer,
+    backfill_due_at timestamp with time zone DEFAULT now() NOT NULL,
+    search_precision text,
+    last_error text,
+    CONSTRAINT version_backfill_order_check CHECK ((backfill_order = ANY (ARRAY['oldest_first'::text, 'newest_first'::text]))),
+    CONSTRAINT version_backfill_rate_check CHECK ((backfill_rate > 0)),
+    CONSTRAINT version_chunk_set_fkey FOREIGN KEY (pipeline_id, chunk_set) REFERENCES embedline.chunk_set(pipeline_id, number) DEFERRABLE INITIALLY DEFERRED,
+    CONSTRAINT version_column_type_check CHECK ((column_type = ANY (ARRAY['vector'::text, 'halfvec'::text]))),
+    CONSTRAINT version_distance_check CHECK ((distance = ANY (ARRAY['cosine'::text, 'inner_product'::text, 'l2'::text]))),
+    CONSTRAINT version_index_method_check CHECK ((index_method = ANY (ARRAY['hnsw'::text, 'none'::text]))),
+    CONSTRAINT version_model_id_fkey FOREIGN KEY (model_id) REFERENCES embedline.model(model_id),
+    CONSTRAINT version_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT version_pipeline_id_number_key UNIQUE (pipeline_id, number),
+    CONSTRAINT version_pkey PRIMARY KEY (version_id),
+    CONSTRAINT version_state_check CHECK ((state = ANY (ARRAY['backfilling'::text, 'complete'::text])))
+);
+
+CREATE TABLE embedline.version_dead_letter (
+    version_id bigint NOT NULL,
+    chunk_id bigint NOT NULL,
+    key jsonb,
+    stage text NOT NULL,
+    error_code text NOT NULL,
+    message text NOT NULL,
+    attempts integer NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    accepted_by text,
+    CONSTRAINT version_dead_letter_pkey PRIMARY KEY (version_id, chunk_id),
+    CONSTRAINT version_dead_letter_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE TABLE embedline.version_queue (
+    queue_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    version_id bigint NOT NULL,
+    chunk_ids bigint[],
+    first_id bigint,
+    end_id bigint,
+    attempts smallint DEFAULT 0 NOT NULL,
+    crash_count smallint DEFAULT 0 NOT NULL,
+    of_backfill boolean DEFAULT false NOT NULL,
+    claimed_by integer,
+    enqueued_at timestamp with time zone DEFAULT now() NOT NULL,
+    not_before timestamp with time zone DEFAULT now() NOT NULL,
+    last_error text,
+    CONSTRAINT version_queue_pkey PRIMARY KEY (queue_id),
+    CONSTRAINT version_queue_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE,
+    CONSTRAINT version_queue_work_check CHECK (((chunk_ids IS NULL) = ((first_id IS NOT NULL) AND (end_id IS NOT NULL))))
+) WITH (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=2000, autovacuum_analyze_scale_factor=0, autovacuum_analyze_threshold=2000);
+
+CREATE VIEW embedline.versions (
+    pipeline text,
+    version integer,
+    model text,
+    state text,
+    serving boolean,
+    chunks bigint,
+    vectors bigint,
+    missing bigint,
+    queued bigint,
+    dead_letters bigint,
+    accepted bigint,
+    index_state text,
+    rollback_until timestamp with time zone,
+    last_error text,
+    gate text,
+    ef_search integer,
+    index_recall real
+);
+
+CREATE TABLE embedline.worker (
+    worker_id integer NOT NULL,
+    slot integer,
+    pid integer NOT NULL,
+    stop_requested boolean DEFAULT false NOT NULL,
+    started_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    batch_rows integer,
+    requests_in_flight integer,
+    claim_seconds real,
+    embed_seconds real,
+    write_seconds real,
+    held_back_by text,
+    reported_at timestamp with time zone,
+    CONSTRAINT worker_pkey PRIMARY KEY (worker_id)
+);
+
+CREATE INDEX backfill_range_open_idx ON embedline.backfill_range USING btree (pipeline_id, range_id) WHERE (NOT done);
+
+CREATE INDEX cutover_pipeline_id_idx ON embedline.cutover USING btree (pipeline_id, cutover_id);
+
+CREATE INDEX evaluation_version_id_evaluated_at_idx ON embedline.evaluation USING btree (version_id, evaluated_at);
+
+CREATE INDEX reservation_reserved_at_idx ON embedline.reservation USING btree (reserved_at);
+
+CREATE INDEX shadow_read_version_id_read_at_idx ON embedline.shadow_read USING btree (version_id, read_at);
+
+CREATE INDEX verification_pipeline_id_verified_at_idx ON embedline.verification USING btree (pipeline_id, verified_at);
+
+CREATE INDEX version_backfilling_idx ON embedline.version USING btree (pipeline_id) WHERE (state = 'backfilling'::text);
+
+CREATE INDEX version_queue_version_id_not_before_idx ON embedline.version_queue USING btree (version_id, not_before, queue_id);
+
+CREATE UNIQUE INDEX dead_letter_pipeline_id_key_digest_idx ON embedline.dead_letter USING btree (pipeline_id, sha256((replace((key)::text, '\'::text, '\\'::text))::bytea));
+
+CREATE EVENT TRIGGER embedline_build_settings ON ddl_command_start WHEN TAG IN (CREATE INDEX) EXECUTE FUNCTION embedline._on_create_index();
+
+CREATE EVENT TRIGGER embedline_follow_source ON ddl_command_end WHEN TAG IN (ALTER TABLE, ALTER TYPE, ALTER DOMAIN, ALTER SCHEMA, ALTER EXTENSION) EXECUTE FUNCTION embedline._on_alter_table();
+
+CREATE EVENT TRIGGER embedline_resolve_attributes ON ddl_command_start WHEN TAG IN (ALTER TABLE, ALTER TYPE) EXECUTE FUNCTION embedline._on_before_alter();
+
+CREATE FUNCTION embedline._embed_chunks(pipeline_name text, model text, chunk_ids bigint[])
+RETURNS TABLE(chunk_id bigint, vector bytea)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
+CREATE FUNCTION embedline._follow_source(pipeline_name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._index_plan(pipeline_name text, version_number integer, precision_name text, parallel_workers integer)
+RETURNS jsonb
+LANGUAGE plpython3u STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._index_state(index_name text)
+RETURNS text
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._is_type(given regtype, wanted regtype)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._job_troubles()
+RETURNS TABLE(jobs text, trouble text, remedy text)
+LANGUAGE plpython3u STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._measured_rates()
+RETURNS TABLE(model_id bigint, tokens_per_second double precision, origin text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._nightly_step(step text, pipeline_name text, repair boolean, message text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline._note_rate(model_name text, tokens_per_second double precision)
+RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._note_shadow_read(shadow_version_id bigint, k integer, overlap double precision, serving_seconds double precision, shadow_seconds double precision)
+RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._on_alter_table()
+RETURNS event_trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._on_before_alter()
+RETURNS event_trigger
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._on_create_index()
+RETURNS event_trigger
+LANGUAGE plpgsql VOLATILE
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._pipeline_counts(pipeline_name text)
+RETURNS TABLE(pending bigint, oldest_enqueued_at timestamp with time zone, last_row_error text)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._put_back(source_number bigint)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off
+SET standard_conforming_strings=on;
+
+CREATE FUNCTION embedline._regenerate_pipelines()
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off
+SET standard_conforming_strings=on;
+
+CREATE FUNCTION embedline._resolve_attributes()
+RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._roll_up_usage()
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._signal_work()
+RETURNS trigger
+LANGUAGE plpgsql VOLATILE;
+
+CREATE FUNCTION embedline._source_trouble(pipeline_number bigint)
+RETURNS TABLE(state text, message text, remedy text)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._take_away(source regclass)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off
+SET standard_conforming_strings=on;
+
+CREATE FUNCTION embedline._version_counts(pipeline_name text, version_number integer, set_number integer, counted_version_id bigint)
+RETURNS TABLE(chunks bigint, vectors bigint, dead_letters bigint, accepted bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._work_done(pipeline_name text)
+RETURNS TABLE(documents bigint, pending bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._worker_step(step text, slot integer, pipeline_name text, message text)
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline._workers_alive()
+RETURNS bigint
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.accept_dead_letters(pipeline_name text, version_number integer)
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.add_embedding_version(pipeline_name text, model text, column_type text DEFAULT NULL::text, distance text DEFAULT NULL::text, index_method text DEFAULT NULL::text, index_options jsonb DEFAULT NULL::jsonb, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT NULL::integer, chunking_options jsonb DEFAULT NULL::jsonb, backfill_order text DEFAULT 'oldest_first'::text, backfill_rate integer DEFAULT NULL::integer)
+RETURNS integer
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.add_precision_index(pipeline_name text, version_number integer, kind text, dimensions integer DEFAULT NULL::integer, oversampling real DEFAULT 4)
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.alter_model(name text, base_url text DEFAULT NULL::text, api_key_env text DEFAULT NULL::text, concurrency integer DEFAULT NULL::integer, max_batch_items integer DEFAULT NULL::integer, max_batch_tokens integer DEFAULT NULL::integer, timeout_seconds double precision DEFAULT NULL::double precision, options jsonb DEFAULT NULL::jsonb, price_per_million_tokens numeric DEFAULT NULL::numeric, model text DEFAULT NULL::text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.alter_pipeline(name text, content text DEFAULT NULL::text, filter text DEFAULT NULL::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT NULL::integer, chunking_options jsonb DEFAULT NULL::jsonb, weight double precision DEFAULT NULL::double precision, drop text[] DEFAULT '{}'::text[], expression_search_path text DEFAULT current_setting('search_path'::text))
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off
+SET standard_conforming_strings=on;
+
+CREATE FUNCTION embedline.alter_source(source regclass, statement text)
+RETURNS void
+LANGUAGE plpgsql VOLATILE;
+
+CREATE FUNCTION embedline.build_vector_index(pipeline_name text, version_number integer DEFAULT NULL::integer)
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.configure(setting text, value double precision DEFAULT NULL::double precision)
+RETURNS double precision
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.configure_backfill(pipeline_name text, version_number integer, backfill_order text DEFAULT NULL::text, backfill_rate integer DEFAULT NULL::integer)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.create_model(name text, provider text, model text, dimensions integer DEFAULT NULL::integer, base_url text DEFAULT NULL::text, api_key_env text DEFAULT NULL::text, revision text DEFAULT NULL::text, document_prefix text DEFAULT ''::text, query_prefix text DEFAULT ''::text, max_batch_items integer DEFAULT 2048, max_batch_tokens integer DEFAULT 300000, concurrency integer DEFAULT 8, timeout_seconds double precision DEFAULT 60, options jsonb DEFAULT '{}'::jsonb, price_per_million_tokens numeric DEFAULT NULL::numeric)
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.create_pipeline(name text, source regclass, content text, model text, filter text DEFAULT NULL::text, chunking text DEFAULT 'recursive'::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT 0, column_type text DEFAULT 'vector'::text, distance text DEFAULT 'cosine'::text, index_method text DEFAULT 'hnsw'::text, index_options jsonb DEFAULT '{}'::jsonb, capture text DEFAULT 'auto'::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, weight double precision DEFAULT 1, chunking_options jsonb DEFAULT '{}'::jsonb, expression_search_path text DEFAULT current_setting('search_path'::text))
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off
+SET standard_conforming_strings=on;
+
+CREATE FUNCTION embedline.cutover(pipeline_name text, version_number integer, override_reason text DEFAULT NULL::text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
+CREATE FUNCTION embedline.drop_budget(pipeline text DEFAULT NULL::text, model text DEFAULT NULL::text, period text DEFAULT NULL::text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.drop_embedding_version(pipeline_name text, version_number integer, rollback_window interval DEFAULT NULL::interval)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.drop_model(name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.drop_pipeline(name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.drop_precision_index(pipeline_name text, version_number integer, name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.embed_pending(max_rows integer DEFAULT 1000, pipeline_name text DEFAULT NULL::text)
+RETURNS integer
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline.embed_query(pipeline_name text, query text)
+RETURNS public.vector
+LANGUAGE plpython3u STABLE
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.estimate(pipeline_or_table text, model text DEFAULT NULL::text, content text DEFAULT NULL::text, sample_rows integer DEFAULT 1000, expression_search_path text DEFAULT current_setting('search_path'::text))
+RETURNS TABLE(figure text, value numeric, low numeric, high numeric, unit text, note text)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off;
+
+CREATE FUNCTION embedline.evaluate(pipeline_name text, version_number integer, canaries regclass DEFAULT NULL::regclass, k integer DEFAULT 10, margin double precision DEFAULT 0.01, query_count integer DEFAULT 500, breakdown name DEFAULT NULL::name, seed bigint DEFAULT 0, min_recall double precision DEFAULT 0.9)
+RETURNS TABLE(measure text, old double precision, new double precision, difference double precision, low double precision, high double precision, verdict text, detail text)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40
+SET enable_seqscan=on
+SET enable_sort=on
+SET enable_nestloop=on
+SET enable_indexscan=on;
+
+CREATE FUNCTION embedline.evaluation_progress(pipeline_name text DEFAULT NULL::text)
+RETURNS TABLE(pid integer, task text, pipeline text, version integer, step text, percent double precision, seconds double precision)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.index_progress(pipeline_name text DEFAULT NULL::text)
+RETURNS TABLE(pipeline text, version integer, name text, state text, phase text, percent double precision, bytes bigint)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.index_statement(pipeline_name text, version_number integer DEFAULT NULL::integer, precision_name text DEFAULT NULL::text)
+RETURNS text
+LANGUAGE plpython3u STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.move_pipeline(name text, new_source regclass)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off
+SET standard_conforming_strings=on;
+
+CREATE FUNCTION embedline.pause_pipeline(name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.preview_version(pipeline_name text, model text, canaries regclass DEFAULT NULL::regclass, sample integer DEFAULT 3000, k integer DEFAULT 10, margin double precision DEFAULT 0.01, query_count integer DEFAULT 500, seed bigint DEFAULT 0)
+RETURNS TABLE(measure text, old double precision, new double precision, difference double precision, low double precision, high double precision, verdict text, detail text)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
+CREATE FUNCTION embedline.purge_dead_letters(older_than interval DEFAULT NULL::interval)
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET IntervalStyle=postgres;
+
+CREATE FUNCTION embedline.refresh_pipeline(name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.requeue(pipeline text, key jsonb DEFAULT NULL::jsonb, error_code text DEFAULT NULL::text, include_embedded boolean DEFAULT false)
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline.requeue_version(pipeline_name text, version_number integer)
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.resume_model(name text)
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.resume_pipeline(name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.rollback(pipeline_name text)
+RETURNS integer
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
+CREATE PROCEDURE embedline.run_nightly(IN repair boolean DEFAULT true)
+LANGUAGE plpython3u;
+
+CREATE PROCEDURE embedline.run_worker(IN max_seconds double precision DEFAULT 1200, IN pipeline_name text DEFAULT NULL::text, IN slot integer DEFAULT NULL::integer, IN until_idle boolean DEFAULT false)
+LANGUAGE plpython3u;
+
+CREATE FUNCTION embedline.schedule_nightly(at time without time zone DEFAULT '03:30:00'::time without time zone, repair boolean DEFAULT true)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.schedule_workers(count integer DEFAULT 1)
+RETURNS integer
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.search(pipeline_name text, query text, k integer DEFAULT 10, per_document boolean DEFAULT false, ef_search integer DEFAULT NULL::integer, tenant text DEFAULT NULL::text, session_key text DEFAULT NULL::text)
+RETURNS TABLE(key text, chunk text, score double precision)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET plan_cache_mode=force_generic_plan
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40;
+
+CREATE FUNCTION embedline.set_budget(period text, pipeline text DEFAULT NULL::text, model text DEFAULT NULL::text, tokens bigint DEFAULT NULL::bigint, money numeric DEFAULT NULL::numeric)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.set_price(model text, price_per_million_tokens numeric)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.set_rate_limit(model text, requests_per_minute integer DEFAULT NULL::integer, tokens_per_minute bigint DEFAULT NULL::bigint)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.set_tenant_version(pipeline_name text, tenant text, version_number integer)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.set_traffic(pipeline_name text, version_number integer, share double precision DEFAULT 0, shadow_share double precision DEFAULT 0)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.unschedule_workers()
+RETURNS integer
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.use_precision(pipeline_name text, version_number integer, name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.verify(pipeline text, repair boolean DEFAULT false, sample integer DEFAULT 20)
+RETURNS TABLE(finding text, count bigint, repaired bigint, example jsonb)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION public.embed_pending(max_rows integer DEFAULT 1000, pipeline_name text DEFAULT NULL::text)
+RETURNS integer
+LANGUAGE sql VOLATILE
+SET search_path=pg_catalog, pg_temp;

@@ -557,6 +557,11 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline._gate(wanted_version_id bigint)
+RETURNS TABLE(evaluation_id bigint, verdict text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline._index_plan(pipeline_name text, version_number integer, precision_name text, parallel_workers integer)
 RETURNS jsonb
 LANGUAGE plpython3u STABLE SECURITY DEFINER

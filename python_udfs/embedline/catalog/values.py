@@ -211,7 +211,10 @@ class Pipeline:
         return self.generated(names.version_suffix(self.version.number, "exact"))
 
     def search_function(self, suffix: str) -> str:
-        """Return the qualified, quoted name of a function that ranks the version's chunks; see search_functions."""
+        """Return the qualified, quoted name of a function that ranks chunks.
+
+        See pipelines.ddl.search_functions.
+        """
         name = names.of_version(self.name, self.version.number, suffix)
         return f"{SEARCH_SCHEMA}.{quote_ident(name)}"
 

@@ -135,7 +135,7 @@ class TokenMeasure:
 
 @functools.lru_cache(maxsize=4096)
 def _most_bytes(character: str) -> int:
-    """Return the bytes of a character in UTF-8, as it is or decomposed, whichever are more."""
+    """Return the larger size of a character in UTF-8: composed or decomposed."""
     forms = (character, *(unicodedata.normalize(form, character) for form in ("NFD", "NFKD")))
     return max(len(form.encode()) for form in forms)
 

@@ -37,7 +37,10 @@ _EMBEDDED = re.compile(r"embedline worker: (([\d,]+) rows? embedded.*)")
 
 @dataclass(frozen=True)
 class _Size:
-    """Blocks that the backfill has not read; rows and pages of the source when it was analysed; its pages now."""
+    """The source in blocks, rows and pages.
+
+    `blocks` are those that the backfill has not read; `tuples` and `pages` are of its last ANALYZE.
+    """
 
     blocks: int
     tuples: float
@@ -109,7 +112,10 @@ class WorkerDisplay:
         return found
 
     def _unread(self, execute: Execute, source: str, share: float, size: _Size) -> float | None:
-        """Return about how many rows are in the blocks that the backfill has not read; None if nothing tells."""
+        """Return about how many rows the backfill has not read, None if unknown.
+
+        They are in the blocks that it has not read.
+        """
         if size.tuples >= 0 and size.pages > 0:
             return float(size.blocks) * size.tuples / size.pages
         rows = size.tuples if size.tuples >= 0 else self._rows(execute, source)

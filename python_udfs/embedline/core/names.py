@@ -15,7 +15,7 @@ def generated(pipeline: str, suffix: str) -> str:
 
 
 def chunk_suffix(chunk_set: int) -> str:
-    """Return the suffix of a chunk set's table: chunk, chunk_2, …"""
+    """Return the suffix of a chunk set's table, such as chunk_2."""
     return "chunk" if chunk_set == 1 else f"chunk_{chunk_set}"
 
 

@@ -136,7 +136,10 @@ def _write_other_set(
     written: Sequence[int],
     marked: Collection[int],
 ) -> npt.NDArray[np.int64]:
-    """Write the documents' chunks of another set; return the ids of new ones, which their versions embed later."""
+    """Write the documents' chunks of another set; return the ids of new ones.
+
+    The versions that embed them do so later.
+    """
     stored = stored_chunks(session, pipeline, documents, written, chunk_set)
     changes, replaced = Changes(), list[int]()
     for index in written:

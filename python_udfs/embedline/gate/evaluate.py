@@ -52,7 +52,10 @@ _RECORD_TYPES = [
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that is to be stored; `verdicts` are the whole, the index's and the quality's."""
+    """An evaluation that is to be stored.
+
+    `verdicts` are the whole, the index's and the quality's.
+    """
 
     kind: Literal["gate", "preview"]
     verdicts: tuple[Verdict, Verdict, Verdict]

@@ -8,7 +8,10 @@ from embedline.postgres.session import Session
 
 
 def forget_index_jobs(session: Session, name: str, number: int | None = None, precision: str | None = None) -> None:
-    """Take away the jobs that build indexes of what is about to be dropped: a pipeline, a version, or one of its indexes."""
+    """Remove the jobs that build indexes of an object about to be dropped.
+
+    The object is a pipeline, a version, or one of its indexes.
+    """
     if not has_cron(session):
         return
     prefix = names.index_jobs(name) if number is None else f"{names.index_job(name, number, precision)} "

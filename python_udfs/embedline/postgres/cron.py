@@ -11,7 +11,7 @@ def has_cron(session: Session) -> bool:
 
 
 def schedule(session: Session, job: str, times: str, command: str) -> None:
-    """Have pg_cron run a command at the times of a cron expression; a job of the same name is replaced."""
+    """Have pg_cron run a command on a schedule; a job of the same name is replaced."""
     session.query("SELECT cron.schedule($1, $2, $3)", ["text", "text", "text"], job, times, command)
 
 

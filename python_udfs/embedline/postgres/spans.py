@@ -22,7 +22,7 @@ def register(exporter: Exporter) -> Callable[[], None]:
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """Return a context manager around one stage. An exporter's error is the exporter's: it must not raise."""
+    """Return a context manager around one stage. An exporter must not raise."""
     if not _exporters:
         return _NO_SPAN
     stack = contextlib.ExitStack()

@@ -10,11 +10,11 @@ from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import ENDING, sqlstate_of
 
 MAX_ERROR_CHARACTERS = 500
-_NOTE_OF_PIPELINE = """
+_RECORD_OF_PIPELINE = """
     UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id IN (
         SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
 """
-_NOTE_OF_VERSION = """
+_RECORD_OF_VERSION = """
     UPDATE embedline.version SET last_error = $2 WHERE version_id IN (
         SELECT version_id FROM embedline.version WHERE version_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
 """
@@ -30,7 +30,7 @@ _FORGET_OF_VERSION = """
 """
 
 
-def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
+def record_error(session: Session, pipeline: Pipeline, message: str) -> None:
     """Show an error of the pipeline in embedline.status."""
     session.query(
         "UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id = $1",
@@ -40,30 +40,44 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
     )
 
 
-def note_fault(session: Session, pipeline: Pipeline, message: str) -> None:
-    """Show where people look why nothing can be claimed of a pipeline or a version; waits for no lock of another session."""
+def record_fault(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show in embedline.status why nothing can be claimed of a pipeline; wait for no lock of another session."""
+    _record_fault(session, _RECORD_OF_PIPELINE, pipeline.pipeline_id, message)
+
+
+def forget_error(session: Session, pipeline: Pipeline) -> None:
+    """Remove the error that the pipeline had when it was loaded, unless there is another now; wait for no lock."""
+    session.query(_FORGET_OF_PIPELINE, ["bigint", "text"], pipeline.pipeline_id, pipeline.last_error)
+
+
+def record_version_error(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show an error of the version in embedline.versions: the serving version is not concerned."""
     session.query(
-        _NOTE_OF_VERSION if pipeline.is_lane else _NOTE_OF_PIPELINE,
+        "UPDATE embedline.version SET last_error = $2 WHERE version_id = $1",
         ["bigint", "text"],
-        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
-        message.removeprefix("spiexceptions.")[:MAX_ERROR_CHARACTERS],
+        pipeline.version.version_id,
+        message[:MAX_ERROR_CHARACTERS],
     )
 
 
-def forget_fault(session: Session, pipeline: Pipeline) -> None:
-    """Show no longer what `note_fault` has shown, unless another error has come since it was loaded."""
-    session.query(
-        _FORGET_OF_VERSION if pipeline.is_lane else _FORGET_OF_PIPELINE,
-        ["bigint", "text"],
-        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
-        pipeline.last_error,
-    )
+def record_version_fault(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show in embedline.versions why nothing can be claimed of a version; wait for no lock of another session."""
+    _record_fault(session, _RECORD_OF_VERSION, pipeline.version.version_id, message)
 
 
-def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
-    """Do something for one pipeline; return whether it says that there is more to do.
+def forget_version_error(session: Session, pipeline: Pipeline) -> None:
+    """Remove the error that the version had when it was loaded, unless there is another now; wait for no lock."""
+    session.query(_FORGET_OF_VERSION, ["bigint", "text"], pipeline.version.version_id, pipeline.last_error)
 
-    Where the database or we refuse it, the pipeline's status and a WARNING say so, and the others go on. Any other exception
+
+def _record_fault(session: Session, statement: str, number: int, message: str) -> None:
+    session.query(statement, ["bigint", "text"], number, message.removeprefix("spiexceptions.")[:MAX_ERROR_CHARACTERS])
+
+
+def isolate_failure(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
+    """Do something for one pipeline; return True if the action says that there is more to do.
+
+    If the database or we refuse it, the pipeline's status and a WARNING say so, and the others go on. Any other exception
     is a fault in the code, which nothing hides.
     """
     try:
@@ -73,11 +87,6 @@ def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) 
         # A serialization failure or a deadlock is the transaction's, not the pipeline's.
         if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
             raise
-        note_error(session, pipeline, str(error))
+        record_error(session, pipeline, str(error))
         session.plpy.warning(f"embedline, pipeline {pipeline.name}: {error}")
         return False
-
-
-def forget_error(session: Session, pipeline: Pipeline) -> None:
-    """Take away the error that was shown when the batch was claimed, unless another has come since; waits for nobody."""
-    session.query(_FORGET_OF_PIPELINE, ["bigint", "text"], pipeline.pipeline_id, pipeline.last_error)

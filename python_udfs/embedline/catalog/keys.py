@@ -1,4 +1,4 @@
-"""Pieces of SQL over the keys of a pipeline's rows: as JSON, back from it, whether they are queued, and queueing them."""
+"""Pieces of SQL over the keys of a pipeline's rows: as JSON, back from it, and whether they are queued."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident, quote_literal
-
-# As capture does: an array of so many keys is one row of the inbox.
-_KEYS_PER_ROW = 100
 
 
 def json_names(pipeline: Pipeline) -> tuple[str, ...]:
@@ -40,23 +37,11 @@ def from_json(pipeline: Pipeline, value: str) -> str:
 
 
 def not_queued(pipeline: Pipeline, alias: str) -> str:
-    """The condition that no change of a key waits or is in a worker's hands: a claim stands until its keys are done."""
+    """Return the condition that no change of a key waits or is in flight: a claim stands until its keys are settled."""
     taken = ", ".join(f"i.{quote_ident(column)}" for column in pipeline.key_columns)
     same = pipeline.key_join("q", alias)
     return f"NOT EXISTS (SELECT FROM {pipeline.outbox} AS q WHERE {same})" + "".join(
         f" AND NOT EXISTS (SELECT FROM {pipeline.generated(table)} AS i"
         f" CROSS JOIN LATERAL unnest({taken}) AS q ({pipeline.key_list}) WHERE {same})"
         for table in ("inbox", "deleted", "claim")
-    )
-
-
-def enqueue(pipeline: Pipeline, rows: str, condition: str = "true") -> str:
-    """INSERT of the keys of a relation into the inbox, as an application's write does it; returns key_count each row."""
-    columns = ", ".join(quote_ident(column) for column in pipeline.key_columns)
-    arrays = ", ".join(f"array_agg(k.{quote_ident(column)})" for column in pipeline.key_columns)
-    first = quote_ident(pipeline.key_columns[0])
-    return (
-        f"INSERT INTO {pipeline.generated('inbox')} ({columns}) SELECT {arrays}"
-        f" FROM (SELECT {columns}, row_number() OVER () AS embedline_row FROM {rows} WHERE {condition}) AS k"
-        f" GROUP BY (k.embedline_row - 1) / {_KEYS_PER_ROW} RETURNING cardinality({first}) AS key_count"
     )

@@ -62,18 +62,18 @@ ACTIVE_PIPELINES = f"""{_PIPELINE_SQL.replace("SELECT", "SELECT " + _METERED, 1)
     AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
     ORDER BY p.pipeline_id
 """
-_SOME_PIPELINES = ACTIVE_PIPELINES.replace(
+_PIPELINES_BY_ID = ACTIVE_PIPELINES.replace(
     "ORDER BY p.pipeline_id", "AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
 )
-# Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
-_LANES = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
+# Versions that are filled from the chunks: all but the serving one, and that one while it still lags after its cutover.
+_FILLS = f"""{_VERSION_SQL.replace("SELECT", "SELECT " + _METERED, 1)}
     WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1)
         AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source)
         AND (v.version_id <> p.serving_version_id
             OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
     ORDER BY v.version_id
 """
-_SOME_LANES = _LANES.replace("ORDER BY v.version_id", "AND v.version_id = ANY ($2) ORDER BY v.version_id")
+_FILLS_BY_ID = _FILLS.replace("ORDER BY v.version_id", "AND v.version_id = ANY ($2) ORDER BY v.version_id")
 
 
 def load_pipeline(session: Session, name: str) -> Pipeline:
@@ -94,23 +94,25 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
     return [pipeline_from_row(row) for row in session.query(ACTIVE_PIPELINES, ["text"], name)]
 
 
-def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
-    """Return a lane for each version that is filled from the chunks of the others' work: of all pipelines or the one named."""
-    rows = session.query(_LANES, ["text"], name)
-    return [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
+def load_pipelines_by_id(session: Session, ids: Collection[int]) -> list[Pipeline]:
+    """Return the pipelines with these ids that workers serve now."""
+    rows = session.query(_PIPELINES_BY_ID, ["text", "bigint[]"], None, list(ids)) if ids else []
+    return [pipeline_from_row(row) for row in rows]
 
 
-def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
-    """Return of these pipelines and lanes, by their `lane_id`, what workers serve now."""
-    pipelines, lanes = [i for i in lane_ids if i >= 0], [-i for i in lane_ids if i < 0]
-    found: list[Pipeline] = []
-    if pipelines:
-        rows = session.query(_SOME_PIPELINES, ["text", "bigint[]"], None, pipelines)
-        found += map(pipeline_from_row, rows)
-    if lanes:
-        rows = session.query(_SOME_LANES, ["text", "bigint[]"], None, lanes)
-        found += [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
-    return found
+def load_fills(session: Session, name: str | None) -> list[Pipeline]:
+    """Return a pipeline for each version that is filled from the chunks: of all pipelines or the one named."""
+    return [_fill_from_row(row) for row in session.query(_FILLS, ["text"], name)]
+
+
+def load_fills_by_id(session: Session, version_ids: Collection[int]) -> list[Pipeline]:
+    """Return the pipelines of these versions, as far as they are filled from the chunks now."""
+    rows = session.query(_FILLS_BY_ID, ["text", "bigint[]"], None, list(version_ids)) if version_ids else []
+    return [_fill_from_row(row) for row in rows]
+
+
+def _fill_from_row(row: dict[str, object]) -> Pipeline:
+    return pipeline_from_row({**row, "last_error": row["version_error"]})
 
 
 def load_versions(session: Session, name: str) -> list[Pipeline]:

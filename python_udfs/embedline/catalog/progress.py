@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from embedline.catalog.values import Pipeline
 from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import STEP_LOCK_CLASS, VERSION_LOCK_CLASS
 from embedline.postgres.session import Session
 
 Task = Literal["evaluate", "preview_version"]
@@ -27,9 +28,6 @@ Step = Literal[
     "embedding a sample",
 ]
 
-# First keys of the locks that say which version a statement works on ("Emq1"), and at which step it is ("Emp1").
-VERSION_LOCK_CLASS = 1164800305
-STEP_LOCK_CLASS = 1164800049
 # The second key of a step: task, step, and the share that is done in thousandths; the last value: not known.
 _STEP_UNIT, _TASK_UNIT = 1 << 10, 1 << 15
 _UNKNOWN_SHARE = _STEP_UNIT - 1

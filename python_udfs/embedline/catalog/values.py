@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 from embedline.chunking import ChunkingSpec
 from embedline.core.embedding import ModelConfig
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import SEARCH_SCHEMA, data_name
 
-# A version beside the serving one has this part of its pipeline's share of the workers.
-_LANE_WEIGHT = 0.5
 # pgvector's operator and operator class of each distance; the class is prefixed with the column type.
 OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
 _OPERATOR_CLASSES = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
+
+
+class WorkKey(NamedTuple):
+    """Which work: the source rows of a pipeline, by its id, or the chunks that a version lacks, by that version's id."""
+
+    kind: Literal["pipeline", "version"]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,7 @@ class Pipeline:
 
     `metered`, where workers loaded it: requests are counted, of remote models and of those with a price or a limit; and
     `is_hidden`: row-level security hides rows of the source from its owner, so that nothing can be read.
-    `versions` are (version_id, number, chunk set) of all versions. `is_lane` marks what fills a version from the chunks
-    that the serving version's work leaves, not from the source.
+    `versions` are (version_id, number, chunk set) of all versions.
     """
 
     pipeline_id: int
@@ -129,19 +134,9 @@ class Pipeline:
     version: Version
     versions: tuple[tuple[int, int, int], ...]
     is_serving: bool = True
-    is_lane: bool = False
-    # Where workers loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the lane.
+    # If a worker loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the version.
     last_error: str | None = None
     is_hidden: bool = False
-
-    @property
-    def lane_id(self) -> int:
-        """What tells its work apart from other work: the pipeline's id, or less than zero for a version's lane."""
-        return -self.version.version_id if self.is_lane else self.pipeline_id
-
-    def as_lane(self) -> Pipeline:
-        """Return the lane that fills the version from the chunks."""
-        return replace(self, is_lane=True, weight=self.weight * _LANE_WEIGHT)
 
     @property
     def spec(self) -> ChunkingSpec:

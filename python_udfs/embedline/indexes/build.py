@@ -17,14 +17,12 @@ from embedline.indexes.cron_jobs import index_job
 from embedline.indexes.definitions import VectorIndex, create_index_statement, find_index, index_state, load_indexes
 from embedline.indexes.resources import BuildSettings, Need, choose, look_at_machine
 from embedline.postgres.entry import entry_point
-from embedline.postgres.locks import bound_lock_wait
+from embedline.postgres.locks import BUILD_LOCK_CLASS, bound_lock_wait
 from embedline.postgres.session import Session
 from embedline.queue.coverage import require_coverage, require_usable_vectors
 
 # pgvector's default of the index option.
 _DEFAULT_M = 16
-# First key of the session advisory lock that builds on one table exclude each other by ("Emi1"); the second is the table's oid.
-_BUILD_LOCK_CLASS = 1164798257
 _TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
 HAS_CRON = "SELECT to_regclass('cron.job') IS NOT NULL"
 SCHEDULE = "SELECT cron.schedule($1, '* * * * *', $2)"
@@ -76,7 +74,7 @@ def index_plan(
         "maintenance_work_mem_kb": settings.maintenance_work_mem_kb,
         "parallel_workers": settings.parallel_workers,
         "notices": settings.notices,
-        "lock_key": [_BUILD_LOCK_CLASS, session.scalar(_TABLE_KEY, ["text"], pipeline.vectors)],
+        "lock_key": [BUILD_LOCK_CLASS, session.scalar(_TABLE_KEY, ["text"], pipeline.vectors)],
     })  # fmt: skip
 
 

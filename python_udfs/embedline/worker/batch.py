@@ -1,9 +1,9 @@
-"""A batch in work: its claim, its documents, and how they are packed into requests. Values only; the engine moves them."""
+"""A batch in flight: its claim, its documents, and how they are packed into requests. Values only; the stages move them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +15,15 @@ from embedline.documents.readability import Readability
 from embedline.documents.values import Document, Vector
 from embedline.errors import EmbedlineError
 from embedline.models.request_size import Split
-from embedline.queue.backfill import ClaimedRange
+from embedline.queue.claim import Claim
+from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow
 from embedline.worker.batch_size import MAX_BATCH_BYTES
+from embedline.worker.work_source import WorkSource
 
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
 _LOCAL_REQUEST_ITEMS = 64
-# What a batch's vectors take on their way, for each value: base64 in the answer, float32 in the block and in the file.
+# Bytes of memory for each value of a vector: base64 in the answer, float32 in the block and in the file.
 _BYTES_A_VALUE = 14
 
 
@@ -84,25 +86,17 @@ class Unit:
 
 @dataclass(eq=False)
 class Batch:
-    """Claimed rows of one pipeline in work. Times are of time.monotonic, in seconds."""
+    """Claimed rows of one source in flight. Times are of time.monotonic, in seconds."""
 
-    pipeline: Pipeline
-    rows: list[ClaimedRow]
-    claim_id: int | None = None
-    # When the oldest change of a claim of the inbox was made.
-    enqueued_at: str | None = None
-    claimed_range: ClaimedRange | None = None
+    source: WorkSource
+    claim: Claim
     # When a write was last tried.
     written_at: float = 0.0
-    is_suspect: bool = False
-    # Content that is read of its rows; those beyond it go back, and are counted.
+    # Bytes of content that are read of its rows; the rows beyond are requeued, and counted.
     max_bytes: int = MAX_BATCH_BYTES
     deferred_count: int = 0
-    # Of a version's lane: the rows of its queue, and whether these are of its backfill.
-    queue_ids: list[int] = field(default_factory=list)
-    # How its chunks are looked at before they are embedded; None: not at all.
+    # How its chunks are checked before they are embedded; None: not at all.
     readability: Readability | None = None
-    of_backfill: bool = False
     found: list[Document] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
     embedded_count: int = 0
@@ -116,8 +110,29 @@ class Batch:
     tokens_used: dict[int, int | None] = field(default_factory=dict)
 
     @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline with the version whose model embeds the rows."""
+        return self.source.pipeline
+
+    @property
+    def rows(self) -> list[ClaimedRow]:
+        """The claimed rows."""
+        return self.claim.rows
+
+    def requeue(self, units: Iterable[Unit], delay: float, *, charged: bool, error: str | None) -> None:
+        """Put the rows of units back into the queue."""
+        rows = [document.row for unit in units for document in unit.documents]
+        if rows:
+            self.source.requeue(self.claim, rows, delay, charged=charged, error=error)
+
+    def quarantine(self, letters: Sequence[DeadLetter]) -> None:
+        """Give rows up, if there are any."""
+        if letters:
+            self.source.quarantine(self.claim, letters)
+
+    @property
     def first_requests(self) -> int:
-        """Requests without an answer, of texts that have not failed before."""
+        """Number of requests without an answer, of texts that have not failed before."""
         return sum(not request.is_answered for unit in self.units if not unit.failures for request in unit.requests)
 
     @property

@@ -295,7 +295,7 @@ def _nightly_command(repair: bool) -> str:
     return f"CALL embedline.run_nightly(repair => {'true' if repair else 'false'})"
 
 
-def let_launcher_breathe(session: Session) -> None:
+def wake_launcher(session: Session) -> None:
     """Wake pg_cron's launcher where another session waits for it.
 
     In libpq mode the launcher of pg_cron 1.4 heeds no interrupt while a job is running, and a resident worker always is:

@@ -84,7 +84,9 @@ class _Run:
         self._sources = WorkSources(session, CALLERS_TRANSACTION)
         turns = session.cache.setdefault(_TURNS_KEY, Turns())
         # Live changes have had their share when the backfill's turn comes.
-        self._claimant = Claimant(CALLERS_TRANSACTION, DatabasePermits(session), live_share=0.0, turns=turns)
+        self._claimant = Claimant(
+            CALLERS_TRANSACTION, DatabasePermits(session, CALLERS_TRANSACTION), live_share=0.0, turns=turns
+        )
         self._examined = 0
         self._batch_rows = _BATCH_ROWS
         self._written = Counter[WorkKey]()

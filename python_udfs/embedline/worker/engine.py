@@ -13,6 +13,8 @@ from embedline.models.pool import let_cancel_through, wait_first
 from embedline.postgres.claims import Claims
 from embedline.postgres.session import Session
 from embedline.worker.batch import Batch
+from embedline.worker.models import DatabaseModels
+from embedline.worker.permits import DatabasePermits
 from embedline.worker.stages.embed import Embed
 from embedline.worker.stages.failures import Failures
 from embedline.worker.stages.prepare import Prepare
@@ -30,8 +32,9 @@ class Engine:
 
     def __init__(self, session: Session, claims: Claims, patience: float) -> None:
         self._session = session
-        self.failures = Failures(session)
-        self.embed = Embed(session, claims, patience)
+        models = DatabaseModels(session)
+        self.failures = Failures(models)
+        self.embed = Embed(models, DatabasePermits(session, claims), patience)
         self.prepare = Prepare(session, self.embed, self.failures)
         self.write = Write(self.embed, self.failures)
 

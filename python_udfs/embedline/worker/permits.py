@@ -1,19 +1,22 @@
-"""What a claim needs to know of the whole database: living workers, circuits, budgets, and whose turn suspects are."""
+"""What may be claimed and sent: living workers, circuits, budgets, and whose turn suspects are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from embedline.catalog.values import Pipeline
 from embedline.models import circuit
+from embedline.postgres.claims import Claims
 from embedline.postgres.locks import SUSPECT_LOCK_CLASS, live_workers
 from embedline.postgres.session import Session
 from embedline.spending import ledger
+from embedline.spending.ledger import Grant
 
 
 class Permits(Protocol):
-    """Answers about the database that decide what may be claimed."""
+    """Answers about the database that decide what may be claimed and sent."""
 
     def live_workers(self) -> list[int]:
         """Return the workers whose claims count."""
@@ -23,6 +26,12 @@ class Permits(Protocol):
 
     def has_money(self, pipeline: Pipeline) -> bool:
         """Return False while a budget or a rate limit lets no request through."""
+
+    def reserve(self, pipeline: Pipeline, tokens: Sequence[int]) -> Grant:
+        """Reserve requests in order, by the estimate of each; they may be sent after the commit."""
+
+    def settle(self, reservation_id: int, tokens_used: int | None) -> None:
+        """Correct a reservation to the tokens that were used; None: the estimate stands."""
 
     def isolate(self) -> bool:
         """Take the right to try suspects; return False if another session has it."""
@@ -36,6 +45,7 @@ class DatabasePermits:
     """The answers of the database."""
 
     session: Session
+    claims: Claims
 
     def live_workers(self) -> list[int]:
         """Return the workers whose session lock is held."""
@@ -48,6 +58,16 @@ class DatabasePermits:
     def has_money(self, pipeline: Pipeline) -> bool:
         """Return False while a budget or a rate limit lets no request through."""
         return not pipeline.metered or ledger.blocked_until(self.session, pipeline) is None
+
+    def reserve(self, pipeline: Pipeline, tokens: Sequence[int]) -> Grant:
+        """Reserve in the ledger; a pipeline that is not metered has all requests granted."""
+        if not pipeline.metered:
+            return Grant(len(tokens), None, None, None)
+        return ledger.reserve(self.session, pipeline, tokens, self.claims)
+
+    def settle(self, reservation_id: int, tokens_used: int | None) -> None:
+        """Correct the ledger."""
+        ledger.settle(self.session, reservation_id, tokens_used)
 
     def isolate(self) -> bool:
         """Take the lock under which suspects are tried: one session at a time, so that a crash accuses few others."""

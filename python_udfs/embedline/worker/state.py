@@ -54,7 +54,7 @@ class ResidentWorker:
         self._claims = claims
         self._sources = WorkSources(session, claims)
         self._engine = Engine(session, claims, _PATIENCE_SECONDS)
-        self.claimant = Claimant(claims, DatabasePermits(session), settings.live_share)
+        self.claimant = Claimant(claims, DatabasePermits(session, claims), settings.live_share)
         self._maintenance = Maintenance(session, pipeline_name, self._ask)
         self._capacity, self._paces = Capacity(), Paces(settings)
         self._troubles = Troubles()

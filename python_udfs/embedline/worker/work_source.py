@@ -117,6 +117,9 @@ class WorkSource(Protocol):
     def read(self, claim: Claim, rows: Sequence[ClaimedRow], max_bytes: int) -> Reading:
         """Read rows of a claim, up to `max_bytes` of content; settle those that need no vector."""
 
+    def known_vectors(self, documents: Sequence[Document]) -> dict[bytes, Vector]:
+        """Return the vectors of the documents' chunks that are stored already, by digest."""
+
     def write(self, claim: Claim, documents: Sequence[Document], vectors: Mapping[bytes, Vector]) -> list[int]:
         """Write the documents that have not changed; return their indexes. All others are settled or requeued."""
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from embedline.core.embedding import EmbeddingBlock
 from embedline.core.tokens import plausible_tokens
 from embedline.errors import EmbedlineError, InvalidVectors, ProviderMisconfigured, TransientProviderError
-from embedline.models import circuit, health_check, learning, request_size
-from embedline.models.pool import embedder_for
-from embedline.postgres.claims import Claims
-from embedline.postgres.session import Session
-from embedline.spending import ledger
 from embedline.worker.batch import Batch, Request, Unit
+from embedline.worker.models import Models
+from embedline.worker.permits import Permits
 
 # Delay of rows that a budget or a rate limit holds back. It is short, because either can be raised at any time; meanwhile
 # no claim is taken of their pipeline.
@@ -29,19 +26,22 @@ class Embed:
     `patience` is how many seconds a batch may wait for a grant before its rows are requeued.
     """
 
-    def __init__(self, session: Session, claims: Claims, patience: float) -> None:
-        self._session = session
-        self._claims = claims
+    def __init__(
+        self, models: Models, permits: Permits, patience: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._models = models
+        self._permits = permits
         self._patience = patience
+        self._clock = clock
         # Why requests were last refused a grant; None while none was.
         self.refusal: str | None = None
 
     def reserve_at_once(self, batch: Batch, tokens: int) -> bool:
         """Reserve tokens that are spent before any request; return False, and requeue what was read, if that is refused."""
-        grant = ledger.reserve(self._session, batch.pipeline, [tokens], self._claims)
+        grant = self._permits.reserve(batch.pipeline, [tokens])
         if grant.count:
             if grant.reservation_id is not None:
-                ledger.settle(self._session, grant.reservation_id, None)
+                self._permits.settle(grant.reservation_id, None)
             return True
         self.refusal = grant.reason or "the budget is used up"
         batch.requeue([Unit(batch.found)], _MONEY_SECONDS, charged=False, error=self.refusal)
@@ -52,17 +52,14 @@ class Embed:
         waiting = batch.ungranted
         if not waiting:
             return
-        grant = ledger.Grant(len(waiting), None, None, None)
-        if batch.pipeline.metered:
-            estimates = [request.tokens for request in waiting]
-            grant = ledger.reserve(self._session, batch.pipeline, estimates, self._claims)
+        grant = self._permits.reserve(batch.pipeline, [request.tokens for request in waiting])
         for request in waiting[: grant.count]:
             request.is_granted, request.reservation_id = True, grant.reservation_id
         if grant.count and grant.reservation_id is not None:
             batch.tokens_used[grant.reservation_id] = 0
         if grant.count < len(waiting):
             wait = grant.wait_seconds or 0.0
-            batch.grant_at = time.monotonic() + min(wait, _GRANT_SECONDS)
+            batch.grant_at = self._clock() + min(wait, _GRANT_SECONDS)
             if wait > self._patience:
                 self.requeue_waiting(batch, grant.reason or "the budget is used up")
 
@@ -87,9 +84,9 @@ class Embed:
         sent = sum(request.future is not None and not request.is_answered for request in searching)
         places = max(batch.pipeline.version.model.config.concurrency, 1) - sent
         granted += [r for r in searching if r.is_granted and r.future is None][: max(places, 0)]
-        embedder = embedder_for(self._session, batch.pipeline.version.model) if granted else None
+        embedder = self._models.embedder(batch.pipeline.version.model) if granted else None
         # One time for all: each says something about the provider that the others met.
-        now = time.monotonic()
+        now = self._clock()
         for request in granted:
             if embedder is not None:
                 request.sent_at = now
@@ -100,7 +97,7 @@ class Embed:
         for future in batch.futures:
             future.cancel()
         for reservation_id in batch.tokens_used:
-            ledger.settle(self._session, reservation_id, None)
+            self._permits.settle(reservation_id, None)
         batch.tokens_used = {}
 
     def collect(self, batch: Batch, unit: Unit) -> None:
@@ -120,7 +117,7 @@ class Embed:
                 error = self._take_over(batch, unit, request, request.future.result())
             if error is not None:
                 errors.append((request, error))
-        batch.answered_at = unit.failed_at = time.monotonic()
+        batch.answered_at = unit.failed_at = self._clock()
         if errors:
             unit.error = functools.reduce(_graver, [error for _, error in errors])
             unit.sent_at = max(request.sent_at for request, _ in errors)
@@ -130,11 +127,8 @@ class Embed:
             self._note_success(batch, unit)
 
     def _note_success(self, batch: Batch, unit: Unit) -> None:
-        model = batch.pipeline.version.model
-        circuit.close_circuit(self._session, model.model_id)
         sizes = {len(request.texts) for request in unit.requests}
-        request_size.note_passed(self._session, model, max(sizes))
-        request_size.note_too_long(self._session, model, unit.cut_sizes)
+        self._models.note_success(batch.pipeline.version.model, sizes, unit.cut_sizes)
         if unit.split is not None:
             unit.split.passed |= sizes
 
@@ -143,7 +137,7 @@ class Embed:
         from embedline.core import vectors
 
         version = batch.pipeline.version
-        if remark := learning.keep(self._session, batch.pipeline, block.learned):
+        if remark := self._models.keep_learned(batch.pipeline, block.learned):
             batch.source.record_error(remark)
         digests = list(request.texts)
         try:
@@ -159,19 +153,19 @@ class Embed:
             unit.faults[digests[index]] = reason
             del unit.vectors[digests[index]]
         if len(faults) < len(digests):
-            health_check.note_answer(self._session, version.model.model_id, request.sent_at)
+            self._models.note_answer(version.model, request.sent_at)
         return None
 
     def remember_sizes(self, batch: Batch, ready: Sequence[Unit]) -> None:
         """Keep the request sizes that the model refused and passed, of splits that are through."""
         splits = {unit.split for unit in ready if unit.split is not None} - {unit.split for unit in batch.units}
-        request_size.remember(self._session, batch.pipeline.version.model, splits)
+        self._models.remember_splits(batch.pipeline.version.model, splits)
 
     def settle_reservations(self, batch: Batch) -> None:
         """Correct the reservations of requests that are all answered."""
         open_ids = {request.reservation_id for request in batch.requests}
         for reservation_id in [i for i in batch.tokens_used if i not in open_ids]:
-            ledger.settle(self._session, reservation_id, batch.tokens_used.pop(reservation_id))
+            self._permits.settle(reservation_id, batch.tokens_used.pop(reservation_id))
 
 
 def _count_tokens(batch: Batch, request: Request) -> None:

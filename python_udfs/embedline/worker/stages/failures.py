@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from embedline.catalog.values import Pipeline
 from embedline.chunking.halves import cut_chunks
 from embedline.core.retry import MAX_ATTEMPTS, backoff_seconds
 from embedline.core.tokens import estimated_size
-from embedline.documents.reuse import lend_vectors
-from embedline.documents.values import Document, Vector
+from embedline.documents.values import Document
 from embedline.errors import (
     EmbedlineError,
     InputRejected,
@@ -20,11 +18,10 @@ from embedline.errors import (
     ProviderMisconfigured,
     TransientProviderError,
 )
-from embedline.models import circuit, health_check
 from embedline.models.request_size import Split
-from embedline.postgres.session import Session
 from embedline.queue.dead_letters import DeadLetter
 from embedline.worker.batch import Batch, Unit, halved_requests, unit_of
+from embedline.worker.models import Models
 
 # Seconds for which a provider that refuses everything, such as a closed account, is left alone.
 _REFUSED_PAUSE_SECONDS = 10.0
@@ -37,8 +34,9 @@ _ATTEMPTS_TOGETHER = 2
 class Failures:
     """Judges the failures of batches."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, models: Models, clock: Callable[[], float] = time.monotonic) -> None:
+        self._models = models
+        self._clock = clock
         # Batches that are searched for the text that fails, and when each search began.
         self._searched: dict[Batch, float] = {}
 
@@ -54,7 +52,7 @@ class Failures:
         since = unit.failed_at if _is_last_try(unit, error) else unit.sent_at
         others = (request.future for request in batch.requests if request.future and request.sent_at >= since)
         hopeful = (future for future in others if not future.done() or future.exception() is None)
-        verdict = health_check.ask(self._session, batch.pipeline.version, since, next(hopeful, None))
+        verdict = self._models.ask(batch.pipeline.version, since, next(hopeful, None))
         if verdict.pending is not None:
             batch.units.append(replace(unit, requests=[], verdict=verdict.pending))
         elif verdict.health == "sound":
@@ -67,7 +65,7 @@ class Failures:
 
     def judge_chunker(self, batch: Batch, document: Document, error: ProviderError) -> None:
         """Judge a failure of the model that the chunker of a document asked."""
-        now = time.monotonic()
+        now = self._clock()
         self.judge(batch, Unit([document], error=error, sent_at=now, failed_at=now), error)
 
     def without_faults(self, batch: Batch, unit: Unit) -> list[Document]:
@@ -99,7 +97,7 @@ class Failures:
     def _rest(self, batch: Batch, unit: Unit, seconds: float | None) -> None:
         """Open the circuit for a while: the provider fails every request. No row is charged, and none waits longer."""
         message = _note(batch, unit)
-        circuit.open_circuit(self._session, batch.pipeline.version.model.model_id, message, seconds)
+        self._models.open_circuit(batch.pipeline.version.model, message, seconds)
         batch.requeue([unit], 0.0, charged=False, error=message)
 
     def _blame_texts(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
@@ -138,7 +136,7 @@ class Failures:
         # Its requests are gone by now if it has waited for a verdict; the texts that failed are not.
         if len(unit.documents) < 2 and sum(len(texts) for texts in unit.failed) < 2:
             return True
-        now, model = time.monotonic(), batch.pipeline.version.model
+        now, model = self._clock(), batch.pipeline.version.model
         # A search that was abandoned is forgotten after a while.
         self._searched = {
             other: at
@@ -157,7 +155,7 @@ class Failures:
         wish = getattr(error, "retry_after", None)
         if wish:
             # The provider's wait is the model's, not the rows': embedline.resume_model ends it.
-            circuit.open_circuit(self._session, batch.pipeline.version.model.model_id, message, wish)
+            self._models.open_circuit(batch.pipeline.version.model, message, wish)
         batch.requeue([unit], backoff_seconds(_attempts(unit)), charged=True, error=message)
 
     def _cut(self, batch: Batch, unit: Unit, error: EmbedlineError) -> bool:
@@ -171,19 +169,13 @@ class Failures:
         # The requests around it were refused for this text and not for their size.
         _spoil(unit)
         document = replace(unit.documents[0], chunks=chunks)
-        known = known_vectors(self._session, batch.pipeline, [document])
+        known = batch.source.known_vectors([document])
         again = unit_of(batch.pipeline, [document], unit.vectors | known)
         again.failures, again.split = unit.failures + 1, unit.split
         sizes = {estimated_size(text) for text in refused.values()} if error.is_too_long else set()
         again.cut_sizes = unit.cut_sizes | sizes
         batch.units.append(again)
         return True
-
-
-def known_vectors(session: Session, pipeline: Pipeline, found: Sequence[Document]) -> dict[bytes, Vector]:
-    """Return the vectors of the documents' chunks that are stored already, by digest."""
-    digests = list(dict.fromkeys(chunk.digest for document in found for chunk in document.chunks))
-    return lend_vectors(session, pipeline, digests)
 
 
 def dead_letter(document: Document, stage: str, error: EmbedlineError | None) -> DeadLetter:

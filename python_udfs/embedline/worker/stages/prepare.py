@@ -24,7 +24,7 @@ from embedline.queue.outbox import ClaimedRow
 from embedline.spending import ledger
 from embedline.worker.batch import Batch, pack, vector_memory
 from embedline.worker.stages.embed import Embed
-from embedline.worker.stages.failures import Failures, dead_letter, known_vectors
+from embedline.worker.stages.failures import Failures, dead_letter
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Prepare:
         Known chunks stay whole, so that an edit elsewhere in a document changes none of its chunks. A chunk that is given up
         needs no vector, so no provider is asked for it.
         """
-        known = known_vectors(self.session, batch.pipeline, found)
+        known = batch.source.known_vectors(found)
         known |= {digest: NO_VECTOR for document in found for digest in document.unreadable}
         limit = batch.pipeline.version.model.text_size_refused
         while limit is not None and batch.source.may_cut:
@@ -139,7 +139,7 @@ class Prepare:
             if not cut:
                 break
             found = [cut.get(place, document) for place, document in enumerate(found)]
-            known |= known_vectors(self.session, batch.pipeline, list(cut.values()))
+            known |= batch.source.known_vectors(list(cut.values()))
         return found, known
 
 

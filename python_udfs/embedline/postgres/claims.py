@@ -1,4 +1,7 @@
-"""How a session holds what it claims: by marks in the queues, or by the row locks of its caller's transaction."""
+"""The two forms of claims: marks in the queues, or row locks.
+
+A resident worker marks; embed_pending holds the locks of its caller's transaction.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from embedline.postgres.session import Session
 
 
 class Claims(Protocol):
-    """One holder of claims. What it claims is marked with `worker_id`, or locked if that is None."""
+    """One holder of claims.
+
+    What it claims is marked with `worker_id`, or locked if that is None.
+    """
 
     @property
     def worker_id(self) -> int | None:
@@ -23,7 +29,10 @@ class Claims(Protocol):
         """Return True if claims outlive the transaction that takes them."""
 
     def fence(self, parameter: int) -> str:
-        """Return the condition that a row is still claimed by this holder, to follow others; `values` is its parameter."""
+        """Return the condition that this holder has claimed a row, to follow others.
+
+        `values` are its parameters.
+        """
 
     @property
     def types(self) -> Sequence[str]:
@@ -34,17 +43,18 @@ class Claims(Protocol):
         """Return the parameters of the fence."""
 
     def take_turns(self, session: Session, pipeline_id: int) -> None:
-        """Let claims of one pipeline follow each other, so that each sees every earlier one."""
+        """Let claims of one pipeline follow each other: each sees the earlier ones."""
 
     def serialised(self, session: Session, lock_class: int, lock: int) -> AbstractContextManager[None]:
-        """Hold an advisory lock for a block, and on to the end of a transaction that is short."""
+        """Hold an advisory lock for a block, or to the end of a short transaction."""
 
 
 @dataclass(frozen=True)
 class WorkerClaims:
-    """Marks of a resident worker. They count exactly as long as its session advisory lock is held.
+    """Marks of a resident worker.
 
-    Its transactions are short, so a transaction's lock orders them.
+    They count exactly as long as its session advisory lock is held. Its transactions are short, so a transaction's lock
+    orders them.
     """
 
     worker_id: int
@@ -65,21 +75,28 @@ class WorkerClaims:
         return (self.worker_id,)
 
     def take_turns(self, session: Session, pipeline_id: int) -> None:
-        """Take the pipeline's claim lock to the end of the transaction, a few milliseconds."""
+        """Take the pipeline's claim lock to the end of the transaction.
+
+        That is a few milliseconds.
+        """
         session.query("SELECT pg_advisory_xact_lock($1, $2)", ["integer", "integer"], CLAIM_LOCK_CLASS, pipeline_id)
 
     @contextmanager
     def serialised(self, session: Session, lock_class: int, lock: int) -> Iterator[None]:
-        """Take the lock to the end of the transaction, so that the next holder sees what this one commits."""
+        """Take the lock to the end of the transaction.
+
+        So the next holder sees what this one commits.
+        """
         session.query("SELECT pg_advisory_xact_lock($1, $2)", ["integer", "integer"], lock_class, lock)
         yield
 
 
 @dataclass(frozen=True)
 class TransactionClaims:
-    """Row locks of the caller's transaction, as in embed_pending. Nothing is marked, so a row needs no fence.
+    """Row locks of the caller's transaction, as in embed_pending.
 
-    That transaction may be long, so no lock that others wait for is held to its end.
+    Nothing is marked, so a row needs no fence. That transaction may be long, so no lock that others wait for is held to its
+    end.
     """
 
     worker_id: None = None
@@ -104,7 +121,10 @@ class TransactionClaims:
 
     @contextmanager
     def serialised(self, session: Session, lock_class: int, lock: int) -> Iterator[None]:
-        """Hold the lock for the block alone. Others do not see what it wrote until the caller commits."""
+        """Hold the lock for the block alone.
+
+        Others do not see what it wrote until the caller commits.
+        """
         session.query("SELECT pg_advisory_lock($1, $2)", ["integer", "integer"], lock_class, lock)
         try:
             yield

@@ -1,4 +1,7 @@
-"""The backfill: rows that were there before their triggers, read by block range, and the sweep that closes it."""
+"""The backfill: rows older than their triggers, read by block range.
+
+A sweep closes it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ _INSERT_RANGES = """
 
 
 def insert_ranges(session: Session, pipeline_id: int, source_oid: int, relation: int | None = None) -> None:
-    """Write a row for each range of blocks that the source has now: of all relations, or of one and those without any."""
+    """Write a row for each range of blocks that the source has now.
+
+    Of all relations, or of one and those without any.
+    """
     session.query(_INSERT_RANGES, ["bigint"] * 4, pipeline_id, source_oid, relation, _BLOCKS_PER_RANGE)
 
 
@@ -82,7 +88,7 @@ def claim_range(
 def _read_range(
     session: Session, pipeline: Pipeline, row: Mapping[str, Any], limit: int
 ) -> tuple[list[Key], str | None]:
-    """Return up to `limit` keys from the front of a range, and where the last one stands."""
+    """Return up to `limit` keys from the front of a range, and the last place."""
     keys = ", ".join(f"array_agg(r.{column}::text) AS {column}" for column in pipeline.quoted_key_columns)
     found = session.query(
         f"SELECT max(r.row_tid)::text AS last_tid, {keys}"
@@ -97,10 +103,11 @@ def _read_range(
 
 
 def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, claims: Claims) -> int:
-    """Mark a range as claimed up to `last_tid`, or all of it; return the id of what is claimed.
+    """Mark a range as claimed up to `last_tid`, or all of it.
 
-    The claimed part of a longer range becomes a range of its own, so that the next batch can follow while this one is
-    embedded. The rest of a range that was in a crash stays suspected; only rows that are tried alone are given up.
+    Return the id of what is claimed. The claimed part of a longer range becomes a range of its own, so that the next batch
+    can follow while this one is embedded. The rest of a range that was in a crash stays suspected; only rows that are tried
+    alone are given up.
     """
     if last_tid is None:
         session.query(
@@ -134,11 +141,11 @@ def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, claims
 
 
 def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None:
-    """Recreate the ranges of a relation, and create those of the source's relations that have none.
+    """Recreate the ranges of a relation, and create those that lack.
 
-    VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE rewrite a table: every row has moved. A relation that does not belong
-    to the source was detached or dropped, or the ranges come from a restored database, whose numbers mean nothing here: then
-    no relation has any.
+    VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE rewrite a table: every row has moved. A relation that does not
+    belong to the source was detached or dropped, or the ranges come from a restored database, whose numbers mean nothing
+    here: then no relation has any.
     """
     # In a statement of its own, so that the next one sees the relation without ranges.
     session.query(
@@ -199,7 +206,10 @@ def _merge_ranges(session: Session, pipeline: Pipeline) -> None:
 
 
 def missing_keys(session: Session, pipeline: Pipeline, limit: int) -> list[list[str]]:
-    """Return keys of rows that are missing and not queued: a list for each key column, or none."""
+    """Return keys of rows that are missing and not queued.
+
+    A list for each key column, or none.
+    """
     columns = ", ".join(
         f"array_agg(m.{column}::text) AS key_{i}" for i, column in enumerate(pipeline.quoted_key_columns)
     )
@@ -210,11 +220,12 @@ def missing_keys(session: Session, pipeline: Pipeline, limit: int) -> list[list[
 
 
 def close_backfill(session: Session, pipeline: Pipeline) -> bool:
-    """Sweep once all ranges are read; mark the version complete if no row is missing. Return True if the sweep found rows.
+    """Sweep once all ranges are read.
 
-    An update of an unrelated column can move a row from a block not yet read to one already read, and is not captured. So
-    the end of the ranges is not the end of the backfill. The sweep is one snapshot. It queues every row that is neither
-    embedded as the pipeline is now nor queued, by its key: after that the row may move.
+    Mark the version complete if no row is missing. Return True if the sweep found rows. An update of an unrelated column
+    can move a row from a block not yet read to one already read, and is not captured. So the end of the ranges is not the
+    end of the backfill. The sweep is one snapshot. It queues every row that is neither embedded as the pipeline is now nor
+    queued, by its key: after that the row may move.
     """
     if pipeline.version.state != "backfilling":
         return False
@@ -257,7 +268,10 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
 
 
 def restart_backfill(session: Session, pipeline: Pipeline) -> None:
-    """Have the backfill read the whole source again. Rows that are up to date cost no provider request."""
+    """Have the backfill read the whole source again.
+
+    Rows that are up to date cost no provider request.
+    """
     # A range in flight is finished by its worker; to wait for its row could be to wait for a long embed_pending.
     session.query(
         "DELETE FROM embedline.backfill_range WHERE range_id IN ("

@@ -1,8 +1,8 @@
-"""The queue of a version that is filled from the chunks: new chunks as lists, its backfill as ranges of chunk ids.
+"""The queue of a version that is filled: lists of chunks, ranges of ids.
 
 A list holds chunks that a writer left in its own transaction, that wait for a retry, or that a worker has in flight. Of a
-range only the missing chunks are embedded; the tables tell which these are. A claim is a mark that counts exactly as long as
-its worker's session advisory lock, as in the outbox; embed_pending marks nothing and keeps the rows locked.
+range only the missing chunks are embedded; the tables tell which these are. A claim is a mark that counts exactly as long
+as its worker's session advisory lock, as in the outbox; embed_pending marks nothing and keeps the rows locked.
 
 Each function takes the pipeline with the version that is filled.
 """
@@ -87,17 +87,20 @@ _PEEK = """
 
 
 def peek(session: Session, pipeline: Pipeline, live: list[int]) -> dict[str, bool]:
-    """Return what can be claimed: `queued` lists, `unread` ranges that the rate allows, `suspected` and `orphaned` lists."""
+    """Return what can be claimed.
+
+    `queued` lists, `unread` ranges that the rate allows, `suspected` and `orphaned` lists.
+    """
     return session.query(_PEEK, ["bigint", "integer[]"], pipeline.version.version_id, live)[0]
 
 
 def claim_lists(
     session: Session, pipeline: Pipeline, limit: int, claims: Claims, *, crash_count: int = 0
 ) -> Claim | None:
-    """Claim up to `limit` chunks of lists that are due; None if there are none. Tries are counted before the work begins.
+    """Claim up to `limit` chunks of lists that are due.
 
-    A row of the claim has the chunk's id as its key. `crash_count` selects the chunks that were in flight in that many
-    crashes, a few at a time.
+    Return None if there are none. Tries are counted before the work begins. A row of the claim has the chunk's id as its
+    key. `crash_count` selects the chunks that were in flight in that many crashes, a few at a time.
     """
     if pipeline.version.backfill_rate is not None:
         # No more at a time than a second's worth.
@@ -134,7 +137,10 @@ def claim_lists(
 
 
 def most_crashes(session: Session, pipeline: Pipeline) -> int:
-    """Return the number of crashes in which the most suspected chunks that are due were in flight."""
+    """Return the number of crashes that the most suspected chunks were in.
+
+    Only chunks that are due count.
+    """
     return int(
         session.scalar(
             "SELECT coalesce(max(crash_count), 0) FROM embedline.version_queue WHERE version_id = $1"
@@ -146,9 +152,10 @@ def most_crashes(session: Session, pipeline: Pipeline) -> int:
 
 
 def claim_range(session: Session, pipeline: Pipeline, limit: int, claims: Claims) -> Claim | None:
-    """Claim the next `limit` missing chunks of an open range; None if no range is open.
+    """Claim the next `limit` missing chunks of an open range.
 
-    The range is narrowed at once, so that another worker can go on behind. The claimed chunks are a list from here on.
+    Return None if no range is open. The range is narrowed at once, so that another worker can go on behind. The claimed
+    chunks are a list from here on.
     """
     version = pipeline.version
     if version.backfill_rate is not None:
@@ -194,7 +201,7 @@ def _missing(session: Session, pipeline: Pipeline, first_id: int, end_id: int, l
 
 
 def _is_missing(pipeline: Pipeline) -> str:
-    """Return the condition that a chunk has neither a vector of the version nor a dead letter."""
+    """Return the condition that a chunk is missing: no vector, no dead letter."""
     return (
         f"NOT EXISTS (SELECT FROM {pipeline.vectors} AS v WHERE v.chunk_id = c.chunk_id) AND NOT EXISTS ("
         f"SELECT FROM embedline.version_dead_letter AS d WHERE d.version_id = {pipeline.version.version_id}"
@@ -222,7 +229,10 @@ def requeue(
     error: str | None,
     of_backfill: bool,
 ) -> None:
-    """Queue chunks again, to be tried together after a delay; only a `charged` try counts towards the limit of tries."""
+    """Queue chunks again, to be tried together after a delay.
+
+    Only a `charged` try counts towards the limit of tries.
+    """
 
     def history(row: ClaimedRow) -> tuple[int, int]:
         return row.attempts if charged else row.attempts - 1, row.crash_count
@@ -246,7 +256,10 @@ def requeue(
 
 
 def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, live: list[int]) -> None:
-    """Free lists that were in flight when their worker died; their chunks are suspected now."""
+    """Free lists that were in flight when their worker died.
+
+    Their chunks are suspected now.
+    """
     session.query(
         "UPDATE embedline.version_queue SET claimed_by = NULL, attempts = greatest(attempts - 1, 0),"
         " crash_count = crash_count + 1 WHERE version_id = $1 AND claimed_by IS NOT NULL AND claimed_by <> ALL ($2)",
@@ -257,7 +270,10 @@ def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, live: list[i
 
 
 def release(session: Session, worker_id: int, queue_ids: Sequence[int] | None = None) -> None:
-    """Free all lists of a worker, of all versions, or some of them; the tries are not counted."""
+    """Free all lists of a worker, of all versions, or some of them.
+
+    The tries are not counted.
+    """
     session.query(
         "UPDATE embedline.version_queue SET claimed_by = NULL, attempts = greatest(attempts - 1, 0)"
         " WHERE claimed_by = $1 AND ($2 IS NULL OR queue_id = ANY ($2))",
@@ -268,7 +284,10 @@ def release(session: Session, worker_id: int, queue_ids: Sequence[int] | None = 
 
 
 def enqueue_range(session: Session, pipeline: Pipeline) -> None:
-    """Queue all chunks of the version's set as one range. Nothing may write chunks meanwhile."""
+    """Queue all chunks of the version's set as one range.
+
+    Nothing may write chunks meanwhile.
+    """
     session.query(
         f"""
         INSERT INTO embedline.version_queue (version_id, first_id, end_id, of_backfill)
@@ -292,7 +311,7 @@ def enqueue_lists(session: Session, pipeline: Pipeline, chunk_ids: Sequence[int]
 
 
 def forget_dead_letters(session: Session, pipeline: Pipeline) -> None:
-    """Remove the version's dead letters whose chunk is gone, or has its vector after all."""
+    """Remove the version's dead letters of chunks that are gone or embedded."""
     session.query(
         f"DELETE FROM embedline.version_dead_letter AS d WHERE d.version_id = $1 AND (NOT EXISTS ("
         f"SELECT FROM {pipeline.chunk} AS c WHERE c.chunk_id = d.chunk_id)"
@@ -303,7 +322,10 @@ def forget_dead_letters(session: Session, pipeline: Pipeline) -> None:
 
 
 def is_behind(session: Session, pipeline: Pipeline) -> bool:
-    """Return True if chunks are queued for the version: after a cutover the serving one may still have some to embed."""
+    """Return True if chunks are queued for the version.
+
+    After a cutover the serving one may still have some to embed.
+    """
     return bool(
         session.scalar(
             "SELECT EXISTS (SELECT FROM embedline.version_queue WHERE version_id = $1)",
@@ -338,10 +360,11 @@ def enqueue_missing(session: Session, pipeline: Pipeline) -> int:
 
 
 def close(session: Session, pipeline: Pipeline) -> bool:
-    """Sweep once a version's backfill is through; mark it complete if no chunk is missing. Return True if any was.
+    """Sweep once a version's backfill is through.
 
-    Chunks of the last seconds may be in the queue, because under steady writes it never is empty. A version that is further
-    behind is not complete: its model does not keep up with the writes.
+    Mark it complete if no chunk is missing. Return True if any was. Chunks of the last seconds may be in the queue, because
+    under steady writes it never is empty. A version that is further behind is not complete: its model does not keep up with
+    the writes.
     """
     version_id = pipeline.version.version_id
     if pipeline.version.state != "backfilling":

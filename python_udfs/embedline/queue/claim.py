@@ -1,4 +1,4 @@
-"""A claim as a value: the rows that a session has in flight, and where its marks are."""
+"""A claim as a value: the rows in flight, and where their marks are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dead letters: writing them with their reasons, queueing their rows again, deleting old ones."""
+"""Dead letters: write them, queue their rows again, delete old ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN_KEY_CHARACTERS = 100
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A row that is given up: at which stage, with which SQLSTATE and message, with which content."""
+    """A row that is given up: its stage, SQLSTATE, message and content."""
 
     row: ClaimedRow
     stage: str
@@ -35,7 +35,10 @@ class DeadLetter:
 
 
 def write_dead_letters(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) -> None:
-    """Record rows that are given up, with their reasons; their outdated chunks leave search."""
+    """Record rows that are given up, with their reasons.
+
+    Their outdated chunks leave search.
+    """
     count = len(pipeline.key_columns)
     arrays = key_columns([letter.row.key for letter in letters], count)
     hashes = [letter.content_hash for letter in letters]
@@ -81,9 +84,10 @@ def write_dead_letters(session: Session, pipeline: Pipeline, letters: Sequence[D
 
 
 def _digest(key: str) -> str:
-    """Return the indexed expression of a dead letter's key. As JSON a key may be longer than an index entry.
+    """Return the indexed expression of a dead letter's key.
 
-    Written so because convert_to is not immutable; the backslashes are those of the escape format of bytea.
+    As JSON a key may be longer than an index entry. Written so because convert_to is not immutable; the backslashes are
+    those of the escape format of bytea.
     """
     return rf"sha256(replace(({key})::text, E'\\', E'\\\\')::bytea)"
 
@@ -106,10 +110,11 @@ def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key
 def requeue(
     session: Session, pipeline_name: str, key: str | None, error_code: str | None, include_embedded: bool
 ) -> int:
-    """Queue a pipeline's dead letters again, all or those of one key or error code, with no tries counted.
+    """Queue dead letters of a pipeline again, with no tries counted.
 
-    A dead letter stays until its row is embedded or fails again, so nothing is lost in between. A key that is not dead is
-    queued too; with `include_embedded` it is embedded again although its content has not changed.
+    All, or those of one key or error code. A dead letter stays until its row is embedded or fails again, so nothing is lost
+    in between. A key that is not dead is queued too; with `include_embedded` it is embedded again although its content has
+    not changed.
     """
     require_control(session, pipeline_name)
     pipeline = load_pipeline(session, pipeline_name)
@@ -125,7 +130,10 @@ def requeue(
 
 @entry_point
 def purge_dead_letters(session: Session, older_than: str | None) -> int:
-    """Delete dead letters that are older than an interval, by default the setting; return their number."""
+    """Delete dead letters that are older than an interval, by default the setting.
+
+    Return their number.
+    """
     if session.scalar("SELECT $1::interval < interval '0'", ["text"], older_than):
         raise InvalidParameter(
             f"older_than must not be negative: {older_than}", hint="SELECT embedline.purge_dead_letters('90 days');"
@@ -134,7 +142,10 @@ def purge_dead_letters(session: Session, older_than: str | None) -> int:
 
 
 def purge(session: Session, older_than: str | None) -> int:
-    """Delete old dead letters. Their documents stay in state dead, so that no sweep queues the rows again."""
+    """Delete old dead letters.
+
+    Their documents stay in state dead, so that no sweep queues the rows again.
+    """
     rows = session.query(
         """
         DELETE FROM embedline.dead_letter WHERE created_at < now() - coalesce(
@@ -187,7 +198,10 @@ def _requeue_key(session: Session, pipeline: Pipeline, key: Key, error_code: str
 
 
 def _read_key(session: Session, pipeline: Pipeline, key: str) -> Key:
-    """Return a key given as jsonb in the spelling of its types; raise InvalidParameter if it is none."""
+    """Return a key given as jsonb in the spelling of its types.
+
+    Raise InvalidParameter if it is none.
+    """
     names = json_names(pipeline)
     given = json.loads(key)
     form = json.dumps({name: "..." for name in names})
@@ -221,7 +235,10 @@ def _has_row(session: Session, pipeline: Pipeline, key: Key) -> bool:
 
 
 def _forget_chunks(session: Session, pipeline: Pipeline, key: Key) -> bool:
-    """Remove a row's chunks and mark its document as not current; return False if another session has locked it."""
+    """Remove a row's chunks and mark its document as not current.
+
+    Return False if another session has locked it.
+    """
     wanted = f"unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
     removals = "".join(
         f""", removed_{number} AS (

@@ -1,7 +1,7 @@
-"""The inbox: changed keys as applications append them, and the claims by which workers take them out in bulk.
+"""The inbox: changed keys as applications append them, and their claims.
 
-A claim is one row that holds all of its keys. It counts exactly as long as its worker's session advisory lock is held;
-the keys of a dead worker's claim go to the outbox, where each has its own count of crashes.
+Workers take keys out in bulk. A claim is one row that holds all of its keys. It counts exactly as long as its worker's
+session advisory lock is held; the keys of a dead worker's claim go to the outbox, where each has its own count of crashes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _TENANT_CHARACTERS = 500
 
 
 def enqueue_query(pipeline: Pipeline, rows: str, condition: str = "true") -> str:
-    """Return the INSERT of a relation's keys into the inbox, as capture does it; each row returns its key_count."""
+    """Return the INSERT of a relation's keys into the inbox, as capture does it.
+
+    Each row returns its key_count.
+    """
     columns = ", ".join(quote_ident(column) for column in pipeline.key_columns)
     arrays = ", ".join(f"array_agg(k.{quote_ident(column)})" for column in pipeline.key_columns)
     first = quote_ident(pipeline.key_columns[0])
@@ -104,10 +107,10 @@ def _claim_statement(pipeline: Pipeline, front: str, *, is_marked: bool) -> str:
 
 
 def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
-    """Move rows of the inbox to the outbox with the tenant of each key, so that tenants can have their turns.
+    """Move rows of the inbox to the outbox with the tenant of each key.
 
-    Returns the number of keys moved. The rows of the inbox are locked until they are gone, so nobody else moves them; the
-    tenants are read between, because the owner's expression must leave nothing behind.
+    So tenants can have their turns. Returns the number of keys moved. The rows of the inbox are locked until they are gone,
+    so nobody else moves them; the tenants are read between, because the owner's expression must leave nothing behind.
     """
     columns, count = pipeline.quoted_key_columns, len(pipeline.key_columns)
     key = f"k ({pipeline.key_list})"
@@ -160,7 +163,10 @@ def finish_claim(session: Session, pipeline: Pipeline, claim_id: int, claims: Cl
 
 
 def narrow_claim(session: Session, pipeline: Pipeline, claim_id: int, keys: Sequence[Key], claims: Claims) -> None:
-    """Leave only these keys in a claim: the others are back in the queue, and other workers may have them at once."""
+    """Leave only these keys in a claim.
+
+    The others are back in the queue, and other workers may have them at once.
+    """
     count = len(pipeline.key_columns)
     assigned = ", ".join(
         f"{column} = ${2 + i}::text[]::{key_type}[]"
@@ -176,9 +182,10 @@ def narrow_claim(session: Session, pipeline: Pipeline, claim_id: int, keys: Sequ
 
 
 def break_claims(session: Session, pipeline: Pipeline, condition: str, ids: Sequence[int], crash_count: int) -> None:
-    """Put the keys of claims into the outbox: of dead workers (each has been in a crash), or of one that ends in order.
+    """Put the keys of claims into the outbox.
 
-    `condition` compares claimed_by or claim_id with the array $1.
+    Of dead workers (each has been in a crash), or of one that ends in order. `condition` compares claimed_by or claim_id
+    with the array $1.
     """
     keys = ", ".join(f"broken.{quote_ident(column)}" for column in pipeline.key_columns)
     session.query(

@@ -1,7 +1,8 @@
-"""The outbox: changed keys with a history of their own: failed before, busy, or in flight when a worker died.
+"""The outbox: changed keys with a history of their own.
 
-A worker's claim is a mark on outbox rows that counts exactly as long as its session advisory lock. embed_pending marks
-nothing: it holds row locks to the end of its caller's transaction.
+They failed before, were busy, or were in flight when a worker died. A worker's claim is a mark on outbox rows that counts
+exactly as long as its session advisory lock. embed_pending marks nothing: it holds row locks to the end of its caller's
+transaction.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class ClaimedRow:
 
 
 def in_flight_query(pipeline: Pipeline, live: str) -> str:
-    """Return the query of the keys that living workers have in flight; `live` is the parameter with their ids."""
+    """Return the query of the keys that living workers have in flight.
+
+    `live` is the parameter with their ids.
+    """
     arrays = ", ".join(f"c.{quote_ident(column)}" for column in pipeline.key_columns)
     return (
         f"SELECT {pipeline.key_list_of('k')} FROM {pipeline.generated('claim')} AS c CROSS JOIN LATERAL unnest({arrays})"
@@ -49,9 +53,10 @@ def in_flight_query(pipeline: Pipeline, live: str) -> str:
 def claim_due(
     session: Session, pipeline: Pipeline, limit: int, claims: Claims, live: list[int], *, crash_count: int = 0
 ) -> list[ClaimedRow]:
-    """Claim up to `limit` rows that are due, folded by key. Tries are counted before the work begins.
+    """Claim up to `limit` rows that are due, folded by key.
 
-    `crash_count` selects the rows that were in flight in that many crashes: these are tried apart from all others.
+    Tries are counted before the work begins. `crash_count` selects the rows that were in flight in that many crashes: these
+    are tried apart from all others.
     """
     return _claimed(
         session.query(
@@ -74,7 +79,10 @@ def claim_due(
 
 
 def most_crashes(session: Session, pipeline: Pipeline) -> int | None:
-    """Return the number of crashes in which the most suspected rows that are due were in flight; None if there are none."""
+    """Return the number of crashes that the most suspected rows were in.
+
+    Only rows that are due count; None if there are none.
+    """
     found: int | None = session.scalar(
         f"SELECT max(crash_count) FROM {pipeline.outbox} WHERE claimed_by IS NULL AND crash_count > 0"
         " AND not_before <= (SELECT clock_timestamp())"
@@ -85,10 +93,11 @@ def most_crashes(session: Session, pipeline: Pipeline) -> int | None:
 def claim_in_turns(
     session: Session, pipeline: Pipeline, limit: int, claims: Claims, live: list[int], after: str | None
 ) -> tuple[list[ClaimedRow], str | None]:
-    """Claim up to `limit` due rows, as many of each tenant; return them and the tenant after which to go on.
+    """Claim up to `limit` due rows, as many of each tenant.
 
-    Up to 100 tenants have their turn at once. The index (tenant, outbox_id) is read tenant by tenant, so the cost does
-    not grow with the backlog of one. What some leave of their share goes to the rows that have waited longest.
+    Return them and the tenant after which to go on. Up to 100 tenants have their turn at once. The index (tenant,
+    outbox_id) is read tenant by tenant, so the cost does not grow with the backlog of one. What some leave of their share
+    goes to the rows that have waited longest.
     """
     tenants = _next_tenants(session, pipeline, after)
     rows = _claimed(
@@ -138,7 +147,10 @@ def _next_tenants(session: Session, pipeline: Pipeline, after: str | None) -> li
 
 
 def _mark(pipeline: Pipeline, *, is_marked: bool) -> str:
-    """Return the end of a claiming statement: candidates that are not in flight are returned, marked with $4 if wanted."""
+    """Return the end of a claiming statement, which returns the free candidates.
+
+    They are marked with $4 if wanted.
+    """
     judged = f"""
         , judged AS MATERIALIZED (
             -- Equal keys may be spelled differently (1.0 and 1.00): all go by the spelling of the first.
@@ -196,10 +208,11 @@ def requeue(
     of_backfill: bool = False,
     enqueued_at: str | None = None,
 ) -> None:
-    """Put rows back, to be tried again together after a delay; only a `charged` try counts towards the limit of tries.
+    """Put rows back, to be tried again together after a delay.
 
-    A backfill is not complete before its rows (`of_backfill`) are through. Rows of the inbox keep the time of their change,
-    because the vectors of deleted rows are kept for older changes.
+    Only a `charged` try counts towards the limit of tries. A backfill is not complete before its rows (`of_backfill`) are
+    through. Rows of the inbox keep the time of their change, because the vectors of deleted rows are kept for older
+    changes.
     """
     message = None if error is None else error[:_MAX_ERROR_CHARACTERS]
     fresh = [row for row in rows if not row.outbox_ids]

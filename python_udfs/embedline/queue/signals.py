@@ -94,7 +94,7 @@ _NOTE_DEAD = f"""
 
 @dataclass(frozen=True)
 class Asked:
-    """The answer to one question: which pipelines and versions may have work now, and which workers are alive.
+    """The pipelines and versions that may have work now, and living workers.
 
     `signalled` are ids of pipelines; `keys` has these, open backfills and versions that are filled.
     """
@@ -136,12 +136,15 @@ def renew(session: Session) -> None:
 
 
 def note_dead_workers(session: Session) -> None:
-    """Remove workers that are gone, and give every pipeline a signal: the rows that they had in flight are free."""
+    """Remove workers that are gone, and give every pipeline a signal.
+
+    The rows that they had in flight are free.
+    """
     session.query(_NOTE_DEAD)
 
 
 def clear(session: Session, pipeline: Pipeline, asked_at: str, live: Sequence[int]) -> None:
-    """Remove the signals that were due when all were asked, unless something still waits in the pipeline's tables.
+    """Remove a pipeline's signals that were due, unless something still waits.
 
     One statement, hence one snapshot: a transaction whose signal it sees has left its rows there, too. Rows that wait until
     later leave a signal for then.

@@ -1,4 +1,4 @@
-"""What the queues of a pipeline's source hold together: inbox, outbox, ranges of the backfill, and claims of all three."""
+"""The queues of a pipeline's source together: inbox, outbox, backfill."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from embedline.postgres.session import Session
 
 
 def peek(session: Session, pipeline: Pipeline, live: list[int]) -> dict[str, bool]:
-    """Return what can be claimed now, or is to be freed, in one statement; `live` are the workers whose claims count."""
+    """Return what can be claimed now, or is to be freed, in one statement.
+
+    `live` are the workers whose claims count.
+    """
     return session.query(
         f"""
         SELECT s.fresh, s.due, s.fresh OR s.due AS queued, s.unread,

@@ -1,8 +1,8 @@
-"""The ledger: what workers send to providers is reserved before the call and corrected after the answers.
+"""The ledger: requests are reserved before the call and corrected after.
 
 One row for each batch, appended by its worker and changed only by it, so that no row is hot. A reservation whose worker
-died stays counted at its estimate: the provider may have done the work. Rows of before the last minutes are rolled up
-into one a day, so that the sum over a month stays cheap.
+died stays counted at its estimate: the provider may have done the work. Rows of before the last minutes are rolled up into
+one a day, so that the sum over a month stays cheap.
 
 Where a budget or a rate limit applies, reservations follow each other under one advisory lock of the database: each sees
 all earlier ones, whichever pipeline or model they were for. A worker holds it until the transaction that reserves ends, a
@@ -78,10 +78,11 @@ _ROLL_UP = """
 
 @dataclass(frozen=True)
 class Grant:
-    """The answer to a reservation: the first `count` requests may be sent, under `reservation_id`.
+    """The answer to a reservation.
 
-    Where requests are left over, `wait_seconds` says how long they have to wait and `reason` for what. `reservation_id` is
-    None where nothing was granted, or where the model has no ledger.
+    The first `count` requests may be sent, under `reservation_id`. Where requests are left over, `wait_seconds` says how
+    long they have to wait and `reason` for what. `reservation_id` is None where nothing was granted, or where the model has
+    no ledger.
     """
 
     count: int
@@ -102,10 +103,10 @@ class _Meter:
 
 
 def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], claims: Claims) -> Grant:
-    """Reserve the requests that are ready, in order; `tokens` holds the estimate of each.
+    """Reserve the requests that are ready, in order.
 
-    A request is granted whole or not at all, and none after one that is not. The resident worker commits after it and
-    only then sends, so that a crash never sends what is not in the ledger.
+    `tokens` holds the estimate of each. A request is granted whole or not at all, and none after one that is not. The
+    resident worker commits after it and only then sends, so that a crash never sends what is not in the ledger.
     """
     meter = _load_meter(session, pipeline) if tokens and not _known_unmetered(session, pipeline) else None
     if meter is None:
@@ -124,12 +125,18 @@ def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], claims:
 
 
 def settle(session: Session, reservation_id: int, tokens_used: int | None) -> None:
-    """Correct a reservation to what the provider counted; None: it did not say, the estimate stays."""
+    """Correct a reservation to what the provider counted.
+
+    None means: it did not say, the estimate stays.
+    """
     session.query(_SETTLE, ["bigint", "bigint"], reservation_id, tokens_used)
 
 
 def blocked_until(session: Session, pipeline: Pipeline) -> float | None:
-    """Return the seconds for which a claim of this pipeline makes no sense; None: go on."""
+    """Return the seconds for which a claim of this pipeline makes no sense.
+
+    None means: go on.
+    """
     meter = _load_meter(session, pipeline)
     if meter is None or not meter.limited:
         return None
@@ -142,9 +149,9 @@ def blocked_until(session: Session, pipeline: Pipeline) -> float | None:
 
 
 def tokens_left(session: Session, pipeline: Pipeline) -> int | None:
-    """Return how large a request may be at most to fit into every budget and a minute's limit; None: as large as it likes.
+    """Return the tokens that a request may have to fit every budget and limit.
 
-    What is packed larger than this can never be granted by the budget that it finds.
+    None means no limit. What is packed larger than this can never be granted by the budget that it finds.
     """
     meter = None if _known_unmetered(session, pipeline) else _load_meter(session, pipeline)
     if meter is None or not meter.limited:
@@ -159,12 +166,18 @@ def tokens_left(session: Session, pipeline: Pipeline) -> int | None:
 
 @entry_point
 def roll_up_usage(session: Session) -> int:
-    """Sum up what is older than two minutes by day, model and pipeline; return the number of reservations that it took in."""
+    """Sum up what is older than two minutes by day, model and pipeline.
+
+    Return the number of reservations that it took in.
+    """
     return roll_up(session)
 
 
 def roll_up(session: Session) -> int:
-    """Roll the ledger up, unless another session is at it; return the number of reservations taken in."""
+    """Roll the ledger up, unless another session is at it.
+
+    Return the number of reservations taken in.
+    """
     alone = session.scalar(
         "SELECT pg_try_advisory_xact_lock($1, $2)", ["integer"] * 2, LEDGER_LOCK_CLASS, _ROLL_UP_LOCK
     )
@@ -172,7 +185,10 @@ def roll_up(session: Session) -> int:
 
 
 def _load_meter(session: Session, pipeline: Pipeline) -> _Meter | None:
-    """Return what applies to the pipeline; None where it needs no ledger, which holds until the pipeline's next claim."""
+    """Return what applies to the pipeline.
+
+    None where it needs no ledger, which holds until the pipeline's next claim.
+    """
     model_id = pipeline.version.model.model_id
     row = session.query(_METER, ["bigint", "bigint"], pipeline.pipeline_id, model_id)[0]
     unmetered: set[tuple[int, int]] = session.cache.setdefault(_UNMETERED, set())
@@ -202,7 +218,7 @@ def _load_rates(session: Session, pipeline: Pipeline, meter: _Meter) -> RateStat
 
 
 def _decide(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequence[int]) -> tuple[Grant, bool]:
-    """Return what budgets and rate limits let go, and whether it is a budget that stops the rest."""
+    """Return what budgets and rate limits allow, and True if a budget stops the rest."""
     affordable, cap = admit(_load_caps(session, pipeline, meter), meter.price, tokens)
     count, wait, reason = _load_rates(session, pipeline, meter).admit(tokens[:affordable])
     if count < affordable or cap is None:

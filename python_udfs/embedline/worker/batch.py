@@ -1,4 +1,7 @@
-"""A batch in flight: its claim, its documents, and how they are packed into requests. Values only; the stages move them."""
+"""A batch in flight: its claim, its documents, and their requests.
+
+Values only; the stages move them.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +57,13 @@ class Request:
 
 @dataclass(eq=False)
 class Unit:
-    """Documents that are embedded and written together: one or more requests, one write.
+    """Documents that are embedded and written together.
 
-    `error` is the failure of a request, and `failed` holds the texts of each request that failed. `failures` counts the
-    requests with these texts that failed before in this batch, and `split` the sizes of all parts of the first one that was
-    refused. `cut_sizes` are the estimated sizes of texts that were refused as too long and are asked for in halves. `verdict`
-    is the answer to a harmless text that a failed unit waits for. Times are of time.monotonic: `sent_at`, when the last
-    request that failed was sent, `failed_at`, when that was seen.
+    They have one or more requests, and one write. `error` is the failure of a request, and `failed` holds the texts of each
+    request that failed. `failures` counts the requests with these texts that failed before in this batch, and `split` the
+    sizes of all parts of the first one that was refused. `cut_sizes` are the estimated sizes of texts that were refused as
+    too long and are asked for in halves. `verdict` is the answer to a harmless text that a failed unit waits for. Times are
+    of time.monotonic: `sent_at`, when the last request that failed was sent, `failed_at`, when that was seen.
     """
 
     documents: list[Document]
@@ -142,7 +145,10 @@ class Batch:
 
     @property
     def futures(self) -> list[Future[EmbeddingBlock]]:
-        """Requests in flight. Not those that are done and wait for others of their unit: a wait would end at once."""
+        """Requests in flight.
+
+        Not those that are done and wait for others of their unit: a wait would end at once.
+        """
         sent = [request.future for request in self.requests] + [unit.verdict for unit in self.units]
         return [future for future in sent if future is not None and not future.done()]
 
@@ -177,10 +183,11 @@ def pack(
     tokens_left: int | None = None,
     first_items: int | None = None,
 ) -> list[Unit]:
-    """Group documents into units of about one request each; a document is never split over two units.
+    """Group documents into units of about one request each.
 
-    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget. The first unit
-    may have requests of `first_items`, which is more than the model is known to take.
+    A document is never split over two units. Chunks whose vectors are `known` are not asked for. Requests are no larger
+    than what is left of a budget. The first unit may have requests of `first_items`, which is more than the model is known
+    to take.
     """
     units: list[Unit] = []
     items, most = first_items or request_items(pipeline), _request_tokens(pipeline, tokens_left)
@@ -203,7 +210,10 @@ def pack(
 
 
 def unit_of(pipeline: Pipeline, members: list[Document], known: Mapping[bytes, Vector]) -> Unit:
-    """Return a unit of these documents that asks for what is not `known`, in requests that the model takes."""
+    """Return a unit of documents that asks for their chunks that are not `known`.
+
+    Its requests are no larger than the model takes.
+    """
     texts = {c.digest: c.embedded_text for document in members for c in document.chunks if c.digest not in known}
     tokens = sum(map(most_tokens, texts.values()))
     return _unit(members, texts, known, _split(texts, tokens, request_items(pipeline), _request_tokens(pipeline, None)))
@@ -217,7 +227,10 @@ def _unit(
 
 
 def halved_requests(unit: Unit) -> list[Request]:
-    """Return requests of half the size for what a unit still lacks; none if each of its texts failed alone."""
+    """Return requests of half the size for what a unit still lacks.
+
+    Return none if each of its texts failed alone.
+    """
     if all(len(texts) == 1 for texts in unit.failed):
         return []
     parts: list[dict[bytes, str]] = []
@@ -234,7 +247,10 @@ def _request_tokens(pipeline: Pipeline, tokens_left: int | None) -> int:
 
 
 def _split(texts: dict[bytes, str], tokens: int, items: int, most: int) -> Iterator[dict[bytes, str]]:
-    """Yield the texts in parts of up to `items` texts and `most` tokens; all of them have `tokens`."""
+    """Yield the texts in parts of up to `items` texts and `most` tokens.
+
+    All of them have `tokens`.
+    """
     if len(texts) <= items and tokens <= most:
         if texts:
             yield texts

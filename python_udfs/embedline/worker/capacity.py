@@ -1,4 +1,4 @@
-"""How much a resident worker takes on: models with room for another batch, and the batch size of each source."""
+"""How much a resident worker takes on: models with room, and batch sizes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Capacity:
         self.providers: set[str] = set()
 
     def reload(self, session: Session, pipeline_name: str | None) -> None:
-        """Read the models of all pipelines, or of the one named: one may have come while all others' models are busy."""
+        """Read the models of all pipelines, or of the one named.
+
+        One may have come while all others' models are busy.
+        """
         models = session.query(_DEPTHS, ["text"], pipeline_name)
         self._depths = {int(row["model_id"]): _depth(str(row["provider"]), int(row["concurrency"])) for row in models}
         self.providers = {str(row["provider"]) for row in models}
@@ -45,7 +48,10 @@ class Capacity:
         return bool(self._depths)
 
     def models_with_room(self, batches: Sequence[Batch], current: Batch | None) -> set[int]:
-        """Return the models that can take another batch: a slow provider holds up no other."""
+        """Return the models that can take another batch.
+
+        A slow provider holds up no other.
+        """
         if sum(batch.memory for batch in batches) >= _MEMORY:
             return set()
         waiting, count = Counter[int](), Counter[int]()

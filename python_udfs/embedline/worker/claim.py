@@ -1,4 +1,4 @@
-"""What a worker takes next: whose turn it is, changes or backfill, and suspected rows apart from all others."""
+"""The next claim: whose turn it is, changes or backfill, suspects apart."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ class Claimant:
         is_idle: bool,
         embed_backfill: bool = True,
     ) -> Batch | None:
-        """Claim a batch of the source whose turn it is, of at most `rows(source)`; None if nothing can be claimed.
+        """Claim a batch of the source whose turn it is, of at most `rows(source)`.
 
-        `is_idle` says that the caller has no other batch in flight: only then are suspects claimed.
+        Return None if nothing can be claimed. `is_idle` says that the caller has no other batch in flight: only then are
+        suspects claimed.
         """
         if is_idle:
             self.end_isolation()
@@ -142,7 +143,10 @@ class Claimant:
         return None
 
     def _isolate(self) -> bool:
-        """Take the right to try suspects. A caller's transaction needs none: its crash marks no row."""
+        """Take the right to try suspects.
+
+        A caller's transaction needs none: its crash marks no row.
+        """
         if not self._claims.is_resident:
             return True
         self.is_isolating = self.is_isolating or self._permits.isolate()

@@ -40,7 +40,10 @@ _TURNS_KEY = "embedline.turns"
 
 @entry_point
 def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) -> int:
-    """Embed up to `max_rows` source rows inside the caller's transaction: live changes first, but not them alone."""
+    """Embed up to `max_rows` source rows inside the caller's transaction.
+
+    Live changes come first, but not alone.
+    """
     if max_rows < 1:
         raise InvalidParameter("max_rows must be at least 1", hint="SELECT embed_pending(1000);")
     prepare_environment()
@@ -67,7 +70,10 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
 
 
 def _live_rows(session: Session, max_rows: int) -> int:
-    """Return how many live changes go before the backfill. A claim passes its limit to the end of an inbox row."""
+    """Return how many live changes go before the backfill.
+
+    A claim passes its limit to the end of an inbox row.
+    """
     rows = math.ceil(max_rows * load_settings(session).live_share)
     return rows - rows % inbox.KEYS_PER_ROW if rows > inbox.KEYS_PER_ROW else rows
 
@@ -108,22 +114,29 @@ class _Run:
         return [source for source in found if source.key not in self._failed]
 
     def _sources_left(self) -> list[WorkSource]:
-        """Return the sources that may have something to claim: of 1,000 pipelines each batch must not load all."""
+        """Return the sources that may have something to claim.
+
+        Of 1,000 pipelines each batch must not load all.
+        """
         if self._left is None:
             return self.all_sources()
         return self._sources.load(self._left - self._failed)
 
     def to_maintain(self, sources: list[WorkSource]) -> list[WorkSource]:
-        """Return the sources of pipelines with writes or unfinished builds, and a few others: each takes locks."""
+        """Return the sources with writes or unfinished builds, and a few others.
+
+        Not all, because the maintenance of each takes locks.
+        """
         wanted = self._worked | set(unfinished(self._session, self._pipeline_name))
         others = [source for source in sources if source.pipeline.pipeline_id not in wanted]
         some = random.sample(others, min(len(others), _MAINTAINED))
         return [source for source in sources if source.pipeline.pipeline_id in wanted] + some
 
     def clear_signals(self) -> None:
-        """Remove the signals of pipelines that are embedded; without a resident worker no other session does.
+        """Remove the signals of pipelines that are embedded.
 
-        Under a stricter isolation, signals of other sessions could not be told from those that this transaction cannot see.
+        Without a resident worker no other session does. Under a stricter isolation, signals of other sessions could not be
+        told from those that this transaction cannot see.
         """
         if self._session.scalar("SELECT current_setting('transaction_isolation')") != "read committed":
             return
@@ -139,7 +152,7 @@ class _Run:
         return self._engine.embed.refusal
 
     def embed(self, limit: int, *, embed_backfill: bool) -> bool:
-        """Embed until nothing can be claimed (True) or `limit` rows of this call are embedded (False)."""
+        """Embed up to `limit` rows; return True if nothing more can be claimed."""
         # Rows that end as dead letters or need no vector do not count as embedded, so a run of them does not end the work;
         # ten times max_rows bounds the transaction all the same.
         self._left = None
@@ -175,7 +188,7 @@ class _Run:
             self._left |= self._fills[batch.pipeline.pipeline_id]
 
     def _leave_alone(self, error: Exception) -> None:
-        """Tell that one source fails, in its status and as a WARNING, and go on without it."""
+        """Show in status and WARNING that one source fails, and go on without it."""
         source = self._claimed.source if self._claimed is not None else self._claimant.asking
         for future in self._claimed.futures if self._claimed is not None else ():
             future.cancel()
@@ -190,7 +203,10 @@ class _Run:
         return self._batch_rows
 
     def close_backfills(self) -> bool:
-        """Close the backfills that are read through; return True if sweeps found more to embed."""
+        """Close the backfills that are read through.
+
+        Return True if sweeps found more to embed.
+        """
         sources = [
             s for s in self.all_sources() if s.pipeline.version.state == "backfilling" and not s.pipeline.is_hidden
         ]

@@ -1,4 +1,4 @@
-"""The engine: the stages that one batch passes, in steps that the callers put into transactions.
+"""The engine: the stages of a batch, which callers put into transactions.
 
 `embed_pending` runs all steps in the caller's transaction. The resident worker commits between them, holds no transaction
 while a provider works, and has several batches in flight.
@@ -39,9 +39,10 @@ class Engine:
         self.write = Write(self.embed, self.failures)
 
     def run(self, batch: Batch, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Take a batch through all stages inside the caller's transaction; the statement stays cancellable.
+        """Take a batch through all stages inside the caller's transaction.
 
-        `is_over` is asked while the provider is waited for: if it returns True, the rows that are not written are requeued.
+        The statement stays cancellable. `is_over` is asked while the provider is waited for: if it returns True, the rows
+        that are not written are requeued.
         """
         check_interrupts = let_cancel_through(self._session)
         self.prepare.read(batch)
@@ -71,7 +72,7 @@ class Engine:
 
 
 def now_and_then(check_interrupts: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that may be called at any rate and checks for interrupts ten times a second."""
+    """Return a function that checks for interrupts ten times a second at most."""
     last = time.monotonic()
 
     def rarely() -> None:

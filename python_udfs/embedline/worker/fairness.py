@@ -9,11 +9,11 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Turns:
-    """Whose turn it is: each source of work gets rows in proportion to its weight, however large its batches are.
+    """Whose turn it is: each source gets rows in proportion to its weight.
 
     Stride scheduling (Waldspurger and Weihl, 1995) over rows claimed: a source's clock advances by rows divided by weight,
-    and the source whose clock is behind goes first. One that had nothing to do does not save up turns. One that could not be
-    asked for a while, because its provider was busy, keeps its account.
+    and the source whose clock is behind goes first. One that had nothing to do does not save up turns. One that could not
+    be asked for a while, because its provider was busy, keeps its account.
     """
 
     def __init__(self) -> None:
@@ -30,14 +30,20 @@ class Turns:
         return sorted(keys, key=lambda key: self._clocks[key])
 
     def worked(self, key: Hashable, rows: int, weight: float, had_nothing: Collection[Hashable]) -> None:
-        """Advance the clock of a source that worked; those asked before it that had nothing catch up with it."""
+        """Advance the clock of a source that worked.
+
+        Those asked before it that had nothing catch up with it.
+        """
         self._clocks[key] = self._clocks.get(key, 0.0) + rows / weight
         for idle in had_nothing:
             self._clocks[idle] = max(self._clocks.get(idle, 0.0), self._clocks[key])
 
 
 class LiveShare:
-    """Live changes come first, but have at most `share` of the batches while a backfill has work, too."""
+    """Live changes come first, but leave a backfill its share.
+
+    They have at most `share` of the batches while a backfill has work, too.
+    """
 
     def __init__(self, share: float) -> None:
         self._share = share

@@ -37,13 +37,16 @@ _UNSCHEDULE = "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = curr
 
 
 def unfinished(session: Session, name: str | None) -> list[int]:
-    """Return the pipelines, or the one named, with an unfinished index build or check: one statement for all."""
+    """Return the pipelines, or the one named, with an unfinished index build or check.
+
+    One statement for all.
+    """
     has_cron = session.scalar(HAS_CRON)
     return list(session.scalar(_UNFINISHED_BUILDS if has_cron else _UNFINISHED_CHECKS, ["text"], name) or ())
 
 
 def maintain(session: Session, pipeline: Pipeline) -> None:
-    """Schedule the index of the serving version once that is complete, and unschedule builds that are done.
+    """Schedule the serving version's index once due; unschedule finished builds.
 
     Workers call it every few seconds.
     """

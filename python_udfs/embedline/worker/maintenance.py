@@ -1,4 +1,4 @@
-"""What a resident worker does beside embedding: closing backfills, maintaining and measuring indexes."""
+"""Work beside embedding: close backfills, maintain and measure indexes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _END = object()
 
 
 class Maintenance:
-    """Maintenance of one worker. `asking` is told which source is worked on, so that a failure is the fault of that one."""
+    """Maintenance of one worker.
+
+    `asking` is told which source is worked on, so that a failure is the fault of that one.
+    """
 
     def __init__(self, session: Session, pipeline_name: str | None, asking: Callable[[WorkSource], None]) -> None:
         self._session = session
@@ -51,15 +54,24 @@ class Maintenance:
         return now >= self._due_at or (bool(self._round) and now >= self._visit_at)
 
     def is_overdue(self, now: float) -> bool:
-        """Return True if maintenance cannot wait for an idle worker: under steady writes a backfill must end, too."""
+        """Return True if maintenance cannot wait for an idle worker.
+
+        Under steady writes a backfill must end, too.
+        """
         return now >= self._overdue_at
 
     def put_off(self, now: float) -> None:
-        """Note that overdue maintenance begins: if it fails, it is not tried again before the next claim."""
+        """Note that overdue maintenance begins.
+
+        If it fails, it is not tried again before the next claim.
+        """
         self._overdue_at = now + _SECONDS
 
     def close_backfills(self, sources: Iterable[WorkSource], is_asleep: Callable[[WorkKey], bool]) -> bool:
-        """Close the backfills that are through; return True if a sweep found more to embed."""
+        """Close the backfills that are through.
+
+        Return True if a sweep found more to embed.
+        """
         return any([self._close_backfill(source) for source in sources if not is_asleep(source.key)])
 
     def _close_backfill(self, source: WorkSource) -> bool:
@@ -71,7 +83,7 @@ class Maintenance:
     def maintain(
         self, now: float, load: Callable[[Collection[WorkKey]], Sequence[WorkSource]], providers: Iterable[str]
     ) -> None:
-        """Maintain the indexes of pipelines that were written to, and one of the round of all others.
+        """Maintain indexes: of pipelines with writes, and one of a round of all.
 
         That round takes as long as its cost allows: of 1,000 pipelines each is visited every few minutes.
         """
@@ -96,9 +108,9 @@ class Maintenance:
         keep_warm(self._session, providers)
 
     def measure(self) -> bool:
-        """Take some steps of measuring an index that was not measured yet; return True if there are more.
+        """Take some steps of measuring an index that was not measured yet.
 
-        A change that comes meanwhile waits for one piece of the work, not for all of it.
+        Return True if there are more. A change that comes meanwhile waits for one piece of the work, not for all of it.
         """
         if self._measuring is None:
             source = next(filter(self._is_unmeasured, self._unmeasured), None)

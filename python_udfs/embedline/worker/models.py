@@ -1,4 +1,4 @@
-"""What the stages ask and tell of models: embedders, health, circuits, and what answers teach of request sizes."""
+"""Models for the stages: embedders, health, circuits, request sizes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ class Models(Protocol):
         """Return the embedder of a model."""
 
     def ask(self, version: Version, since: float, in_flight: Future[EmbeddingBlock] | None) -> Verdict:
-        """Return whether the version's model has answered a request sent at or after `since`, or is about to."""
+        """Return the health of the version's model, by requests sent since a time.
+
+        The verdict may be pending, until a request is answered.
+        """
 
     def note_answer(self, model: Model, sent_at: float) -> None:
         """Note that a request sent at a time was answered well."""
 
     def note_success(self, model: Model, sizes: Collection[int], cut_sizes: Iterable[int]) -> None:
-        """Close the circuit, and learn from the texts of each request, and from the sizes of texts that passed in halves."""
+        """Close the circuit, and learn request and text sizes.
+
+        `sizes` are the texts of each request, `cut_sizes` the sizes of texts that passed in halves.
+        """
 
     def open_circuit(self, model: Model, message: str, seconds: float | None) -> None:
         """Leave the model alone for a while."""

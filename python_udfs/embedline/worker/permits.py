@@ -1,4 +1,4 @@
-"""What may be claimed and sent: living workers, circuits, budgets, and whose turn suspects are."""
+"""Permits to claim and send: workers, circuits, budgets, suspects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Permits(Protocol):
         """Return False while a budget or a rate limit lets no request through."""
 
     def reserve(self, pipeline: Pipeline, tokens: Sequence[int]) -> Grant:
-        """Reserve requests in order, by the estimate of each; they may be sent after the commit."""
+        """Reserve requests in order, by the estimate of each.
+
+        They may be sent after the commit.
+        """
 
     def settle(self, reservation_id: int, tokens_used: int | None) -> None:
         """Correct a reservation to the tokens that were used; None: the estimate stands."""
@@ -70,7 +73,10 @@ class DatabasePermits:
         ledger.settle(self.session, reservation_id, tokens_used)
 
     def isolate(self) -> bool:
-        """Take the lock under which suspects are tried: one session at a time, so that a crash accuses few others."""
+        """Take the lock under which suspects are tried.
+
+        One session at a time, so that a crash accuses few others.
+        """
         query = "SELECT pg_try_advisory_lock($1, 0)"
         return bool(self.session.scalar(query, ["integer"], SUSPECT_LOCK_CLASS))
 

@@ -1,4 +1,7 @@
-"""The resident worker: a procedure that commits between the steps, which run as a function of their own."""
+"""The resident worker: a procedure that commits between its steps.
+
+The steps run as a function of their own.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ _HANDLERS: Mapping[Step, Callable[[ResidentWorker, str | None], Answer]] = {
 
 @entry_point
 def worker_step(session: Session, step: str, slot: int | None, pipeline_name: str | None, message: str | None) -> str:
-    """Run one step of this session's resident worker; called by run_worker alone, between commits."""
+    """Run one step of this session's resident worker.
+
+    Called by run_worker alone, between commits.
+    """
     if step == Step.BEGIN:
         return _begin(session, slot, pipeline_name)
     resident: ResidentWorker | None = session.cache.get(_CACHE_KEY)
@@ -91,7 +97,7 @@ def run_worker(
     slot: int | None,
     until_idle: bool,
 ) -> None:
-    """Loop of a resident worker: the body of a procedure, which commits between the steps.
+    """Run the loop of a resident worker, with a commit after each step.
 
     Steps run as the SECURITY DEFINER function embedline._worker_step, because a procedure that commits can be neither
     SECURITY DEFINER nor have a pinned search_path.
@@ -203,7 +209,10 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
 
 
 def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> Answer:
-    """Claim the next batch; if that fails, leave the source alone for a while, and go on with the others."""
+    """Claim the next batch.
+
+    If that fails, leave the source alone for a while, and go on with the others.
+    """
     try:
         answer = _step(plpy, cache, Step.CLAIM)
         plpy.commit()
@@ -222,7 +231,10 @@ def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> Answer:
 
 
 def _record_fault(plpy: Plpy, cache: SessionCache, message: str) -> None:
-    """Show why nothing could be claimed of a source; a failure of this, too, ends no worker."""
+    """Show why nothing could be claimed of a source.
+
+    A failure of this, too, ends no worker.
+    """
     try:
         _step(plpy, cache, Step.RECORD_FAULT, message=message)
         plpy.commit()
@@ -233,7 +245,10 @@ def _record_fault(plpy: Plpy, cache: SessionCache, message: str) -> None:
 
 
 def _rest(plpy: Plpy, resident: ResidentWorker, claim_at: float) -> None:
-    """Wait for an answer or the next poll. No transaction is open; each check for a cancel is one of its own."""
+    """Wait for an answer or the next poll.
+
+    No transaction is open; each check for a cancel is one of its own.
+    """
     until_claim = claim_at - time.monotonic()
     if futures := resident.futures:
         # Without room for another batch there is nothing to poll for.
@@ -282,7 +297,10 @@ def _write(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
 def _guarded(
     plpy: Plpy, cache: SessionCache, resident: ResidentWorker, work: Callable[[], None], *, can_wait: bool
 ) -> None:
-    """Do a step. A fault releases the batch; one that passes only delays a write, which `can_wait`: the answers are kept."""
+    """Do a step.
+
+    A fault releases the batch; one that passes only delays a write, which `can_wait`: the answers are kept.
+    """
     try:
         work()
     except Exception as error:

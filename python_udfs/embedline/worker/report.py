@@ -1,4 +1,4 @@
-"""What a resident worker shows of itself in embedline.worker, and what it counts for that."""
+"""The report of a resident worker in embedline.worker, and its counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The rows of a pipeline's source, as a WorkSource: from the inbox, the outbox, or a range of the backfill."""
+"""The rows of a pipeline's source, as a WorkSource.
+
+They come from the inbox, the outbox, or a range of the backfill.
+"""
 
 from __future__ import annotations
 
@@ -71,26 +74,27 @@ class SourceRows:
 
     @property
     def is_hidden(self) -> bool:
-        """Return True if rows are hidden from the owner: to claim them would be to take them for deleted."""
+        """Return True if rows are hidden from the owner: they would seem deleted."""
         return self.pipeline.is_hidden
 
     # Claiming
 
     def can_claim(self) -> bool:
-        """Lock the source as its readers do; return False if an application is about to change it."""
+        """Lock the source; return False if an application is about to change it."""
         return can_hold_source(self.session, self.pipeline)
 
     def has_work(self, live: Sequence[int]) -> bool:
-        """Return False if nothing waits. Inside a caller's transaction the locks of the glance are released at once.
+        """Return False if nothing waits.
 
-        The locks of the tables of 1,000 pipelines are too many for one transaction.
+        Inside a caller's transaction the locks of the glance are released at once. The locks of the tables of 1,000
+        pipelines are too many for one transaction.
         """
         if self.claims.is_resident:
             return True
         return read_and_release(self.session, lambda: self.can_claim() and not self.peek(live).is_nothing)
 
     def peek(self, live: Sequence[int]) -> Waiting:
-        """Return what waits: one statement, so that an idle poll costs no more than this for each pipeline."""
+        """Return what waits, in one statement, the cost of an idle poll."""
         return Waiting(**source_queue.peek(self.session, self.pipeline, list(live)))
 
     def claim(self, kind: Kind, limit: int, waiting: Waiting) -> Claim | None:
@@ -136,9 +140,9 @@ class SourceRows:
         return claim if claim is not None and claim.rows else None
 
     def _take_turns(self) -> list[int]:
-        """Let claims of one pipeline follow each other; return the workers that are alive then.
+        """Let claims of one pipeline follow each other.
 
-        So each claim sees every earlier one, and a key is never in flight twice.
+        Return the workers that are alive then. So each claim sees every earlier one, and a key is never in flight twice.
         """
         self.claims.take_turns(self.session, self.pipeline.pipeline_id)
         return live_workers(self.session)
@@ -154,9 +158,10 @@ class SourceRows:
             backfill.reclaim_from_dead_workers(self.session, self.pipeline, dead)
 
     def remove_deleted(self) -> bool:
-        """Remove some of what is stored of deleted rows; if it must stay for now, try again a little later.
+        """Remove some of what is stored of deleted rows.
 
-        This needs no provider: it goes on while the circuit is open, after the longest wait if changes wait for one.
+        If it must stay for now, try again a little later. This needs no provider: it goes on while the circuit is open,
+        after the longest wait if changes wait for one.
         """
         if self.is_hidden:
             return False
@@ -279,7 +284,10 @@ class SourceRows:
             self.requeue(claim, rest, 0.0, charged=True, error=None)
 
     def settle(self, rows: Sequence[ClaimedRow]) -> None:
-        """Remove rows from the outbox; those of an inbox claim or a range end with the claim."""
+        """Remove rows from the outbox.
+
+        Those of an inbox claim or a range end with the claim.
+        """
         outbox.finish(self.session, self.pipeline, rows, self.claims)
 
     def requeue(
@@ -328,7 +336,10 @@ class SourceRows:
             backfill.release(self.session, self.pipeline, worker_id, claim.range_id)
 
     def release_all(self) -> None:
-        """Release all claims that this worker has of the pipeline; the tries are not counted."""
+        """Release all claims that this worker has of the pipeline.
+
+        The tries are not counted.
+        """
         worker_id = self.claims.worker_id
         if worker_id is None:
             return
@@ -339,7 +350,10 @@ class SourceRows:
     # The work as a whole
 
     def close(self) -> bool:
-        """Mark the serving version complete if no row is missing; return True if some were queued."""
+        """Mark the serving version complete if no row is missing.
+
+        Return True if some were queued.
+        """
         return backfill.close_backfill(self.session, self.pipeline)
 
     def clear_signals(self, asked: signals.Asked) -> None:
@@ -369,7 +383,10 @@ class SourceRows:
         return f"{hidden}. {hidden.hint}" if hidden else ""
 
     def likely_row_bytes(self) -> float | None:
-        """Return the likely size of a source row; None while an application has the source locked."""
+        """Return the likely size of a source row.
+
+        None while an application has the source locked.
+        """
         if not self.can_claim():
             return None
         return likely_row_bytes(self.session, self.pipeline) or LIKELY_ROW_BYTES

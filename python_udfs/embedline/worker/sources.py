@@ -1,4 +1,4 @@
-"""The sources of work of one session: made of what is loaded, with what is remembered of each from claim to claim."""
+"""The sources of work of one session, and its memory of each."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""The state of a resident worker between its steps, each of which is one short transaction."""
+"""The state of a resident worker between its steps.
+
+Each step is one short transaction.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from embedline.catalog.settings import load_settings
@@ -19,6 +22,7 @@ from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE, UNDEFINED_TABLE, sq
 from embedline.queue import chunk_queue, signals
 from embedline.worker import backpressure
 from embedline.worker.batch import Batch, Unit
+from embedline.worker.candidates import Candidates
 from embedline.worker.capacity import Capacity, Paces
 from embedline.worker.claim import Claimant
 from embedline.worker.engine import Engine
@@ -32,8 +36,6 @@ from embedline.worker.troubles import SHORTEST_PAUSE, Troubles
 from embedline.worker.waiting import is_anything_waiting
 from embedline.worker.work_source import WorkSource
 
-# Sources that one claim loads and peeks into, of which the first mostly has work. The locks of their tables are held together.
-_CANDIDATES = 8
 _WRITE_LOCK_TIMEOUT = "2s"
 # Steps that lose nothing by not waiting are done again. Below deadlock_timeout, so that in a deadlock it is never the
 # application that fails.
@@ -53,6 +55,7 @@ class ResidentWorker:
         settings = load_settings(session)
         self._claims = claims
         self._sources = WorkSources(session, claims)
+        self._candidates = Candidates(self._sources)
         self._engine = Engine(session, claims, _PATIENCE_SECONDS)
         self.claimant = Claimant(claims, DatabasePermits(session, claims), settings.live_share)
         self._maintenance = Maintenance(session, pipeline_name, self._ask)
@@ -63,12 +66,6 @@ class ResidentWorker:
         self.batches: list[Batch] = []
         self.current: Batch | None = None
         self.is_ending = False
-        # Sources that were loaded last, and all that were ever loaded.
-        self._loaded: list[WorkSource] = []
-        self._known: dict[WorkKey, WorkSource] = {}
-        # The candidates of the claim that goes on, and all since the last claim that found nothing anywhere.
-        self._candidates: list[WorkKey] = []
-        self._seen: set[WorkKey] = set()
         # Rows written of each source since its tables were last analysed here.
         self._written = Counter[WorkKey]()
         self._before: list[tuple[Batch, list[Unit], dict[int, int | None]]] = []
@@ -128,7 +125,8 @@ class ResidentWorker:
             signals.note_dead_workers(self._session)
             return Answer.AGAIN
         started = time.monotonic()
-        is_through = self._load_candidates(asked)
+        awake = [key for key in asked.keys if not self._troubles.is_asleep(key)]
+        is_through = self._candidates.choose(awake, self.claimant.order, self._with_room)
         if self._maintenance.is_overdue(started):
             # There was always something to claim, or no room.
             self._maintenance.put_off(started)
@@ -136,12 +134,15 @@ class ResidentWorker:
             self._maintain(started)
             return Answer.AGAIN
         self.current = self.claimant.claim(
-            self._with_room(self._loaded), lambda source: self._paces.of(source).rows, is_idle=not self.batches
+            self._with_room(self._candidates.loaded),
+            lambda source: self._paces.of(source).rows,
+            is_idle=not self.batches,
         )
         # A batch in flight, which nothing else waits for, says nothing about its source.
         answered = set(self.claimant.asked) - {batch.source.key for batch in self.batches}
-        self._troubles.forget_answered(self._loaded, answered)
-        self._note_seen(is_through=is_through)
+        self._troubles.forget_answered(self._candidates.loaded, answered)
+        quiet = {source.key for source in self.claimant.quiet}
+        self._candidates.note_seen(quiet, is_over=is_through or self.current is not None)
         if self.current is not None:
             self._report.claim_seconds = time.monotonic() - started
             self.current.max_bytes = self._paces.of(self.current.source).bytes
@@ -157,44 +158,20 @@ class ResidentWorker:
             self._maintain(started)
         return Answer.AGAIN if self._maintenance.measure() else Answer.IDLE
 
-    def _load_candidates(self, asked: signals.Asked) -> bool:
-        """Load the sources to peek into now; return False if there are more than one claim peeks into."""
-        # Those that had nothing, or are blocked, come again after all others.
-        wanted = [key for key in asked.keys if key not in self._seen and not self._troubles.is_asleep(key)]
-        ordered = self.claimant.order(wanted)
-        self._loaded, self._candidates = [], []
-        while ordered and not self._with_room(self._loaded):
-            chosen, ordered = ordered[:_CANDIDATES], ordered[_CANDIDATES:]
-            self._loaded = self._load(chosen)
-            self._candidates += chosen
-        return not ordered
-
     def _with_room(self, sources: list[WorkSource]) -> list[WorkSource]:
         """Return the sources that can be claimed of now."""
         awake = [source for source in sources if not self._troubles.is_asleep(source.key)]
         return self._capacity.with_room(awake, self.batches, self.current)
-
-    def _note_seen(self, *, is_through: bool) -> None:
-        """Take note of the sources that a claim has peeked into, once it has not failed."""
-        # A signal of a source in which nothing waited is a new one.
-        self._seen |= set(self._candidates) - {source.key for source in self.claimant.quiet}
-        if is_through or self.current is not None:
-            self._seen = set()
-
-    def _load(self, keys: Collection[WorkKey]) -> list[WorkSource]:
-        found = self._sources.load(keys)
-        self._known |= {source.key: source for source in found}
-        return found
 
     def _ask(self, source: WorkSource) -> None:
         """Note whose fault a failure would be."""
         self.claimant.asking = source
 
     def _close_backfills(self) -> bool:
-        return self._maintenance.close_backfills(self._loaded, self._troubles.is_asleep)
+        return self._maintenance.close_backfills(self._candidates.loaded, self._troubles.is_asleep)
 
     def _maintain(self, now: float) -> None:
-        self._maintenance.maintain(now, self._load, self._capacity.providers)
+        self._maintenance.maintain(now, self._candidates.load, self._capacity.providers)
 
     # A batch
 
@@ -243,7 +220,10 @@ class ResidentWorker:
         return Answer.NOTHING_READY
 
     def _write_batch(self, batch: Batch, now: float) -> bool:
-        """Write a batch, ask again for its grants, and finish it if it is through; return True if anything was done."""
+        """Write a batch, ask again for its grants, and finish it if it is through.
+
+        Return True if anything was done.
+        """
         has_changed = False
         if batch.ungranted and self.is_ending:
             self._engine.embed.requeue_waiting(batch, "the worker ended while a rate limit held the row back")
@@ -262,7 +242,7 @@ class ResidentWorker:
         return has_changed
 
     def wrote(self, seconds: float) -> None:
-        """Take note of the duration of a write with its commit, and of a batch that is through."""
+        """Note the seconds of a write with its commit, and a batch that is through."""
         batch = self.current
         if batch is None:
             return
@@ -283,7 +263,10 @@ class ResidentWorker:
     # Failures
 
     def undo(self) -> None:
-        """Undo in memory a step whose transaction was rolled back. The answers are kept, because they are paid for."""
+        """Undo in memory a step whose transaction was rolled back.
+
+        The answers are kept, because they are paid for.
+        """
         for batch, units, tokens_used in self._before:
             batch.units, batch.tokens_used = units, tokens_used
             for request in batch.requests:
@@ -304,12 +287,12 @@ class ResidentWorker:
         self._troubles.count(source.key, sqlstate)
 
     def claim_failed(self, source: WorkSource, sqlstate: str) -> None:
-        """Take note that no claim of a source was possible, and leave it alone for a while."""
+        """Note that a claim of a source failed, and leave it alone for a while."""
         self._troubles.put_off(source.key)
         self._troubles.count(source.key, sqlstate)
 
     def record_fault(self, message: str) -> Answer:
-        """Show in the status of the source that was asked why nothing could be claimed of it."""
+        """Show why nothing could be claimed of the source that was asked."""
         self._limit_lock_waits(_LOCK_TIMEOUT)
         if self.claimant.asking is not None:
             self._troubles.show(self.claimant.asking, message)
@@ -342,7 +325,10 @@ class ResidentWorker:
             self.claimant.end_isolation()
 
     def end(self) -> Answer:
-        """Release every claim of this worker, uncounted. Claims that are locked now are reclaimed later, as a dead worker's."""
+        """Release every claim of this worker, uncounted.
+
+        Claims that are locked now are reclaimed later, as a dead worker's.
+        """
         self._limit_lock_waits(_WRITE_LOCK_TIMEOUT)
         for source in self._sources.load_all():
             try:
@@ -367,13 +353,20 @@ class ResidentWorker:
         """
         unable = self.claimant.out_of_money | self.claimant.hidden | self._troubles.lasting
         self._limit_lock_waits(_LOCK_TIMEOUT)
-        names = [self._known[key].pipeline.name for key in unable if key.kind == "pipeline" and key in self._known]
+        names = [
+            self._candidates.known[key].pipeline.name
+            for key in unable
+            if key.kind == "pipeline" and key in self._candidates.known
+        ]
         versions = [key.number for key in unable if key.kind == "version"]
         found = is_anything_waiting(self._session, self._pipeline_name, names, versions)
         return Answer.YES if found else Answer.NO
 
     def report(self) -> Answer:
-        """Ask whether to stop; once a second read the server's state and show this worker's in embedline.worker."""
+        """Ask whether to stop.
+
+        Once a second read the server's state and show this worker's in embedline.worker.
+        """
         if self._report.is_stop_requested():
             return Answer.STOP
         if self._report.is_due:
@@ -392,7 +385,7 @@ class ResidentWorker:
         if held_back_by is not None:
             self._paces.slow_down()
         for key, written in self._written.items():
-            if written and analyze_grown(self._session, self._known[key].pipeline, written):
+            if written and analyze_grown(self._session, self._candidates.known[key].pipeline, written):
                 self._written[key] = 0
         self._report.write(self._paces.most_rows, len(self.futures), held_back_by)
 

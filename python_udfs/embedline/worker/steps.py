@@ -1,4 +1,7 @@
-"""The steps of a resident worker, each a transaction of its own, and the answers that its loop acts on."""
+"""The steps of a resident worker, and the answers that its loop acts on.
+
+Each step is a transaction of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which sources fail in a resident worker, and until when each is left alone, so that the others do not wait for it."""
+"""Sources that fail in a resident worker, and how long each is left alone.
+
+The others must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Troubles:
         self._asleep[key] = self._clock() + pause
 
     def put_off_write(self, key: WorkKey) -> tuple[float, bool]:
-        """Return when to try a write again, and whether its batch still has patience for that."""
+        """Return when to try a write again, and True if its batch has patience."""
         pause, total = self._next_pause(key)
         return self._clock() + pause, total < _PATIENCE_SECONDS
 
@@ -67,7 +70,7 @@ class Troubles:
         self._shown.add(source.key)
 
     def forget_answered(self, sources: Iterable[WorkSource], answered: Collection[WorkKey]) -> None:
-        """Forget the faults of sources that were asked and had an answer, and show them no longer."""
+        """Forget the faults of sources that had an answer, and show them no longer."""
         if not (self._shown or self._faults):
             return
         for source in sources:
@@ -78,7 +81,7 @@ class Troubles:
                     self._shown.discard(source.key)
 
     def _next_pause(self, key: WorkKey) -> tuple[float, float]:
-        """Return the seconds to wait after another failure in a row, and all seconds waited with them."""
+        """Return the next pause after a failure, and the sum of all, in seconds."""
         last, total = self._pauses.get(key, (0.0, 0.0))
         pause = min(max(2 * last, SHORTEST_PAUSE), _LONGEST_PAUSE)
         self._pauses[key] = pause, total + pause

@@ -1,4 +1,7 @@
-"""The chunks that a version lacks, as a WorkSource. A chunk never changes its content: it is there or it is gone."""
+"""The chunks that a version lacks, as a WorkSource.
+
+A chunk never changes its content: it is there or it is gone.
+"""
 
 from __future__ import annotations
 
@@ -85,9 +88,9 @@ class VersionChunks:
         return False
 
     def read(self, claim: Claim, rows: Sequence[ClaimedRow], max_bytes: int) -> Reading:
-        """Turn chunks that still lack a vector into documents of one chunk each; the others need nothing.
+        """Turn chunks that still lack a vector into documents of one chunk each.
 
-        Contents beyond `max_bytes` go back to the queue, but for the first.
+        The others need nothing. Contents beyond `max_bytes` go back to the queue, but for the first.
         """
         found = self.session.query(
             f"""
@@ -162,7 +165,10 @@ class VersionChunks:
         return written
 
     def _hold_fingerprint(self) -> str | None:
-        """Keep the version from being dropped to the end of the transaction; return its fingerprint, None if it is gone."""
+        """Keep the version from being dropped to the end of the transaction.
+
+        Return its fingerprint, None if it is gone.
+        """
         query = "SELECT fingerprint FROM embedline.version WHERE version_id = $1 FOR KEY SHARE"
         found: str | None = self.session.scalar(query, ["bigint"], self.pipeline.version.version_id)
         return found
@@ -215,7 +221,10 @@ class VersionChunks:
             chunk_queue.release(self.session, self.claims.worker_id, claim.queue_ids)
 
     def close(self) -> bool:
-        """Mark the version complete if no chunk is missing; return True if some were queued."""
+        """Mark the version complete if no chunk is missing.
+
+        Return True if some were queued.
+        """
         return chunk_queue.close(self.session, self.pipeline)
 
     def clear_signals(self, asked: Asked) -> None:

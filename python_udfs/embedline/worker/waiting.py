@@ -26,7 +26,10 @@ _IS_WAITING = """
 def is_anything_waiting(
     session: Session, pipeline_name: str | None, without_pipelines: Sequence[str], without_versions: Sequence[int]
 ) -> bool:
-    """Return True if something waits in the pipeline named, or any, apart from some pipelines and versions."""
+    """Return True if something waits in the pipeline named, or any.
+
+    Some pipelines and versions do not count.
+    """
     try:
         return bool(
             session.scalar(

@@ -1,7 +1,8 @@
-"""WorkSource: one kind of work of one pipeline, its queue and the tables of its results, behind one interface.
+"""WorkSource: the interface to one kind of work of one pipeline.
 
-Its signatures hold values alone. The connection and the form of the claims are the implementation's, so that a worker outside
-the database can have an implementation that calls SQL functions.
+It stands for a queue and for the tables of its results. Its signatures hold values alone. The connection and the form of
+the claims are the implementation's, so that a worker outside the database can have an implementation that calls SQL
+functions.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class Waiting:
 
 @dataclass
 class Reading:
-    """What was read of a claim: documents that need vectors. The other rows are settled, or back in the queue."""
+    """What was read of a claim: documents that need vectors.
+
+    The other rows are settled, or back in the queue.
+    """
 
     documents: list[Document] = field(default_factory=list)
     content_bytes: int = 0
@@ -70,7 +74,7 @@ class WorkSource(Protocol):
 
     @property
     def pipeline(self) -> Pipeline:
-        """Return the pipeline with the version whose model embeds the work, as it was when it was loaded."""
+        """Return the pipeline with the version that is embedded, as it was loaded."""
 
     @property
     def key(self) -> WorkKey:
@@ -82,11 +86,14 @@ class WorkSource(Protocol):
 
     @property
     def is_hidden(self) -> bool:
-        """Return True if row-level security hides source rows, so that nothing may be read."""
+        """Return True if source rows are hidden, so that nothing may be read."""
 
     @property
     def has_signals(self) -> bool:
-        """Return True if writers leave signals for this work, which are removed once nothing waits."""
+        """Return True if writers leave signals for this work.
+
+        They are removed once nothing waits.
+        """
 
     @property
     def may_cut(self) -> bool:
@@ -95,7 +102,10 @@ class WorkSource(Protocol):
     # Claiming
 
     def can_claim(self) -> bool:
-        """Take the locks that a claim needs first; return False if an application has them."""
+        """Take the locks that a claim needs first.
+
+        Return False if an application has them.
+        """
 
     def has_work(self, live: Sequence[int]) -> bool:
         """Return False if a glance that leaves no lock behind finds nothing."""
@@ -104,24 +114,36 @@ class WorkSource(Protocol):
         """Return what can be claimed; `live` are the workers whose claims count."""
 
     def claim(self, kind: Kind, limit: int, waiting: Waiting) -> Claim | None:
-        """Claim about `limit` rows of a kind, as `waiting` has found the queue; None if none is free."""
+        """Claim about `limit` rows of a kind, as `waiting` has found the queue.
+
+        Return None if none is free.
+        """
 
     def reclaim_from_dead_workers(self) -> None:
         """Free the rows of workers that are gone; they are suspected from now on."""
 
     def remove_deleted(self) -> bool:
-        """Remove some of what is stored of deleted rows; return True if there was something to remove."""
+        """Remove some of what is stored of deleted rows.
+
+        Return True if there was something to remove.
+        """
 
     # One batch
 
     def read(self, claim: Claim, rows: Sequence[ClaimedRow], max_bytes: int) -> Reading:
-        """Read rows of a claim, up to `max_bytes` of content; settle those that need no vector."""
+        """Read rows of a claim, up to `max_bytes` of content.
+
+        Settle those that need no vector.
+        """
 
     def known_vectors(self, documents: Sequence[Document]) -> dict[bytes, Vector]:
         """Return the vectors of the documents' chunks that are stored already, by digest."""
 
     def write(self, claim: Claim, documents: Sequence[Document], vectors: Mapping[bytes, Vector]) -> list[int]:
-        """Write the documents that have not changed; return their indexes. All others are settled or requeued."""
+        """Write the documents that have not changed.
+
+        Return their indexes. All others are settled or requeued.
+        """
 
     def settle(self, rows: Sequence[ClaimedRow]) -> None:
         """Remove rows from the queue that need nothing more."""
@@ -129,10 +151,16 @@ class WorkSource(Protocol):
     def requeue(
         self, claim: Claim, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
     ) -> None:
-        """Put rows back into the queue, to be tried again after a delay; only a `charged` try counts."""
+        """Put rows back into the queue, to be tried again after a delay.
+
+        Only a `charged` try counts.
+        """
 
     def quarantine(self, claim: Claim, letters: Sequence[DeadLetter]) -> None:
-        """Write dead letters and settle their rows; rows that another session has locked are requeued."""
+        """Write dead letters and settle their rows.
+
+        Rows that another session has locked are requeued.
+        """
 
     def finish(self, claim: Claim) -> None:
         """End a claim all of whose rows are settled."""
@@ -149,13 +177,16 @@ class WorkSource(Protocol):
         """Remove the signals that were due when all were asked, if nothing waits."""
 
     def maintain(self) -> None:
-        """Maintain what belongs to the work, such as indexes; a failure is shown and does not raise."""
+        """Maintain what belongs to the work, such as indexes.
+
+        A failure is shown and does not raise.
+        """
 
     def record_error(self, message: str) -> None:
         """Show an error where the people on call look."""
 
     def forget_error(self) -> None:
-        """Remove the error that was shown when the work was loaded, unless there is another now."""
+        """Remove the error that was shown at loading, unless there is another now."""
 
     def record_fault(self, message: str) -> None:
         """Show why nothing can be claimed; wait for no lock."""

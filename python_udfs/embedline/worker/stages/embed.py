@@ -1,4 +1,7 @@
-"""Send requests: reserve what budget and rate limit allow, send after the commit, and take the answers over."""
+"""Reserve, send and answer: the requests of a batch.
+
+Requests are sent after the commit that reserves them.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ class Embed:
         self.refusal: str | None = None
 
     def reserve_at_once(self, batch: Batch, tokens: int) -> bool:
-        """Reserve tokens that are spent before any request; return False, and requeue what was read, if that is refused."""
+        """Reserve tokens that are spent before any request.
+
+        Return False, and requeue what was read, if that is refused.
+        """
         grant = self._permits.reserve(batch.pipeline, [tokens])
         if grant.count:
             if grant.reservation_id is not None:
@@ -48,7 +54,10 @@ class Embed:
         return False
 
     def grant(self, batch: Batch) -> None:
-        """Reserve what budget and rate limit allow; requeue the rest if the wait would be long."""
+        """Reserve what budget and rate limit allow.
+
+        Requeue the rest if the wait would be long.
+        """
         waiting = batch.ungranted
         if not waiting:
             return
@@ -64,7 +73,10 @@ class Embed:
                 self.requeue_waiting(batch, grant.reason or "the budget is used up")
 
     def requeue_waiting(self, batch: Batch, reason: str) -> None:
-        """Requeue the documents of units without a granted request. They are soon due again; until then none is claimed."""
+        """Requeue the documents of units without a granted request.
+
+        They are soon due again; until then none is claimed.
+        """
         later = [unit for unit in batch.units if unit.requests and not any(r.is_granted for r in unit.requests)]
         batch.units = [unit for unit in batch.units if unit not in later]
         self.refusal = reason
@@ -73,9 +85,10 @@ class Embed:
             batch.requeue(later, _MONEY_SECONDS, charged=False, error=reason)
 
     def start(self, batch: Batch) -> None:
-        """Send the requests that were granted; the transaction that reserved them is committed.
+        """Send the requests that were granted.
 
-        Of a search a few at a time: they are answered in the order in which they are sent, and new rows after them.
+        The transaction that reserved them is committed. Of a search a few at a time: they are answered in the order in
+        which they are sent, and new rows after them.
         """
         granted = [
             r for unit in batch.units if not unit.failures for r in unit.requests if r.is_granted and not r.future
@@ -93,7 +106,10 @@ class Embed:
                 request.future = embedder.submit(list(request.texts.values()), "document")
 
     def abandon(self, batch: Batch) -> None:
-        """Cancel the requests in flight. They may yet be served: what was reserved for them stands."""
+        """Cancel the requests in flight.
+
+        They may yet be served: what was reserved for them stands.
+        """
         for future in batch.futures:
             future.cancel()
         for reservation_id in batch.tokens_used:
@@ -101,7 +117,10 @@ class Embed:
         batch.tokens_used = {}
 
     def collect(self, batch: Batch, unit: Unit) -> None:
-        """Take over the vectors of a unit's answers, checked and normalised; note the error of a failed one."""
+        """Take over the vectors of a unit's answers, checked and normalised.
+
+        Note the error of a failed one.
+        """
         if not unit.requests:
             # Nothing was asked, or the unit waits for the verdict on a failure.
             return
@@ -157,7 +176,10 @@ class Embed:
         return None
 
     def remember_sizes(self, batch: Batch, ready: Sequence[Unit]) -> None:
-        """Keep the request sizes that the model refused and passed, of splits that are through."""
+        """Keep the request sizes that the model refused and passed.
+
+        They are those of splits that are through.
+        """
         splits = {unit.split for unit in ready if unit.split is not None} - {unit.split for unit in batch.units}
         self._models.remember_splits(batch.pipeline.version.model, splits)
 
@@ -169,7 +191,10 @@ class Embed:
 
 
 def _count_tokens(batch: Batch, request: Request) -> None:
-    """Add up the tokens that answers to a reservation report; None once one reports none, or an impossible number."""
+    """Add up the tokens that answers to a reservation report.
+
+    None once one reports none, or an impossible number.
+    """
     if request.reservation_id is None or request.future is None:
         return
     error = request.future.exception()
@@ -186,5 +211,8 @@ def _count_tokens(batch: Batch, request: Request) -> None:
 
 
 def _graver(first: EmbedlineError | None, second: EmbedlineError) -> EmbedlineError:
-    """Return the error to act on of two requests of one unit: a provider that is away says nothing about the texts."""
+    """Return the error to act on of two requests of one unit.
+
+    A provider that is away says nothing about the texts.
+    """
     return second if first is None or isinstance(second, TransientProviderError | ProviderMisconfigured) else first

@@ -41,10 +41,11 @@ class Failures:
         self._searched: dict[Batch, float] = {}
 
     def judge(self, batch: Batch, unit: Unit, error: EmbedlineError) -> None:
-        """Decide whose fault a failure was: the provider's, which charges no row, or that of a text.
+        """Decide whose fault a failure was.
 
-        That depends on whether the provider answers something else. While this is not known the unit stays in the batch, and
-        a harmless text is asked for. A row is given up only after an answer to a request sent after its last failure.
+        The provider's, which charges no row, or that of a text. That depends on whether the provider answers something
+        else. While this is not known the unit stays in the batch, and a harmless text is asked for. A row is given up only
+        after an answer to a request sent after its last failure.
         """
         if _says_nothing_of_texts(error):
             self._rest(batch, unit, getattr(error, "retry_after", None))
@@ -69,7 +70,10 @@ class Failures:
         self.judge(batch, Unit([document], error=error, sent_at=now, failed_at=now), error)
 
     def without_faults(self, batch: Batch, unit: Unit) -> list[Document]:
-        """Return the documents whose vectors are all usable; the others are asked for once more, then judged."""
+        """Return the documents whose vectors are all usable.
+
+        The others are asked for once more, then judged.
+        """
         if not unit.faults:
             return unit.documents
         faulty = [d for d in unit.documents if any(chunk.digest in unit.faults for chunk in d.chunks)]
@@ -85,7 +89,7 @@ class Failures:
         return any(_is_unsent_search(unit) for unit in batch.units)
 
     def end_search(self, batch: Batch) -> bool:
-        """Release the units that are searched for a text that fails and of which nothing is sent; True if there were any.
+        """Release the units of a search that are not sent; return True if there were any.
 
         A search of 1,000 rows that all fail takes most of a minute, for which a worker that is to end would stay.
         """
@@ -95,7 +99,10 @@ class Failures:
         return bool(unsent)
 
     def _rest(self, batch: Batch, unit: Unit, seconds: float | None) -> None:
-        """Open the circuit for a while: the provider fails every request. No row is charged, and none waits longer."""
+        """Open the circuit for a while: the provider fails every request.
+
+        No row is charged, and none waits longer.
+        """
         message = _note(batch, unit)
         self._models.open_circuit(batch.pipeline.version.model, message, seconds)
         batch.requeue([unit], 0.0, charged=False, error=message)
@@ -129,7 +136,7 @@ class Failures:
             self._retry(batch, unit, error)
 
     def _may_search(self, batch: Batch, unit: Unit) -> bool:
-        """Return True unless the batches of the model that are searched take up a quarter of its concurrency.
+        """Return True unless searches take up a quarter of the model's concurrency.
 
         A search sends two requests for each text that fails, and new rows would wait behind them.
         """
@@ -159,7 +166,10 @@ class Failures:
         batch.requeue([unit], backoff_seconds(_attempts(unit)), charged=True, error=message)
 
     def _cut(self, batch: Batch, unit: Unit, error: EmbedlineError) -> bool:
-        """Ask for texts that were refused alone in halves, which become chunks of their own; return False if that cannot be."""
+        """Ask for texts that were refused alone in halves, which become chunks.
+
+        Return False if they cannot be cut.
+        """
         if not isinstance(error, InputRejected) or not unit.failed or not batch.source.may_cut:
             return False
         refused = {digest: text for texts in unit.failed for digest, text in texts.items()}
@@ -220,7 +230,10 @@ def _again(batch: Batch, unit: Unit, members: list[Document]) -> Unit:
 
 
 def _note(batch: Batch, unit: Unit, error: EmbedlineError | None = None) -> str:
-    """Show the failure of a unit, learn nothing of request sizes from it, and return its message."""
+    """Show the failure of a unit, and return its message.
+
+    Nothing is learned from it of request sizes.
+    """
     message = _message(error or unit.error)
     _spoil(unit)
     batch.source.record_error(message)
@@ -236,17 +249,26 @@ def _is_last_try(unit: Unit, error: EmbedlineError) -> bool:
 
 
 def _is_unsent_search(unit: Unit) -> bool:
-    """Return True for a part of a failed unit that is to be asked for again and is not sent; one may wait for a verdict."""
+    """Return True for a part of a failed unit that is not sent.
+
+    One that waits for a verdict is not meant.
+    """
     return unit.failures > 0 and unit.verdict is None and not any(request.future for request in unit.requests)
 
 
 def _says_nothing_of_texts(error: EmbedlineError) -> bool:
-    """Return True if an error is certainly the provider's: it limits its rate, or it cannot be reached."""
+    """Return True if an error is certainly the provider's.
+
+    It limits its rate, or it cannot be reached.
+    """
     return isinstance(error, TransientProviderError) and (error.throttled or error.unreachable)
 
 
 def _is_about_texts(error: EmbedlineError) -> bool:
-    """Return True if an error is told as one of the texts: a provider that answers others means it."""
+    """Return True if an error is told as one of the texts.
+
+    A provider that answers others means it.
+    """
     return isinstance(error, InputRejected | InvalidVectors)
 
 
@@ -260,7 +282,10 @@ def _spoil(unit: Unit) -> None:
 
 
 def _is_spent(unit: Unit, error: EmbedlineError) -> bool:
-    """Return True if a text that fails alone has failed often enough: a refusal is meant the second time."""
+    """Return True if a text that fails alone has failed often enough.
+
+    A second refusal is enough.
+    """
     return _attempts(unit) >= MAX_ATTEMPTS or (_is_about_texts(error) and unit.failures > 0)
 
 

@@ -49,7 +49,10 @@ class Prepare:
             self._reserve_sentences(batch)
 
     def _reserve_sentences(self, batch: Batch) -> None:
-        """Reserve the sentences that the semantic chunker will embed, or requeue the batch; the estimate counts as spent."""
+        """Reserve the sentences that the chunker will embed, or requeue the batch.
+
+        The estimate counts as spent.
+        """
         contents = [document.content for document in batch.found if document.content is not None]
         if not contents:
             return
@@ -57,7 +60,10 @@ class Prepare:
             batch.found = []
 
     def chunk(self, batch: Batch, check_interrupts: Callable[[], None]) -> None:
-        """Repair and chunk what was read. Touches no table: the resident worker holds no transaction meanwhile."""
+        """Repair and chunk what was read.
+
+        Touches no table: the resident worker holds no transaction meanwhile.
+        """
         if any(document.content is not None for document in batch.found):
             self._chunk_documents(batch, check_interrupts)
         if batch.readability is not None:
@@ -78,7 +84,10 @@ class Prepare:
                 document.content = None
 
     def submit(self, batch: Batch) -> None:
-        """Give up texts without anything to embed, reuse known vectors, and reserve the requests for the rest."""
+        """Reuse known vectors, and reserve the requests for the other chunks.
+
+        Texts without anything to embed are given up.
+        """
         problems = [document for document in batch.found if document.problem is not None]
         unusable = [document for document in problems if isinstance(document.problem, UnusableText)]
         batch.quarantine([dead_letter(document, "validate", document.problem) for document in unusable])
@@ -111,7 +120,7 @@ class Prepare:
         return cache[key]
 
     def _readability(self, batch: Batch) -> Readability | None:
-        """Return how the batch's chunks are checked before they are embedded, as the setting is now."""
+        """Return the check of the batch's chunks, as the setting is now."""
         model_id = batch.pipeline.version.model.model_id
         cache: dict[int, str | None] = self.session.cache.setdefault("embedline.tokenizers", {})
         if model_id not in cache:
@@ -121,10 +130,10 @@ class Prepare:
         return None if tokenizer is None else readability(tokenizer, load_settings(self.session).unknown_token_share)
 
     def _cut_long_texts(self, batch: Batch, found: list[Document]) -> tuple[list[Document], dict[bytes, Vector]]:
-        """Return the documents and the known vectors of their chunks; cut unknown chunks that would be refused as too long.
+        """Return the documents and the known vectors of their chunks.
 
-        Known chunks stay whole, so that an edit elsewhere in a document changes none of its chunks. A chunk that is given up
-        needs no vector, so no provider is asked for it.
+        Cut unknown chunks that would be refused as too long. Known chunks stay whole, so that an edit elsewhere in a
+        document changes none of its chunks. A chunk that is given up needs no vector, so no provider is asked for it.
         """
         known = batch.source.known_vectors(found)
         known |= {digest: NO_VECTOR for document in found for digest in document.unreadable}

@@ -23,7 +23,10 @@ class Write:
     failures: Failures
 
     def write_ready(self, batch: Batch) -> bool:
-        """Write the units whose requests have all come back; return False if there is none."""
+        """Write the units whose requests have all come back.
+
+        Return False if there is none.
+        """
         ready: list[Unit] = []
         count = 0
         for unit in batch.units:

@@ -213,6 +213,8 @@ class FakeModels:
     poison: Collection[str] = ()
     failure: EmbedlineError | None = None
     requests: list[list[str]] = field(default_factory=list)
+    # How often the provider was asked for a harmless text.
+    asked: int = 0
     paused: list[float | None] = field(default_factory=list)
 
     def embedder(self, model: Any) -> FakeModels:
@@ -237,6 +239,7 @@ class FakeModels:
         pass
 
     def ask(self, version: Any, since: float, in_flight: Future[EmbeddingBlock] | None) -> Verdict:
+        self.asked += 1
         return Verdict("failing", error=self.failure) if self.failure is not None else Verdict("sound")
 
     def note_answer(self, model: Any, sent_at: float) -> None:

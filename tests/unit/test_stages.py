@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from fake_work import Clock, FakeModels, FakePermits, Work, document
 
 from embedline.errors import TransientProviderError
 from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE
@@ -14,6 +13,7 @@ from embedline.worker.stages.embed import Embed
 from embedline.worker.stages.failures import Failures
 from embedline.worker.stages.write import Write
 from embedline.worker.troubles import Troubles
+from fake_work import Clock, FakeModels, FakePermits, Work, document, pipeline
 
 KEYS = [f"text {number}" for number in range(8)]
 
@@ -62,6 +62,7 @@ def test_a_provider_that_limits_its_rate_charges_no_row() -> None:
     work, models = Work(1), FakeModels(failure=error)
     embed(batch_of(work), models, FakePermits(), Clock())
     assert models.paused == [7.0]
+    assert models.asked == 0, "a rate limit is the provider's for certain"
     assert work.requeued == dict.fromkeys(KEYS, False)
     assert work.written == []
     assert work.quarantined == []
@@ -84,13 +85,23 @@ def test_a_batch_waits_for_a_grant_as_long_as_its_patience(wait: float, are_requ
     assert bool(batch.units) is not are_requeued
 
 
-def test_a_model_takes_no_further_batch_while_twice_its_requests_wait() -> None:
+def test_a_model_takes_one_batch_more_than_it_works_on_at_a_time() -> None:
     capacity, work = Capacity({1: 1, 2: 1}), Work(1)
     batches: list[Batch] = []
     for expected in ({1, 2}, {1, 2}, {2}):
         assert capacity.models_with_room(batches, None) == expected
         batches.append(batch_of(work))
     assert [source.key.number for source in capacity.with_room([work, Work(2), Work(3)], batches, None)] == [2, 3]
+
+
+def test_a_batch_of_many_requests_keeps_its_model_busy_alone() -> None:
+    capacity, work = Capacity({1: 2}), Work(1)
+    work.pipeline = pipeline(1, items=2)
+    batch = batch_of(work)
+    assert batch.first_requests == 4
+    assert capacity.models_with_room([batch], None) == set()
+    batch.units.pop()
+    assert capacity.models_with_room([batch], None) == {1}
 
 
 def test_a_failing_source_is_left_alone_for_longer_each_time() -> None:

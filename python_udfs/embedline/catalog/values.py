@@ -167,7 +167,7 @@ class Pipeline:
 
     @cached_property
     def document(self) -> str:
-        """The state rows: one for each source row that was looked at."""
+        """The state rows: one for each source row that was read."""
         return self.generated("document")
 
     def chunk_table(self, number: int) -> str:

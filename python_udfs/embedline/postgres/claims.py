@@ -132,5 +132,5 @@ class TransactionClaims:
             session.query("SELECT pg_advisory_unlock($1, $2)", ["integer", "integer"], lock_class, lock)
 
 
-# The claims of whatever runs inside its caller's transaction.
+# The claims of a function that works inside its caller's transaction.
 CALLERS_TRANSACTION = TransactionClaims()

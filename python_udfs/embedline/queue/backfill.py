@@ -141,7 +141,7 @@ def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, claims
 
 
 def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None:
-    """Recreate the ranges of a relation, and create those that lack.
+    """Recreate the ranges of a relation, and of relations without any.
 
     VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE rewrite a table: every row has moved. A relation that does not
     belong to the source was detached or dropped, or the ranges come from a restored database, whose numbers mean nothing

@@ -12,7 +12,7 @@ from embedline.queue.chunk_queue import FRESH
 # Keys of quarantined rows that an error names.
 _SHOWN_KEYS = 5
 
-# One whose chunk is gone says nothing any more.
+# A dead letter whose chunk is gone does not count.
 _DEAD_LETTERS = """
     SELECT count(*) AS count, count(*) FILTER (WHERE accepted_by IS NULL) AS open,
         (array_agg(key::text ORDER BY chunk_id) FILTER (WHERE accepted_by IS NULL))[1:$2] AS keys
@@ -65,7 +65,7 @@ def require_complete(pipeline: Pipeline) -> None:
 def require_coverage(session: Session, pipeline: Pipeline) -> None:
     """Raise unless every row is cut as the version asks for, and embedded.
 
-    A chunk needs its vector or an accepted dead letter. Not unless the queue is empty: under steady writes it never is, and
+    A chunk needs its vector or an accepted dead letter. The queue need not be empty: under steady writes it never is, and
     what was written in the last seconds is on its way.
     """
     require_complete(pipeline)

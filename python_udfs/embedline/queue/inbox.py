@@ -109,8 +109,8 @@ def _claim_statement(pipeline: Pipeline, front: str, *, is_marked: bool) -> str:
 def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
     """Move rows of the inbox to the outbox with the tenant of each key.
 
-    So tenants can have their turns. Returns the number of keys moved. The rows of the inbox are locked until they are gone,
-    so nobody else moves them; the tenants are read between, because the owner's expression must leave nothing behind.
+    So tenants can have their turns. Return the number of keys moved. The rows of the inbox are locked until they are gone,
+    so no other session moves them; the tenants are read between, because the owner's expression must leave nothing behind.
     """
     columns, count = pipeline.quoted_key_columns, len(pipeline.key_columns)
     key = f"k ({pipeline.key_list})"

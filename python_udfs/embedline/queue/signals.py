@@ -2,7 +2,7 @@
 
 Triggers of each queue leave a row in embedline.signal, once for each transaction that queues something. A worker reads
 these, and peeks into the tables of the pipelines named there alone: with 1,000 pipelines, to peek into all took 600 ms. The
-statement that finds nothing removes the signals: whatever transaction committed a signal has committed its rows.
+statement that finds nothing removes the signals: a transaction that has committed a signal has committed its rows.
 
 The table is unlogged, so that a signal costs neither WAL nor a place in a publication. A crash of the server, or a failover,
 empties it. So one row stands for all others: if a worker begins and does not find it, every pipeline gets a signal.
@@ -18,7 +18,7 @@ from embedline.postgres.claims import Claims
 from embedline.postgres.locks import WORKER_LOCK_CLASS
 from embedline.postgres.session import Session
 
-# Signals beyond one for each pipeline, above which they are made one: reading so many takes a tenth of a millisecond.
+# Signals beyond one for each pipeline above which they are folded. To read as many takes a tenth of a millisecond.
 _FOLDED_ABOVE = 500
 
 _LIVE = f"""

@@ -7,7 +7,7 @@ one a day, so that the sum over a month stays cheap.
 Where a budget or a rate limit applies, reservations follow each other under one advisory lock of the database: each sees
 all earlier ones, whichever pipeline or model they were for. A worker holds it until the transaction that reserves ends, a
 few milliseconds. embed_pending lives in one long transaction, so it gives the lock back at once. Until it commits, others do
-not see what it reserved: beside n calls of embed_pending a cap may be passed by what these have in hand. If its
+not see its reservations: beside n calls of embed_pending a cap may be passed by their requests in flight. If its
 transaction is rolled back, its reservations are too, though the provider was asked.
 """
 
@@ -28,7 +28,7 @@ from embedline.spending.rate_limits import RateState
 
 # Second keys of the ledger's lock: for reserving, and for rolling up.
 _RESERVE_LOCK, _ROLL_UP_LOCK = 0, 1
-# Rolled up by a worker at every so many reservations: what stays holds about two minutes and this many rows.
+# Reservations between two roll-ups by workers. The ledger holds about two minutes and this many rows.
 _ROLL_UP_EVERY = 500
 _UNMETERED = "embedline.unmetered_pipelines"
 
@@ -51,7 +51,7 @@ _SETTLE = """
     UPDATE embedline.reservation SET tokens = coalesce($2, tokens), settled_at = clock_timestamp()
     WHERE reservation_id = $1 AND settled_at IS NULL
 """
-# A rate limit looks back 60 s. What is open and has no living worker will never be settled: it is closed as estimated.
+# A rate limit looks back 60 s. An open reservation without a living worker is never settled: it is closed as estimated.
 _ROLL_UP = """
     WITH old AS (
         DELETE FROM embedline.reservation AS r

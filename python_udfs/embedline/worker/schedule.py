@@ -17,7 +17,7 @@ from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 
 _MAX_WORKERS = 64
-# A resident worker ends after this long and pg_cron starts it anew: memory and plans do not grow old.
+# A resident worker ends after this long and pg_cron starts another: memory and plans do not grow old.
 _WORKER_SECONDS = 1200
 _SCHEDULES = ("@reboot", "* * * * *")
 _NIGHTLY_JOB = "embedline nightly"
@@ -325,7 +325,7 @@ def wake_launcher(session: Session) -> None:
 
     In libpq mode the launcher of pg_cron 1.4 heeds no interrupt while a job is running, and a resident worker always is:
     DROP DATABASE, which waits until every process has taken note, would hang until the worker's end (measured: over
-    16 s and going on; 1 s with this). A change in cron.job makes the launcher read its jobs anew, and take note.
+    16 s and going on; 1 s with this). A change in cron.job makes the launcher read its jobs again, and take note.
     """
     if session.scalar("SELECT to_regclass('cron.job') IS NOT NULL") and session.scalar(
         "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'ProcSignalBarrier' LIMIT 1"

@@ -38,7 +38,7 @@ class VersionChunks:
     session: Session
     claims: Claims
     pipeline: Pipeline
-    # The source is not read: whoever may read it does not matter, and no application leaves signals.
+    # The source is not read, so its row-level security does not matter; writers leave no signals.
     is_hidden: bool = False
     has_signals: bool = False
     # The chunks are those of other versions, too.

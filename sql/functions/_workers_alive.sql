@@ -6,6 +6,7 @@ STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $sql$
+    -- 1164797804 is WORKER_LOCK_CLASS of embedline.postgres.locks.
     SELECT count(*) FROM pg_locks AS l
     WHERE
         l.locktype = 'advisory' AND l.classid = 1164797804::oid AND l.objsubid = 2 AND l.granted

@@ -21,7 +21,7 @@ BEGIN
     IF build IS NULL THEN
         RETURN;
     END IF;
-    -- Its keys are those of embedline.indexes.build. The session's end releases it.
+    -- 1164798257 is BUILD_LOCK_CLASS of embedline.postgres.locks. The lock ends with the session.
     WHILE NOT pg_try_advisory_lock(1164798257, to_regclass(build[1])::oid::integer) LOOP
         IF clock_timestamp() > patience THEN
             RAISE EXCEPTION 'another index on % is being built', build[1]

@@ -28,22 +28,23 @@ SETUP = (
         import numpy as np
         from embedline.catalog import load as catalog
         from embedline.core import vectors
-        from embedline.worker.batch import Batch
         from embedline.chunking import Chunk
         from embedline.postgres.session import Session
         from embedline.documents.values import Document
         from embedline.queue.outbox import ClaimedRow
-        from embedline.worker.sources import VERSION_WORK
+        from embedline.queue.claim import Claim
+        from embedline.postgres.claims import CALLERS_TRANSACTION
+        from embedline.worker.version_chunks import VersionChunks
         if "bench" not in GD:
             matrix = np.random.default_rng({SEED}).standard_normal(({ROWS}, {DIMENSIONS}), dtype=np.float32)
             GD["bench"] = vectors.normalise(matrix)
         session = Session(plpy, GD)
-        lane = catalog.load_version(session, "bench", number).as_lane()
+        source = VersionChunks(session, CALLERS_TRANSACTION, catalog.load_version(session, "bench", number))
         ids = range(batch_from, batch_to)
         digests = [i.to_bytes(16, "big") for i in ids]
         sound = [Document(ClaimedRow((str(i),)), chunks=[Chunk(0, 0, 1, "x", d)]) for i, d in zip(ids, digests)]
         known = {{d: GD["bench"][i - 1] for i, d in zip(ids, digests)}}
-        return len(VERSION_WORK.write(session, Batch(lane, []), sound, known).written)
+        return len(source.write(Claim([]), sound, known))
     $python$""",
     "CREATE TABLE bench_wide (chunk_id bigint PRIMARY KEY, embedding_v1 vector(384), embedding_v2 vector(384))",
     "ALTER TABLE bench_wide ALTER embedding_v1 SET STORAGE EXTERNAL, ALTER embedding_v2 SET STORAGE EXTERNAL",

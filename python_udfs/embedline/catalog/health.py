@@ -10,11 +10,11 @@ from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import ENDING, sqlstate_of
 
 MAX_ERROR_CHARACTERS = 500
-_NOTE_OF_PIPELINE = """
+_RECORD_OF_PIPELINE = """
     UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id IN (
         SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
 """
-_NOTE_OF_VERSION = """
+_RECORD_OF_VERSION = """
     UPDATE embedline.version SET last_error = $2 WHERE version_id IN (
         SELECT version_id FROM embedline.version WHERE version_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
 """
@@ -30,7 +30,7 @@ _FORGET_OF_VERSION = """
 """
 
 
-def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
+def record_error(session: Session, pipeline: Pipeline, message: str) -> None:
     """Show an error of the pipeline in embedline.status."""
     session.query(
         "UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id = $1",
@@ -40,37 +40,57 @@ def note_error(session: Session, pipeline: Pipeline, message: str) -> None:
     )
 
 
-def note_fault(session: Session, pipeline: Pipeline, message: str) -> None:
-    """Show why no rows of a pipeline or a version can be claimed.
+def record_fault(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show why no rows of a pipeline can be claimed.
 
-    The error appears in embedline.status or embedline.versions. Does not wait for another session's lock.
+    The error appears in embedline.status. Does not wait for another session's lock.
     """
+    _record_fault(session, _RECORD_OF_PIPELINE, pipeline.pipeline_id, message)
+
+
+def forget_error(session: Session, pipeline: Pipeline) -> None:
+    """Clear the error that the pipeline had when it was loaded.
+
+    A later error stays. Does not wait for another session's lock.
+    """
+    session.query(_FORGET_OF_PIPELINE, ["bigint", "text"], pipeline.pipeline_id, pipeline.last_error)
+
+
+def record_version_error(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show an error of the version in embedline.versions."""
     session.query(
-        _NOTE_OF_VERSION if pipeline.is_lane else _NOTE_OF_PIPELINE,
+        "UPDATE embedline.version SET last_error = $2 WHERE version_id = $1",
         ["bigint", "text"],
-        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
-        message.removeprefix("spiexceptions.")[:MAX_ERROR_CHARACTERS],
+        pipeline.version.version_id,
+        message[:MAX_ERROR_CHARACTERS],
     )
 
 
-def forget_fault(session: Session, pipeline: Pipeline) -> None:
-    """Clear the error of `note_fault`.
+def record_version_fault(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show why no chunks of a version can be claimed.
 
-    An error that was recorded after `pipeline` was loaded stays.
+    The error appears in embedline.versions. Does not wait for another session's lock.
     """
-    session.query(
-        _FORGET_OF_VERSION if pipeline.is_lane else _FORGET_OF_PIPELINE,
-        ["bigint", "text"],
-        pipeline.version.version_id if pipeline.is_lane else pipeline.pipeline_id,
-        pipeline.last_error,
-    )
+    _record_fault(session, _RECORD_OF_VERSION, pipeline.version.version_id, message)
 
 
-def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
+def forget_version_error(session: Session, pipeline: Pipeline) -> None:
+    """Clear the error that the version had when it was loaded.
+
+    A later error stays. Does not wait for another session's lock.
+    """
+    session.query(_FORGET_OF_VERSION, ["bigint", "text"], pipeline.version.version_id, pipeline.last_error)
+
+
+def _record_fault(session: Session, statement: str, number: int, message: str) -> None:
+    session.query(statement, ["bigint", "text"], number, message.removeprefix("spiexceptions.")[:MAX_ERROR_CHARACTERS])
+
+
+def isolate_failure(session: Session, pipeline: Pipeline, action: Callable[[], object]) -> bool:
     """Run an action for one pipeline; return True if it has more to do.
 
-    If PostgreSQL or Embedline refuses the action, the pipeline's status and a WARNING report it, and the other
-    pipelines go on. Any other exception is a defect and is raised.
+    If the database or we refuse it, the pipeline's status and a WARNING say so, and the others go on. Any other exception
+    is a fault in the code, which nothing hides.
     """
     try:
         with session.plpy.subtransaction():
@@ -79,14 +99,6 @@ def contain(session: Session, pipeline: Pipeline, action: Callable[[], object]) 
         # A serialization failure or a deadlock belongs to the transaction, not to the pipeline.
         if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
             raise
-        note_error(session, pipeline, str(error))
+        record_error(session, pipeline, str(error))
         session.plpy.warning(f"embedline, pipeline {pipeline.name}: {error}")
         return False
-
-
-def forget_error(session: Session, pipeline: Pipeline) -> None:
-    """Clear the error that was shown when the batch was claimed.
-
-    A later error stays. Does not wait for another session's lock.
-    """
-    session.query(_FORGET_OF_PIPELINE, ["bigint", "text"], pipeline.pipeline_id, pipeline.last_error)

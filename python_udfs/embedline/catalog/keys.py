@@ -1,6 +1,6 @@
 """Build SQL over the keys of a pipeline's rows.
 
-Keys are converted to JSON and back, looked up in the queue, and enqueued.
+Keys are converted to JSON and back, and looked up in the queue.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from collections.abc import Sequence
 
 from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident, quote_literal
-
-# Most keys in one row of the inbox, as in capture.
-_KEYS_PER_ROW = 100
 
 
 def json_names(pipeline: Pipeline) -> tuple[str, ...]:
@@ -62,19 +59,4 @@ def not_queued(pipeline: Pipeline, alias: str) -> str:
         f" AND NOT EXISTS (SELECT FROM {pipeline.generated(table)} AS i"
         f" CROSS JOIN LATERAL unnest({taken}) AS q ({pipeline.key_list}) WHERE {same})"
         for table in ("inbox", "deleted", "claim")
-    )
-
-
-def enqueue(pipeline: Pipeline, rows: str, condition: str = "true") -> str:
-    """Return an INSERT of a relation's keys into the inbox.
-
-    It has the form of an application's write, and returns key_count for each row of the inbox.
-    """
-    columns = ", ".join(quote_ident(column) for column in pipeline.key_columns)
-    arrays = ", ".join(f"array_agg(k.{quote_ident(column)})" for column in pipeline.key_columns)
-    first = quote_ident(pipeline.key_columns[0])
-    return (
-        f"INSERT INTO {pipeline.generated('inbox')} ({columns}) SELECT {arrays}"
-        f" FROM (SELECT {columns}, row_number() OVER () AS embedline_row FROM {rows} WHERE {condition}) AS k"
-        f" GROUP BY (k.embedline_row - 1) / {_KEYS_PER_ROW} RETURNING cardinality({first}) AS key_count"
     )

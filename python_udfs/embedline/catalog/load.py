@@ -68,14 +68,14 @@ _WORK_SQL = f"""
 """
 _ACTIVE_SQL = f"{_WORK_SQL} AND v.version_id = p.serving_version_id"
 ACTIVE_PIPELINES = f"{_ACTIVE_SQL} ORDER BY p.pipeline_id"
-_SOME_PIPELINES = f"{_ACTIVE_SQL} AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
-# Versions that are filled from the chunks: all but the serving one, and that one where it still lags after its cutover.
+_PIPELINES_BY_ID = f"{_ACTIVE_SQL} AND p.pipeline_id = ANY ($2) ORDER BY p.pipeline_id"
+# Versions that are filled from the chunks: all but the serving one, and that one while it still lags after its cutover.
 _FILLING_SQL = f"""
     {_WORK_SQL} AND (v.version_id <> p.serving_version_id
         OR EXISTS (SELECT FROM embedline.version_queue AS q WHERE q.version_id = v.version_id))
 """
-_LANES = f"{_FILLING_SQL} ORDER BY v.version_id"
-_SOME_LANES = f"{_FILLING_SQL} AND v.version_id = ANY ($2) ORDER BY v.version_id"
+_FILLS = f"{_FILLING_SQL} ORDER BY v.version_id"
+_FILLS_BY_ID = f"{_FILLING_SQL} AND v.version_id = ANY ($2) ORDER BY v.version_id"
 
 
 def load_pipeline(session: Session, name: str) -> Pipeline:
@@ -96,29 +96,28 @@ def load_active_pipelines(session: Session, name: str | None) -> list[Pipeline]:
     return [pipeline_from_row(row) for row in session.query(ACTIVE_PIPELINES, ["text"], name)]
 
 
-def load_lanes(session: Session, name: str | None) -> list[Pipeline]:
-    """Return a version fill for each version that is filled from the chunks.
+def load_pipelines_by_id(session: Session, ids: Collection[int]) -> list[Pipeline]:
+    """Return the pipelines with these ids that workers serve now."""
+    rows = session.query(_PIPELINES_BY_ID, ["text", "bigint[]"], None, list(ids)) if ids else []
+    return [pipeline_from_row(row) for row in rows]
+
+
+def load_fills(session: Session, name: str | None) -> list[Pipeline]:
+    """Return a pipeline for each version that is filled from the chunks.
 
     `name` limits them to one pipeline.
     """
-    rows = session.query(_LANES, ["text"], name)
-    return [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
+    return [_fill_from_row(row) for row in session.query(_FILLS, ["text"], name)]
 
 
-def load_some(session: Session, lane_ids: Collection[int]) -> list[Pipeline]:
-    """Return the pipelines and version fills of these ids that workers serve now.
+def load_fills_by_id(session: Session, version_ids: Collection[int]) -> list[Pipeline]:
+    """Return the pipelines of those of these versions that are being filled."""
+    rows = session.query(_FILLS_BY_ID, ["text", "bigint[]"], None, list(version_ids)) if version_ids else []
+    return [_fill_from_row(row) for row in rows]
 
-    The ids are `lane_id`s, which are negative for version fills.
-    """
-    pipelines, lanes = [i for i in lane_ids if i >= 0], [-i for i in lane_ids if i < 0]
-    found: list[Pipeline] = []
-    if pipelines:
-        rows = session.query(_SOME_PIPELINES, ["text", "bigint[]"], None, pipelines)
-        found += map(pipeline_from_row, rows)
-    if lanes:
-        rows = session.query(_SOME_LANES, ["text", "bigint[]"], None, lanes)
-        found += [pipeline_from_row({**row, "last_error": row["version_error"]}).as_lane() for row in rows]
-    return found
+
+def _fill_from_row(row: dict[str, object]) -> Pipeline:
+    return pipeline_from_row({**row, "last_error": row["version_error"]})
 
 
 def load_versions(session: Session, name: str) -> list[Pipeline]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from embedline.catalog.values import Pipeline
 from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import STEP_LOCK_CLASS, VERSION_LOCK_CLASS
 from embedline.postgres.session import Session
 
 Task = Literal["evaluate", "preview_version"]
@@ -28,9 +29,6 @@ Step = Literal[
     "embedding a sample",
 ]
 
-# First keys of the locks that name the version a statement works on ("Emq1"), and its step ("Emp1").
-VERSION_LOCK_CLASS = 1164800305
-STEP_LOCK_CLASS = 1164800049
 # The second key of a step is task, step, and the finished share in thousandths. The last value means an unknown share.
 _STEP_UNIT, _TASK_UNIT = 1 << 10, 1 << 15
 _UNKNOWN_SHARE = _STEP_UNIT - 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
@@ -11,11 +12,19 @@ from embedline.core.embedding import ModelConfig
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import SEARCH_SCHEMA, data_name
 
-# Share of the workers for the fill of a version beside the serving one, relative to its pipeline's share.
-_LANE_WEIGHT = 0.5
 # pgvector's operator and operator class of each distance. The class is prefixed with the column type.
 OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
 _OPERATOR_CLASSES = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
+
+
+class WorkKey(NamedTuple):
+    """Names one kind of work: a pipeline's source rows, or a version's chunks.
+
+    `number` is the id of the pipeline or of the version.
+    """
+
+    kind: Literal["pipeline", "version"]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,7 @@ class Pipeline:
     """A row of embedline.pipeline with one of its versions.
 
     That is the serving version unless another was asked for. `versions` are (version_id, number, chunk set) of all
-    versions. `is_lane` marks a version fill: it embeds the chunks that the serving version's work leaves, and does not
-    read the source.
+    versions.
 
     Two fields are set only if workers loaded the pipeline. `metered`: requests are counted, because the model is remote
     or has a price or a limit. `is_hidden`: row-level security hides rows of the source from its owner, so that they
@@ -139,20 +147,9 @@ class Pipeline:
     version: Version
     versions: tuple[tuple[int, int, int], ...]
     is_serving: bool = True
-    is_lane: bool = False
-    # The error in embedline.status or, of a version fill, in embedline.versions; set only if workers loaded the
-    # pipeline.
+    # If a worker loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the version.
     last_error: str | None = None
     is_hidden: bool = False
-
-    @property
-    def lane_id(self) -> int:
-        """Return the key of its work: the pipeline's id, or below zero for a version fill."""
-        return -self.version.version_id if self.is_lane else self.pipeline_id
-
-    def as_lane(self) -> Pipeline:
-        """Return the version fill that embeds the chunks for this version."""
-        return replace(self, is_lane=True, weight=self.weight * _LANE_WEIGHT)
 
     @property
     def spec(self) -> ChunkingSpec:

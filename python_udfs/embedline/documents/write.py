@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from embedline.catalog.health import note_error
+from embedline.catalog.health import record_error
 from embedline.catalog.keys import as_json, key_json
 from embedline.catalog.values import ChunkSet, Pipeline
 from embedline.chunking import Chunk
@@ -120,7 +120,7 @@ def _give_up_chunks(
         UnreadableText.sqlstate,
     )
     first = next(document for document in written if document.unreadable)
-    note_error(
+    record_error(
         session,
         pipeline,
         f"{key_json(pipeline, first.key)[:_SHOWN_KEY_CHARACTERS]}: {len(first.unreadable)} of"

@@ -31,6 +31,7 @@ from embedline.gate.queries import PROBES, QuerySet, draw_places, load_queries
 from embedline.gate.report import Row
 from embedline.models import circuit
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
+from embedline.postgres.claims import CALLERS_TRANSACTION
 from embedline.postgres.entry import calling_ours, entry_point, require_given
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
@@ -201,7 +202,7 @@ def _embed_within_budget(session: Session, pipeline: Pipeline, texts: Sequence[s
     size = min(pipeline.version.model.config.max_batch_items, _REQUEST_TEXTS)
     batches = [texts[start : start + size] for start in range(0, len(texts), size)]
     # A token has about four characters; two are on the safe side.
-    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, batch)) // 2 for batch in batches], None)
+    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, batch)) // 2 for batch in batches], CALLERS_TRANSACTION)
     if grant.count < len(batches):
         raise NotReady(
             f"the sample of {len(texts)} chunks is more than may be sent now: {grant.reason}",

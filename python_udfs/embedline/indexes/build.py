@@ -18,15 +18,12 @@ from embedline.indexes.definitions import VectorIndex, create_index_statement, f
 from embedline.indexes.resources import BuildSettings, Need, choose, look_at_machine
 from embedline.postgres import cron
 from embedline.postgres.entry import entry_point
-from embedline.postgres.locks import bound_lock_wait
+from embedline.postgres.locks import BUILD_LOCK_CLASS, bound_lock_wait
 from embedline.postgres.session import Session
 from embedline.queue.coverage import require_coverage, require_usable_vectors
 
 # pgvector's default of the index option m.
 _DEFAULT_M = 16
-# First key of the session advisory lock by which builds on one table exclude each other ("Emi1"); the second is the
-# table's OID.
-_BUILD_LOCK_CLASS = 1164798257
 _TABLE_KEY = "SELECT to_regclass($1)::oid::integer"
 # A job of an index begins at the next full minute, and again each minute until it is taken away.
 _EACH_MINUTE = "* * * * *"
@@ -87,7 +84,7 @@ def index_plan(
         "maintenance_work_mem_kb": settings.maintenance_work_mem_kb,
         "parallel_workers": settings.parallel_workers,
         "notices": settings.notices,
-        "lock_key": [_BUILD_LOCK_CLASS, session.scalar(_TABLE_KEY, ["text"], pipeline.vectors)],
+        "lock_key": [BUILD_LOCK_CLASS, session.scalar(_TABLE_KEY, ["text"], pipeline.vectors)],
     })  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import data_name
 from embedline.postgres.session import Session
-from embedline.queue.backfill import insert_ranges
+from embedline.queue.backfill import delete_ranges, insert_ranges
 
 # Expressions that alter_pipeline may drop.
 _OPTIONAL = ("filter", "document_prefix", "tenant")
@@ -298,7 +298,7 @@ def restart_sweep(session: Session, pipeline: Pipeline) -> None:
 def restart_ranges(session: Session, pipeline: Pipeline) -> None:
     """Have the serving version's backfill read every row of the source again."""
     restart_sweep(session, pipeline)
-    session.query("DELETE FROM embedline.backfill_range WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
+    delete_ranges(session, pipeline.pipeline_id)
     insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from embedline.catalog.keys import enqueue
 from embedline.catalog.rights import caller, require_control
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
@@ -19,6 +18,7 @@ from embedline.pipelines.state import load_alone
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait, retry_locked
 from embedline.postgres.session import Session
+from embedline.queue.inbox import enqueue_query
 
 _TRIGGERS = """
     SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass) AS statement FROM pg_trigger AS t
@@ -71,4 +71,4 @@ def _queue_gone(session: Session, pipeline: Pipeline, source: Source, keys: tupl
     rows = source.qualified if source.partitioned else f"ONLY {source.qualified}"
     same = " AND ".join(f"s.{quote_ident(key.source_name)} = d.{quote_ident(key.name)}" for key in keys)
     gone = f"{pipeline.document} AS d"
-    session.execute(enqueue(pipeline, gone, f"NOT EXISTS (SELECT FROM {rows} AS s WHERE {same})"))
+    session.execute(enqueue_query(pipeline, gone, f"NOT EXISTS (SELECT FROM {rows} AS s WHERE {same})"))

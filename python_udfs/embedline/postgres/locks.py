@@ -27,7 +27,8 @@ _PREPARED = """
             AND l.locktype IN ('relation', 'tuple', 'advisory'))
     ORDER BY p.prepared LIMIT 3
 """
-# First key of every session advisory lock that a resident worker holds ("Embl" in ASCII).
+# The keys of all advisory locks are here: four letters of ASCII each.
+# First key of every session lock that a resident worker holds ("Embl"). sql/functions/_workers_alive.sql repeats it.
 WORKER_LOCK_CLASS = 1164797804
 # First key of the lock that makes a worker slot's scheduled jobs exclude each other ("Ems1").
 SLOT_LOCK_CLASS = 1164800817
@@ -37,6 +38,14 @@ CLAIM_LOCK_CLASS = 1164796721
 VERSIONS_LOCK_CLASS = 1164801585
 # First key of the session lock for retrying rows that were in flight when a worker died ("Emx1").
 SUSPECT_LOCK_CLASS = 1164802097
+# First key of the ledger's locks ("Eml1"); the second tells reserving from rolling up.
+LEDGER_LOCK_CLASS = 1164799025
+# First key of the session lock by which index builds on one table exclude each other ("Emi1"); the second is the table's oid.
+BUILD_LOCK_CLASS = 1164798257
+# Key of the session lock of the nightly run ("Emn1").
+NIGHTLY_LOCK = 1164799537
+# First keys of the locks that tell which version a statement works on ("Emq1"), and at which step it is ("Emp1").
+VERSION_LOCK_CLASS, STEP_LOCK_CLASS = 1164800305, 1164800049
 
 
 def retry_locked(session: Session, work: Callable[[], T], what: str, seconds: float = 10.0) -> T:

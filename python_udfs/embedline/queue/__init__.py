@@ -1,1 +1,4 @@
-"""What waits to be embedded: inbox, outbox, backfills, chunks of versions, dead letters. The only writers of these tables."""
+"""The queues: inbox, outbox, backfills, chunks of versions, dead letters.
+
+These modules are the only writers of their tables.
+"""

@@ -1,33 +1,61 @@
-"""The backfill: rows that were there before their triggers, read by block range, and the sweep that closes it."""
+"""The backfill: rows older than their triggers, read by block range.
+
+A sweep closes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from embedline.catalog.values import Pipeline
 from embedline.core.retry import MAX_CRASHES, ROWS_PER_CLAIM_AFTER_CRASHES
+from embedline.postgres.claims import Claims
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
+from embedline.queue.claim import Claim
 from embedline.queue.outbox import ClaimedRow, Key
 
+# Rows that one closing sweep queues at most.
 _SWEEP_ROWS = 100_000
+# Blocks of a range. 128 are 1 MB: the work of one claim, and 1,000 ranges for a table of 1 GB.
 _BLOCKS_PER_RANGE = 128
+# Ranges of the source's relations: of all if $3 is NULL, else of that relation and of those that have no range.
+_INSERT_RANGES = """
+    INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
+    SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid, format('(%s,0)', least(b + $4, size.blocks))::tid
+    FROM (
+        SELECT $2::oid AS relid UNION SELECT relid FROM pg_partition_tree($2::oid::regclass) WHERE isleaf
+    ) AS leaf
+    JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
+    CROSS JOIN LATERAL (
+        SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
+    CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $4) AS b
+    WHERE $3 IS NULL OR c.oid = $3::oid OR NOT EXISTS (
+        SELECT FROM embedline.backfill_range AS r WHERE r.pipeline_id = $1 AND r.relation = c.oid)
+"""
 
 
-@dataclass
-class ClaimedRange:
-    """A claimed range and its rows. It is no longer than that: the claim leaves the rest of a range to others."""
+def insert_ranges(session: Session, pipeline_id: int, source_oid: int, relation: int | None = None) -> None:
+    """Write a row for each range of blocks that the source has now.
 
-    range_id: int
-    rows: list[ClaimedRow] = field(default_factory=list)
+    Of all relations, or of one and those without any.
+    """
+    session.query(_INSERT_RANGES, ["bigint"] * 4, pipeline_id, source_oid, relation, _BLOCKS_PER_RANGE)
 
 
-def claim_backfill(
-    session: Session, pipeline: Pipeline, limit: int, worker_id: int | None, *, crash_count: int = 0
-) -> ClaimedRange | None:
-    """Claim the next rows of an open range; None where no range is open or all are in other hands."""
+def delete_ranges(session: Session, pipeline_id: int) -> None:
+    """Remove all ranges of a pipeline."""
+    session.query("DELETE FROM embedline.backfill_range WHERE pipeline_id = $1", ["bigint"], pipeline_id)
+
+
+def claim_range(
+    session: Session, pipeline: Pipeline, limit: int, claims: Claims, *, crash_count: int = 0
+) -> Claim | None:
+    """Claim the next rows of an open range; None if no range is open and free.
+
+    The claimed range is no longer than its rows: the rest of a longer one stays open.
+    """
     while True:
         rows = session.query(
             """
@@ -51,15 +79,16 @@ def claim_backfill(
             if crash_count:
                 limit = min(limit, ROWS_PER_CLAIM_AFTER_CRASHES.get(crash_count, 1))
             keys, last_tid = _read_range(session, pipeline, row, limit)
-            range_id = _mark(session, row, last_tid if len(keys) == limit else None, worker_id)
-            return ClaimedRange(range_id, [ClaimedRow(key, crash_count=crash_count) for key in keys])
+            range_id = _mark(session, row, last_tid if len(keys) == limit else None, claims)
+            claimed = [ClaimedRow(key, crash_count=crash_count) for key in keys]
+            return Claim(claimed, of_backfill=True, is_suspect=crash_count > 0, range_id=range_id)
         _restart_ranges(session, pipeline, int(row["relation"]))
 
 
 def _read_range(
     session: Session, pipeline: Pipeline, row: Mapping[str, Any], limit: int
 ) -> tuple[list[Key], str | None]:
-    """Return up to `limit` keys from the front of a range, and where the last one stands."""
+    """Return up to `limit` keys from the front of a range, and the last place."""
     keys = ", ".join(f"array_agg(r.{column}::text) AS {column}" for column in pipeline.quoted_key_columns)
     found = session.query(
         f"SELECT max(r.row_tid)::text AS last_tid, {keys}"
@@ -73,18 +102,19 @@ def _read_range(
     return list(zip(*(found[column] or () for column in pipeline.key_columns), strict=True)), found["last_tid"]
 
 
-def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, worker_id: int | None) -> int:
-    """Mark a range as claimed up to `last_tid`, or all of it; return the id of what is claimed.
+def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, claims: Claims) -> int:
+    """Mark a range as claimed up to `last_tid`, or all of it.
 
-    What is claimed of a longer range becomes a range of its own, so that the next batch can follow while this one is
-    embedded. What is left of a range that was in a crash stays under suspicion; only the rows tried alone are given up.
+    Return the id of what is claimed. The claimed part of a longer range becomes a range of its own, so that the next batch
+    can follow while this one is embedded. The rest of a range that was in a crash stays suspected; only rows that are tried
+    alone are given up.
     """
     if last_tid is None:
         session.query(
             "UPDATE embedline.backfill_range SET claimed_by = $2 WHERE range_id = $1",
             ["bigint", "integer"],
             row["range_id"],
-            worker_id,
+            claims.worker_id,
         )
         return int(row["range_id"])
     block, offset = last_tid.strip("()").split(",")
@@ -103,7 +133,7 @@ def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, worker
             ["bigint", "text", "integer", "smallint", "smallint"],
             row["range_id"],
             f"({block},{int(offset) + 1})",
-            worker_id,
+            claims.worker_id,
             row["crash_count"],
             MAX_CRASHES - 1,
         )
@@ -111,48 +141,35 @@ def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, worker
 
 
 def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None:
-    """Make the ranges of a relation anew, and those of relations of the source that have none.
+    """Recreate the ranges of a relation, and of relations without any.
 
-    VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE write a table anew: every row has moved. A relation that is none of
-    the source's was detached or dropped, or the ranges come out of another database, whose numbers mean nothing here: then
-    no relation has any.
+    VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE rewrite a table: every row has moved. A relation that does not
+    belong to the source was detached or dropped, or the ranges come from a restored database, whose numbers mean nothing
+    here: then no relation has any.
     """
+    # In a statement of its own, so that the next one sees the relation without ranges.
     session.query(
-        """
-        WITH gone AS (DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 AND relation = $2::oid)
-        INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
-        SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid,
-            format('(%s,0)', least(b + $3, size.blocks))::tid
-        FROM (
-            SELECT $4::oid AS relid UNION SELECT relid FROM pg_partition_tree($4::oid::regclass) WHERE isleaf
-        ) AS leaf
-        JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
-        CROSS JOIN LATERAL (SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
-        CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
-        WHERE c.oid = $2::oid OR NOT EXISTS (
-            SELECT FROM embedline.backfill_range AS r WHERE r.pipeline_id = $1 AND r.relation = c.oid)
-        """,
-        ["bigint", "bigint", "bigint", "bigint"],
+        "DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 AND relation = $2::oid",
+        ["bigint", "bigint"],
         pipeline.pipeline_id,
         relation,
-        _BLOCKS_PER_RANGE,
-        pipeline.source_oid,
     )
+    insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid, relation)
 
 
-def finish_range(session: Session, claimed: ClaimedRange, worker_id: int | None) -> None:
-    """Note that a claimed range is read through, fenced by the claim."""
+def finish_range(session: Session, range_id: int, claims: Claims) -> None:
+    """Mark a claimed range as read, fenced by the claim."""
     session.query(
         "UPDATE embedline.backfill_range SET done = true, claimed_by = NULL, crash_count = 0"
-        " WHERE range_id = $1 AND claimed_by IS NOT DISTINCT FROM $2",
-        ["bigint", "integer"],
-        claimed.range_id,
-        worker_id,
+        f" WHERE range_id = $1{claims.fence(2)}",
+        ["bigint", *claims.types],
+        range_id,
+        *claims.values,
     )
 
 
-def take_over(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
-    """Free ranges whose worker died while it had them."""
+def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
+    """Free ranges that were in flight when their worker died."""
     session.query(
         "UPDATE embedline.backfill_range SET claimed_by = NULL, crash_count = crash_count + 1"
         " WHERE pipeline_id = $1 AND claimed_by = ANY ($2)",
@@ -163,7 +180,7 @@ def take_over(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
 
 
 def release(session: Session, pipeline: Pipeline, worker_id: int, range_id: int | None = None) -> None:
-    """Free what a worker has, or one range of it."""
+    """Free all ranges of a worker, or one of them."""
     session.query(
         "UPDATE embedline.backfill_range SET claimed_by = NULL"
         " WHERE pipeline_id = $1 AND claimed_by = $2 AND ($3 IS NULL OR range_id = $3)",
@@ -175,7 +192,7 @@ def release(session: Session, pipeline: Pipeline, worker_id: int, range_id: int 
 
 
 def _merge_ranges(session: Session, pipeline: Pipeline) -> None:
-    """Leave one range for each relation of what was one for each batch."""
+    """Merge the ranges of each relation, one for each batch by now, into one."""
     session.query(
         """
         WITH gone AS (DELETE FROM embedline.backfill_range WHERE pipeline_id = $1 RETURNING *)
@@ -189,7 +206,10 @@ def _merge_ranges(session: Session, pipeline: Pipeline) -> None:
 
 
 def missing_keys(session: Session, pipeline: Pipeline, limit: int) -> list[list[str]]:
-    """Return keys of rows that are neither embedded as the pipeline is now nor queued: a list for each key column, or none."""
+    """Return keys of rows that are missing and not queued.
+
+    A list for each key column, or none.
+    """
     columns = ", ".join(
         f"array_agg(m.{column}::text) AS key_{i}" for i, column in enumerate(pipeline.quoted_key_columns)
     )
@@ -200,11 +220,12 @@ def missing_keys(session: Session, pipeline: Pipeline, limit: int) -> list[list[
 
 
 def close_backfill(session: Session, pipeline: Pipeline) -> bool:
-    """Sweep once all ranges are read; mark the version complete where no row is missing. True where work was found.
+    """Sweep once all ranges are read.
 
-    An update of an unrelated column can move a row from a block not yet read to one already read, and is not captured:
-    so the end of the ranges is not the end of the backfill. The sweep is one snapshot; whatever is neither embedded as the
-    pipeline is now nor queued in it is queued, by its key: from there on it may move as it likes.
+    Mark the version complete if no row is missing. Return True if the sweep found rows. An update of an unrelated column
+    can move a row from a block not yet read to one already read, and is not captured. So the end of the ranges is not the
+    end of the backfill. The sweep is one snapshot. It queues every row that is neither embedded as the pipeline is now nor
+    queued, by its key: after that the row may move.
     """
     if pipeline.version.state != "backfilling":
         return False
@@ -221,7 +242,7 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
     )
     if locked is None:
         return False
-    # Rows of the backfill that are to be tried again. Not the whole queue: under steady writes that never empties.
+    # Rows of the backfill that wait for a retry. Not the whole queue: under steady writes that never empties.
     waiting = session.scalar(f"SELECT 1 FROM {pipeline.outbox} WHERE of_backfill LIMIT 1")
     if waiting:
         return False
@@ -240,15 +261,18 @@ def close_backfill(session: Session, pipeline: Pipeline) -> bool:
         pipeline.version.version_id,
     )
     _merge_ranges(session, pipeline)
-    # The planner must know these tables before the first search: without figures it does not choose the index.
+    # Without statistics the planner does not choose the index, so they must be there before the first search.
     for table in (pipeline.document, pipeline.chunk, pipeline.vectors):
         session.execute(f"ANALYZE (SKIP_LOCKED) {table}")
     return False
 
 
 def restart_backfill(session: Session, pipeline: Pipeline) -> None:
-    """Have the backfill read the whole source again: it settles at no cost whatever is as it should be."""
-    # A range in a worker's hands is finished by it; waiting for its row could be waiting for a long embed_pending.
+    """Have the backfill read the whole source again.
+
+    Rows that are up to date cost no provider request.
+    """
+    # A range in flight is finished by its worker; to wait for its row could be to wait for a long embed_pending.
     session.query(
         "DELETE FROM embedline.backfill_range WHERE range_id IN ("
         "SELECT range_id FROM embedline.backfill_range WHERE pipeline_id = $1 FOR UPDATE SKIP LOCKED)",
@@ -261,23 +285,3 @@ def restart_backfill(session: Session, pipeline: Pipeline) -> None:
         ["bigint"],
         pipeline.version.version_id,
     )
-
-
-# 128 blocks are 1 MB: a claim's worth of work, and 1,000 ranges for a table of 1 GB.
-_BLOCKS_PER_RANGE = 128
-_INSERT_RANGES = """
-    INSERT INTO embedline.backfill_range (pipeline_id, relation, file_node, next_tid, end_tid)
-    SELECT $1, c.oid, pg_relation_filenode(c.oid), format('(%s,0)', b)::tid, format('(%s,0)', least(b + $3, size.blocks))::tid
-    FROM (
-        SELECT $2::oid AS relid UNION SELECT relid FROM pg_partition_tree($2::oid::regclass) WHERE isleaf
-    ) AS leaf
-    JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
-    CROSS JOIN LATERAL (
-        SELECT pg_relation_size(c.oid) / current_setting('block_size')::bigint AS blocks) AS size
-    CROSS JOIN LATERAL generate_series(0, size.blocks - 1, $3) AS b
-"""
-
-
-def insert_ranges(session: Session, pipeline_id: int, source_oid: int) -> None:
-    """Write a backfill row for each range of blocks that the source has now."""
-    session.query(_INSERT_RANGES, ["bigint", "bigint", "bigint"], pipeline_id, source_oid, _BLOCKS_PER_RANGE)

@@ -1,4 +1,4 @@
-"""Whether a version may be indexed and may serve: counted in its tables now, not taken from what workers said."""
+"""Whether a version may be indexed and may serve, counted in its tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedline.queue.chunk_queue import FRESH
 # Keys of quarantined rows that an error names.
 _SHOWN_KEYS = 5
 
-# One whose chunk is gone says nothing any more.
+# A dead letter whose chunk is gone does not count.
 _DEAD_LETTERS = """
     SELECT count(*) AS count, count(*) FILTER (WHERE accepted_by IS NULL) AS open,
         (array_agg(key::text ORDER BY chunk_id) FILTER (WHERE accepted_by IS NULL))[1:$2] AS keys
@@ -27,7 +27,10 @@ _UNCUT = "SELECT count(*) FROM {document} WHERE state = 'embedded' AND recipe <>
 
 
 def missing_chunks(session: Session, pipeline: Pipeline) -> int:
-    """Count the chunks of the version's set without vector and dead letter, but for those written in the last seconds."""
+    """Count the missing chunks of the version.
+
+    Those written in the last seconds do not count.
+    """
     return int(
         session.scalar(
             f"""
@@ -61,9 +64,10 @@ def require_complete(pipeline: Pipeline) -> None:
 
 
 def require_coverage(session: Session, pipeline: Pipeline) -> None:
-    """Raise unless every row is cut as the version asks for, and every chunk has its vector or an accepted dead letter.
+    """Raise unless every row is cut as the version asks for, and embedded.
 
-    Not unless the queue is empty: under steady writes it never is, and what was written in the last seconds is on its way.
+    A chunk needs its vector or an accepted dead letter. The queue need not be empty: under steady writes it never is, and
+    what was written in the last seconds is on its way.
     """
     require_complete(pipeline)
     name, number, version = pipeline.name, pipeline.version.number, pipeline.version
@@ -99,9 +103,10 @@ def require_coverage(session: Session, pipeline: Pipeline) -> None:
 
 
 def is_empty(session: Session, pipeline: Pipeline) -> bool:
-    """Whether the pipeline has embedded nothing and has nothing to embed: then nothing can be lost, and nothing compared.
+    """Return True if the pipeline has embedded nothing and has nothing to embed.
 
-    Of a version that is complete this says that its source has no row with a content that the filter accepts.
+    Then nothing can be lost, and nothing compared. Of a version that is complete this says that its source has no row with
+    a content that the filter accepts.
     """
     queues = map(pipeline.generated, ("inbox", "deleted", "claim"))
     tables = (*pipeline.chunk_tables, pipeline.outbox, *queues)
@@ -125,9 +130,10 @@ def require_index(session: Session, pipeline: Pipeline) -> None:
 
 
 def require_usable_vectors(session: Session, pipeline: Pipeline) -> int:
-    """Count the version's vectors; raise where pgvector would leave some out of an index without a word.
+    """Count the version's vectors.
 
-    Those are NULL, and for a cosine or an inner product those of zero norm. Reads all vectors, as the build is about to.
+    Raise where pgvector would leave some out of an index without a word. Those are NULL, and for a cosine or an inner
+    product those of zero norm. Reads all vectors, as the build is about to.
     """
     version, schema = pipeline.version, vector_schema(session)
     column = quote_ident(version.column)

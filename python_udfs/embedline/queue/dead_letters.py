@@ -1,4 +1,4 @@
-"""Dead letters: giving rows up with their reasons, putting them back into the queue, forgetting old ones."""
+"""Dead letters: write them, queue their rows again, delete old ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embedline.catalog.health import MAX_ERROR_CHARACTERS, note_error
-from embedline.catalog.keys import enqueue, from_json, json_names, key_json
+from embedline.catalog.health import MAX_ERROR_CHARACTERS, record_error
+from embedline.catalog.keys import from_json, json_names, key_json
 from embedline.catalog.load import load_pipeline
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
@@ -15,16 +15,17 @@ from embedline.errors import InvalidParameter, NotFound
 from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import sqlstate_of
+from embedline.queue.inbox import enqueue_key, enqueue_query
 from embedline.queue.outbox import ClaimedRow, Key, key_columns
 
 RETENTION_SETTING = "dead_letter_retention"
-# So much of a key is shown before an error's words.
+# Characters of a key that are shown before its error.
 _SHOWN_KEY_CHARACTERS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A row that is given up: at which stage, with which SQLSTATE and message, with which content."""
+    """A row that is given up: its stage, SQLSTATE, message and content."""
 
     row: ClaimedRow
     stage: str
@@ -33,8 +34,11 @@ class DeadLetter:
     content_hash: bytes | None
 
 
-def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) -> None:
-    """Write dead letters: the rows leave the queue with their reasons, and their outdated chunks leave search."""
+def write_dead_letters(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) -> None:
+    """Record rows that are given up, with their reasons.
+
+    Their outdated chunks leave search.
+    """
     count = len(pipeline.key_columns)
     arrays = key_columns([letter.row.key for letter in letters], count)
     hashes = [letter.content_hash for letter in letters]
@@ -76,13 +80,14 @@ def bury(session: Session, pipeline: Pipeline, letters: Sequence[DeadLetter]) ->
         [letter.row.attempts for letter in letters],
     )
     first = letters[0]
-    note_error(session, pipeline, f"{key_json(pipeline, first.row.key)[:_SHOWN_KEY_CHARACTERS]}: {first.message}")
+    record_error(session, pipeline, f"{key_json(pipeline, first.row.key)[:_SHOWN_KEY_CHARACTERS]}: {first.message}")
 
 
 def _digest(key: str) -> str:
-    """The indexed expression of a dead letter's key: a key may be as long as an index of the source holds, as JSON longer.
+    """Return the indexed expression of a dead letter's key.
 
-    Written so because convert_to is not immutable; the backslashes are those of the escape format of bytea.
+    As JSON a key may be longer than an index entry. Written so because convert_to is not immutable; the backslashes are
+    those of the escape format of bytea.
     """
     return rf"sha256(replace(({key})::text, E'\\', E'\\\\')::bytea)"
 
@@ -105,10 +110,11 @@ def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key
 def requeue(
     session: Session, pipeline_name: str, key: str | None, error_code: str | None, include_embedded: bool
 ) -> int:
-    """Queue a pipeline's dead letters again, all or those of one key or error code, with their tries counted anew.
+    """Queue dead letters of a pipeline again, with no tries counted.
 
-    A dead letter stays until its row is embedded or fails again: nothing is lost in between. A key that is not dead is
-    queued too; `include_embedded` has it embedded anew although its content is what it was.
+    All, or those of one key or error code. A dead letter stays until its row is embedded or fails again, so nothing is lost
+    in between. A key that is not dead is queued too; with `include_embedded` it is embedded again although its content has
+    not changed.
     """
     require_control(session, pipeline_name)
     pipeline = load_pipeline(session, pipeline_name)
@@ -124,7 +130,10 @@ def requeue(
 
 @entry_point
 def purge_dead_letters(session: Session, older_than: str | None) -> int:
-    """Forget dead letters that are older than an interval, by default the setting; return how many."""
+    """Delete dead letters that are older than an interval, by default the setting.
+
+    Return their number.
+    """
     if session.scalar("SELECT $1::interval < interval '0'", ["text"], older_than):
         raise InvalidParameter(
             f"older_than must not be negative: {older_than}", hint="SELECT embedline.purge_dead_letters('90 days');"
@@ -133,7 +142,10 @@ def purge_dead_letters(session: Session, older_than: str | None) -> int:
 
 
 def purge(session: Session, older_than: str | None) -> int:
-    """Forget old dead letters. Their documents stay in state dead, so that no sweep queues the rows again."""
+    """Delete old dead letters.
+
+    Their documents stay in state dead, so that no sweep queues the rows again.
+    """
     rows = session.query(
         """
         DELETE FROM embedline.dead_letter WHERE created_at < now() - coalesce(
@@ -153,7 +165,7 @@ def _requeue_letters(session: Session, pipeline: Pipeline, error_code: str | Non
             SELECT {from_json(pipeline, "l.key")} FROM embedline.dead_letter AS l
             WHERE l.pipeline_id = $1 AND ($2 IS NULL OR l.error_code = $2)
         ), queued AS (
-            {enqueue(pipeline, "letter")}
+            {enqueue_query(pipeline, "letter")}
         )
         SELECT coalesce(sum(q.key_count), 0) AS count FROM queued AS q
         """,
@@ -181,16 +193,15 @@ def _requeue_key(session: Session, pipeline: Pipeline, key: Key, error_code: str
         )
     if include_embedded and code is None and not _forget_chunks(session, pipeline, key):
         return 0
-    session.query(
-        f"INSERT INTO {pipeline.generated('inbox')} ({pipeline.key_list}) VALUES ({pipeline.key_arrays()})",
-        pipeline.key_parameter_types,
-        *([part] for part in key),
-    )
+    enqueue_key(session, pipeline, key)
     return 1
 
 
 def _read_key(session: Session, pipeline: Pipeline, key: str) -> Key:
-    """Return a key given as jsonb in the spelling of its types; raise InvalidParameter where it is none."""
+    """Return a key given as jsonb in the spelling of its types.
+
+    Raise InvalidParameter if it is none.
+    """
     names = json_names(pipeline)
     given = json.loads(key)
     form = json.dumps({name: "..." for name in names})
@@ -224,7 +235,10 @@ def _has_row(session: Session, pipeline: Pipeline, key: Key) -> bool:
 
 
 def _forget_chunks(session: Session, pipeline: Pipeline, key: Key) -> bool:
-    """Remove a row's chunks and mark its document as not current; False where another session has it in hand."""
+    """Remove a row's chunks and mark its document as not current.
+
+    Return False if another session has locked it.
+    """
     wanted = f"unnest({pipeline.key_arrays()}) AS k ({pipeline.key_list})"
     removals = "".join(
         f""", removed_{number} AS (

@@ -1,19 +1,20 @@
-"""The inbox: changed keys as applications append them, and the claims by which workers take them out in bulk.
+"""The inbox: changed keys as applications append them, and their claims.
 
-A claim is one row that holds all of its keys. It counts exactly as long as its worker's session advisory lock is held;
-the keys of a dead worker's claim go to the outbox, where each has its own count of crashes.
+Workers take keys out in bulk. A claim is one row that holds all of its keys. It counts exactly as long as its worker's
+session advisory lock is held; the keys of a dead worker's claim go to the outbox, where each has its own count of crashes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
+from embedline.postgres.claims import Claims
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
-from embedline.queue.outbox import ClaimedRow, Key, in_hand_query, key_columns
+from embedline.queue.claim import Claim
+from embedline.queue.outbox import ClaimedRow, Key, in_flight_query, key_columns
 
 # Triggers put up to this many keys into one row.
 KEYS_PER_ROW = 100
@@ -21,27 +22,35 @@ KEYS_PER_ROW = 100
 _TENANT_CHARACTERS = 500
 
 
-@dataclass
-class InboxClaim:
-    """Keys taken from the inbox, and when the oldest came.
+def enqueue_query(pipeline: Pipeline, rows: str, condition: str = "true") -> str:
+    """Return the INSERT of a relation's keys into the inbox, as capture does it.
 
-    `claim_id` is None inside embed_pending, whose own transaction is the claim.
+    Each row returns its key_count.
     """
+    columns = ", ".join(quote_ident(column) for column in pipeline.key_columns)
+    arrays = ", ".join(f"array_agg(k.{quote_ident(column)})" for column in pipeline.key_columns)
+    first = quote_ident(pipeline.key_columns[0])
+    return (
+        f"INSERT INTO {pipeline.generated('inbox')} ({columns}) SELECT {arrays}"
+        f" FROM (SELECT {columns}, row_number() OVER () AS embedline_row FROM {rows} WHERE {condition}) AS k"
+        f" GROUP BY (k.embedline_row - 1) / {KEYS_PER_ROW} RETURNING cardinality({first}) AS key_count"
+    )
 
-    claim_id: int | None
-    rows: list[ClaimedRow]
-    enqueued_at: str | None
+
+def enqueue_key(session: Session, pipeline: Pipeline, key: Key) -> None:
+    """Queue one key."""
+    session.query(
+        f"INSERT INTO {pipeline.generated('inbox')} ({pipeline.key_list}) VALUES ({pipeline.key_arrays()})",
+        pipeline.key_parameter_types,
+        *([part] for part in key),
+    )
 
 
-def claim_inbox(
-    session: Session, pipeline: Pipeline, limit: int, worker_id: int | None, live: list[int]
-) -> InboxClaim | None:
-    """Take about `limit` keys out of the inbox, oldest first; None where it is empty or all of it is in other hands.
+def claim_inbox(session: Session, pipeline: Pipeline, limit: int, claims: Claims, live: list[int]) -> Claim | None:
+    """Take about `limit` keys out of the inbox, oldest first; None if none is free.
 
-    Where all that was found is in hand already, the claim is empty.
-
-    Keys that a living worker has in hand go to the outbox instead: nothing is embedded twice at the same time. The limit
-    is passed by what one row holds at most.
+    Keys that a living worker has in flight go to the outbox instead, so that nothing is embedded twice at the same time. If
+    all keys found are, the claim is empty. The limit is passed by the keys of one row at most.
     """
     inbox = pipeline.generated("inbox")
     first = pipeline.quoted_key_columns[0]
@@ -54,25 +63,25 @@ def claim_inbox(
                 FROM (SELECT ctid AS place, cardinality({first}) AS key_count FROM {inbox} LIMIT $1) AS r
             ) AS s WHERE s.before < $1))
         FOR UPDATE SKIP LOCKED"""
-    # Where embed_pending has the front in hand until its caller commits: whatever is behind it.
+    # If embed_pending has locked the front until its caller commits: the rows behind it.
     behind = f"SELECT ctid AS place FROM {inbox} LIMIT greatest($1 / {KEYS_PER_ROW}, 1) FOR UPDATE SKIP LOCKED"
     for front in (sized, behind):
-        statement = _claim_statement(pipeline, front, marked=worker_id is not None)
-        row = session.query(statement, ["integer", "integer[]", "integer"], limit, live, worker_id)[0]
+        statement = _claim_statement(pipeline, front, is_marked=claims.is_resident)
+        row = session.query(statement, ["integer", "integer[]", *claims.types], limit, live, *claims.values)[0]
         if row["row_count"]:
             keys = zip(*(row[column] or () for column in pipeline.key_columns), strict=True)
-            return InboxClaim(row["claim_id"], list(map(ClaimedRow, keys)), row["enqueued_at"])
+            return Claim(list(map(ClaimedRow, keys)), enqueued_at=row["enqueued_at"], claim_id=row["claim_id"])
     return None
 
 
-def _claim_statement(pipeline: Pipeline, front: str, *, marked: bool) -> str:
+def _claim_statement(pipeline: Pipeline, front: str, *, is_marked: bool) -> str:
     keys, columns = pipeline.key_list, pipeline.quoted_key_columns
     claimed = (
         f"INSERT INTO {pipeline.generated('claim')} ({keys}, claimed_by, enqueued_at)"
         f" SELECT {', '.join(f'array_agg({column})' for column in columns)}, $3, min(enqueued_at)"
         " FROM judged WHERE NOT busy HAVING count(*) > 0 RETURNING claim_id"
-        if marked
-        else "SELECT NULL::bigint AS claim_id WHERE $3::integer IS NOT NULL"
+        if is_marked
+        else "SELECT NULL::bigint AS claim_id WHERE false"
     )
     return f"""
         WITH front AS MATERIALIZED ({front}
@@ -84,7 +93,7 @@ def _claim_statement(pipeline: Pipeline, front: str, *, marked: bool) -> str:
             CROSS JOIN LATERAL unnest({", ".join(f"taken.{column}" for column in columns)}) AS k ({keys})
             ORDER BY {keys}, taken.enqueued_at
         ), judged AS MATERIALIZED (
-            SELECT key.*, ({keys}) IN ({in_hand_query(pipeline, "$2")}) AS busy FROM key
+            SELECT key.*, ({keys}) IN ({in_flight_query(pipeline, "$2")}) AS busy FROM key
         ), waiting AS (
             INSERT INTO {pipeline.outbox} ({keys}, enqueued_at) SELECT {keys}, enqueued_at FROM judged WHERE busy
         ), claimed AS (
@@ -98,10 +107,10 @@ def _claim_statement(pipeline: Pipeline, front: str, *, marked: bool) -> str:
 
 
 def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
-    """Move rows of the inbox to the outbox with the tenant of each key, so that tenants can have their turns.
+    """Move rows of the inbox to the outbox with the tenant of each key.
 
-    Returns the number of keys moved. The rows of the inbox are locked until they are gone, so nobody else moves them; the
-    tenants are read between, because the owner's expression must leave nothing behind.
+    So tenants can have their turns. Return the number of keys moved. The rows of the inbox are locked until they are gone,
+    so no other session moves them; the tenants are read between, because the owner's expression must leave nothing behind.
     """
     columns, count = pipeline.quoted_key_columns, len(pipeline.key_columns)
     key = f"k ({pipeline.key_list})"
@@ -143,38 +152,40 @@ def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
     return len(tenants)
 
 
-def finish_claim(session: Session, pipeline: Pipeline, claim_id: int, worker_id: int | None) -> None:
-    """Take a settled claim away, fenced by its worker."""
+def finish_claim(session: Session, pipeline: Pipeline, claim_id: int, claims: Claims) -> None:
+    """Remove a settled claim, fenced by its worker."""
     session.query(
-        f"DELETE FROM {pipeline.generated('claim')} WHERE claim_id = $1 AND claimed_by = $2",
-        ["bigint", "integer"],
+        f"DELETE FROM {pipeline.generated('claim')} WHERE claim_id = $1{claims.fence(2)}",
+        ["bigint", *claims.types],
         claim_id,
-        worker_id,
+        *claims.values,
     )
 
 
-def narrow_claim(
-    session: Session, pipeline: Pipeline, claim_id: int, keys: Sequence[Key], worker_id: int | None
-) -> None:
-    """Leave only these keys in a claim: the others are back in the queue, and other workers may have them at once."""
+def narrow_claim(session: Session, pipeline: Pipeline, claim_id: int, keys: Sequence[Key], claims: Claims) -> None:
+    """Leave only these keys in a claim.
+
+    The others are back in the queue, and other workers may have them at once.
+    """
     count = len(pipeline.key_columns)
     assigned = ", ".join(
-        f"{column} = ${3 + i}::text[]::{key_type}[]"
+        f"{column} = ${2 + i}::text[]::{key_type}[]"
         for i, (column, key_type) in enumerate(zip(pipeline.quoted_key_columns, pipeline.key_types, strict=True))
     )
     session.query(
-        f"UPDATE {pipeline.generated('claim')} SET {assigned} WHERE claim_id = $1 AND claimed_by = $2",
-        ["bigint", "integer", *pipeline.key_parameter_types],
+        f"UPDATE {pipeline.generated('claim')} SET {assigned} WHERE claim_id = $1{claims.fence(2 + count)}",
+        ["bigint", *pipeline.key_parameter_types, *claims.types],
         claim_id,
-        worker_id,
         *key_columns(keys, count),
+        *claims.values,
     )
 
 
 def break_claims(session: Session, pipeline: Pipeline, condition: str, ids: Sequence[int], crash_count: int) -> None:
-    """Put the keys of claims into the outbox: of dead workers (each has been in a crash), or of one that ends in order.
+    """Put the keys of claims into the outbox.
 
-    `condition` compares claimed_by or claim_id with the array $1.
+    Of dead workers (each has been in a crash), or of one that ends in order. `condition` compares claimed_by or claim_id
+    with the array $1.
     """
     keys = ", ".join(f"broken.{quote_ident(column)}" for column in pipeline.key_columns)
     session.query(

@@ -1,7 +1,8 @@
-"""The outbox: changed keys with a history of their own — failed before, busy, or in hand when a worker died.
+"""The outbox: changed keys with a history of their own.
 
-A claim is a mark on outbox rows that holds exactly as long as its worker's session advisory lock. Without a worker id
-the same statements serve embed_pending, which holds row locks to the end of its transaction.
+They failed before, were busy, or were in flight when a worker died. A worker's claim is a mark on outbox rows that counts
+exactly as long as its session advisory lock. embed_pending marks nothing: it holds row locks to the end of its caller's
+transaction.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from typing import Any
 
 from embedline.catalog.values import Pipeline
 from embedline.core.sql_text import quote_ident
+from embedline.postgres.claims import Claims
 from embedline.postgres.session import Session
 
 Key = tuple[str, ...]
 _MAX_ERROR_CHARACTERS = 500
-# A key in another worker's hands is looked at again so soon.
+# Seconds until a key that another worker has in flight is tried again.
 _BUSY_SECONDS = 0.1
-# Tenants that have their turn in one claim.
+# Tenants of one claim.
 _TENANTS_A_CLAIM = 100
 
 
 @dataclass(slots=True)
 class ClaimedRow:
-    """One source row to look at.
+    """One source row that is in flight.
 
-    `outbox_ids` are its claimed rows of the outbox; none where it came from the inbox or from a range of the backfill.
+    `outbox_ids` are its claimed rows of the outbox; none if it came from the inbox or from a range of the backfill.
     """
 
     key: Key
@@ -35,8 +37,11 @@ class ClaimedRow:
     crash_count: int = 0
 
 
-def in_hand_query(pipeline: Pipeline, live: str) -> str:
-    """Return the query of the keys that living workers have in hand; `live` is the parameter with their ids."""
+def in_flight_query(pipeline: Pipeline, live: str) -> str:
+    """Return the query of the keys that living workers have in flight.
+
+    `live` is the parameter with their ids.
+    """
     arrays = ", ".join(f"c.{quote_ident(column)}" for column in pipeline.key_columns)
     return (
         f"SELECT {pipeline.key_list_of('k')} FROM {pipeline.generated('claim')} AS c CROSS JOIN LATERAL unnest({arrays})"
@@ -46,11 +51,12 @@ def in_hand_query(pipeline: Pipeline, live: str) -> str:
 
 
 def claim_due(
-    session: Session, pipeline: Pipeline, limit: int, worker_id: int | None, live: list[int], *, crash_count: int = 0
+    session: Session, pipeline: Pipeline, limit: int, claims: Claims, live: list[int], *, crash_count: int = 0
 ) -> list[ClaimedRow]:
-    """Claim up to `limit` rows that are due, folded by key. Tries are counted before the work begins.
+    """Claim up to `limit` rows that are due, folded by key.
 
-    With a `crash_count` only rows that were in hand in so many crashes: these are tried apart from all others.
+    Tries are counted before the work begins. `crash_count` selects the rows that were in flight in that many crashes: these
+    are tried apart from all others.
     """
     return _claimed(
         session.query(
@@ -58,52 +64,65 @@ def claim_due(
             WITH candidate AS MATERIALIZED (
                 SELECT o.outbox_id, {pipeline.key_list_of("o")}, o.attempts, o.crash_count
                 FROM {pipeline.outbox} AS o
-                WHERE o.claimed_by IS NULL AND o.not_before <= (SELECT clock_timestamp()) AND o.crash_count = $4
+                WHERE o.claimed_by IS NULL AND o.not_before <= (SELECT clock_timestamp()) AND o.crash_count = $3
                 ORDER BY o.not_before, o.outbox_id LIMIT $1 FOR UPDATE OF o SKIP LOCKED
             )
-            {_mark(pipeline, marked=worker_id is not None)}
+            {_mark(pipeline, is_marked=claims.is_resident)}
             """,
-            ["integer", "integer[]", "integer", "integer"],
+            ["integer", "integer[]", "integer", *claims.types],
             limit,
             live,
-            worker_id,
             crash_count,
+            *claims.values,
         )
     )
 
 
-def claim_in_turns(
-    session: Session, pipeline: Pipeline, limit: int, worker_id: int | None, live: list[int], after: str | None
-) -> tuple[list[ClaimedRow], str | None]:
-    """Claim up to `limit` due rows, as many of each tenant; return them and the tenant after which to go on.
+def most_crashes(session: Session, pipeline: Pipeline) -> int | None:
+    """Return the number of crashes that the most suspected rows were in.
 
-    Up to 100 tenants have their turn at once. The index (tenant, outbox_id) is read tenant by tenant, so the cost does
-    not grow with the backlog of one. What some leave of their share goes to whoever has waited longest.
+    Only rows that are due count; None if there are none.
+    """
+    found: int | None = session.scalar(
+        f"SELECT max(crash_count) FROM {pipeline.outbox} WHERE claimed_by IS NULL AND crash_count > 0"
+        " AND not_before <= (SELECT clock_timestamp())"
+    )
+    return found
+
+
+def claim_in_turns(
+    session: Session, pipeline: Pipeline, limit: int, claims: Claims, live: list[int], after: str | None
+) -> tuple[list[ClaimedRow], str | None]:
+    """Claim up to `limit` due rows, as many of each tenant.
+
+    Return them and the tenant after which to go on. Up to 100 tenants have their turn at once. The index (tenant,
+    outbox_id) is read tenant by tenant, so the cost does not grow with the backlog of one. What some leave of their share
+    goes to the rows that have waited longest.
     """
     tenants = _next_tenants(session, pipeline, after)
     rows = _claimed(
         session.query(
             f"""
             WITH candidate AS MATERIALIZED (
-                SELECT d.* FROM unnest($4::text[]) AS t (tenant) CROSS JOIN LATERAL (
+                SELECT d.* FROM unnest($3::text[]) AS t (tenant) CROSS JOIN LATERAL (
                     SELECT o.outbox_id, {pipeline.key_list_of("o")}, o.attempts, o.crash_count FROM {pipeline.outbox} AS o
                     WHERE o.tenant = t.tenant AND o.claimed_by IS NULL
                         AND o.not_before <= (SELECT clock_timestamp()) AND o.crash_count = 0
                     ORDER BY o.outbox_id LIMIT $1 FOR UPDATE OF o SKIP LOCKED
                 ) AS d
             )
-            {_mark(pipeline, marked=worker_id is not None)}
+            {_mark(pipeline, is_marked=claims.is_resident)}
             """,
-            ["integer", "integer[]", "integer", "text[]"],
+            ["integer", "integer[]", "text[]", *claims.types],
             max(1, limit // (len(tenants) + 1)),
             live,
-            worker_id,
             tenants,
+            *claims.values,
         )
     )
     if len(rows) < limit:
         taken = {row.key for row in rows}
-        rest = claim_due(session, pipeline, limit - len(rows), worker_id, live)
+        rest = claim_due(session, pipeline, limit - len(rows), claims, live)
         rows += [row for row in rest if row.key not in taken]
     return rows, tenants[-1] if len(tenants) == _TENANTS_A_CLAIM else None
 
@@ -127,23 +146,25 @@ def _next_tenants(session: Session, pipeline: Pipeline, after: str | None) -> li
     return list(row["tenants"] or [])
 
 
-def _mark(pipeline: Pipeline, *, marked: bool) -> str:
-    """Return the end of a claiming statement: candidates that nobody has in hand are marked and returned."""
+def _mark(pipeline: Pipeline, *, is_marked: bool) -> str:
+    """Return the end of a claiming statement, which returns the free candidates.
+
+    They are marked with $4 if wanted.
+    """
     judged = f"""
         , judged AS MATERIALIZED (
             -- Equal keys may be spelled differently (1.0 and 1.00): all go by the spelling of the first.
-            SELECT c.*, ({pipeline.key_list_of("c")}) IN ({in_hand_query(pipeline, "$2")}) AS busy,
+            SELECT c.*, ({pipeline.key_list_of("c")}) IN ({in_flight_query(pipeline, "$2")}) AS busy,
                 first_value({pipeline.key_texts_of("c")}) OVER (
                     PARTITION BY {pipeline.key_list_of("c")} ORDER BY c.outbox_id) AS key
             FROM candidate AS c
         )"""
-    if not marked:
+    if not is_marked:
         return f"""{judged}
-            SELECT outbox_id, key, attempts + 1 AS attempts, crash_count FROM judged
-            WHERE NOT busy AND $3::integer IS NULL"""
+            SELECT outbox_id, key, attempts + 1 AS attempts, crash_count FROM judged WHERE NOT busy"""
     return f"""{judged}
         , claimed AS (
-            UPDATE {pipeline.outbox} AS t SET claimed_by = CASE WHEN j.busy THEN NULL ELSE $3 END,
+            UPDATE {pipeline.outbox} AS t SET claimed_by = CASE WHEN j.busy THEN NULL ELSE $4 END,
                 attempts = t.attempts + (NOT j.busy)::integer,
                 not_before = CASE WHEN j.busy THEN clock_timestamp() + make_interval(secs => {_BUSY_SECONDS})
                     ELSE t.not_before END
@@ -164,21 +185,19 @@ def _claimed(rows: Sequence[dict[str, Any]]) -> list[ClaimedRow]:
     return list(folded.values())
 
 
-def finish(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], worker_id: int | None) -> None:
-    """Take finished changes out of the outbox, fenced by the claim."""
+def finish(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], claims: Claims) -> None:
+    """Remove finished changes from the outbox, fenced by the claim."""
     ids = [outbox_id for row in rows for outbox_id in row.outbox_ids]
     if ids:
         session.query(
-            f"DELETE FROM {pipeline.outbox} WHERE outbox_id = ANY ($1) AND claimed_by IS NOT DISTINCT FROM $2"
-            if worker_id is not None
-            else f"DELETE FROM {pipeline.outbox} WHERE outbox_id = ANY ($1) AND $2::integer IS NULL",
-            ["bigint[]", "integer"],
+            f"DELETE FROM {pipeline.outbox} WHERE outbox_id = ANY ($1){claims.fence(2)}",
+            ["bigint[]", *claims.types],
             ids,
-            worker_id,
+            *claims.values,
         )
 
 
-def give_back(
+def requeue(
     session: Session,
     pipeline: Pipeline,
     rows: Sequence[ClaimedRow],
@@ -189,10 +208,11 @@ def give_back(
     of_backfill: bool = False,
     enqueued_at: str | None = None,
 ) -> None:
-    """Put rows back, to be tried again together after a delay; only a `charged` try counts towards the limit of tries.
+    """Put rows back, to be tried again together after a delay.
 
-    A backfill is not complete before its rows (`of_backfill`) are through. Rows of the inbox keep the time of their claim:
-    what deleted rows leave waits for older changes.
+    Only a `charged` try counts towards the limit of tries. A backfill is not complete before its rows (`of_backfill`) are
+    through. Rows of the inbox keep the time of their change, because the vectors of deleted rows are kept for older
+    changes.
     """
     message = None if error is None else error[:_MAX_ERROR_CHARACTERS]
     fresh = [row for row in rows if not row.outbox_ids]
@@ -230,8 +250,8 @@ def give_back(
         )
 
 
-def take_over(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
-    """Free outbox rows whose worker died while it had them."""
+def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
+    """Free outbox rows that were in flight when their worker died."""
     session.query(
         f"UPDATE {pipeline.outbox} SET claimed_by = NULL, crash_count = crash_count + 1 WHERE claimed_by = ANY ($1)",
         ["integer[]"],
@@ -240,7 +260,7 @@ def take_over(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
 
 
 def release(session: Session, pipeline: Pipeline, worker_id: int, outbox_ids: list[int] | None = None) -> None:
-    """Free what a worker has, or some of it; the tries are not counted."""
+    """Free all rows of a worker, or some of them; the tries are not counted."""
     session.query(
         f"UPDATE {pipeline.outbox} SET claimed_by = NULL, attempts = greatest(attempts - 1, 0)"
         " WHERE claimed_by = $1 AND ($2 IS NULL OR outbox_id = ANY ($2))",

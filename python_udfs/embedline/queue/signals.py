@@ -1,11 +1,11 @@
-"""Who has work: one statement asks for all pipelines, however many there are.
+"""Signals: one statement tells which pipelines have work, however many there are.
 
-Triggers of each queue leave a row in embedline.signal, once for each transaction that queues something. A worker
-reads these, and looks at the tables of the pipelines named there alone: with 1,000 pipelines a look at all of them took
-600 ms. A signal goes once a look finds nothing: both are one statement, and what committed a signal has committed its rows.
+Triggers of each queue leave a row in embedline.signal, once for each transaction that queues something. A worker reads
+these, and peeks into the tables of the pipelines named there alone: with 1,000 pipelines, to peek into all took 600 ms. The
+statement that finds nothing removes the signals: a transaction that has committed a signal has committed its rows.
 
 The table is unlogged, so that a signal costs neither WAL nor a place in a publication. A crash of the server, or a failover,
-empties it. So one row in it stands for all others: where a worker begins and does not find it, every pipeline gets a signal.
+empties it. So one row stands for all others: if a worker begins and does not find it, every pipeline gets a signal.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embedline.catalog.values import Pipeline
+from embedline.catalog.values import Pipeline, WorkKey
+from embedline.postgres.claims import Claims
 from embedline.postgres.locks import WORKER_LOCK_CLASS
 from embedline.postgres.session import Session
 
-# Signals beyond one for each pipeline, above which they are made one: reading so many takes a tenth of a millisecond.
+# Signals beyond one for each pipeline above which they are folded. To read as many takes a tenth of a millisecond.
 _FOLDED_ABOVE = 500
 
 _LIVE = f"""
@@ -25,7 +26,8 @@ _LIVE = f"""
     WHERE l.locktype = 'advisory' AND l.classid = {WORKER_LOCK_CLASS}::bigint::oid AND l.objsubid = 2 AND l.granted
         AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
 """
-# Pipelines are told by their number, versions beside the serving one by theirs, less than zero.
+# `signalled` are pipelines with a signal that is due, `reading` those with an open backfill of their serving version, and
+# `filling` the versions beside it that are filled.
 _ASK = f"""
     WITH asked AS MATERIALIZED (
         SELECT clock_timestamp() AS at
@@ -36,18 +38,21 @@ _ASK = f"""
     ), named AS MATERIALIZED (
         SELECT p.pipeline_id FROM signalled AS s JOIN embedline.pipeline AS p ON p.name = s.pipeline
         WHERE p.state = 'active' AND NOT p.is_resting AND ($2 IS NULL OR p.name = $2)
+    ), open AS MATERIALIZED (
+        SELECT v.version_id, p.pipeline_id, v.version_id = p.serving_version_id AS is_serving
+        FROM embedline.version AS v JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
+        WHERE v.state = 'backfilling' AND p.state = 'active' AND NOT p.is_resting AND ($2 IS NULL OR p.name = $2)
     )
     SELECT (SELECT at::text FROM asked) AS asked_at, ARRAY(SELECT worker_id FROM live) AS live,
         (SELECT w.stop_requested FROM embedline.worker AS w WHERE w.worker_id = $1) AS is_to_stop,
         EXISTS (SELECT FROM embedline.worker AS w WHERE w.worker_id NOT IN (SELECT worker_id FROM live)) AS has_dead,
         (SELECT coalesce(sum(signal_count - 1), 0)::bigint FROM signalled) AS surplus,
         ARRAY(SELECT pipeline_id FROM named) AS signalled,
+        ARRAY(SELECT pipeline_id FROM open WHERE is_serving) AS reading,
         ARRAY(
-            SELECT CASE WHEN v.version_id = p.serving_version_id THEN p.pipeline_id ELSE -v.version_id END
-            FROM embedline.version AS v JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
-            WHERE v.state = 'backfilling' AND p.state = 'active' AND NOT p.is_resting AND ($2 IS NULL OR p.name = $2)
+            SELECT version_id FROM open WHERE NOT is_serving
             UNION
-            SELECT -q.version_id FROM embedline.version_queue AS q
+            SELECT q.version_id FROM embedline.version_queue AS q
             JOIN embedline.version AS v ON v.version_id = q.version_id
             JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
             WHERE p.state = 'active' AND NOT p.is_resting AND ($2 IS NULL OR p.name = $2)
@@ -89,9 +94,9 @@ _NOTE_DEAD = f"""
 
 @dataclass(frozen=True)
 class Asked:
-    """What one look at the signals told: whose tables to look at now, and which workers are alive.
+    """The pipelines and versions that may have work now, and living workers.
 
-    `signalled` are pipelines; `lane_ids` has these, and whatever is being filled.
+    `signalled` are ids of pipelines; `keys` has these, open backfills and versions that are filled.
     """
 
     at: str
@@ -99,14 +104,15 @@ class Asked:
     is_to_stop: bool
     has_dead: bool
     signalled: list[int]
-    lane_ids: list[int]
+    keys: list[WorkKey]
 
 
-def ask(session: Session, worker_id: int | None, pipeline_name: str | None) -> Asked:
-    """Ask for all pipelines, or the one named, who may have something to claim now."""
-    row = session.query(_ASK, ["integer", "text"], worker_id, pipeline_name)[0]
-    signalled, filling = list(row["signalled"] or ()), list(row["filling"] or ())
-    if row["surplus"] > _FOLDED_ABOVE and worker_id is not None:
+def ask(session: Session, claims: Claims, pipeline_name: str | None) -> Asked:
+    """Ask which pipelines, of all or the one named, may have something to claim now."""
+    row = session.query(_ASK, ["integer", "text"], claims.worker_id, pipeline_name)[0]
+    signalled = list(row["signalled"] or ())
+    pipelines = dict.fromkeys([*signalled, *(row["reading"] or ())])
+    if row["surplus"] > _FOLDED_ABOVE and claims.is_resident:
         # Of a pipeline that is written to all the time, or paused.
         session.query(_FOLD, ["text"], row["asked_at"])
     return Asked(
@@ -115,7 +121,7 @@ def ask(session: Session, worker_id: int | None, pipeline_name: str | None) -> A
         is_to_stop=bool(row["is_to_stop"]),
         has_dead=bool(row["has_dead"]),
         signalled=signalled,
-        lane_ids=list(dict.fromkeys([*signalled, *filling])),
+        keys=[WorkKey("pipeline", i) for i in pipelines] + [WorkKey("version", i) for i in row["filling"] or ()],
     )
 
 
@@ -125,20 +131,23 @@ def all_pipelines(session: Session, pipeline_name: str | None) -> list[int]:
 
 
 def renew(session: Session) -> None:
-    """Have every pipeline looked at once where a crash has taken the signals."""
+    """Give every pipeline a signal if a crash has emptied the table."""
     session.query(_RENEW)
 
 
 def note_dead_workers(session: Session) -> None:
-    """Forget workers that are gone, and have every pipeline looked at: whatever they had in flight is free."""
+    """Remove workers that are gone, and give every pipeline a signal.
+
+    The rows that they had in flight are free.
+    """
     session.query(_NOTE_DEAD)
 
 
 def clear(session: Session, pipeline: Pipeline, asked_at: str, live: Sequence[int]) -> None:
-    """Take away the signals that were due when all were asked, unless something still waits in the pipeline's tables.
+    """Remove a pipeline's signals that were due, unless something still waits.
 
-    One statement, hence one snapshot: whatever left a signal that it sees has left its rows there, too. What waits until
-    later leaves a signal for then.
+    One statement, hence one snapshot: a transaction whose signal it sees has left its rows there, too. Rows that wait until
+    later leave a signal for then.
     """
     outbox = pipeline.outbox
     session.query(

@@ -15,21 +15,20 @@ rolled back, so are its reservations, although the provider was asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from embedline.catalog.values import Pipeline
+from embedline.postgres.claims import Claims
 from embedline.postgres.entry import entry_point
-from embedline.postgres.locks import live_workers
+from embedline.postgres.locks import LEDGER_LOCK_CLASS, live_workers
 from embedline.postgres.session import Session
 from embedline.spending import rate_limits
 from embedline.spending.budgets import Cap, admit, load_caps, note_stop
 from embedline.spending.rate_limits import RateState
 
-# First key of the locks of the ledger ("Eml1"): 0 for reserving, 1 for rolling up.
-LEDGER_LOCK_CLASS = 1164799025
+# Second keys of the ledger's lock: for reserving, and for rolling up.
 _RESERVE_LOCK, _ROLL_UP_LOCK = 0, 1
 # Reservations after which a worker rolls the ledger up. About two minutes and this many rows remain.
 _ROLL_UP_EVERY = 500
@@ -105,7 +104,7 @@ class _Meter:
         return self.capped or self.rated
 
 
-def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], worker_id: int | None) -> Grant:
+def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], claims: Claims) -> Grant:
     """Reserve the requests that are ready, in order; `tokens` holds their estimates.
 
     A request is granted whole or not at all, and none after one that is not. The resident worker commits after it and
@@ -115,15 +114,15 @@ def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], worker_
     if meter is None:
         return Grant(len(tokens), None, None, None)
     if not meter.limited:
-        return Grant(len(tokens), _append(session, pipeline, meter, tokens, worker_id), None, None)
-    with _serialised(session, worker_id):
+        return Grant(len(tokens), _append(session, pipeline, meter, tokens, claims), None, None)
+    with claims.serialised(session, LEDGER_LOCK_CLASS, _RESERVE_LOCK):
         grant, stopped = _decide(session, pipeline, meter, tokens)
-        if stopped and worker_id is not None:
+        if stopped and claims.is_resident:
             # embed_pending reports and ends; only a worker would claim the same rows again and again.
             note_stop(session, pipeline.pipeline_id, tokens[grant.count])
         if not grant.count:
             return grant
-        reservation_id = _append(session, pipeline, meter, tokens[: grant.count], worker_id)
+        reservation_id = _append(session, pipeline, meter, tokens[: grant.count], claims)
         return Grant(grant.count, reservation_id, grant.wait_seconds, grant.reason)
 
 
@@ -229,32 +228,19 @@ def _decide(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequenc
     return Grant(count, None, cap.seconds, cap.reason(meter.price, sum(tokens[:count]), tokens[count])), True
 
 
-def _append(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequence[int], worker_id: int | None) -> int:
+def _append(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequence[int], claims: Claims) -> int:
     reservation_id = int(
         session.scalar(
             _RESERVE,
             ["bigint", "bigint", "integer", "integer", "bigint", "numeric"],
             pipeline.version.model.model_id,
             pipeline.pipeline_id,
-            worker_id,
+            claims.worker_id,
             len(tokens),
             sum(tokens),
             meter.price,
         )
     )
-    if worker_id is not None and reservation_id % _ROLL_UP_EVERY == 0:
+    if claims.is_resident and reservation_id % _ROLL_UP_EVERY == 0:
         roll_up(session)
     return reservation_id
-
-
-@contextmanager
-def _serialised(session: Session, worker_id: int | None) -> Iterator[None]:
-    """Keep other reservations out between the read and the write."""
-    scope = "xact_" if worker_id is not None else ""
-    lock = ["integer", "integer"], LEDGER_LOCK_CLASS, _RESERVE_LOCK
-    session.query(f"SELECT pg_advisory_{scope}lock($1, $2)", *lock)
-    try:
-        yield
-    finally:
-        if worker_id is None:
-            session.query("SELECT pg_advisory_unlock($1, $2)", *lock)

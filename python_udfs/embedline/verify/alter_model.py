@@ -32,6 +32,7 @@ from embedline.models.pool import let_cancel_through, wait_result
 from embedline.models.register import check_directory, check_endpoint, check_limits, checked_options
 from embedline.pipelines.register import version_fingerprint
 from embedline.pipelines.state import load_alone
+from embedline.postgres.claims import CALLERS_TRANSACTION
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import vector_schema
@@ -267,7 +268,7 @@ def _compare_version(session: Session, pipeline: Pipeline, embedder: Embedder, s
         return []
     texts = [row["prefix"] + row["content"].strip() for row in rows]
     # A token has about four characters; two are on the safe side.
-    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], None)
+    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], CALLERS_TRANSACTION)
     if not grant.count:
         raise NotReady(
             f'model "{name}" may not be asked now: {grant.reason}',

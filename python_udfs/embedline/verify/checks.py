@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embedline.catalog.keys import as_json, enqueue, from_json, not_queued
+from embedline.catalog.keys import as_json, from_json, not_queued
 from embedline.catalog.load import load_versions
 from embedline.catalog.source import hidden_source
 from embedline.catalog.values import Pipeline
@@ -15,6 +15,7 @@ from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
 from embedline.queue import chunk_queue, coverage
 from embedline.queue.backfill import missing_keys, restart_backfill
+from embedline.queue.inbox import enqueue_query
 from embedline.verify.findings import Finding, make_finding
 
 # Rows up to which a repair uses the queue. More of them would delay live changes, so they are left to a new pass of the
@@ -134,7 +135,7 @@ def _queue(session: Session, pipeline: Pipeline, keys: Sequence[Sequence[str]]) 
     """
     if keys:
         given = f"unnest({pipeline.key_arrays()}) AS given ({pipeline.key_list})"
-        session.query(enqueue(pipeline, given), pipeline.key_parameter_types, *map(list, keys))
+        session.query(enqueue_query(pipeline, given), pipeline.key_parameter_types, *map(list, keys))
 
 
 def chunks(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
@@ -186,7 +187,7 @@ def chunks(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
         ), marked AS (
             UPDATE {pipeline.document} AS d SET content_hash = '' FROM locked AS l WHERE {pipeline.key_join("l", "d")}
         ), queued AS (
-            {enqueue(pipeline, "bad", "$1 AND (embedded_at IS NULL OR (SELECT count(*) FROM bad) <= $2)")}
+            {enqueue_query(pipeline, "bad", "$1 AND (embedded_at IS NULL OR (SELECT count(*) FROM bad) <= $2)")}
         )
         SELECT b.finding, count(*) AS count, CASE WHEN $1 THEN count(*) ELSE 0 END AS repaired,
             (SELECT {as_json(pipeline, "e")} FROM bad AS e WHERE e.finding = b.finding LIMIT 1) AS example
@@ -280,7 +281,7 @@ def hidden(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]:
             SELECT DISTINCT {pipeline.key_list_of("h")} FROM {pipeline.generated("hidden")} AS h
             WHERE {not_queued(pipeline, "h")}
         ), queued AS (
-            {enqueue(pipeline, "stray", "$1")}
+            {enqueue_query(pipeline, "stray", "$1")}
         )
         SELECT 'hidden' AS finding, count(*) AS count, CASE WHEN $1 THEN count(*) ELSE 0 END AS repaired,
             (SELECT {as_json(pipeline, "e")} FROM stray AS e LIMIT 1) AS example

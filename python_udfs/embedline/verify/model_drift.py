@@ -23,6 +23,7 @@ from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidVectors, ProviderError
 from embedline.models import circuit
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
+from embedline.postgres.claims import CALLERS_TRANSACTION
 from embedline.postgres.locks import hold_source
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.rollback import read_and_release
@@ -115,7 +116,7 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
         return Drift(error=f'model "{model.config.name}" is unavailable for now')
     texts = [str(row["text"]) for row in chosen]
     # A token has about four characters; two are on the safe side. The probe is one short text.
-    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], None)
+    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], CALLERS_TRANSACTION)
     if not grant.count:
         return Drift(error=grant.reason)
     try:

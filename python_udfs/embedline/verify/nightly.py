@@ -10,14 +10,13 @@ from typing import Literal
 
 from embedline.catalog.load import load_pipeline
 from embedline.postgres.entry import entry_point
+from embedline.postgres.locks import NIGHTLY_LOCK
 from embedline.postgres.session import Plpy, Session, SessionCache
 from embedline.postgres.sqlstates import ENDING, sqlstate_of
 from embedline.queue.dead_letters import purge
 from embedline.spending import ledger
 from embedline.verify.verify import note_failure, verify_pipeline
 
-# Session advisory lock ("Emn1"). If two nightly runs meet in one database, the second returns at once.
-_LOCK = 1164799537
 # Chunks of each pipeline that the model embeds again: one or two requests, for a pipeline of any size.
 _SAMPLE = 20
 _KEPT_DAYS = 90
@@ -58,7 +57,7 @@ def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
     An error of one pipeline neither stops nor undoes another. Steps run as the SECURITY DEFINER function
     embedline._nightly_step. A procedure that commits can be neither SECURITY DEFINER nor have a pinned search_path.
     """
-    locked = plpy.execute(f"SELECT pg_catalog.pg_try_advisory_lock({_LOCK}) AS locked")
+    locked = plpy.execute(f"SELECT pg_catalog.pg_try_advisory_lock({NIGHTLY_LOCK}) AS locked")
     if not locked[0]["locked"]:
         plpy.notice("embedline: another session runs a nightly run already")
         return
@@ -73,7 +72,7 @@ def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
     finally:
         with contextlib.suppress(Exception):
             plpy.rollback()
-        plpy.execute(f"SELECT pg_catalog.pg_advisory_unlock({_LOCK})")
+        plpy.execute(f"SELECT pg_catalog.pg_advisory_unlock({NIGHTLY_LOCK})")
         plpy.commit()
 
 

@@ -20,12 +20,14 @@ from embedline.models import circuit
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.state import load_alone
 from embedline.pipelines.views import LetGo, await_view, require_swappable, show_version, write_serving_function
+from embedline.postgres.claims import CALLERS_TRANSACTION
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import hold_source, retry_locked
 from embedline.postgres.session import Session
 from embedline.queue import chunk_queue, coverage
 from embedline.worker.batch import Batch
 from embedline.worker.engine import Engine
+from embedline.worker.version_chunks import VersionChunks
 
 # Seconds in which a version may embed the chunks of the last changes.
 _CUTOVER_SECONDS, _ROLLBACK_SECONDS = 2.0, 2.0
@@ -191,26 +193,25 @@ def _catch_up(session: Session, target: Pipeline, seconds: float) -> int:
     then write nothing more of it, and no later writer can write at all.
     """
     prepare_environment()
-    engine = Engine(session, None, _PATIENCE_SECONDS)
-    lane = target.as_lane()
+    engine = Engine(session, CALLERS_TRANSACTION, _PATIENCE_SECONDS)
+    source = VersionChunks(session, CALLERS_TRANSACTION, target)
     deadline = time.monotonic() + seconds
 
     def is_over() -> bool:
-        return time.monotonic() > deadline or bool(session.scalar(_IS_WANTED, ["bigint"], lane.source_oid))
+        return time.monotonic() > deadline or bool(session.scalar(_IS_WANTED, ["bigint"], target.source_oid))
 
     while True:
-        left = session.query(_LEFT, ["bigint"], lane.version.version_id)[0]
+        left = session.query(_LEFT, ["bigint"], target.version.version_id)[0]
         if not left["count"] or not left["is_due"] or is_over():
             return int(left["count"])
-        if circuit.is_open(session, lane.version.model.model_id):
+        if circuit.is_open(session, target.version.model.model_id):
             return int(left["count"])
-        claim = chunk_queue.claim_lists(session, lane, _CATCH_UP_CHUNKS, None)
+        claim = chunk_queue.claim_lists(session, target, _CATCH_UP_CHUNKS, CALLERS_TRANSACTION)
         if claim is None:
-            # The rest is in workers' hands.
+            # Workers have the rest in flight.
             session.execute("SELECT pg_sleep(0.005)")
         else:
-            batch = Batch(lane, claim.rows, queue_ids=claim.queue_ids, of_backfill=claim.of_backfill)
-            engine.run(batch, is_over)
+            engine.run(Batch(source, claim), is_over)
 
 
 def _swap(

@@ -1,4 +1,7 @@
-"""Signs that the server is behind, at which workers take less on: replicas that lag, an old snapshot that blocks vacuum."""
+"""Signs that the server is behind, at which workers take less on.
+
+Replicas lag, or an old snapshot blocks vacuum.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from embedline.postgres.session import Session
 
 
 def held_back_by(session: Session, settings: Settings) -> str | None:
-    """Return what passes its limit now, in words for embedline.status; None where nothing does."""
+    """Return what passes its limit now, in words for embedline.status.
+
+    None where nothing does.
+    """
     row = session.query(
         """
         SELECT (SELECT extract(epoch FROM max(replay_lag))::double precision FROM pg_stat_replication) AS lag_seconds,

@@ -1,9 +1,12 @@
-"""A batch in work: its claim, its documents, and how they are packed into requests. Values only; the engine moves them."""
+"""A batch in flight: its claim, its documents, and their requests.
+
+Values only; the stages move them.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +18,15 @@ from embedline.documents.readability import Readability
 from embedline.documents.values import Document, Vector
 from embedline.errors import EmbedlineError
 from embedline.models.request_size import Split
-from embedline.queue.backfill import ClaimedRange
+from embedline.queue.claim import Claim
+from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow
 from embedline.worker.batch_size import MAX_BATCH_BYTES
+from embedline.worker.work_source import WorkSource
 
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
 _LOCAL_REQUEST_ITEMS = 64
-# What a batch's vectors take on their way, for each value: base64 in the answer, float32 in the block and in the file.
+# Bytes of memory for each value of a vector: base64 in the answer, float32 in the block and in the file.
 _BYTES_A_VALUE = 14
 
 
@@ -52,13 +57,13 @@ class Request:
 
 @dataclass(eq=False)
 class Unit:
-    """Documents that are embedded and written together: one or more requests, one write.
+    """Documents that are embedded and written together.
 
-    `error` is the failure of a request, and `failed` holds the texts of each request that failed. `failures` counts the
-    requests with these texts that failed before in this batch, and `split` the sizes of all parts of the first one that was
-    refused. `cut_sizes` are the estimated sizes of texts that were refused as too long and are asked for in halves. `verdict`
-    is the answer to a harmless text that a failed unit waits for. Times are of time.monotonic: `sent_at`, when the last
-    request that failed was sent, `failed_at`, when that was seen.
+    They have one or more requests, and one write. `error` is the failure of a request, and `failed` holds the texts of each
+    request that failed. `failures` counts the requests with these texts that failed before in this batch, and `split` the
+    sizes of all parts of the first one that was refused. `cut_sizes` are the estimated sizes of texts that were refused as
+    too long and are asked for in halves. `verdict` is the answer to a harmless text that a failed unit waits for. Times are
+    of time.monotonic: `sent_at`, when the last request that failed was sent, `failed_at`, when that was seen.
     """
 
     documents: list[Document]
@@ -84,25 +89,17 @@ class Unit:
 
 @dataclass(eq=False)
 class Batch:
-    """Claimed rows of one pipeline in work. Times are of time.monotonic, in seconds."""
+    """Claimed rows of one source in flight. Times are of time.monotonic, in seconds."""
 
-    pipeline: Pipeline
-    rows: list[ClaimedRow]
-    claim_id: int | None = None
-    # When the oldest change of a claim of the inbox was made.
-    enqueued_at: str | None = None
-    claimed_range: ClaimedRange | None = None
+    source: WorkSource
+    claim: Claim
     # When a write was last tried.
     written_at: float = 0.0
-    is_suspect: bool = False
-    # Content that is read of its rows; those beyond it go back, and are counted.
+    # Bytes of content that are read of its rows; the rows beyond are requeued, and counted.
     max_bytes: int = MAX_BATCH_BYTES
     deferred_count: int = 0
-    # Of a version's lane: the rows of its queue, and whether these are of its backfill.
-    queue_ids: list[int] = field(default_factory=list)
-    # How its chunks are looked at before they are embedded; None: not at all.
+    # How its chunks are checked before they are embedded; None: not at all.
     readability: Readability | None = None
-    of_backfill: bool = False
     found: list[Document] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
     embedded_count: int = 0
@@ -116,8 +113,29 @@ class Batch:
     tokens_used: dict[int, int | None] = field(default_factory=dict)
 
     @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline with the version whose model embeds the rows."""
+        return self.source.pipeline
+
+    @property
+    def rows(self) -> list[ClaimedRow]:
+        """The claimed rows."""
+        return self.claim.rows
+
+    def requeue(self, units: Iterable[Unit], delay: float, *, charged: bool, error: str | None) -> None:
+        """Put the rows of units back into the queue."""
+        rows = [document.row for unit in units for document in unit.documents]
+        if rows:
+            self.source.requeue(self.claim, rows, delay, charged=charged, error=error)
+
+    def quarantine(self, letters: Sequence[DeadLetter]) -> None:
+        """Give rows up, if there are any."""
+        if letters:
+            self.source.quarantine(self.claim, letters)
+
+    @property
     def first_requests(self) -> int:
-        """Requests without an answer, of texts that have not failed before."""
+        """Number of requests without an answer, of texts that have not failed before."""
         return sum(not request.is_answered for unit in self.units if not unit.failures for request in unit.requests)
 
     @property
@@ -127,7 +145,10 @@ class Batch:
 
     @property
     def futures(self) -> list[Future[EmbeddingBlock]]:
-        """Requests in flight. Not those that are done and wait for others of their unit: a wait would end at once."""
+        """Requests in flight.
+
+        Not those that are done and wait for others of their unit: a wait would end at once.
+        """
         sent = [request.future for request in self.requests] + [unit.verdict for unit in self.units]
         return [future for future in sent if future is not None and not future.done()]
 
@@ -162,10 +183,11 @@ def pack(
     tokens_left: int | None = None,
     first_items: int | None = None,
 ) -> list[Unit]:
-    """Group documents into units of about one request each; a document is never split over two units.
+    """Group documents into units of about one request each.
 
-    Chunks whose vectors are `known` are not asked for. Requests are no larger than what is left of a budget. The first unit
-    may have requests of `first_items`, which is more than the model is known to take.
+    A document is never split over two units. Chunks whose vectors are `known` are not asked for. Requests are no larger
+    than what is left of a budget. The first unit may have requests of `first_items`, which is more than the model is known
+    to take.
     """
     units: list[Unit] = []
     items, most = first_items or request_items(pipeline), _request_tokens(pipeline, tokens_left)
@@ -188,7 +210,10 @@ def pack(
 
 
 def unit_of(pipeline: Pipeline, members: list[Document], known: Mapping[bytes, Vector]) -> Unit:
-    """Return a unit of these documents that asks for what is not `known`, in requests that the model takes."""
+    """Return a unit of documents that asks for their chunks that are not `known`.
+
+    Its requests are no larger than the model takes.
+    """
     texts = {c.digest: c.embedded_text for document in members for c in document.chunks if c.digest not in known}
     tokens = sum(map(most_tokens, texts.values()))
     return _unit(members, texts, known, _split(texts, tokens, request_items(pipeline), _request_tokens(pipeline, None)))
@@ -202,7 +227,10 @@ def _unit(
 
 
 def halved_requests(unit: Unit) -> list[Request]:
-    """Return requests of half the size for what a unit still lacks; none if each of its texts failed alone."""
+    """Return requests of half the size for what a unit still lacks.
+
+    Return none if each of its texts failed alone.
+    """
     if all(len(texts) == 1 for texts in unit.failed):
         return []
     parts: list[dict[bytes, str]] = []
@@ -219,7 +247,10 @@ def _request_tokens(pipeline: Pipeline, tokens_left: int | None) -> int:
 
 
 def _split(texts: dict[bytes, str], tokens: int, items: int, most: int) -> Iterator[dict[bytes, str]]:
-    """Yield the texts in parts of up to `items` texts and `most` tokens; all of them have `tokens`."""
+    """Yield the texts in parts of up to `items` texts and `most` tokens.
+
+    All of them have `tokens`.
+    """
     if len(texts) <= items and tokens <= most:
         if texts:
             yield texts

@@ -1,4 +1,4 @@
-"""How much a worker takes on at a time: additive increase, multiplicative decrease, on the times that it measures.
+"""Batch size: additive increase, multiplicative decrease by measured times.
 
 Pure: the worker tells what it measured, and asks how many rows its next batch may have.
 """
@@ -12,10 +12,11 @@ MAX_BATCH_BYTES = 8 * 1024 * 1024
 
 
 class Pace:
-    """The batch size of one pipeline in one worker: doubles until it first is too slow, then grows by steps.
+    """The batch size of one source of work in one worker.
 
-    A batch is bounded by rows and by bytes of content. How many bytes a row has is what the last batches had; before any, it
-    is `row_bytes`, an estimate. `chunk_bytes` is what a chunk has at most, by which the first batch's chunks are bounded.
+    It doubles until it first is too slow, then grows by steps. A batch is bounded by rows and by bytes of content. How many
+    bytes a row has is what the last batches had; before any, it is `row_bytes`, an estimate. `chunk_bytes` is what a chunk
+    has at most, by which the first batch's chunks are bounded.
 
     After TCP's slow start and congestion avoidance (RFC 5681): a size that is too slow is halved, one that is not grows. A
     halving that does not shorten the time is taken back: a far provider is slow at any size.
@@ -64,9 +65,10 @@ class Pace:
     def measured(
         self, rows: int, batch_seconds: float, commit_seconds: float, content_bytes: int | None = None
     ) -> None:
-        """Take note of a batch: its rows, its seconds from claim to the last answer, the longest write with its commit.
+        """Take note of a batch and its times.
 
-        `content_bytes` is what its rows had of content.
+        They are the seconds from claim to the last answer, and of the longest write with its commit. `content_bytes` is
+        what its rows had of content.
         """
         filled = content_bytes is not None and (rows >= 0.9 * self.rows or content_bytes >= 0.9 * self._bytes)
         if content_bytes is not None and rows:
@@ -92,7 +94,10 @@ class Pace:
                 self._rows = min(grown, float(self._limits.max_rows))
 
     def _answer_slowness(self, rows: int, batch_seconds: float) -> None:
-        """Halve, unless the last halving has not helped: then the time is the provider's latency and not the batch's."""
+        """Halve, unless the last halving has not helped.
+
+        Then the time is the provider's latency and not the batch's.
+        """
         if self._halved_at is not None and rows <= 0.6 * self._halved_at[0]:
             earlier_rows, earlier_seconds = self._halved_at
             if batch_seconds > 0.75 * earlier_seconds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedline.catalog.health import contain
+from embedline.catalog.health import isolate_failure
 from embedline.catalog.load import load_versions
 from embedline.catalog.values import Pipeline
 from embedline.core import names
@@ -38,12 +38,15 @@ _UNFINISHED_BUILDS = _UNFINISHED.format(
 
 
 def unfinished(session: Session, name: str | None) -> list[int]:
-    """Return the pipelines, or the one named, with an index to be built or a check of one that goes on: one statement for all."""
+    """Return the pipelines, or the one named, with an unfinished index build or check.
+
+    One statement for all.
+    """
     return list(session.scalar(_UNFINISHED_BUILDS if has_cron(session) else _UNFINISHED_CHECKS, ["text"], name) or ())
 
 
 def maintain(session: Session, pipeline: Pipeline) -> None:
-    """See to it that the serving version gets its index once it is complete, and that builds by pg_cron come to an end.
+    """Schedule the serving version's index once due; unschedule finished builds.
 
     Workers call it every few seconds.
     """
@@ -61,20 +64,19 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
             name = job(version, index)
             is_own = wants_own and version.version.number == pipeline.version.number and index.precision is None
             if name in jobs or is_own:
-                _look_after(session, version, index, jobs.pop(name, None))
+                _maintain_index(session, version, index, jobs.pop(name, None))
     for name in jobs:
-        # Of a version or an index that was dropped.
+        # The version or the index was dropped.
         unschedule(session, name)
 
 
-def maintain_contained(session: Session, pipeline: Pipeline) -> None:
-    """Maintain a pipeline's indexes, but for a version beside the serving one; where that fails the others go on."""
-    if not pipeline.is_lane:
-        contain(session, pipeline, lambda: maintain(session, pipeline))
-        contain(session, pipeline, lambda: exact_rows.maintain(session, pipeline))
+def maintain_isolated(session: Session, pipeline: Pipeline) -> None:
+    """Maintain a pipeline's indexes; if that fails the other pipelines go on."""
+    isolate_failure(session, pipeline, lambda: maintain(session, pipeline))
+    isolate_failure(session, pipeline, lambda: exact_rows.maintain(session, pipeline))
 
 
-def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:
+def _maintain_index(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:
     state = index_state(session, index)
     name = job(pipeline, index)
     if state == "valid" and command is not None:
@@ -84,7 +86,7 @@ def _look_after(session: Session, pipeline: Pipeline, index: VectorIndex, comman
             # The leftover of a build that failed serves no query and slows every write.
             session.execute("SET LOCAL lock_timeout = '1s'")
             session.execute(f"DROP INDEX {index.qualified}")
-        # What failed in parallel is tried again alone: shared memory is what fails most often.
+        # A build that failed is tried again without parallel workers: shared memory is the most frequent cause.
         _schedule(session, pipeline, index, parallel_workers=0 if state == "invalid" else None)
 
 

@@ -1,4 +1,7 @@
-"""The two forms of the worker: embed_pending in one transaction, and the resident worker that commits as it goes."""
+"""The resident worker: a procedure that commits between its steps.
+
+The steps run as a function of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
 
 from embedline.catalog.load import load_active_pipelines
@@ -18,57 +21,61 @@ from embedline.postgres.session import Plpy, Session, SessionCache
 from embedline.postgres.sqlstates import CHANGED_TABLE, ENDING, sqlstate_of
 from embedline.queue import signals
 from embedline.worker.engine import now_and_then
-from embedline.worker.resident import PASSING_FAULTS, ResidentWorker, Step
+from embedline.worker.state import ResidentWorker
+from embedline.worker.steps import Answer, Step
+from embedline.worker.troubles import PASSING_FAULTS
 
+# Seconds between two polls of an idle worker: at least, and at most.
 _POLL_SECONDS = (0.05, 1.0)
-# A poll may take this share of the time, and this of a core: an outbox full of dead rows (a long transaction pins them) is
+# The share of the time, and of a core, that polls may take. An outbox full of dead rows (a long transaction pins them) is
 # polled less often, and 1,000 pipelines cost no more than one.
 _POLL_COST_SHARE, _POLL_CORE_SHARE = 0.1, 0.02
-# Waits are interrupted so often, to let a cancel through; chunking no more often, for each time is a transaction.
+# Seconds between two checks for a cancel; each is a transaction.
 _CANCEL_SECONDS = 0.1
-# A claim is given back in so many tries; each waits for up to two seconds. At the end of the CALL it is free anyway.
+# Attempts to release a claim; each waits up to 2 s. The claim expires with the session anyway.
 _ABANDON_TRIES = 10
-# Objects made before Python looks for cycles: a batch is some ten thousand objects without any, and at the default of 700
-# looking through them again and again took a tenth of a worker's time.
+# Objects created before Python searches for cycles. A batch is some ten thousand objects without any; at the default of 700
+# the search took a tenth of a worker's time.
 _COLLECTION_THRESHOLD = 50_000
 _CACHE_KEY = "embedline.worker"
 _PLAN_KEY = "embedline.worker_step"
+# Every step but the first, which creates the worker. The message is that of the error which a step is about.
+_HANDLERS: Mapping[Step, Callable[[ResidentWorker, str | None], Answer]] = {
+    Step.CLAIM: lambda resident, _: resident.claim(),
+    Step.READ: lambda resident, _: resident.read(),
+    Step.SUBMIT: lambda resident, _: resident.submit(),
+    Step.WRITE: lambda resident, _: resident.write(),
+    Step.ABANDON: lambda resident, message: resident.abandon(message),
+    Step.RECORD_FAULT: lambda resident, message: resident.record_fault(message or ""),
+    Step.IS_WAITING: lambda resident, _: resident.is_waiting(),
+    Step.REPORT: lambda resident, _: resident.report(),
+    Step.END: lambda resident, _: resident.end(),
+}
 
 
 @entry_point
-def worker_step(session: Session, step: Step, slot: int | None, pipeline_name: str | None, message: str | None) -> str:
-    """Run one step of this session's resident worker; called by run_worker alone, between commits."""
-    if step == "begin":
+def worker_step(session: Session, step: str, slot: int | None, pipeline_name: str | None, message: str | None) -> str:
+    """Run one step of this session's resident worker.
+
+    Called by run_worker alone, between commits.
+    """
+    if step == Step.BEGIN:
         return _begin(session, slot, pipeline_name)
     resident: ResidentWorker | None = session.cache.get(_CACHE_KEY)
     if resident is None:
         raise InvalidParameter("no worker runs in this session", hint="CALL embedline.run_worker();")
-    resident.use(session)
-    if step == "claim":
-        return resident.claim()
-    if step == "report":
-        return resident.report()
-    if step == "is_waiting":
-        return "yes" if resident.is_waiting() else "no"
-    if step == "end":
-        resident.release_all()
-        session.query("DELETE FROM embedline.worker WHERE worker_id = $1", ["integer"], resident.worker_id)
+    answer = _HANDLERS[Step(step)](resident, message)
+    if step == Step.END:
         del session.cache[_CACHE_KEY]
-        return "done"
-    if step == "fault":
-        resident.note_fault(message or "")
-        return "done"
-    if step == "abandon" and message:
-        resident.note_error(message)
-    return resident.step(step)
+    return answer
 
 
-def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> str:
+def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> Answer:
     prepare_environment()
     if pipeline_name is not None:
         load_active_pipelines(session, pipeline_name)
     worker_id = int(session.scalar("SELECT nextval('embedline.worker_id_seq')"))
-    # Known to the session before the lock is held: whatever happens next, the end finds what it has to free.
+    # Known to the session before the lock is held: if the next statement fails, the end finds the lock to release.
     session.cache[_CACHE_KEY] = ResidentWorker(session, worker_id, pipeline_name)
     session.query("SELECT pg_advisory_lock($1, $2)", ["integer", "integer"], WORKER_LOCK_CLASS, worker_id)
     signals.renew(session)
@@ -79,7 +86,7 @@ def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> str
         worker_id,
         slot,
     )
-    return "done"
+    return Answer.DONE
 
 
 def run_worker(
@@ -90,7 +97,7 @@ def run_worker(
     slot: int | None,
     until_idle: bool,
 ) -> None:
-    """Loop of a resident worker: the body of a procedure, which commits between the steps.
+    """Run the loop of a resident worker, with a commit after each step.
 
     Steps run as the SECURITY DEFINER function embedline._worker_step, because a procedure that commits can be neither
     SECURITY DEFINER nor have a pinned search_path.
@@ -111,7 +118,7 @@ def run_worker(
     told: BaseException | None = None
     try:
         gc.set_threshold(_COLLECTION_THRESHOLD)
-        _step(plpy, cache, "begin", slot, pipeline_name)
+        _step(plpy, cache, Step.BEGIN, slot, pipeline_name)
         plpy.commit()
         _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
         if until_idle:
@@ -124,7 +131,7 @@ def run_worker(
         raise told from None
     finally:
         gc.set_threshold(*thresholds)
-        # After pg_terminate_backend this cannot run any more: then the freed lock itself gives the claims back.
+        # After pg_terminate_backend this cannot run: then the end of the session lock frees the claims.
         with contextlib.suppress(Exception):
             plpy.rollback()
         if _CACHE_KEY in cache:
@@ -136,7 +143,7 @@ def run_worker(
             _set(plpy, before)
         plpy.commit()
         if told is not None:
-            # As database.entry_point does: no frames under an error that is meant for the caller.
+            # As entry_point does: no frames under an error that is meant for the caller.
             told.__traceback__ = None
 
 
@@ -159,7 +166,7 @@ def _lock_slot(plpy: Plpy, slot: int) -> bool:
 def _end(plpy: Plpy, cache: SessionCache) -> None:
     worker_id = cache[_CACHE_KEY].worker_id
     try:
-        _step(plpy, cache, "end")
+        _step(plpy, cache, Step.END)
         plpy.commit()
     finally:
         cache.pop(_CACHE_KEY, None)
@@ -173,13 +180,13 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
         resident.is_ending = resident.is_ending or time.monotonic() >= deadline
         if not resident.is_ending and time.monotonic() >= claim_at and resident.has_room:
             started, core_started = time.monotonic(), time.process_time()
-            state = _claim(plpy, cache, resident)
-            if state == "work":
-                _take_in(plpy, cache, resident)
-            elif state == "stop":
+            answer = _claim(plpy, cache, resident)
+            if answer is Answer.BATCH:
+                _prepare(plpy, cache, resident)
+            elif answer is Answer.STOP:
                 resident.is_ending = True
-            elif state == "idle":
-                if until_idle and not resident.batches and _step(plpy, cache, "is_waiting") == "no":
+            elif answer is Answer.IDLE:
+                if until_idle and not resident.batches and _step(plpy, cache, Step.IS_WAITING) is Answer.NO:
                     return
                 pause = max(
                     (time.monotonic() - started) / _POLL_COST_SHARE,
@@ -188,12 +195,12 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
                 )
                 claim_at = time.monotonic() + min(pause, _POLL_SECONDS[1])
         elif resident.is_report_due:
-            resident.is_ending = _step(plpy, cache, "report") == "stop" or resident.is_ending
+            resident.is_ending = _step(plpy, cache, Step.REPORT) is Answer.STOP or resident.is_ending
             plpy.commit()
         if resident.has_answers:
             _write(plpy, cache, resident)
             if until_idle and not resident.batches:
-                # Whether that was all is not a matter for the next poll.
+                # Ask at once whether that was all.
                 claim_at = 0.0
         elif resident.is_ending and not resident.batches:
             return
@@ -201,29 +208,35 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
             _rest(plpy, resident, claim_at)
 
 
-def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> str:
-    """Claim the next batch; a pipeline of which that fails is left alone for a while, and the others go on."""
+def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> Answer:
+    """Claim the next batch.
+
+    If that fails, leave the source alone for a while, and go on with the others.
+    """
     try:
-        state = _step(plpy, cache, "claim")
+        answer = _step(plpy, cache, Step.CLAIM)
         plpy.commit()
-        return state
+        return answer
     except Exception as error:
-        pipeline = resident.claimant.asking
-        if sqlstate_of(error) in ENDING or pipeline is None:
+        source = resident.claimant.asking
+        if sqlstate_of(error) in ENDING or source is None:
             raise
         plpy.rollback()
         resident.undo()
-        resident.failed(pipeline, sqlstate_of(error))
-        _note_fault(plpy, cache, str(error))
-        plpy.warning(f"embedline worker, pipeline {pipeline.name}: {error}")
+        resident.claim_failed(source, sqlstate_of(error))
+        _record_fault(plpy, cache, str(error))
+        plpy.warning(f"embedline worker, pipeline {source.pipeline.name}: {error}")
         plpy.commit()
-        return "again"
+        return Answer.AGAIN
 
 
-def _note_fault(plpy: Plpy, cache: SessionCache, message: str) -> None:
-    """Show in embedline.status why nothing could be claimed of a pipeline; that this fails, too, ends no worker."""
+def _record_fault(plpy: Plpy, cache: SessionCache, message: str) -> None:
+    """Show why nothing could be claimed of a source.
+
+    A failure of this, too, ends no worker.
+    """
     try:
-        _step(plpy, cache, "fault", message=message)
+        _step(plpy, cache, Step.RECORD_FAULT, message=message)
         plpy.commit()
     except Exception as error:
         if sqlstate_of(error) in ENDING:
@@ -232,36 +245,39 @@ def _note_fault(plpy: Plpy, cache: SessionCache, message: str) -> None:
 
 
 def _rest(plpy: Plpy, resident: ResidentWorker, claim_at: float) -> None:
-    """Wait for an answer or the next poll. No transaction is open; each look for a cancel is one of its own."""
+    """Wait for an answer or the next poll.
+
+    No transaction is open; each check for a cancel is one of its own.
+    """
     until_claim = claim_at - time.monotonic()
     if futures := resident.futures:
         # Without room for another batch there is nothing to poll for.
         seconds = min(until_claim, _CANCEL_SECONDS) if until_claim > 0 else _CANCEL_SECONDS
         wait(futures, timeout=seconds, return_when=FIRST_COMPLETED)
-        _breathe(plpy)
+        _check_interrupts(plpy)
     else:
         seconds = min(max(until_claim, _POLL_SECONDS[0]), _POLL_SECONDS[1])
         plpy.execute(f"SELECT pg_catalog.pg_sleep({seconds:.3f})")
         plpy.commit()
 
 
-def _take_in(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
+def _prepare(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
     """Read, chunk and submit the batch that was just claimed."""
 
-    def take_in() -> None:
-        is_done = _step(plpy, cache, "read") == "done"
+    def prepare() -> None:
+        is_done = _step(plpy, cache, Step.READ) is Answer.DONE
         plpy.commit()
         if is_done:
             # Chunking a large document takes seconds: no transaction is open, and a cancel gets through.
-            resident.chunk(now_and_then(lambda: _breathe(plpy)))
-            is_done = _step(plpy, cache, "submit") == "done"
+            resident.chunk(now_and_then(lambda: _check_interrupts(plpy)))
+            is_done = _step(plpy, cache, Step.SUBMIT) is Answer.DONE
             plpy.commit()
         if is_done:
             resident.start()
         else:
             _abandon(plpy, cache, resident, None)
 
-    _guarded(plpy, cache, resident, take_in, can_wait=False)
+    _guarded(plpy, cache, resident, prepare, can_wait=False)
 
 
 def _write(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
@@ -269,10 +285,10 @@ def _write(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
 
     def write() -> None:
         started = time.monotonic()
-        written = _step(plpy, cache, "write") == "written"
+        is_written = _step(plpy, cache, Step.WRITE) is Answer.WRITTEN
         plpy.commit()
         resident.start()
-        if written:
+        if is_written:
             resident.wrote(time.monotonic() - started)
 
     _guarded(plpy, cache, resident, write, can_wait=True)
@@ -281,7 +297,10 @@ def _write(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
 def _guarded(
     plpy: Plpy, cache: SessionCache, resident: ResidentWorker, work: Callable[[], None], *, can_wait: bool
 ) -> None:
-    """Do a step. A fault gives the batch back; one that will pass only puts a write off: it `can_wait`, the answers are here."""
+    """Do a step.
+
+    A fault releases the batch; one that passes only delays a write, which `can_wait`: the answers are kept.
+    """
     try:
         work()
     except Exception as error:
@@ -293,7 +312,7 @@ def _guarded(
         if can_wait and sqlstate in PASSING_FAULTS and resident.put_off_write():
             return
         if resident.current is not None:
-            resident.count_fault(resident.current.pipeline, sqlstate)
+            resident.count_fault(resident.current.source, sqlstate)
         _abandon(plpy, cache, resident, f"{type(error).__name__}: {error}")
         plpy.warning(f"embedline worker: {error}")
 
@@ -301,13 +320,13 @@ def _guarded(
 def _abandon(plpy: Plpy, cache: SessionCache, resident: ResidentWorker, message: str | None) -> None:
     for tries_left in reversed(range(_ABANDON_TRIES)):
         try:
-            _step(plpy, cache, "abandon", message=message)
+            _step(plpy, cache, Step.ABANDON, message=message)
             plpy.commit()
             return
         except Exception as error:
             sqlstate = sqlstate_of(error)
             if sqlstate in CHANGED_TABLE:
-                # The pipeline was dropped meanwhile, or follows another key, and its claims went with that.
+                # The pipeline was dropped meanwhile, or follows another key, and its claims are gone.
                 plpy.rollback()
                 resident.forget_current()
                 plpy.commit()
@@ -317,7 +336,7 @@ def _abandon(plpy: Plpy, cache: SessionCache, resident: ResidentWorker, message:
             plpy.rollback()
 
 
-def _breathe(plpy: Plpy) -> None:
+def _check_interrupts(plpy: Plpy) -> None:
     plpy.execute("SELECT 1")
     plpy.commit()
 
@@ -329,9 +348,9 @@ def _step(
     slot: int | None = None,
     pipeline_name: str | None = None,
     message: str | None = None,
-) -> str:
-    # One plan for all steps: each plpy.prepare takes memory that only the end of the CALL gives back.
+) -> Answer:
+    # One plan for all steps: each plpy.prepare takes memory that only the end of the CALL frees.
     if _PLAN_KEY not in cache:
         types = ["text", "integer", "text", "text"]
-        cache[_PLAN_KEY] = plpy.prepare("SELECT embedline._worker_step($1, $2, $3, $4) AS state", types)
-    return str(plpy.execute(cache[_PLAN_KEY], [step, slot, pipeline_name, message])[0]["state"])
+        cache[_PLAN_KEY] = plpy.prepare("SELECT embedline._worker_step($1, $2, $3, $4) AS answer", types)
+    return Answer(plpy.execute(cache[_PLAN_KEY], [str(step), slot, pipeline_name, message])[0]["answer"])

@@ -1,4 +1,7 @@
-"""Work as pg_cron jobs: resident workers, started at boot and looked after every minute, the nightly run, index builds."""
+"""pg_cron jobs: resident workers, the nightly run, index builds.
+
+Workers are started at boot, and each minute if one has ended.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 
 _MAX_WORKERS = 64
-# A resident worker ends after this long and pg_cron starts it anew: memory and plans do not grow old.
+# A resident worker ends after this long and pg_cron starts another: memory and plans do not grow old.
 _WORKER_SECONDS = 1200
 _SCHEDULES = ("@reboot", "* * * * *")
 _NIGHTLY_JOB = "embedline nightly"
@@ -70,7 +73,10 @@ class Trouble:
 
 
 def _require_cron(session: Session, job: str, schedule: str, command: str) -> None:
-    """Raise unless jobs can be scheduled here; the HINT says how to schedule such a job elsewhere."""
+    """Raise unless jobs can be scheduled here.
+
+    The HINT says how to schedule such a job elsewhere.
+    """
     if cron.has_cron(session):
         version = session.scalar("SELECT extversion FROM pg_extension WHERE extname = 'pg_cron'")
         if _uses_background_workers(session) and _version(version) < (1, 5):
@@ -101,7 +107,10 @@ def _require_cron(session: Session, job: str, schedule: str, command: str) -> No
 
 @entry_point
 def schedule_workers(session: Session, count: int) -> int:
-    """Schedule exactly `count` resident workers, and the nightly run where there is none yet; return `count`."""
+    """Schedule exactly `count` resident workers; return `count`.
+
+    The nightly run is scheduled, too, if it is not yet.
+    """
     if not 1 <= count <= _MAX_WORKERS:
         raise InvalidParameter(
             f"count must be between 1 and {_MAX_WORKERS}", hint="SELECT embedline.schedule_workers(1);"
@@ -123,7 +132,10 @@ def schedule_workers(session: Session, count: int) -> int:
 
 
 def _require_room(session: Session, count: int) -> None:
-    """Raise where pg_cron runs fewer jobs at a time than that many workers and one more: the others would never begin."""
+    """Raise if pg_cron runs fewer jobs at a time than these workers and one more.
+
+    The others would never begin.
+    """
     limit = session.scalar("SELECT current_setting('cron.max_running_jobs', true)")
     if limit is None or count < int(limit):
         return
@@ -143,9 +155,10 @@ def _uses_background_workers(session: Session) -> bool:
 
 
 def _refresh_addresses(session: Session) -> None:
-    """Have all of our jobs connect to where the server is now: pg_cron keeps the host and port of a job's first scheduling.
+    """Have all of our jobs connect to where the server is now.
 
-    They are scheduled as new ones, so that what the old ones ran into is not held against them.
+    Pg_cron keeps the host and port of a job's first scheduling. They are scheduled as new ones, so that what the old ones
+    ran into is not held against them.
     """
     for row in session.query(_MOVED):
         session.query("SELECT cron.unschedule($1::bigint)", ["bigint"], row["jobid"])
@@ -154,7 +167,7 @@ def _refresh_addresses(session: Session) -> None:
 
 @entry_point
 def job_troubles(session: Session) -> list[tuple[str, str, str]]:
-    """Return the jobs of this database that do not run: their names, what is wrong, what to run."""
+    """Return the jobs of this database that do not run, why, and the remedy."""
     if not session.scalar("SELECT to_regclass('cron.job_run_details') IS NOT NULL"):
         return []
     return [(trouble.jobs, trouble.trouble, trouble.remedy) for trouble in _troubles(session)]
@@ -212,7 +225,10 @@ def _lacks_password(session: Session, host: str) -> bool:
 
 
 def _connection_remedy(session: Session, host: str) -> str:
-    """Return what lets pg_cron in: the Unix socket, through which the server's OS user needs no password; or no connection."""
+    """Return the statements that let pg_cron in.
+
+    The server's OS user needs no password on the Unix socket; background workers need no connection.
+    """
     directories = str(session.scalar("SELECT current_setting('unix_socket_directories')"))
     socket = directories.split(",")[0].strip().strip('"')
     version = session.scalar("SELECT extversion FROM pg_extension WHERE extname = 'pg_cron'")
@@ -235,7 +251,10 @@ def _process_remedy(session: Session) -> str:
 
 
 def _restart(session: Session) -> str:
-    """Return an SQL comment that says to restart the server, and how where Debian's tools made the cluster."""
+    """Return an SQL comment about the restart that is needed.
+
+    It names the command if Debian's tools made the cluster.
+    """
     parts = Path(str(session.scalar("SELECT current_setting('config_file')"))).parts
     way = f": pg_ctlcluster {parts[3]} {parts[4]} restart" if parts[:3] == ("/", "etc", "postgresql") else ""
     return f"-- restart the server{way}"
@@ -247,7 +266,10 @@ def _version(text: object) -> tuple[int, ...]:
 
 @entry_point
 def unschedule_workers(session: Session) -> int:
-    """Take the jobs away, the nightly one too, and ask the resident workers to stop; return how many were asked."""
+    """Take the jobs away, the nightly one too, and ask the resident workers to stop.
+
+    Return how many were asked.
+    """
     if cron.has_cron(session):
         _unschedule(session, above=0)
         _unschedule_nightly(session)
@@ -258,7 +280,10 @@ def unschedule_workers(session: Session) -> int:
 
 @entry_point
 def schedule_nightly(session: Session, at: str | None, repair: bool) -> None:
-    """Schedule the nightly run at a time of day (HH:MM, in pg_cron's time zone) instead of when it was; None: never."""
+    """Schedule the nightly run at a time of day, instead of when it was.
+
+    The time is HH:MM in pg_cron's time zone; None means never.
+    """
     if at is None:
         if cron.has_cron(session):
             _unschedule_nightly(session)
@@ -284,12 +309,12 @@ def _nightly_command(repair: bool) -> str:
     return f"CALL embedline.run_nightly(repair => {'true' if repair else 'false'})"
 
 
-def let_launcher_breathe(session: Session) -> None:
+def wake_launcher(session: Session) -> None:
     """Wake pg_cron's launcher where another session waits for it.
 
     In libpq mode the launcher of pg_cron 1.4 heeds no interrupt while a job is running, and a resident worker always is:
     DROP DATABASE, which waits until every process has taken note, would hang until the worker's end (measured: over
-    16 s and going on; 1 s with this). A change in cron.job makes the launcher read its jobs anew, and take note.
+    16 s and going on; 1 s with this). A change in cron.job makes the launcher read its jobs again, and take note.
     """
     if cron.has_cron(session) and session.scalar(
         "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'ProcSignalBarrier' LIMIT 1"

@@ -1,4 +1,4 @@
-"""A worker killed inside each step of a version's lane: the version ends complete, and only what was in flight is paid twice."""
+"""A worker killed inside each step of filling a version: it ends complete, and only what was in flight is paid twice."""
 
 from __future__ import annotations
 

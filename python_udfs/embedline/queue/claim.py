@@ -1,0 +1,27 @@
+"""A claim as a value: the rows in flight, and where their marks are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from embedline.queue.outbox import ClaimedRow
+
+
+@dataclass
+class Claim:
+    """Rows that were claimed together, from one queue.
+
+    A worker's marks are in a row of the table of claims (`claim_id`), in a range of the backfill (`range_id`), in lists of a
+    version's queue (`queue_ids`), or in the outbox (`outbox_ids` of each row).
+    """
+
+    rows: list[ClaimedRow]
+    of_backfill: bool = False
+    # Rows that were in flight when a worker died, which are tried apart from all others.
+    is_suspect: bool = False
+    # When the oldest change was made, if the rows come from the inbox.
+    enqueued_at: str | None = None
+    claim_id: int | None = None
+    range_id: int | None = None
+    queue_ids: Sequence[int] = field(default_factory=list)

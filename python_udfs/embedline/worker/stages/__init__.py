@@ -1,0 +1,1 @@
+"""The stages of a batch: prepare, embed, write, and what becomes of failures."""

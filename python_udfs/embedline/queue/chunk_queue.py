@@ -256,10 +256,7 @@ def requeue(
 
 
 def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, live: list[int]) -> None:
-    """Free lists that were in flight when their worker died.
-
-    Their chunks are suspected now.
-    """
+    """Free the lists of dead workers; their chunks are suspected now."""
     session.query(
         "UPDATE embedline.version_queue SET claimed_by = NULL, attempts = greatest(attempts - 1, 0),"
         " crash_count = crash_count + 1 WHERE version_id = $1 AND claimed_by IS NOT NULL AND claimed_by <> ALL ($2)",
@@ -270,10 +267,7 @@ def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, live: list[i
 
 
 def release(session: Session, worker_id: int, queue_ids: Sequence[int] | None = None) -> None:
-    """Free all lists of a worker, of all versions, or some of them.
-
-    The tries are not counted.
-    """
+    """Free all lists of a worker, or some; the tries are not counted."""
     session.query(
         "UPDATE embedline.version_queue SET claimed_by = NULL, attempts = greatest(attempts - 1, 0)"
         " WHERE claimed_by = $1 AND ($2 IS NULL OR queue_id = ANY ($2))",

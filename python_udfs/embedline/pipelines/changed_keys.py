@@ -1,8 +1,9 @@
 """Exchange the key of a pipeline in its generated tables, without a loss.
 
-Documents and chunks keep their ids, and so their vectors: only the columns of the key are exchanged. Which row a document
-belongs to is told by the old key where its columns are still there, else by the content: a document has the hash of the
-content that it was cut from, and the row with that content is its row, whatever the new key is. What finds no row goes.
+Documents and chunks keep their ids, and so their vectors: only the columns of the key are exchanged. The old key
+tells which row a document belongs to, if its columns are still there; else the content does. A document has the hash
+of the content that it was cut from. The row with that content is its row, whatever the new key is. What finds no row
+goes.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def _deparse(
 
     It is printed back fully qualified.
 
-    A CHECK constraint on an empty copy of the table takes exactly what is wanted: an expression over one row, without
-    aggregates, window or set-returning functions and subqueries, and prints it with bare column names.
+    A CHECK constraint on an empty copy of the table takes exactly the expressions that are allowed. They are over one
+    row, without aggregates, window or set-returning functions and subqueries. It prints them with bare column names.
     """
     require_single_expression(expression, parameter)
     # IS TRUE takes a boolean only; anything can be the text of a content.

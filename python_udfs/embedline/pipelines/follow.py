@@ -1,6 +1,6 @@
 """Follow a source whose columns, owner or parent change.
 
-The event trigger embedline_follow_source calls this where what is stored of a source is no longer what is;
+The event trigger embedline_follow_source calls this if the stored facts of a source are no longer true.
 refresh_pipeline does it by hand, and brings the views up to date.
 """
 

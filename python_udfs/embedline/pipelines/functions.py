@@ -50,8 +50,9 @@ def create_functions(session: Session, plan: CapturePlan, source: Source) -> Non
         session.execute(statement)
     tables = ", ".join(plan.generated(suffix) for suffix in TABLES)
     session.execute(f"GRANT SELECT ON {tables} TO {owner}")
-    # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's. The owner
-    # may name them, and nothing else, because a role that can name a function of its own can alter it to run as its caller.
+    # Users' expressions run as the source's owner, as they would in a view of that owner, never as Embedline's. The
+    # owner may name them, and nothing else. A role that can name a function of its own can alter it to run as its
+    # caller.
     session.execute(f"GRANT USAGE ON SCHEMA {EXPRESSION_SCHEMA} TO {owner}")
     for row in generated_functions(session, plan.name, FUNCTIONS):
         session.execute(f"REVOKE ALL ON FUNCTION {row['signature']} FROM public")

@@ -146,8 +146,8 @@ class Reshaping:
 
         Functions that rank its rows go too, unless `ranks_on`.
 
-        What ranks can be replaced in place where the key keeps its type (`ranks_on`): a search that has begun has looked its
-        function up, and would not find it again.
+        The ranking functions can be replaced in place if the key keeps its type (`ranks_on`). A search that has begun
+        has resolved its function, and would not find it again.
         """
         drop_kept(self._session, self._kept)
         doomed = tuple(suffix for suffix in FUNCTIONS if suffix not in _PARAMETERS)

@@ -30,7 +30,7 @@ def _set_state(session: Session, name: str, state: str) -> None:
 def load_alone(session: Session, name: str, *, holds_source: bool = True) -> Pipeline:
     """Return the pipeline, kept from other changes to the end of the transaction.
 
-    A caller that has to wait before it touches a generated table holds the source only then (`holds_source`): a
+    A caller that has to wait before it touches a generated table holds the source only then (`holds_source`). A
     TRUNCATE waits for that, and every writer behind it.
     """
     change_versions(session, load_pipeline(session, name).pipeline_id)

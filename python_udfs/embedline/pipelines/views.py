@@ -1,9 +1,9 @@
 """Create and recreate the routing view and the view of each version.
 
-Everything that ranks by a version that it has chosen itself (search, evaluate, shadow reads) reads that version's view: so
-it never meets another model's vectors, whatever is cut over meanwhile. The routing view is for the users' own statements.
-A statement that has locked it keeps the version that it shows to the end of its transaction; `serving_number` tells
-embed_query which one that is, past the snapshot, as the view's definition is.
+Everything that ranks by a version that it has chosen itself (search, evaluate, shadow reads) reads that version's
+view. So it never meets another model's vectors, whatever is cut over meanwhile. The routing view is for the users'
+own statements. A statement that has locked it keeps the version that it shows to the end of its transaction.
+`serving_number` tells embed_query which one that is, past the snapshot, as the view's definition is.
 """
 
 from __future__ import annotations
@@ -180,8 +180,9 @@ def show_version(session: Session, pipeline: Pipeline, plan: CapturePlan, source
 
     Takes ACCESS EXCLUSIVE on the view to the end of the transaction.
 
-    The view is replaced in place wherever it can be: what depends on it stays. Where the type of the vectors changes it is
-    dropped and recreated with its owner, grants, comments and options, or refused where something depends on it.
+    The view is replaced in place wherever it can be: what depends on it stays. If the type of the vectors changes, it
+    is dropped and recreated with its owner, grants, comments and options. If something depends on it, that is
+    refused.
     """
     shown = shown_version(session, pipeline)
     view = _view(session, pipeline)
@@ -257,8 +258,8 @@ def attributes_by_name(columns: Sequence[str], attributes: dict[str, int], of_ch
 
     Such a view was made before the numbers were kept.
 
-    Columns only ever joined a view at its end, in the order in which they joined the source: so those without a name in
-    common belong together in order.
+    Columns only ever joined a view at its end, in the order in which they joined the source. So those without a name
+    in common belong together in order.
     """
     shown = [str(name) for name in columns if name not in of_chunk]
     renamed = iter([number for name, number in attributes.items() if name not in shown])
@@ -410,8 +411,9 @@ def write_serving_function(session: Session, plan: CapturePlan, number: int) -> 
 
     It is written in the transaction that changes the routing view.
 
-    Its body is read through the system cache (pg_get_functiondef), which knows no snapshot, just as the parser reads the
-    view: a REPEATABLE READ transaction that began before a cutover and reads the view after it embeds with the same model.
+    Its body is read through the system cache (pg_get_functiondef), which knows no snapshot, just as the parser reads
+    the view. So a REPEATABLE READ transaction that began before a cutover and reads the view after it embeds with the
+    same model.
     """
     function = f"{plan.generated('serving')}()"
     session.execute(

@@ -144,8 +144,8 @@ def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None
     """Recreate the ranges of a relation, and of relations without any.
 
     VACUUM FULL, CLUSTER, TRUNCATE and some ALTER TABLE rewrite a table: every row has moved. A relation that does not
-    belong to the source was detached or dropped, or the ranges come from a restored database, whose numbers mean nothing
-    here: then no relation has any.
+    belong to the source was detached or dropped. Or the ranges come from a restored database, whose numbers mean
+    nothing here; then no relation has any.
     """
     # In a statement of its own, so that the next one sees the relation without ranges.
     session.query(

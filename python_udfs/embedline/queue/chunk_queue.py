@@ -1,8 +1,9 @@
 """The queue of a version that is filled: lists of chunks, ranges of ids.
 
-A list holds chunks that a writer left in its own transaction, that wait for a retry, or that a worker has in flight. Of a
-range only the missing chunks are embedded; the tables tell which these are. A claim is a mark that counts exactly as long
-as its worker's session advisory lock, as in the outbox; embed_pending marks nothing and keeps the rows locked.
+A list holds chunks that a writer left in its own transaction, that wait for a retry, or that a worker has in flight.
+Of a range only the missing chunks are embedded; the tables tell which these are. A claim is a mark that counts
+exactly as long as its worker's session advisory lock, as in the outbox. embed_pending marks nothing and keeps the
+rows locked.
 
 Each function takes the pipeline with the version that is filled.
 """

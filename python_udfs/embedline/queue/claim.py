@@ -12,8 +12,8 @@ from embedline.queue.outbox import ClaimedRow
 class Claim:
     """Rows that were claimed together, from one queue.
 
-    A worker's marks are in a row of the table of claims (`claim_id`), in a range of the backfill (`range_id`), in lists of a
-    version's queue (`queue_ids`), or in the outbox (`outbox_ids` of each row).
+    A worker's marks are in one of four places: a row of the table of claims (`claim_id`), a range of the backfill
+    (`range_id`), lists of a version's queue (`queue_ids`), the outbox (`outbox_ids`).
     """
 
     rows: list[ClaimedRow]

@@ -123,7 +123,7 @@ def requeue(
     if include_embedded:
         raise InvalidParameter(
             "include_embedded needs a key",
-            hint=f"SELECT * FROM embedline.verify('{pipeline_name}', repair => true) embeds anew what is not as it should be.",
+            hint=f"SELECT * FROM embedline.verify('{pipeline_name}', repair => true) embeds again what is not as it should be.",
         )
     return _requeue_letters(session, pipeline, error_code)
 

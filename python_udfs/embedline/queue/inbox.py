@@ -1,7 +1,8 @@
 """The inbox: changed keys as applications append them, and their claims.
 
-Workers take keys out in bulk. A claim is one row that holds all of its keys. It counts exactly as long as its worker's
-session advisory lock is held; the keys of a dead worker's claim go to the outbox, where each has its own count of crashes.
+Workers take keys out in bulk. A claim is one row that holds all of its keys. It counts exactly as long as its
+worker's session advisory lock is held. The keys of a dead worker's claim go to the outbox, where each has its own
+count of crashes.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def _claim_statement(pipeline: Pipeline, front: str, *, is_marked: bool) -> str:
 def move_to_outbox(session: Session, pipeline: Pipeline, row_limit: int) -> int:
     """Move rows of the inbox to the outbox with the tenant of each key.
 
-    So tenants can have their turns. Return the number of keys moved. The rows of the inbox are locked until they are gone,
-    so no other session moves them; the tenants are read between, because the owner's expression must leave nothing behind.
+    So tenants can have their turns. Return the number of keys moved. The rows of the inbox are locked until they are
+    gone, so no other session moves them. The tenants are read between, because the owner's expression must leave
+    nothing behind.
     """
     columns, count = pipeline.quoted_key_columns, len(pipeline.key_columns)
     key = f"k ({pipeline.key_list})"

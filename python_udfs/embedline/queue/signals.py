@@ -26,8 +26,8 @@ _LIVE = f"""
     WHERE l.locktype = 'advisory' AND l.classid = {WORKER_LOCK_CLASS}::bigint::oid AND l.objsubid = 2 AND l.granted
         AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
 """
-# `signalled` are pipelines with a signal that is due, `reading` those with an open backfill of their serving version, and
-# `filling` the versions beside it that are filled.
+# `signalled` are pipelines with a signal that is due. `reading` are those with an open backfill of their serving
+# version, and `filling` the versions beside it that are filled.
 _ASK = f"""
     WITH asked AS MATERIALIZED (
         SELECT clock_timestamp() AS at

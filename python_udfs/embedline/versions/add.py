@@ -132,7 +132,7 @@ def _chunk_set(session: Session, pipeline: Pipeline, model: Model, choice: Chunk
     if not choice.is_given and not is_readable:
         tokens = min(spec.tokens or 1, model.max_tokens or spec.tokens or 1)
         session.plpy.notice(
-            f"version is chunked anew, in up to {tokens} tokens of the model",
+            f"version is chunked again, in up to {tokens} tokens of the model",
             detail=f'Model "{model.config.name}" reads {model.max_tokens} tokens of its own;'
             f" the chunks that are there have up to {spec.tokens} of another model's.",
         )

@@ -1,8 +1,8 @@
 """Cut over to another version, and back.
 
-The swap is the last thing that a call does: the routing view is locked for milliseconds, and readers wait no longer than one
-try for that lock (`retry_locked`). Workers' writes are kept out while the version catches up with the last chunks, so
-nothing that the outgoing version shows is missing from the incoming one.
+The swap is the last thing that a call does. The routing view is locked for milliseconds, and readers wait no longer
+than one try for that lock (`retry_locked`). Workers' writes are kept out while the version catches up with the last
+chunks. So nothing that the outgoing version shows is missing from the incoming one.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def _catch_up(session: Session, target: Pipeline, seconds: float) -> int:
 
     Returns how many are left.
 
-    Or before, where the provider is known to be away, and where somebody wants the source alone, for a TRUNCATE: workers
-    then write nothing more of it, and no later writer can write at all.
+    Or before, if the provider is known to be away, or if another session wants the source alone, for a TRUNCATE.
+    Workers then write nothing more of it, and no later writer can write at all.
     """
     prepare_environment()
     engine = Engine(session, CALLERS_TRANSACTION, _PATIENCE_SECONDS)

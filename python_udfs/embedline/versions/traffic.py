@@ -1,7 +1,8 @@
 """Share search calls between versions, for a gradual cutover.
 
-A share of the calls, or single tenants, are served by a version that the routing view does not show yet. A caller stays with
-its version: the share is drawn from a hash of its tenant, its session key, or its database session, not at each call.
+A share of the calls, or single tenants, are served by a version that the routing view does not show yet. A caller
+stays with its version. The share is drawn from a hash of its tenant, its session key, or its database session, not at
+each call.
 """
 
 from __future__ import annotations

@@ -59,11 +59,12 @@ class Request:
 class Unit:
     """Documents that are embedded and written together.
 
-    They have one or more requests, and one write. `error` is the failure of a request, and `failed` holds the texts of each
-    request that failed. `failures` counts the requests with these texts that failed before in this batch, and `split` the
-    sizes of all parts of the first one that was refused. `cut_sizes` are the estimated sizes of texts that were refused as
-    too long and are asked for in halves. `verdict` is the answer to a harmless text that a failed unit waits for. Times are
-    of time.monotonic: `sent_at`, when the last request that failed was sent, `failed_at`, when that was seen.
+    They have one or more requests, and one write. `error` is the failure of a request, and `failed` holds the texts
+    of each request that failed. `failures` counts the requests with these texts that failed before in this batch.
+    `split` holds the sizes of all parts of the first one that was refused. `cut_sizes` are the estimated sizes of
+    texts that were refused as too long and are asked for in halves. `verdict` is the answer to a harmless text that a
+    failed unit waits for. Times are of time.monotonic: `sent_at`, when the last request that failed was sent,
+    `failed_at`, when that was seen.
     """
 
     documents: list[Document]

@@ -153,8 +153,8 @@ class _Run:
 
     def embed(self, limit: int, *, embed_backfill: bool) -> bool:
         """Embed up to `limit` rows; return True if nothing more can be claimed."""
-        # Rows that end as dead letters or need no vector do not count as embedded, so a run of them does not end the work;
-        # ten times max_rows bounds the transaction all the same.
+        # Rows that end as dead letters or need no vector do not count as embedded, so a run of them does not end the
+        # work. Ten times max_rows bounds the transaction all the same.
         self._left = None
         while self.embedded < limit and self._examined < 10 * self._max_rows:
             self._batch_rows = min(_BATCH_ROWS, limit - self.embedded)

@@ -11,9 +11,9 @@ K = TypeVar("K", bound=Hashable)
 class Turns:
     """Whose turn it is: each source gets rows in proportion to its weight.
 
-    Stride scheduling (Waldspurger and Weihl, 1995) over rows claimed: a source's clock advances by rows divided by weight,
-    and the source whose clock is behind goes first. One that had nothing to do does not save up turns. One that could not
-    be asked for a while, because its provider was busy, keeps its account.
+    Stride scheduling (Waldspurger and Weihl, 1995) over rows claimed. A source's clock advances by rows divided by
+    weight, and the source whose clock is behind goes first. One that had nothing to do does not save up turns. One
+    that could not be asked for a while, because its provider was busy, keeps its account.
     """
 
     def __init__(self) -> None:

@@ -312,9 +312,9 @@ def _nightly_command(repair: bool) -> str:
 def wake_launcher(session: Session) -> None:
     """Wake pg_cron's launcher where another session waits for it.
 
-    In libpq mode the launcher of pg_cron 1.4 heeds no interrupt while a job is running, and a resident worker always is:
-    DROP DATABASE, which waits until every process has taken note, would hang until the worker's end (measured: over
-    16 s and going on; 1 s with this). A change in cron.job makes the launcher read its jobs again, and take note.
+    In libpq mode the launcher of pg_cron 1.4 heeds no interrupt while a job is running, and a resident worker always
+    is. DROP DATABASE waits until every process has taken note, so it would hang until the worker's end. Measured:
+    over 16 s and going on; 1 s with this. A change in cron.job makes the launcher read its jobs again, and take note.
     """
     if cron.has_cron(session) and session.scalar(
         "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'ProcSignalBarrier' LIMIT 1"

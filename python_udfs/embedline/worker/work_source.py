@@ -1,7 +1,7 @@
 """WorkSource: the interface to one kind of work of one pipeline.
 
-It stands for a queue and for the tables of its results. Its signatures hold values alone. The connection and the form of
-the claims are the implementation's, so that a worker outside the database can have an implementation that calls SQL
+It stands for a queue and for the tables of its results. Its signatures hold values alone. The connection and the form
+of the claims are the implementation's. So a worker outside the database can have an implementation that calls SQL
 functions.
 """
 

@@ -3,9 +3,9 @@
 Users' expressions enter only the functions of content, filter, prefix and tenant and what reads through them; these belong
 to the source's owner. The trigger functions and tables belong to Embedline and hold key columns only.
 
-The triggers' conditions compare the input columns and never evaluate the expression as the writer: it could raise, or
-call what the writer may not call, and an application's write never fails because of Embedline. Only where an input
-changed does `<pipeline>_changed` evaluate it, as the source's owner, and an error counts as a change.
+The triggers' conditions compare the input columns and never evaluate the expression as the writer. It could raise, or
+call a function that the writer may not call. An application's write never fails because of Embedline. Only where an
+input changed does `<pipeline>_changed` evaluate it, as the source's owner, and an error counts as a change.
 
 Bodies are quoted as constants: between dollar signs, a column's name that holds the same tag would end them.
 

@@ -23,9 +23,9 @@ def _missing_statement(plan: CapturePlan) -> str:
 
     An update that moved a row to a block already read was not captured.
 
-    Such a row has no document, or, where rows are read again, one of before: cut by another recipe, by another model, or of
-    the content and filter of before an alteration. Only of the last kind is the content computed, so that the sweep of rows
-    that are as they should be costs one join.
+    Such a row has no document or, while rows are read again, an earlier one. That one was cut by another recipe, by
+    another model, or from the content and filter before an alteration. Only of the last kind is the content computed,
+    so that the sweep of rows that are as they should be costs one join.
     """
     accepted = f"coalesce({plan.call('filter', plan.filter, 'source_row')}, false)" if plan.filter else "true"
     inputs = ", ".join(f"source_row.{quote_ident(name)}" for name, _ in plan.expression_columns)

@@ -6,7 +6,7 @@
     embedline_search.<pipeline>_v<n>_ranked(query, row_limit)                    exactly, all
     embedline_data.<pipeline>_v<n>_exact                                         copies of vectors that are far from all others
 
-They rank a version's table alone and join only the best rows with their source, so no estimate of a join can lead the
+They rank a version's table alone and join only the best rows with their source. So no estimate of a join can lead the
 planner away from the index. With a key of two columns it expected 5 rows of 4,999, and ranked all of them exactly.
 
 The functions run with their caller's rights, as the views do, and the planner inlines them. Their bodies are parsed when

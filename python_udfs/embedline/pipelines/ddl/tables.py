@@ -19,7 +19,7 @@ HIDDEN_COMMENT = (
 LENT_COMMENT = (
     "Vectors of chunks that a new row of the same key has replaced, until no earlier change waits that could use them"
 )
-RECIPE_COMMENT = "Stamp of the versions'' fingerprints that the document was cut by; with another one it is cut anew"
+RECIPE_COMMENT = "Stamp of the versions'' fingerprints that the document was cut by; with another one it is cut again"
 PREFIX_COMMENT = "Text put before the chunk for embedding, NULL if none"
 
 
@@ -193,7 +193,7 @@ def claim_statements(plan: CapturePlan) -> list[str]:
             enqueued_at timestamptz NOT NULL,
             CONSTRAINT {quote_ident(names.generated(plan.name, "claim_pkey"))} PRIMARY KEY (claim_id)
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500)""",
-        f"COMMENT ON TABLE {table} IS 'Changed keys in the hands of a worker, all of one claim in one row'",
+        f"COMMENT ON TABLE {table} IS 'Changed keys in flight, all of one claim in one row'",
         f"REVOKE ALL ON TABLE {table} FROM public",
     ]
 

@@ -13,8 +13,8 @@ def trigger_function_statements(plan: CapturePlan) -> list[str]:
 
     They are SECURITY DEFINER, so an application role needs no right on our tables.
 
-    They run as Embedline's owner, and what casts a column of another type than when they were written may be a function of
-    the source's owner. So they check the types first.
+    They run as Embedline's owner. If a column has another type by now, a function of the source's owner may cast it.
+    So they check the types first.
     """
     bodies = _statement_bodies(plan) if plan.capture == "statement" else _row_bodies(plan)
     changed = " OR ".join(_differs(key.source_name) for key in plan.keys)
@@ -113,11 +113,11 @@ def _statement_bodies(plan: CapturePlan) -> dict[str, str]:
         f"d.{quote_ident(key.name)} = n.{quote_ident(key.source_name)}::{key.type}" for key in plan.keys
     )
     return {
-        # A row may come under the key of a deleted one whose chunks still stand: these must not be shown with it. Large
-        # loads search for such only while deleted keys wait: 50,000 rows beside 1,000,000 documents cost 1.3 times the bare
-        # insert without the search, 1.9 times with it. A look-up for each row, because the first statement of a session
-        # decides the plan for all later ones. An old snapshot may see neither the deletion nor which chunks stand: there all
-        # new rows are hidden until a worker has compared them.
+        # A row may come under the key of a deleted one whose chunks still stand: these must not be shown with it.
+        # Large loads search for such rows only while deleted keys wait. 50,000 rows beside 1,000,000 documents cost
+        # 1.3 times the bare insert without the search, 1.9 times with it. A look-up for each row, because the first
+        # statement of a session decides the plan for all later ones. An old snapshot may see neither the deletion nor
+        # which chunks stand: there all new rows are hidden until a worker has compared them.
         "insert": f"""
         {plan.enqueue(plan.keys_of_row("n"), "new_rows AS n")}
         IF {_OLD_SNAPSHOT} THEN

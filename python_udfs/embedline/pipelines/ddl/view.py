@@ -15,8 +15,8 @@ class ShownVersion:
 
     It has a number, a chunk set, and the type that the view gives the vectors.
 
-    The routing view shows them without dimensions ("public.vector"): so CREATE OR REPLACE VIEW can put a version of other
-    dimensions in their place, and an index is found all the same. `type_name` None leaves the column's own type.
+    The routing view shows them without dimensions ("public.vector"). So CREATE OR REPLACE VIEW can put a version of
+    other dimensions in their place, and an index is still found. `type_name` None leaves the column's own type.
     """
 
     number: int
@@ -31,11 +31,11 @@ def view_query(
 
     `columns` are (column, its name in the view, whether it is one of CHUNK_COLUMNS).
 
-    For a join over a key of several columns the planner multiplies what each column keeps: it expected 5 rows of 4,999, and
-    ranked all exactly rather than by the index. Of a LEFT JOIN it expects all rows of the left side. The condition leaves out
-    rows without a source row, in a form from which the planner does not make the plain join again; a filter on a column of
-    the source still does, and is used first. Row-level security would not be used first, so a source with it (`has_policies`)
-    keeps the plain join.
+    For a join over a key of several columns the planner multiplies the selectivity of each column. It expected 5 rows
+    of 4,999, and ranked all exactly rather than by the index. Of a LEFT JOIN it expects all rows of the left side.
+    The condition leaves out rows without a source row, in a form from which the planner does not make the plain join
+    again. A filter on a column of the source still does, and is used first. Row-level security would not be used
+    first, so a source with it (`has_policies`) keeps the plain join.
     """
     vector = f"v.{quote_ident(names.vector_column(shown.number))}"
     chunk_sources = {
@@ -71,8 +71,8 @@ def view_query(
 def is_shown(plan: CapturePlan, chunk: str) -> str:
     """The condition that a chunk is not hidden.
 
-    An anti-join over the index of a table that is nearly always empty. As a subquery under CASE it had the table read whole
-    for each search, and a filter on 400 of 40,000 rows took 15 ms in place of 3.
+    An anti-join over the index of a table that is nearly always empty. As a subquery under CASE it had the table read
+    whole for each search. A filter on 400 of 40,000 rows took 15 ms in place of 3.
     """
     same = " AND ".join(f"h.{quote_ident(key.name)} = {chunk}.{quote_ident(key.name)}" for key in plan.keys)
     return f"NOT EXISTS (SELECT FROM {plan.generated('hidden')} AS h WHERE {same})"

@@ -12,8 +12,9 @@ from embedline.queue.outbox import ClaimedRow
 class Claim:
     """Rows that were claimed together, from one queue.
 
-    A worker's marks are in one of four places: a row of the table of claims (`claim_id`), a range of the backfill
-    (`range_id`), lists of a version's queue (`queue_ids`), the outbox (`outbox_ids`).
+    A worker's marks are in one of four places. Keys of the inbox have a row of the table of claims (`claim_id`), blocks
+    of the backfill a range (`range_id`). Chunks have lists of the version's queue (`queue_ids`), and each row of the
+    outbox its own number (`outbox_ids`).
     """
 
     rows: list[ClaimedRow]

@@ -14,6 +14,7 @@ _PRELUDE = """
     import dataclasses, json
     from embedline.spending import ledger as spending
     from embedline.catalog.load import load_pipeline
+    from embedline.postgres.claims import TransactionClaims, WorkerClaims
     from embedline.postgres.session import Session
     session = Session(plpy, GD)
     pipeline = load_pipeline(session, name)
@@ -21,7 +22,8 @@ _PRELUDE = """
 _FUNCTIONS = f"""
     CREATE FUNCTION public.ledger_reserve(name text, tokens bigint[], worker integer) RETURNS text LANGUAGE plpython3u AS $python$
     {_PRELUDE}
-    return json.dumps(dataclasses.asdict(spending.reserve(session, pipeline, tokens, worker)))
+    claims = TransactionClaims() if worker is None else WorkerClaims(worker)
+    return json.dumps(dataclasses.asdict(spending.reserve(session, pipeline, tokens, claims)))
     $python$;
     CREATE FUNCTION public.ledger_settle(name text, reservation bigint, tokens bigint) RETURNS void
     LANGUAGE plpython3u AS $python$

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from embedline.catalog.rights import caller, require_control
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
@@ -50,9 +48,14 @@ def move_pipeline(session: Session, name: str, new_source: str) -> None:
         _queue_gone(session, pipeline, target, swap.keys)
     with being_reshaped(session, [name]):
         reshaping = Reshaping(session, [pipeline])
-        retry_locked(session, lambda: _drop_triggers(session, pipeline), "the source")
-        take_away = partial(reshaping.take_away, ranks_on=not swap.is_needed)
-        retry_locked(session, take_away, "a view of the pipeline")
+
+        def exchange() -> None:
+            # In one try, because a reader of the view has locked it and waits for the source. A session that keeps the source
+            # while it tries for the view would deadlock with that reader.
+            _drop_triggers(session, pipeline)
+            reshaping.take_away(ranks_on=not swap.is_needed)
+
+        retry_locked(session, exchange, "the source or a view of the pipeline")
         reshaping.put_back(target.oid, reads_again=True)
 
 

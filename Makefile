@@ -38,7 +38,8 @@ demo-upgrade: up ## another model for pages that are searched and edited all the
 _test-setup: up
 	@$(BOOTSTRAP) test-setup
 
-# Four processes on two cores: most tests wait for a backend or a model host. The order is that of tests/conftest.py.
+# Four processes on two cores, because most tests wait for a backend or a model host; three for faults, some of which have a
+# limit in seconds. The order is that of tests/conftest.py.
 PYTEST := EMBEDLINE_TORCH=$(TORCH) $(WITH_DSN) .venv/bin/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30
 
 test: _test-setup ## run the tests but those of faults (ARGS='-k name' goes to pytest; TORCH=1 insists on torch, 0 skips it)
@@ -47,7 +48,7 @@ test: _test-setup ## run the tests but those of faults (ARGS='-k name' goes to p
 
 test-faults: _test-setup ## run the tests that kill, break and slow down, and those that wait for pg_cron
 	@echo "» Running the tests of faults" >&2
-	@$(PYTEST) -m faults $(ARGS)
+	@$(PYTEST) --numprocesses 3 -m faults $(ARGS)
 
 # Statements that run in backends and model hosts count, too: see tests/measuring.
 coverage: _test-setup ## run all tests and print which statements of the package they run, in servers and outside (ARGS)

@@ -173,7 +173,7 @@ def test_a_worker_has_the_host_run_before_a_search_needs_it(page: psycopg.Connec
     with working(page):
         log = host_file(postmaster_pid(page), "log")
         wait_until(
-            # A host that starts makes its log anew.
+            # A host that starts replaces the log.
             lambda: log.exists() and re.findall(r"host (\d+) listens", log.read_text()) not in ([], [str(first)]),
             30,
             "one listens",

@@ -173,15 +173,13 @@ def _row_count(session: Session, pipeline: Pipeline) -> int:
     return int(session.scalar(f"SELECT count(*) FROM {pipeline.vectors}"))
 
 
-def sample_vectors(session: Session, pipeline: Pipeline, count: int) -> FloatMatrix:
-    """Return up to `count` random vectors of the version, shape (rows, dimensions).
+def random_chunks(pipeline: Pipeline) -> str:
+    """Return the CTE `picked` of up to $1 random chunk ids of the version.
 
-    They are found through the primary key.
+    They are found through the primary key, at the same cost on any table.
     """
-    version = pipeline.version
-    rows = session.query(
-        f"""
-        WITH target AS MATERIALIZED (
+    return f"""
+        target AS MATERIALIZED (
             SELECT b.low + floor(random() * (b.high - b.low + 1))::bigint AS chunk_id
             FROM (SELECT min(chunk_id) AS low, max(chunk_id) AS high FROM {pipeline.vectors}) AS b
             CROSS JOIN generate_series(1, $1)
@@ -190,6 +188,18 @@ def sample_vectors(session: Session, pipeline: Pipeline, count: int) -> FloatMat
                 SELECT v.chunk_id FROM {pipeline.vectors} AS v WHERE v.chunk_id >= t.chunk_id ORDER BY v.chunk_id LIMIT 1
             ) AS p
         )
+    """
+
+
+def sample_vectors(session: Session, pipeline: Pipeline, count: int) -> FloatMatrix:
+    """Return up to `count` random vectors of the version, shape (rows, dimensions).
+
+    They are found through the primary key.
+    """
+    version = pipeline.version
+    rows = session.query(
+        f"""
+        WITH {random_chunks(pipeline)}
         SELECT {vector_schema(session)}.{version.column_type}_send(v.{quote_ident(version.column)}) AS vector
         FROM picked AS p JOIN {pipeline.vectors} AS v ON v.chunk_id = p.chunk_id ORDER BY random()
         """,

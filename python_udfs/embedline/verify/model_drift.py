@@ -28,7 +28,7 @@ from embedline.postgres.locks import hold_source
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
-from embedline.search.exact_rows import keep_exact
+from embedline.search.exact_rows import keep_exact, random_chunks
 from embedline.spending import ledger
 
 MAX_SAMPLE = 1000
@@ -152,15 +152,7 @@ def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str,
     version = pipeline.version
     rows = session.query(
         f"""
-        WITH target AS MATERIALIZED (
-            SELECT b.low + floor(random() * (b.high - b.low + 1))::bigint AS chunk_id
-            FROM (SELECT min(chunk_id) AS low, max(chunk_id) AS high FROM {pipeline.vectors}) AS b
-            CROSS JOIN generate_series(1, $1)
-        ), picked AS MATERIALIZED (
-            SELECT DISTINCT p.chunk_id FROM target AS t CROSS JOIN LATERAL (
-                SELECT v.chunk_id FROM {pipeline.vectors} AS v WHERE v.chunk_id >= t.chunk_id ORDER BY v.chunk_id LIMIT 1
-            ) AS p
-        )
+        WITH {random_chunks(pipeline)}
         SELECT uuid_send(c.content_hash) AS digest, {keys.as_json(pipeline, "c")} AS key, c.prefix, c.content,
             {vector_schema(session)}.{version.column_type}_send(v.{quote_ident(version.column)}) AS vector
         FROM picked AS p

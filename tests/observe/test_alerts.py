@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import psycopg
 import pytest
 
@@ -9,6 +12,8 @@ from stub_provider import StubProvider
 from support import create_pages, create_pipeline, drain, scalar, settle, wait_until
 from working import create_stub_model, create_stub_pipeline, dsn_of, insert_rows, work_until_idle, working
 
+# An alert's name follows its severity, or stands in the CASE that tells findings of verify apart.
+_NAMES = r"(?:END|'critical'|'warning'|'note'),\s*'([a-z_]+)'|(?<=THEN ')(?:model|vectors)_[a-z]+"
 _ALERTS = "SELECT alert, severity, subject FROM embedline.alert WHERE alert <> 'old_pgvector'"
 
 
@@ -184,3 +189,13 @@ def test_a_killed_worker_whose_rows_wait(pages: psycopg.Connection, stub: StubPr
     pages.execute("SELECT embedline.configure('alert_lag_seconds')")
     work_until_idle(pages)
     assert _alerts(pages) == {}
+
+
+def test_the_on_call_page_and_the_reference_name_each_alert() -> None:
+    root = Path(__file__).resolve().parents[2]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((root / "sql" / "functions").glob("_*_alerts.sql"))]
+    named = {found[1] or found[0] for text in texts for found in re.finditer(_NAMES, text)}
+    assert len(named) > 15
+    for page in ("docs/on-call.md", "docs/reference/monitoring.md"):
+        text = (root / page).read_text(encoding="utf-8")
+        assert {name for name in named if f"`{name}`" not in text} == set()

@@ -30,8 +30,9 @@ from embedline.pipelines.functions import (
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.recipe_check import check_weight, next_chunking
 from embedline.pipelines.register import recipe_stamp, version_fingerprint
+from embedline.pipelines.replaced_views import refresh_views
 from embedline.pipelines.state import load_alone
-from embedline.pipelines.views import refresh_views, write_serving_function
+from embedline.pipelines.views import write_serving_function
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import data_name

@@ -24,6 +24,8 @@ SEED = 4
 LIMIT = 1.05
 PARALLEL, SERIAL = 2, 0
 NAME = "embedline_data.bench_v1_embedding_idx"
+# Watches the build, as the command does.
+_LISTENER = build_index.Listener(lambda phase, percent: None)
 
 SETUP = (
     "CREATE TABLE bench_source (id bigint PRIMARY KEY, body text NOT NULL)",
@@ -86,7 +88,7 @@ def _besides(bench: Bench, connection: psycopg.Connection[Any]) -> None:
     for _ in range(3):
         connection.execute(f"DROP INDEX IF EXISTS {NAME}")
         client = _Clocked(connection)
-        whole = timed(lambda c=client: build_index.build(c, "bench", report=lambda phase, percent: None))
+        whole = timed(lambda c=client: build_index.build(c, "bench", listener=_LISTENER))
         seconds.append(whole - client.seconds[0])
         shares.append(whole / client.seconds[0])
     detail = f"{statistics.median(seconds) * 1000:.0f} ms: counts, preflight, settings, observer, check"
@@ -110,7 +112,7 @@ class _Clocked(build_index.PsycopgClient):
 
 def _ours(connection: psycopg.Connection[Any], workers: int) -> None:
     client = build_index.PsycopgClient(connection)
-    if build_index.build(client, "bench", parallel_workers=workers, report=lambda phase, percent: None) is None:
+    if build_index.build(client, "bench", parallel_workers=workers, listener=_LISTENER) is None:
         raise SystemExit("there was nothing to build")
 
 

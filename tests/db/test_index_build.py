@@ -57,7 +57,7 @@ def _searched(connection: psycopg.Connection) -> int:
 def _build(connection: psycopg.Connection, version: int | None = 2, **options: object) -> tuple[str | None, list[str]]:
     told: list[str] = []
     client = build_index.PsycopgClient(connection)
-    statement = build_index.build(client, "page", version, tell=told.append, **options)  # type: ignore[arg-type]
+    statement = build_index.build(client, "page", version, listener=build_index.Listener(tell=told.append), **options)  # type: ignore[arg-type]
     return statement, told
 
 
@@ -95,7 +95,8 @@ def test_sqlalchemy_builds_as_psycopg_does(complete: psycopg.Connection, databas
     phases: list[str] = []
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         client = build_index.SqlAlchemyClient(connection)
-        statement = build_index.build(client, "page", 2, report=lambda phase, percent: phases.append(phase))
+        listener = build_index.Listener(lambda phase, percent: phases.append(phase))
+        statement = build_index.build(client, "page", 2, listener=listener)
         assert "page_v2" in str(statement)
         assert build_index.build(client, "page", 2) is None
         with pytest.raises(sqlalchemy.exc.DBAPIError) as caught:
@@ -257,7 +258,10 @@ def test_a_parallel_build_that_fails_is_tried_again_serially(complete: psycopg.C
     complete.execute("SET min_parallel_table_scan_size = 0")
     client = _TakesTooMuch(complete)
     told: list[str] = []
-    assert build_index.build(client, "page", 2, parallel_workers=2, tell=told.append) is not None
+    assert (
+        build_index.build(client, "page", 2, parallel_workers=2, listener=build_index.Listener(tell=told.append))
+        is not None
+    )
     assert client.failures == ["53100"]
     assert any("serially" in notice for notice in told)
     assert _indexes(complete) == {"page_v1_embedding_idx": "missing", "page_v2_embedding_idx": "valid"}

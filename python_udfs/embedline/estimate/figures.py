@@ -1,4 +1,4 @@
-"""The figures of an estimate, from the chunks of a sample and the speed of a model."""
+"""Compute the figures of an estimate from a sample and the speed of a model."""
 
 from __future__ import annotations
 

@@ -569,7 +569,7 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._index_state(index_name text)
 RETURNS text
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._is_type(given regtype, wanted regtype)

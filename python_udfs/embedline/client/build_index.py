@@ -287,7 +287,9 @@ def _drop(client: Client, plan: _Plan) -> None:
     A valid index, or one that another session builds, is never dropped.
     """
     query = (
-        f"SELECT 1 FROM pg_index AS i WHERE i.indexrelid = to_regclass({quote_literal(plan.index)}) AND NOT i.indisvalid"
+        "SELECT 1 FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid"
+        f" WHERE c.oid = to_regclass({quote_literal(plan.index)}) AND embedline._index_state(c.relname) = 'invalid'"
+        # While another index of the table is built, the drop would wait for that build.
         " AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.relid = i.indrelid)"
     )
     if client.execute(query):

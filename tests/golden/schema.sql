@@ -240,6 +240,7 @@ CREATE TABLE embedline.pipeline (
     altered_at timestamp with time zone,
     source_name text,
     is_resting boolean DEFAULT false NOT NULL,
+    input_columns jsonb DEFAULT '{}'::jsonb NOT NULL,
     CONSTRAINT pipeline_capture_check CHECK ((capture = ANY (ARRAY['statement'::text, 'row'::text]))),
     CONSTRAINT pipeline_name_key UNIQUE (name),
     CONSTRAINT pipeline_pkey PRIMARY KEY (pipeline_id),

@@ -308,3 +308,23 @@ def test_an_upgrade_gives_the_tables_of_existing_pipelines_a_replica_identity(
     with psycopg.connect(database_dsn, autocommit=True) as session:
         settle(session)
     assert scalar(database, "SELECT count(*) FROM page_embedding") == 5
+
+
+def test_an_upgrade_finds_the_input_columns_of_existing_pipelines(
+    database: psycopg.Connection, database_dsn: str
+) -> None:
+    database.execute(
+        'CREATE TABLE odd (id int PRIMARY KEY, gone text, "a ON b" text, "Q""x(," text, plain text, shown boolean, owner text)'
+    )
+    database.execute("ALTER TABLE odd DROP COLUMN gone")
+    database.execute(
+        "SELECT embedline.create_pipeline('odd', 'odd', $$\"a ON b\" || plain || \"Q\"\"x(,\"$$, 'static-256', filter => 'shown',"
+        " document_prefix => '\"Q\"\"x(,\"', tenant => 'owner')"
+    )
+    database.execute('ALTER TABLE odd RENAME COLUMN plain TO "source_row.plain"')
+    inputs = "SELECT input_columns FROM embedline.pipeline WHERE name = 'odd'"
+    created = scalar(database, inputs)
+    assert created == {"content": [3, 4, 5], "filter": [6], "prefix": [4], "tenant_value": [7]}
+    _alembic(database_dsn, "downgrade", "0017")
+    _alembic(database_dsn, "upgrade", "head")
+    assert scalar(database, inputs) == created

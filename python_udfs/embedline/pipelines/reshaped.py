@@ -18,13 +18,14 @@ from embedline.core import names
 from embedline.core.json_values import as_mapping
 from embedline.core.sql_text import quote_ident
 from embedline.errors import DependentObjects, NotFound
-from embedline.pipelines.alter import expressions_in_use, replace_functions, restart_ranges
+from embedline.pipelines.alter import replace_functions, restart_ranges
 from embedline.pipelines.changed_keys import KeySwap
 from embedline.pipelines.ddl.plan import CHUNK_COLUMNS, TABLES, CapturePlan, KeyColumn, SourceExpression
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.triggers import trigger_statements
 from embedline.pipelines.expressions import deparse_again
 from embedline.pipelines.functions import rewrite_trigger_functions
+from embedline.pipelines.inputs import PARAMETERS, Input, load_inputs, store_inputs
 from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers
 from embedline.pipelines.register import grant_tables
 from embedline.pipelines.replaced_views import attributes_by_name
@@ -42,10 +43,8 @@ from embedline.pipelines.views import (
 from embedline.postgres.kept_views import KeptView, put_back
 from embedline.postgres.session import Session
 
-# The parameter of each expression, by the suffix of its function.
-PARAMETERS = {"content": "content", "filter": "filter", "prefix": "document_prefix", "tenant_value": "tenant"}
 _STORED = """
-    SELECT p.input_attributes, p.source_columns, p.view_attributes, p.capture, p.expression_search_path,
+    SELECT p.source_columns, p.view_attributes, p.capture, p.expression_search_path,
         jsonb_build_object('content', p.content_expression, 'filter', p.filter_expression,
             'prefix', p.document_prefix_expression, 'tenant_value', p.tenant_expression) AS expressions,
         (SELECT pg_get_userbyid(c.relowner) FROM pg_class AS c WHERE c.oid = p.source) AS owner,
@@ -54,14 +53,6 @@ _STORED = """
         (SELECT t.tgattr = '' FROM pg_trigger AS t
          WHERE t.tgrelid = p.source AND t.tgname = 'embedline_' || p.name || '_update') AS watches_all
     FROM embedline.pipeline AS p WHERE p.name = $1
-"""
-_ARGUMENTS = """
-    SELECT w.suffix, coalesce(p.proargnames, '{}') AS names, ARRAY(
-        SELECT format_type(t.type_oid, NULL) FROM unnest(p.proargtypes::oid[]) WITH ORDINALITY AS t (type_oid, position)
-        ORDER BY t.position) AS types
-    FROM unnest($2::text[]) WITH ORDINALITY AS w (suffix, position)
-    JOIN pg_proc AS p ON p.proname = $1 || '_' || w.suffix AND p.pronamespace = 'embedline_expression'::regnamespace
-    ORDER BY w.position
 """
 _COLUMNS = """
     SELECT a.attname, a.attnum, format_type(a.atttypid, NULL) AS type FROM pg_attribute AS a
@@ -83,27 +74,11 @@ _STORE_SOURCE = """
         key_attributes = (SELECT array_agg(a.attnum ORDER BY k.position)
             FROM unnest($4::text[]) WITH ORDINALITY AS k (name, position)
             JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-        input_attributes = (SELECT coalesce(array_agg(a.attnum ORDER BY k.position), '{}')
-            FROM unnest($5::text[]) WITH ORDINALITY AS k (name, position)
-            JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-        key_columns = $6, key_types = $7, view_columns = $8, view_attributes = $9
+        key_columns = $5, key_types = $6, view_columns = $7, view_attributes = $8
     WHERE p.name = $1
 """
 _STORE_VIEW = "UPDATE embedline.pipeline SET routing_view = $2::regclass WHERE pipeline_id = $1"
 _STORE_VERSION_VIEW = "UPDATE embedline.version SET view = $2::regclass WHERE version_id = $1"
-
-
-@dataclass(frozen=True)
-class Input:
-    """A column that an expression reads.
-
-    It has its number and name in the source, and the name that the expression uses.
-    """
-
-    number: int | None
-    name: str
-    known_as: str
-    type: str
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,7 @@ class ReshapedPipeline:
         stored = session.query(_STORED, ["text"], pipeline.name)[0]
         view = next((view for view in kept if view.oid == pipeline.view_oid), None)
         layout = _routing_layout(pipeline, stored, view) if view is not None else []
-        return cls(session, pipeline, stored, _inputs(session, pipeline, stored), layout)
+        return cls(session, pipeline, stored, load_inputs(session, pipeline), layout)
 
     def write(self, source_oid: int, *, reads_again: bool) -> None:
         """Write everything but the views."""
@@ -242,11 +217,11 @@ class ReshapedPipeline:
         view_columns |= {key.name: shown.get(key.source_name, key.source_name) for key in plan.keys}
         attributes = {name: numbers[column] for column, name in shown.items()}
         self.session.query(
-            _STORE_SOURCE, ["text", "bigint", "text", "text[]", "text[]", "text[]", "text[]", "jsonb", "jsonb"],
+            _STORE_SOURCE, ["text", "bigint", "text", "text[]", "text[]", "text[]", "jsonb", "jsonb"],
             plan.name, source.oid, plan.capture, [key.source_name for key in plan.keys],
-            [name for name, _ in plan.expression_columns], [key.name for key in plan.keys],
-            [key.type for key in plan.keys], json.dumps(view_columns), json.dumps(attributes),
+            [key.name for key in plan.keys], [key.type for key in plan.keys], json.dumps(view_columns), json.dumps(attributes),
         )  # fmt: skip
+        store_inputs(self.session, plan)
         self.session.query("SELECT embedline._resolve_attributes()")
 
     def put_routing_view_back(self, view: KeptView) -> None:
@@ -320,33 +295,3 @@ def load_source_now(session: Session, oid: int, pipeline: Pipeline) -> Source:
         oid=oid, schema=row["schema"], name=row["name"], owner=row["owner"], partitioned=row["partitioned"],
         subscribed=row["subscribed"], is_child=row["is_child"],
     )  # fmt: skip
-
-
-def _inputs(session: Session, pipeline: Pipeline, stored: dict[str, Any]) -> dict[str, tuple[Input, ...]]:
-    """Return the columns that each expression reads, from its function.
-
-    Those that went with a CASCADE are known from the catalogue.
-    """
-    functions = session.query(_ARGUMENTS, ["text", "text[]"], pipeline.name, list(PARAMETERS))
-    now = {int(row["attnum"]): str(row["attname"]) for row in session.query(_COLUMNS, ["bigint"], pipeline.source_oid)}
-    numbers = {name: number for number, name in now.items()}
-    called = {
-        suffix: [name for name, _ in expression.columns]
-        for suffix, expression in expressions_in_use(session, pipeline).items()
-    }
-    names = {int(k): str(v) for k, v in as_mapping(stored["source_columns"]).items()}
-    arguments = {row["suffix"]: list(zip(row["names"], row["types"], strict=True)) for row in functions}
-    watched = [pair for suffix in ("content", "filter", "prefix") for pair in arguments.get(suffix, ())]
-    places = list(dict.fromkeys(watched))
-    noted = list(stored["input_attributes"])
-    by_place = dict(zip(places, noted, strict=True)) if len(places) == len(noted) else {}
-    found: dict[str, tuple[Input, ...]] = {}
-    for suffix, pairs in arguments.items():
-        columns = called.get(suffix)
-        inputs = []
-        for i, (name, kind) in enumerate(pairs):
-            number = by_place.get((name, kind))
-            shown = columns[i] if columns else names.get(number or 0, name)
-            inputs.append(Input(numbers.get(shown, number), shown, name, kind))
-        found[suffix] = tuple(inputs)
-    return found

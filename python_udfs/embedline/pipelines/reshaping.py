@@ -14,7 +14,8 @@ from embedline.catalog.values import Pipeline
 from embedline.pipelines.ddl.plan import FUNCTIONS
 from embedline.pipelines.ddl.search_functions import ranking_names
 from embedline.pipelines.functions import generated_functions
-from embedline.pipelines.reshaped import PARAMETERS, ReshapedPipeline
+from embedline.pipelines.inputs import PARAMETERS
+from embedline.pipelines.reshaped import ReshapedPipeline
 from embedline.pipelines.views import view_exists
 from embedline.postgres.kept_views import drop_kept, fill, keep_with_dependents, put_back
 from embedline.postgres.relations import SEARCH_SCHEMA

@@ -61,7 +61,7 @@ def test_the_trouble_of_one_pipeline_stops_no_other(database: psycopg.Connection
             database.execute(f"DELETE FROM {name} WHERE id = 1".encode())
     database.execute("INSERT INTO embedline.verification (pipeline_id, verified_at) SELECT pipeline_id, '2000-01-01'"
                      " FROM embedline.pipeline")  # fmt: skip
-    database.execute("UPDATE embedline.setting SET value = '1 day' WHERE name = 'dead_letter_retention'")
+    database.execute("SELECT embedline.configure('dead_letter_retention', '1 day')")
     database.execute(
         "INSERT INTO embedline.dead_letter (pipeline_id, key, stage, error_code, message, attempts, created_at)"
         " SELECT pipeline_id, '{\"id\": \"2\"}', 'embed', 'EL012', 'old', 1, '2000-01-01' FROM embedline.pipeline"

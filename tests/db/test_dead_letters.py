@@ -145,7 +145,7 @@ def test_old_dead_letters_are_purged_and_their_rows_stay_dead(letters: psycopg.C
     )
     assert scalar(letters, "SELECT embedline.purge_dead_letters(interval '1 year')") == 0
     assert scalar(letters, "SELECT embedline.purge_dead_letters()") == 2
-    letters.execute("UPDATE embedline.setting SET value = '0 days' WHERE name = 'dead_letter_retention'")
+    letters.execute("SELECT embedline.configure('dead_letter_retention', '0 days')")
     assert scalar(letters, "SELECT embedline.purge_dead_letters()") == 1
     # No sweep brings them back to the queue ...
     assert letters.execute("SELECT * FROM embedline.verify('page', true, 0)").fetchall() == []
@@ -154,6 +154,29 @@ def test_old_dead_letters_are_purged_and_their_rows_stay_dead(letters: psycopg.C
     # ... a change of the row does.
     letters.execute("UPDATE page SET body = 'harmless' WHERE id = 3")
     assert drain(letters) == 1
+
+
+def test_the_retention_is_configured_as_an_interval(database: psycopg.Connection) -> None:
+    stored = "SELECT value FROM embedline.setting WHERE name = 'dead_letter_retention'"
+    assert scalar(database, "SELECT embedline.configure('dead_letter_retention', '30 days')") == "30 days"
+    assert scalar(database, stored) == "30 days"
+    for wrong in ("'soon'", "'-1 day'", "30"):
+        with pytest.raises(errors.InvalidParameterValue, match="interval") as caught:
+            database.execute(f"SELECT embedline.configure('dead_letter_retention', {wrong})")
+        assert "'90 days'" in str(caught.value.diag.message_hint)
+    assert scalar(database, stored) == "30 days"
+    assert scalar(database, "SELECT embedline.configure('dead_letter_retention', NULL)") == "90 days"
+    assert scalar(database, stored) == "90 days"
+
+
+def test_a_number_may_be_configured_as_text(database: psycopg.Connection) -> None:
+    assert scalar(database, "SELECT embedline.configure('max_rows', '50')") == "50"
+    assert scalar(database, "SELECT embedline.configure('max_rows', 50)") == 50
+    with pytest.raises(errors.InvalidParameterValue, match="max_rows must be a number"):
+        database.execute("SELECT embedline.configure('max_rows', 'many')")
+    with pytest.raises(errors.InvalidParameterValue, match="no setting"):
+        database.execute("SELECT embedline.configure('created_extension_vector', 'true')")
+    assert scalar(database, "SELECT embedline.configure('max_rows', NULL)") == "4000"
 
 
 def test_a_negative_age_is_refused(letters: psycopg.Connection) -> None:

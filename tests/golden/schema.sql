@@ -735,6 +735,11 @@ RETURNS double precision
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.configure(setting text, value text)
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.configure_backfill(pipeline_name text, version_number integer, backfill_order text DEFAULT NULL::text, backfill_rate integer DEFAULT NULL::integer)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER

@@ -7,6 +7,7 @@ import pytest
 from psycopg import errors
 
 from embedline.dev.cluster.server import Cluster
+from generated_names import Generated
 from support import assert_exact, create_pages, create_pipeline, scalar, settle, wait_until
 
 JOBS = "SELECT schedule, command FROM cron.job WHERE jobname = 'embedline nightly'"
@@ -54,7 +55,7 @@ def test_the_trouble_of_one_pipeline_stops_no_other(database: psycopg.Connection
         create_pages(database, 5, table=name)
         create_pipeline(database, name, name)
     settle(database)
-    database.execute("DROP FUNCTION embedline_data.second_audit(integer, timestamptz)")
+    database.execute(f"DROP FUNCTION {Generated('second')('audit')}(integer, timestamptz)")
     for name in ("first", "third"):
         with database.transaction():
             database.execute("SET LOCAL session_replication_role = replica")

@@ -16,6 +16,7 @@ from pytest_postgresql.executors import NoopExecutor
 
 import programs
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from support import MODELS, ROOT, assert_exact, create_pages, create_pipeline, drain, scalar, settle, uri
 
 _CATALOGUE = {
@@ -299,7 +300,7 @@ def test_an_upgrade_gives_the_tables_of_existing_pipelines_a_replica_identity(
 ) -> None:
     create_pages(database, 5)
     create_pipeline(database)
-    identity = "SELECT relreplident::text FROM pg_class WHERE oid = 'embedline_data.page_inbox'::regclass"
+    identity = f"SELECT relreplident::text FROM pg_class WHERE oid = '{PAGE('inbox')}'::regclass"
     _alembic(database_dsn, "downgrade", "0011")
     assert scalar(database, identity) == "d"
     _alembic(database_dsn, "upgrade", "head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -21,3 +22,10 @@ def _files_with(word: str) -> set[str]:
 
 def test_the_state_of_a_vector_index_is_told_by_one_function() -> None:
     assert _files_with("indisvalid") == _ASK_INDISVALID
+
+
+def test_one_module_of_the_tests_knows_generated_names() -> None:
+    spelled = re.compile(r"embedline_data\.(?:[a-z]+_|\{[a-z])")
+    known = ("generated_names.py", Path(__file__).name)
+    files = [path for path in (_ROOT / "tests").rglob("*.py") if path.name not in known]
+    assert [path.name for path in files if spelled.search(path.read_text(encoding="utf-8"))] == []

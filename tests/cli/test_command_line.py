@@ -21,6 +21,7 @@ import embedline
 import programs
 from embedline.client.doctor.examine import examine
 from embedline.client.doctor.server import Finding, Server
+from generated_names import PAGE
 from support import create_pages, create_pipeline, scalar, settle, uri
 
 
@@ -126,7 +127,7 @@ def test_status_for_programs(two: psycopg.Connection, database_dsn: str) -> None
 
 
 def test_verify_in_a_narrow_terminal(two: psycopg.Connection, database_dsn: str) -> None:
-    two.execute("DELETE FROM embedline_data.page_chunk WHERE key_id = 1")
+    two.execute(f"DELETE FROM {PAGE('chunk')} WHERE key_id = 1")
     lines = _in_terminal("verify", "page", "--dsn", database_dsn)
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["finding", "count", "repaired", "example"]

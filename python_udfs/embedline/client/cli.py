@@ -154,8 +154,7 @@ def build_index_command(
                 version,
                 precision,
                 parallel_workers=workers,
-                report=show,
-                tell=lambda notice: console.print(f"NOTICE: {notice}", markup=False),
+                listener=build_index.Listener(show, lambda notice: console.print(f"NOTICE: {notice}", markup=False)),
             )
         except EmbedlineError as error:
             _fail(lines(error.message, error.detail, error.hint))

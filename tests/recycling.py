@@ -213,7 +213,7 @@ class RecycledDatabase:
         return dict(connection.execute(" UNION ALL ".join(_CATALOGUE)).fetchall())
 
     def _row_versions(self, connection: psycopg.Connection) -> dict[str, set[str]]:
-        """Return each table's row versions: where they lie and which transaction wrote them.
+        """Return the place and the transaction of each table's row versions.
 
         A version never changes: to compare these is to compare the rows, of which a model's has a tokenizer of 1.3 MB.
         """
@@ -286,7 +286,10 @@ class RecycledDatabase:
                 connection.execute("SELECT pg_catalog.setval(%s::regclass, %s, %s)", (name, value, is_called))
 
     def _different_contents(self, connection: psycopg.Connection) -> list[str]:
-        """Return the tables and sequences that are not as in the template, and note the new versions of equal rows."""
+        """Return the tables and sequences that are not as in the template.
+
+        The new versions of equal rows are noted.
+        """
         versions = self._row_versions(connection)
         different = []
         for table, first in self._first_versions.items():

@@ -57,7 +57,7 @@ _END = "-- the end of an example --"
 
 
 class _Psql:
-    """The psql in which a page's statements run, one example after the other, as a reader would type them.
+    """The psql in which all statements of a page run, as a reader types them.
 
     One session for a page: each new one would spend 0.3 s to 0.8 s of CPU on imports and a tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Sessions of the run's server share imports, and nothing else."""
+"""Sessions of the run's server share imports and tokenizers, and nothing else."""
 
 from __future__ import annotations
 

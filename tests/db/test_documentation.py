@@ -59,7 +59,7 @@ _END = "-- the end of an example --"
 class _Psql:
     """The psql in which all statements of a page run, as a reader types them.
 
-    One session for a page: each new one would spend 0.3 s to 0.8 s of CPU on imports and a tokenizer.
+    One session for the pages that meet no failing provider: each new one would spend CPU on what sessions do once.
     """
 
     def __init__(self, dsn: str, endpoint: str = "") -> None:
@@ -176,6 +176,8 @@ class _Page:
     def _in_psql(self, psql: _Psql, statements: str) -> str:
         if self.models is None:
             return psql.run(statements)
+        # A session waits for a while after a provider's failure, so each example that may meet one begins with another.
+        psql.close()
         return psql.run(statements.replace(_MODELS, str(self.models))).replace(str(self.models), _MODELS)
 
     def _is_current(self, step: re.Match[str], output: str) -> bool:

@@ -13,8 +13,10 @@ from psycopg import sql
 import embedline
 from embedline.client.doctor.packages import version_number
 from embedline.client.doctor.server import Finding, Server, Verdict
-from embedline.client.install import ENCODING_REMEDY
 
+# In a cluster of another encoding template1 has that, too, and so has its locale. So template0, and a locale that takes
+# UTF8.
+_ENCODING_REMEDY = "CREATE DATABASE mydb ENCODING 'UTF8' LOCALE 'C.UTF-8' TEMPLATE template0;"
 # Bytes of shared memory that the smallest parallel index build allocates at once. With less it is built serially.
 _SMALLEST_PARALLEL_BUILD = 72 * 1024**2
 _SCHEDULED_WORKERS = """
@@ -44,9 +46,9 @@ def encoding(server: Server) -> Iterator[Finding]:
     yield Finding(
         "encoding",
         "error",
-        found,
+        f"the database has encoding {found}",
         "Embedline needs a database in UTF8, and a database keeps its encoding: make a new one, and move your data there.",
-        (ENCODING_REMEDY,),
+        (_ENCODING_REMEDY,),
     )
 
 

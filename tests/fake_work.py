@@ -41,13 +41,19 @@ class Clock:
 def pipeline(number: int, items: int = 8, concurrency: int = 8) -> Any:
     """Return the part of a pipeline that workers read."""
     config = SimpleNamespace(
-        provider="openai", max_batch_items=items, max_batch_tokens=10_000, concurrency=concurrency, document_prefix=""
+        provider="openai",
+        model="m",
+        base_url=None,
+        max_batch_items=items,
+        max_batch_tokens=10_000,
+        concurrency=concurrency,
+        document_prefix="",
     )
     model = SimpleNamespace(model_id=number, config=config, request_items=items, text_size_refused=None)
     version = SimpleNamespace(
-        version_id=number, model=model, dimensions=DIMENSIONS, distance="cosine", column_type="vector"
+        version_id=number, number=1, model=model, dimensions=DIMENSIONS, distance="cosine", column_type="vector"
     )
-    return SimpleNamespace(pipeline_id=number, version=version, metered=False, last_error=None)
+    return SimpleNamespace(pipeline_id=number, name=f"p{number}", version=version, metered=False, last_error=None)
 
 
 @dataclass

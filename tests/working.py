@@ -174,6 +174,8 @@ def remove_all(connection: psycopg.Connection) -> None:
         connection.execute("SELECT embedline.drop_pipeline(%s)", (name,))
         connection.execute(f"DROP TABLE IF EXISTS {source}")
     connection.execute("SELECT embedline.drop_model(name) FROM embedline.model WHERE provider = 'openai'")
+    connection.execute("TRUNCATE embedline.finished_batch, embedline.batch_hour, embedline.batch_total")
+    connection.execute("TRUNCATE embedline.request_failure, embedline.alert_state")
 
 
 def dead_letters(connection: psycopg.Connection, table: str = "page") -> dict[int, tuple[str, str, str]]:

@@ -88,6 +88,8 @@ class ProviderError(EmbedlineError):
     sqlstate = "EL010"
     # True if the provider refused before it did any work, so that nothing was paid for.
     is_refusal = False
+    # The HTTP status of the answer; None if there was none.
+    status: int | None = None
 
 
 class TransientProviderError(ProviderError):

@@ -27,6 +27,11 @@ embedline._index_state(text), embedline._source_trouble(bigint),
 embedline.evaluation_progress(text)
 TO embedline_reader, embedline_worker;
 
+-- Readers see what the work does; the views show no text and no key.
+GRANT SELECT ON embedline.batch, embedline.throughput, embedline.progress, embedline.alert
+TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION embedline._progress(), embedline._alert_conditions() TO embedline_reader, embedline_worker;
+
 -- Workers: embed, and nothing else.
 GRANT EXECUTE ON FUNCTION embedline.embed_pending(integer, text), public.embed_pending(integer, text)
 TO embedline_worker;

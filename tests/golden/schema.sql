@@ -13,6 +13,22 @@ CREATE TABLE embedline.alembic_version (
     CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
 );
 
+CREATE VIEW embedline.alert (
+    severity text,
+    alert text,
+    subject text,
+    since timestamp with time zone,
+    message text,
+    remedy text
+);
+
+CREATE TABLE embedline.alert_state (
+    alert text NOT NULL,
+    subject text NOT NULL,
+    since timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT alert_state_pkey PRIMARY KEY (alert, subject)
+);
+
 CREATE TABLE embedline.backfill_range (
     range_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
     pipeline_id bigint NOT NULL,
@@ -26,6 +42,71 @@ CREATE TABLE embedline.backfill_range (
     CONSTRAINT backfill_range_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
     CONSTRAINT backfill_range_pkey PRIMARY KEY (range_id)
 ) WITH (fillfactor=70);
+
+CREATE VIEW embedline.batch (
+    pipeline text,
+    version integer,
+    kind text,
+    rows integer,
+    chunks integer,
+    tokens bigint,
+    claim numeric,
+    read numeric,
+    chunk numeric,
+    embed numeric,
+    write numeric,
+    finished_at timestamp with time zone,
+    embedded integer,
+    retried integer,
+    dead integer,
+    requests integer,
+    content_bytes bigint,
+    failures jsonb,
+    lag interval,
+    worker_id integer,
+    batch_id bigint
+);
+
+CREATE TABLE embedline.batch_hour (
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    batch_count bigint NOT NULL,
+    row_count bigint NOT NULL,
+    embedded_count bigint NOT NULL,
+    retried_count bigint NOT NULL,
+    dead_count bigint NOT NULL,
+    chunk_count bigint NOT NULL,
+    request_count bigint NOT NULL,
+    token_count bigint NOT NULL,
+    content_bytes bigint NOT NULL,
+    claim_ms double precision NOT NULL,
+    read_ms double precision NOT NULL,
+    chunk_ms double precision NOT NULL,
+    embed_ms double precision NOT NULL,
+    write_ms double precision NOT NULL,
+    CONSTRAINT batch_hour_pkey PRIMARY KEY (pipeline_id, version_id, hour)
+);
+
+CREATE TABLE embedline.batch_total (
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    batch_count bigint NOT NULL,
+    row_count bigint NOT NULL,
+    embedded_count bigint NOT NULL,
+    retried_count bigint NOT NULL,
+    dead_count bigint NOT NULL,
+    chunk_count bigint NOT NULL,
+    request_count bigint NOT NULL,
+    token_count bigint NOT NULL,
+    content_bytes bigint NOT NULL,
+    claim_ms double precision NOT NULL,
+    read_ms double precision NOT NULL,
+    chunk_ms double precision NOT NULL,
+    embed_ms double precision NOT NULL,
+    write_ms double precision NOT NULL,
+    CONSTRAINT batch_total_pkey PRIMARY KEY (pipeline_id, version_id)
+);
 
 CREATE VIEW embedline.budget (
     scope text,
@@ -139,6 +220,32 @@ CREATE TABLE embedline.evaluation (
     CONSTRAINT evaluation_verdict_check CHECK ((verdict = ANY (ARRAY['pass'::text, 'fail'::text, 'inconclusive'::text]))),
     CONSTRAINT evaluation_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
 );
+
+CREATE TABLE embedline.finished_batch (
+    batch_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    finished_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    worker_id integer,
+    kind text NOT NULL,
+    row_count integer NOT NULL,
+    embedded_count integer NOT NULL,
+    retried_count integer NOT NULL,
+    dead_count integer NOT NULL,
+    chunk_count integer NOT NULL,
+    request_count integer NOT NULL,
+    token_count bigint NOT NULL,
+    content_bytes bigint NOT NULL,
+    failures jsonb,
+    lag_seconds real,
+    claim_ms real NOT NULL,
+    read_ms real NOT NULL,
+    chunk_ms real NOT NULL,
+    embed_ms real NOT NULL,
+    write_ms real NOT NULL,
+    CONSTRAINT finished_batch_kind_check CHECK ((kind = ANY (ARRAY['change'::text, 'backfill'::text, 'fill'::text]))),
+    CONSTRAINT finished_batch_pkey PRIMARY KEY (batch_id)
+) WITH (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=5000);
 
 CREATE TABLE embedline.index_reach (
     version_id bigint NOT NULL,
@@ -270,6 +377,21 @@ CREATE TABLE embedline.precision_index (
     CONSTRAINT precision_index_version_id_name_key UNIQUE (version_id, name)
 );
 
+CREATE VIEW embedline.progress (
+    pipeline text,
+    version integer,
+    task text,
+    phase text,
+    done bigint,
+    total bigint,
+    unit text,
+    percent numeric,
+    rate numeric,
+    eta interval,
+    tokens bigint,
+    money numeric
+);
+
 CREATE TABLE embedline.rate_limit (
     model_id bigint NOT NULL,
     requests_per_minute integer,
@@ -279,6 +401,14 @@ CREATE TABLE embedline.rate_limit (
     CONSTRAINT rate_limit_pkey PRIMARY KEY (model_id),
     CONSTRAINT rate_limit_requests_per_minute_check CHECK ((requests_per_minute > 0)),
     CONSTRAINT rate_limit_tokens_per_minute_check CHECK ((tokens_per_minute > 0))
+);
+
+CREATE TABLE embedline.request_failure (
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    class text NOT NULL,
+    count bigint NOT NULL,
+    CONSTRAINT request_failure_pkey PRIMARY KEY (pipeline_id, version_id, class)
 );
 
 CREATE TABLE embedline.reservation (
@@ -362,6 +492,26 @@ CREATE VIEW embedline.status (
     index_recall real,
     remedy text,
     request_items integer
+);
+
+CREATE VIEW embedline.throughput (
+    hour timestamp with time zone,
+    pipeline text,
+    version integer,
+    batches bigint,
+    rows bigint,
+    embedded bigint,
+    retried bigint,
+    dead bigint,
+    chunks bigint,
+    requests bigint,
+    tokens bigint,
+    content_bytes bigint,
+    claim_seconds double precision,
+    read_seconds double precision,
+    chunk_seconds double precision,
+    embed_seconds double precision,
+    write_seconds double precision
 );
 
 CREATE TABLE embedline.traffic (
@@ -519,6 +669,7 @@ CREATE TABLE embedline.worker (
     write_seconds real,
     held_back_by text,
     reported_at timestamp with time zone,
+    commit_seconds real,
     CONSTRAINT worker_pkey PRIMARY KEY (worker_id)
 );
 
@@ -527,6 +678,8 @@ CREATE INDEX backfill_range_open_idx ON embedline.backfill_range USING btree (pi
 CREATE INDEX cutover_pipeline_id_idx ON embedline.cutover USING btree (pipeline_id, cutover_id);
 
 CREATE INDEX evaluation_version_id_evaluated_at_idx ON embedline.evaluation USING btree (version_id, evaluated_at);
+
+CREATE INDEX finished_batch_finished_at_idx ON embedline.finished_batch USING btree (finished_at);
 
 CREATE INDEX reservation_reserved_at_idx ON embedline.reservation USING btree (reserved_at);
 
@@ -546,6 +699,12 @@ CREATE EVENT TRIGGER embedline_follow_source ON ddl_command_end WHEN TAG IN (ALT
 
 CREATE EVENT TRIGGER embedline_resolve_attributes ON ddl_command_start WHEN TAG IN (ALTER TABLE, ALTER TYPE) EXECUTE FUNCTION embedline._on_before_alter();
 
+CREATE FUNCTION embedline._alert_conditions()
+RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
 CREATE FUNCTION embedline._embed_chunks(pipeline_name text, model text, chunk_ids bigint[])
 RETURNS TABLE(chunk_id bigint, vector bytea)
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -561,6 +720,12 @@ CREATE FUNCTION embedline._gate(wanted_version_id bigint)
 RETURNS TABLE(evaluation_id bigint, verdict text)
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._index_alerts()
+RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
 
 CREATE FUNCTION embedline._index_plan(pipeline_name text, version_number integer, precision_name text, parallel_workers integer)
 RETURNS jsonb
@@ -598,6 +763,12 @@ SET TimeZone=UTC
 SET IntervalStyle=postgres
 SET bytea_output=hex;
 
+CREATE FUNCTION embedline._note_alerts()
+RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
 CREATE FUNCTION embedline._note_rate(model_name text, tokens_per_second double precision)
 RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER
@@ -628,6 +799,18 @@ RETURNS TABLE(pending bigint, oldest_enqueued_at timestamp with time zone, last_
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline._progress()
+RETURNS TABLE(pipeline text, version integer, task text, phase text, done bigint, total bigint, unit text, percent numeric, rate numeric, tokens bigint, money numeric)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
+CREATE FUNCTION embedline._provider_alerts()
+RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
 CREATE FUNCTION embedline._put_back(source_number bigint)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -652,6 +835,17 @@ RETURNS bigint
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline._server_alerts()
+RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
+CREATE FUNCTION embedline._server_facts()
+RETURNS TABLE(disk_free_bytes bigint, disk_bytes bigint, memory_bytes bigint, package_version text, scheduled_workers bigint)
+LANGUAGE plpython3u STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline._signal_work()
 RETURNS trigger
 LANGUAGE plpgsql VOLATILE;
@@ -672,6 +866,12 @@ CREATE FUNCTION embedline._version_counts(pipeline_name text, version_number int
 RETURNS TABLE(chunks bigint, vectors bigint, dead_letters bigint, accepted bigint)
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._work_alerts()
+RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
 
 CREATE FUNCTION embedline._work_done(pipeline_name text)
 RETURNS TABLE(documents bigint, pending bigint)

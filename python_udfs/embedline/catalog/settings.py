@@ -37,6 +37,9 @@ class Settings(PacingLimits):
     - `rollback_window_hours`: how long the version that served before is kept after a cutover.
     - `index_recall_target`: the recall@10 for which hnsw.ef_search is chosen.
     - `unknown_token_share`: the largest share of tokens unknown to the model with which a chunk is embedded.
+    - `batch_retention_hours`: how long a finished batch is kept by itself; sums by the hour stay.
+    - `alert_lag_seconds`, `alert_disk_percent`: limits at which `embedline.alert` warns: the age of the oldest change that
+      waits, and the free share of the data directory's disk.
     - `max_provider_wait_seconds`: how long a model's circuit stays open at most, even if its provider asks for a longer wait.
     """
 
@@ -47,6 +50,9 @@ class Settings(PacingLimits):
     index_recall_target: float = 0.99
     unknown_token_share: float = 0.5
     max_provider_wait_seconds: float = 300.0
+    batch_retention_hours: float = 24.0
+    alert_lag_seconds: float = 60.0
+    alert_disk_percent: float = 10.0
 
 
 # Smallest and largest value of each setting.
@@ -62,6 +68,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "index_recall_target": (0.5, 1),
     "unknown_token_share": (0, 1),
     "max_provider_wait_seconds": (0.1, 86_400),
+    "batch_retention_hours": (0, 8760),
+    "alert_lag_seconds": (1, 604_800),
+    "alert_disk_percent": (0, 100),
 }
 _WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
 

@@ -44,6 +44,11 @@ LEDGER_LOCK_CLASS = 1164799025
 BUILD_LOCK_CLASS = 1164798257
 # Key of the session lock of the nightly run ("Emn1").
 NIGHTLY_LOCK = 1164799537
+# Key of the transaction lock of the session that moves old batches into their sums ("Emh1").
+HISTORY_LOCK = 1164798001
+# Key of the transaction lock of the session that notes since when alerts stand ("Ema1").
+# sql/functions/_note_alerts.sql repeats it.
+ALERTS_LOCK = 1164796209
 # First keys of the locks that tell which version a statement works on ("Emq1"), and at which step it is ("Emp1").
 VERSION_LOCK_CLASS, STEP_LOCK_CLASS = 1164800305, 1164800049
 

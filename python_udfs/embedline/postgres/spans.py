@@ -6,12 +6,26 @@ It does nothing until an exporter registers, so the stages import no exporter an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Protocol
 
-# Starts a span of a name and returns what ends it.
-Exporter = Callable[[str], AbstractContextManager[object]]
+# What is known of a span: names of embedline.observe.semantic_names are made of them, never a key or a text.
+Attributes = Mapping[str, object]
+_NONE: Attributes = {}
 _NO_SPAN = contextlib.nullcontext()
+
+
+class Exporter(Protocol):
+    """Is told of each span. It must neither raise nor wait."""
+
+    def start(self, name: str, attributes: Attributes) -> AbstractContextManager[object]:
+        """Begin a span that ends with the returned context manager."""
+
+    def record(self, name: str, seconds: float, attributes: Attributes) -> None:
+        """Take a span that has just ended, such as a request that ran in another thread."""
+
+
 _exporters: list[Exporter] = []
 
 
@@ -21,11 +35,22 @@ def register(exporter: Exporter) -> Callable[[], None]:
     return lambda: _exporters.remove(exporter)
 
 
-def span(name: str) -> AbstractContextManager[object]:
-    """Return a context manager around one stage. An exporter must not raise."""
+def span(name: str, attributes: Attributes = _NONE) -> AbstractContextManager[object]:
+    """Return a context manager around one stage."""
     if not _exporters:
         return _NO_SPAN
     stack = contextlib.ExitStack()
     for exporter in _exporters:
-        stack.enter_context(exporter(name))
+        stack.enter_context(exporter.start(name, attributes))
     return stack
+
+
+def record(name: str, seconds: float, attributes: Callable[[], Attributes]) -> None:
+    """Tell of a span that has just ended.
+
+    The attributes are made only for an exporter.
+    """
+    if _exporters:
+        made = attributes()
+        for exporter in _exporters:
+            exporter.record(name, seconds, made)

@@ -377,6 +377,11 @@ class OpenAIEmbedder:
             return False
 
     def _status_error(self, response: _Response, key: str | None) -> ProviderError:
+        error = self._error_of_status(response, key)
+        error.status = response.status_code
+        return error
+
+    def _error_of_status(self, response: _Response, key: str | None) -> ProviderError:
         status = response.status_code
         message = f"{self._address} answered with HTTP status {status}"
         detail = redact(error_text(response.text), key) or None

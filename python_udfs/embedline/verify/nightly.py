@@ -16,6 +16,7 @@ from embedline.postgres.sqlstates import ENDING, sqlstate_of
 from embedline.queue.dead_letters import purge
 from embedline.spending import ledger
 from embedline.verify.verify import note_failure, verify_pipeline
+from embedline.worker import batch_history
 
 # Chunks of each pipeline that the model embeds again: one or two requests, for a pipeline of any size.
 _SAMPLE = 20
@@ -48,6 +49,10 @@ def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair
             ["integer"],
             _KEPT_DAYS,
         )
+        session.query(
+            "DELETE FROM embedline.batch_hour WHERE hour < now() - make_interval(days => $1)", ["integer"], _KEPT_DAYS
+        )
+        batch_history.move_old(session)
         ledger.roll_up(session)
 
 

@@ -22,6 +22,7 @@ from embedline.queue.claim import Claim
 from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow
 from embedline.worker.batch_size import MAX_BATCH_BYTES
+from embedline.worker.meter import Meter
 from embedline.worker.work_source import WorkSource
 
 # Inputs a request carries to a model on this machine: short enough that the work is written while the next is embedded.
@@ -39,8 +40,9 @@ class Request:
 
     texts: dict[bytes, str]
     future: Future[EmbeddingBlock] | None = None
-    # When it was sent, of time.monotonic.
+    # When it was sent and answered, of time.monotonic.
     sent_at: float = 0.0
+    answered_at: float = 0.0
     is_granted: bool = False
     reservation_id: int | None = None
 
@@ -113,6 +115,19 @@ class Batch:
     longest_write: float = 0.0
     tokens_used: dict[int, int | None] = field(default_factory=dict)
 
+    @cached_property
+    def meter(self) -> Meter:
+        """The measurements of this batch."""
+        version = self.pipeline.version
+        return Meter(
+            {
+                "pipeline": self.pipeline.name,
+                "version": version.number,
+                "model": version.model.config.model,
+                "rows": len(self.rows),
+            }
+        )
+
     @property
     def pipeline(self) -> Pipeline:
         """The pipeline with the version whose model embeds the rows."""
@@ -132,6 +147,7 @@ class Batch:
     def quarantine(self, letters: Sequence[DeadLetter]) -> None:
         """Give rows up, if there are any."""
         if letters:
+            self.meter.dead_count += len(letters)
             self.source.quarantine(self.claim, letters)
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from embedline.catalog.values import WorkKey
 from embedline.postgres.claims import Claims
+from embedline.postgres.spans import span
 from embedline.queue.claim import Claim
 from embedline.worker.batch import Batch
 from embedline.worker.fairness import LiveShare, Turns
+from embedline.worker.meter import Stage
 from embedline.worker.permits import Permits
 from embedline.worker.work_source import Kind, Waiting, WorkSource
 
@@ -49,6 +52,21 @@ class Claimant:
         Return None if nothing can be claimed. `is_idle` says that the caller has no other batch in flight: only then are
         suspects claimed.
         """
+        started = time.perf_counter()
+        with span(Stage.CLAIM):
+            batch = self._claim(sources, rows, is_idle=is_idle, embed_backfill=embed_backfill)
+        if batch is not None:
+            batch.meter.seconds[Stage.CLAIM] = time.perf_counter() - started
+        return batch
+
+    def _claim(
+        self,
+        sources: Sequence[WorkSource],
+        rows: Callable[[WorkSource], int],
+        *,
+        is_idle: bool,
+        embed_backfill: bool,
+    ) -> Batch | None:
         if is_idle:
             self.end_isolation()
         self.has_removed = False

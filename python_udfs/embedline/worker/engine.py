@@ -12,6 +12,7 @@ from collections.abc import Callable
 from embedline.models.pool import let_cancel_through, wait_first
 from embedline.postgres.claims import Claims
 from embedline.postgres.session import Session
+from embedline.worker import batch_history
 from embedline.worker.batch import Batch
 from embedline.worker.models import DatabaseModels
 from embedline.worker.permits import DatabasePermits
@@ -32,6 +33,7 @@ class Engine:
 
     def __init__(self, session: Session, claims: Claims, patience: float) -> None:
         self._session = session
+        self._claims = claims
         models = DatabaseModels(session)
         self.failures = Failures(models)
         self.embed = Embed(models, DatabasePermits(session, claims), patience)
@@ -62,7 +64,12 @@ class Engine:
             check_interrupts()
             if time.monotonic() >= batch.grant_at:
                 self.embed.grant(batch)
+        self.finish(batch)
+
+    def finish(self, batch: Batch) -> None:
+        """End the claim of a batch that is through, and keep its measurements."""
         batch.source.finish(batch.claim)
+        batch_history.keep(self._session, self._claims, batch)
 
     def _abandon(self, batch: Batch) -> None:
         """Requeue the rows that are not written, uncharged."""

@@ -286,10 +286,12 @@ def _write(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
     def write() -> None:
         started = time.monotonic()
         is_written = _step(plpy, cache, Step.WRITE) is Answer.WRITTEN
+        executed = time.monotonic()
         plpy.commit()
+        committed = time.monotonic()
         resident.start()
         if is_written:
-            resident.wrote(time.monotonic() - started)
+            resident.wrote(committed - started, committed - executed)
 
     _guarded(plpy, cache, resident, write, can_wait=True)
 

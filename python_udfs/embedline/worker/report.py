@@ -12,7 +12,7 @@ from embedline.worker.batch import Batch
 _SECONDS = 1.0
 _REPORT = """
     UPDATE embedline.worker SET batch_rows = $2, requests_in_flight = $3, claim_seconds = $4, embed_seconds = $5,
-        write_seconds = $6, held_back_by = $7, reported_at = clock_timestamp()
+        write_seconds = $6, held_back_by = $7, commit_seconds = $8, reported_at = clock_timestamp()
     WHERE worker_id = $1
 """
 
@@ -27,6 +27,7 @@ class Report:
         # Documents embedded, by the kind of their source.
         self._embedded = Counter[str]()
         self.claim_seconds = 0.0
+        self.commit_seconds = 0.0
         self._embed_seconds = 0.0
         self._write_seconds = 0.0
 
@@ -66,7 +67,7 @@ class Report:
         """Show the state of this worker."""
         self._session.query(
             _REPORT,
-            ["integer", "integer", "integer", "real", "real", "real", "text"],
+            ["integer", "integer", "integer", "real", "real", "real", "text", "real"],
             self._worker_id,
             batch_rows,
             requests_in_flight,
@@ -74,6 +75,7 @@ class Report:
             self._embed_seconds,
             self._write_seconds,
             held_back_by,
+            self.commit_seconds,
         )
 
     def remove(self) -> None:

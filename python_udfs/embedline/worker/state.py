@@ -26,6 +26,7 @@ from embedline.worker.candidates import Candidates
 from embedline.worker.capacity import Capacity, Paces
 from embedline.worker.claim import Claimant
 from embedline.worker.engine import Engine
+from embedline.worker.housekeeping import Housekeeping
 from embedline.worker.maintenance import Maintenance
 from embedline.worker.permits import DatabasePermits
 from embedline.worker.report import Report
@@ -62,6 +63,7 @@ class ResidentWorker:
         self._capacity, self._paces = Capacity(), Paces(settings)
         self._troubles = Troubles()
         self._report = Report(session, worker_id)
+        self._housekeeping = Housekeeping(session)
         self._settings = settings
         self.batches: list[Batch] = []
         self.current: Batch | None = None
@@ -171,6 +173,7 @@ class ResidentWorker:
         return self._maintenance.close_backfills(self._candidates.loaded, self._troubles.is_asleep)
 
     def _maintain(self, now: float) -> None:
+        self._housekeeping.do_round(now)
         self._maintenance.maintain(now, self._candidates.load, self._capacity.providers)
 
     # A batch
@@ -235,17 +238,18 @@ class ResidentWorker:
             has_changed = True
         has_changed = self._engine.write.write_ready(batch) or has_changed
         if not batch.units:
-            batch.source.finish(batch.claim)
+            self._engine.finish(batch)
             if batch.claim.is_suspect:
                 self.claimant.end_isolation()
             return True
         return has_changed
 
-    def wrote(self, seconds: float) -> None:
+    def wrote(self, seconds: float, commit_seconds: float) -> None:
         """Note the seconds of a write with its commit, and a batch that is through."""
         batch = self.current
         if batch is None:
             return
+        self._report.commit_seconds = commit_seconds
         batch.longest_write = max(batch.longest_write, seconds)
         self._troubles.forget(batch.source.key)
         if batch.units:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from embedline.core.embedding import EmbeddingBlock
 from embedline.core.tokens import plausible_tokens
 from embedline.errors import EmbedlineError, InvalidVectors, ProviderMisconfigured, TransientProviderError
+from embedline.postgres.spans import Attributes, record
 from embedline.worker.batch import Batch, Request, Unit
+from embedline.worker.meter import Stage, failure_class
 from embedline.worker.models import Models
 from embedline.worker.permits import Permits
 
@@ -104,6 +106,12 @@ class Embed:
             if embedder is not None:
                 request.sent_at = now
                 request.future = embedder.submit(list(request.texts.values()), "document")
+                request.future.add_done_callback(functools.partial(self._note_time, request))
+                batch.meter.sent(now)
+
+    def _note_time(self, request: Request, _: object) -> None:
+        """Note when an answer came; runs in the thread that received it."""
+        request.answered_at = self._clock()
 
     def abandon(self, batch: Batch) -> None:
         """Cancel the requests in flight.
@@ -136,6 +144,8 @@ class Embed:
                 error = self._take_over(batch, unit, request, request.future.result())
             if error is not None:
                 errors.append((request, error))
+            # The caller may see the answer before the thread has noted its time.
+            _measure(batch, request, request.answered_at or self._clock(), error)
         batch.answered_at = unit.failed_at = self._clock()
         if errors:
             unit.error = functools.reduce(_graver, [error for _, error in errors])
@@ -188,6 +198,28 @@ class Embed:
         open_ids = {request.reservation_id for request in batch.requests}
         for reservation_id in [i for i in batch.tokens_used if i not in open_ids]:
             self._permits.settle(reservation_id, batch.tokens_used.pop(reservation_id))
+
+
+def _measure(batch: Batch, request: Request, answered_at: float, error: EmbedlineError | None) -> None:
+    """Count an answer and its tokens, and tell exporters of the request."""
+    counted = request.future.result().tokens if error is None and request.future is not None else None
+    tokens = request.tokens if counted is None else counted
+    batch.meter.answered(answered_at, error, tokens)
+
+    def attributes() -> Attributes:
+        version = batch.pipeline.version
+        config = version.model.config
+        return {
+            **batch.meter.attributes,
+            "provider": config.provider,
+            "address": config.base_url,
+            "dimensions": version.dimensions,
+            "texts": len(request.texts),
+            "tokens": tokens,
+            "error": None if error is None else failure_class(error),
+        }
+
+    record(Stage.EMBED, answered_at - request.sent_at, attributes)
 
 
 def _count_tokens(batch: Batch, request: Request) -> None:

@@ -23,6 +23,7 @@ from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow
 from embedline.spending import ledger
 from embedline.worker.batch import Batch, pack, vector_memory
+from embedline.worker.meter import Stage
 from embedline.worker.stages.embed import Embed
 from embedline.worker.stages.failures import Failures, dead_letter
 
@@ -37,6 +38,10 @@ class Prepare:
 
     def read(self, batch: Batch) -> None:
         """Read the rows; give up those that have ended too many workers."""
+        with batch.meter.stage(Stage.READ):
+            self._read(batch)
+
+    def _read(self, batch: Batch) -> None:
         batch.readability = self._readability(batch)
         fatal = [row for row in batch.rows if row.crash_count >= MAX_CRASHES]
         batch.quarantine([_fatal_letter(row) for row in fatal])
@@ -64,10 +69,11 @@ class Prepare:
 
         Touches no table: the resident worker holds no transaction meanwhile.
         """
-        if any(document.content is not None for document in batch.found):
-            self._chunk_documents(batch, check_interrupts)
-        if batch.readability is not None:
-            mark_unreadable(batch.found, batch.readability, check_interrupts)
+        with batch.meter.stage(Stage.CHUNK):
+            if any(document.content is not None for document in batch.found):
+                self._chunk_documents(batch, check_interrupts)
+            if batch.readability is not None:
+                mark_unreadable(batch.found, batch.readability, check_interrupts)
 
     def _chunk_documents(self, batch: Batch, check_interrupts: Callable[[], None]) -> None:
         chunker = self._chunker(batch, batch.pipeline.chunk_set)

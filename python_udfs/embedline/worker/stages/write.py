@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from embedline.documents.values import Document, Vector
 from embedline.models import learning
 from embedline.worker.batch import Batch, Unit
+from embedline.worker.meter import Stage
 from embedline.worker.stages.embed import Embed
 from embedline.worker.stages.failures import Failures
 
@@ -36,7 +37,8 @@ class Write:
         if not ready:
             return False
         batch.units = [unit for unit in batch.units if unit not in ready]
-        self._write_units(batch, ready)
+        with batch.meter.stage(Stage.WRITE):
+            self._write_units(batch, ready)
         return True
 
     def _write_units(self, batch: Batch, ready: Sequence[Unit]) -> None:
@@ -58,4 +60,5 @@ class Write:
             if written and learning.is_error(batch.pipeline.last_error):
                 batch.source.forget_error()
             batch.embedded_count += sum(1 for i in written if sound[i].chunks)
+            batch.meter.chunk_count += sum(len(sound[i].chunks) for i in written)
         self.embed.grant(batch)

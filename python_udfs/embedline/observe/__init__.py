@@ -1,0 +1,1 @@
+"""Show how Embedline does: facts of the server, alerts, metrics, traces."""

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -92,6 +93,10 @@ class Terminal:
         code = self._process.wait(300)
         self._reader.join()
         return code
+
+    def interrupt(self) -> None:
+        """Stop the command as Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
 
     def __enter__(self) -> Terminal:
         return self

@@ -15,9 +15,9 @@ import pytest
 import typer.main
 
 import programs
-from command_line import lines_in_terminal, run, unstyled
+from command_line import Terminal, lines_in_terminal, run, unstyled
 from embedline.client.cli import app
-from support import ROOT, create_pages, create_pipeline, scalar, settle
+from support import ROOT, create_pages, create_pipeline, scalar, settle, wait_until
 
 _REFERENCE = ROOT / "docs" / "reference" / "command-line.md"
 # They print nothing but messages.
@@ -172,9 +172,11 @@ def test_requeue_tells_how_many(pages: psycopg.Connection, database_dsn: str) ->
     # A dead letter stays until its row is settled.
     rest = run(database_dsn, "requeue", "page", "--json")
     assert json.loads(rest.stdout)["queued"] == 2
-    version = run(database_dsn, "requeue", "page", "--version", "1")
-    assert version.returncode == 1
-    assert version.stderr.startswith("error: ")
+    chunks = run(database_dsn, "requeue", "page", "--version", "1")
+    assert chunks.stdout == "0 chunks of pipeline page queued again.\n"
+    absent = run(database_dsn, "requeue", "page", "--version", "7")
+    assert (absent.returncode, absent.stdout) == (1, "")
+    assert absent.stderr.startswith("error: embedline: ")
     both = run(database_dsn, "requeue", "page", "--version", "1", "--key", "{}")
     assert both.returncode == 2
 
@@ -191,3 +193,83 @@ def test_verify_ends_with_a_code_of_its_own_until_it_is_repaired(pages: psycopg.
     clean = run(database_dsn, "verify", "page")
     assert (clean.returncode, clean.stdout) == (0, "Pipeline page is what its source asks for.\n")
     assert run(database_dsn, "verify", "nothing").returncode == 1
+
+
+# --- watch and alerts
+
+
+@pytest.fixture
+def waiting(database: psycopg.Connection) -> psycopg.Connection:
+    """A pipeline whose backfill no worker has begun."""
+    create_pages(database, 40)
+    database.execute("ANALYZE page")
+    create_pipeline(database, index_method="none")
+    return database
+
+
+def test_watch_once_is_a_line_a_task_in_a_pipe(waiting: psycopg.Connection, database_dsn: str) -> None:
+    done = run(database_dsn, "watch", "--once")
+    assert done.stdout == "page v1 backfill, no worker: 0.0 %, 0 of 40 rows\n"
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = json.loads(run(database_dsn, "watch", "--once", "--json").stdout)
+    assert (row["task"], row["done"], row["total"], row["percent"]) == ("backfill", 0, 40, 0)
+    assert run(database_dsn, "watch", "--pipeline", "another").stdout == "Nothing is in progress.\n"
+
+
+def test_watch_ends_with_the_work(waiting: psycopg.Connection, database_dsn: str) -> None:
+    process = programs.Process(
+        "embedline", ("watch", "--interval", "0.1"), env={**os.environ, "EMBEDLINE_DSN": database_dsn}
+    )
+    wait_until(lambda: _watches(waiting), 60, "the command reads the view")
+    settle(waiting)
+    output, messages = process.communicate(60)
+    assert (process.returncode, messages) == (0, "")
+    first, *_, last = output.splitlines()
+    assert first == "page v1 backfill, no worker: 0.0 %, 0 of 40 rows"
+    assert last.endswith(": ended") or last.endswith(", ended")
+
+
+def _watches(connection: psycopg.Connection) -> bool:
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'embedline' AND query LIKE '%embedline.progress%'"
+    return bool(scalar(connection, query))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 140])
+def test_watch_draws_bars_as_wide_as_the_terminal_allows(
+    waiting: psycopg.Connection, database_dsn: str, columns: int
+) -> None:
+    lines = [unstyled(line) for line in lines_in_terminal("watch", "--once", "--dsn", database_dsn, columns=columns)]
+    drawn = [line.rstrip() for line in lines if line.strip()]
+    assert max(map(len, drawn)) <= columns
+    assert drawn[0].startswith("page v1 backfill, no worker")
+    assert len(drawn) == (1 if columns == 140 else 2)
+    assert "━" in drawn[-1]
+    assert drawn[-1].endswith("0.0 %  0 of 40 rows")
+
+
+def test_watch_stopped_by_a_person_ends_with_130(waiting: psycopg.Connection, database_dsn: str) -> None:
+    with Terminal(database_dsn, "watch") as terminal:
+        wait_until(lambda: "no worker" in terminal.text, 60, "the bar is drawn")
+        terminal.interrupt()
+        assert terminal.wait() == 130
+    assert "Traceback" not in terminal.text
+
+
+def test_alerts_end_with_a_code_of_their_own(pages: psycopg.Connection, database_dsn: str) -> None:
+    # An old pgvector is a note.
+    quiet = run(database_dsn, "alerts")
+    assert quiet.returncode == 0
+    assert "warning" not in quiet.stdout
+    pages.execute("UPDATE page SET title = U&'\\200B', body = U&'\\200B' WHERE id = 7")
+    settle(pages)
+    found = run(database_dsn, "alerts", "--json")
+    assert found.returncode == 3
+    alert = json.loads(found.stdout)[0]
+    assert (alert["severity"], alert["alert"], alert["subject"]) == ("warning", "dead_letters", "page")
+    assert alert["remedy"] == "SELECT embedline.requeue('page');"
+    (line,) = [line for line in run(database_dsn, "alerts").stdout.splitlines() if line.startswith("warning")]
+    assert line.split()[1:3] == ["dead_letters", "page"]
+    assert line.endswith(alert["remedy"])
+    shown = [unstyled(line) for line in lines_in_terminal("alerts", "--dsn", database_dsn, columns=60)]
+    assert max(len(line) for line in shown if "apt-get" not in line) <= 60
+    assert "            SELECT embedline.requeue('page');" in shown

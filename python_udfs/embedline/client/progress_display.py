@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import typer
@@ -15,6 +16,8 @@ from rich.text import Text
 from embedline.client import terminal
 from embedline.client.worker_display import duration
 
+_ENDED = "ended"
+_NOTHING = "Nothing is in progress."
 # Columns of a bar, and those from which name, bar and figures have one line.
 _BAR_COLUMNS, _NARROW_BAR, _ONE_LINE_COLUMNS = 30, 14, 120
 _NAME_COLUMNS = 40
@@ -38,11 +41,13 @@ class Task:
     money: float | None
 
     @property
-    def is_done(self) -> bool:
-        """Return True if nothing of it is left."""
-        if self.percent is not None:
-            return self.percent >= 100
-        return self.total is not None and self.done is not None and self.done >= self.total
+    def name(self) -> tuple[str, int | None, str]:
+        """Return the part that stays the same while the task goes on."""
+        return self.pipeline, self.version, self.task
+
+    def ended(self) -> Task:
+        """Return the task after it is gone from the view."""
+        return Task(*self.name, _ENDED, *(None,) * 8)
 
     @property
     def label(self) -> str:
@@ -55,10 +60,12 @@ class Task:
         """Return the known figures, the most important first."""
         unit = f" {self.unit}" if self.unit else ""
         found = [] if self.percent is None else [f"{self.percent:.1f} %"]
-        if self.eta_seconds is not None and not self.is_done:
+        if self.eta_seconds is not None:
             found.append(f"{duration(self.eta_seconds)} to go")
-        if self.done is not None:
-            found.append(f"{self.done:,}{unit}" if self.total is None else f"{self.done:,} of {self.total:,}{unit}")
+        if self.total is not None:
+            found.append(
+                f"{self.total:,}{unit} wait" if self.done is None else f"{self.done:,} of {self.total:,}{unit}"
+            )
         if self.rate:
             found.append(f"{self.rate:,.1f}/s" if self.rate < 10 else f"{self.rate:,.0f}/s")
         if self.tokens:
@@ -71,51 +78,64 @@ class Task:
 class Lines:
     """A line for each task, whenever its text has changed."""
 
-    def __init__(self, nothing: str) -> None:
-        self._nothing = nothing
-
     def show(self, tasks: Iterable[Sequence[Task]]) -> None:
         """Print tasks as they come, to the end."""
         said: dict[tuple[str, int | None, str], str] = {}
-        for number, found in enumerate(tasks):
-            if not found and number == 0:
-                typer.echo(self._nothing)
+        for found in _with_ended(tasks):
             for task in found:
                 line = f"{task.label}: {', '.join(task.figures())}".removesuffix(": ")
-                name = (task.pipeline, task.version, task.task)
-                if said.get(name) != line:
+                if said.get(task.name) != line:
                     typer.echo(terminal.one_line(line))
-                said[name] = line
+                    # A person who reads the pipe waits for it.
+                    sys.stdout.flush()
+                said[task.name] = line
+        if not said:
+            typer.echo(_NOTHING)
 
 
 class Bars:
-    """A bar for each task, drawn again at each change."""
+    """A bar for each task, drawn again at each change, or once."""
 
-    def __init__(self, nothing: str) -> None:
-        self._nothing = nothing
+    def __init__(self, once: bool) -> None:
+        self._once = once
 
     def show(self, tasks: Iterable[Sequence[Task]]) -> None:
         """Draw tasks as they come, to the end; the last picture stays."""
         console = Console(highlight=False)
+        if self._once:
+            console.print(_picture(list(next(iter(tasks))), console.width))
+            return
         with Live(console=console, auto_refresh=False) as live:
-            for found in tasks:
-                live.update(drawn(found, console.width) if found else Text(self._nothing), refresh=True)
+            for found in _with_ended(tasks):
+                live.update(_picture(found, console.width), refresh=True)
 
 
-def drawn(tasks: Sequence[Task], columns: int) -> Group:
-    """Return the picture of tasks.
+def _with_ended(tasks: Iterable[Sequence[Task]]) -> Iterator[list[Task]]:
+    """Yield the tasks with those that were seen before and are gone."""
+    seen: dict[tuple[str, int | None, str], Task] = {}
+    for found in tasks:
+        seen |= {task.name: task for task in found}
+        now = {task.name for task in found}
+        yield [task if name in now else task.ended() for name, task in seen.items()]
+
+
+def _picture(tasks: Sequence[Task], columns: int) -> RenderableType:
+    """Return the picture of tasks, or the words for none.
 
     A wide terminal has one line for each, a narrow one the name above its bar.
     """
+    if not tasks:
+        return Text(_NOTHING)
     lines: list[RenderableType] = []
     for task in tasks:
         name = Text(terminal.start(terminal.one_line(task.label), columns))
         if columns >= _ONE_LINE_COLUMNS:
             name = Text(terminal.start(terminal.one_line(task.label), _NAME_COLUMNS).ljust(_NAME_COLUMNS))
-            lines.append(_row([name], task, _BAR_COLUMNS, columns - _NAME_COLUMNS - terminal.GAP_CELLS))
+            room = columns - _NAME_COLUMNS - terminal.GAP_CELLS
+            lines.append(name if task.phase == _ENDED else _row([name], task, _BAR_COLUMNS, room))
         else:
             bar = _BAR_COLUMNS if columns >= 2 * _BAR_COLUMNS else _NARROW_BAR
-            lines += [name, _row([], task, bar, columns)]
+            lines += [name] if task.phase == _ENDED else [name, _row([], task, bar, columns)]
     return Group(*lines)
 
 
@@ -128,9 +148,12 @@ def _row(before: Sequence[Text], task: Task, bar: int, columns: int) -> Table:
         if terminal.cells("  ".join([*figures, figure])) > room:
             break
         figures.append(figure)
-    known = task.percent is not None
+    # A bar without a percentage moves, so that it does not look like one at 0.
     picture = ProgressBar(
-        total=100 if known else None, completed=task.percent or 0.0, width=bar, pulse=not known and not task.is_done
+        total=None if task.percent is None else 100,
+        completed=task.percent or 0.0,
+        width=bar,
+        pulse=task.percent is None,
     )
     grid.add_row(*before, picture, Text("  ".join(figures)))
     return grid

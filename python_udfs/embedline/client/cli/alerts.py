@@ -10,8 +10,8 @@ from embedline.client import terminal
 from embedline.client.cli.application import EXIT_FOUND, OBSERVE, AsJson, Dsn, app, rows_as_json, session
 
 _ALERTS = """
-    SELECT severity, alert, subject, since, message, remedy FROM embedline.alert
-    ORDER BY array_position(ARRAY['critical', 'warning', 'note'], severity), since, alert, subject
+    SELECT severity, alert, subject, date_trunc('second', since) AS since, message, remedy FROM embedline.alert
+    ORDER BY array_position(ARRAY['critical', 'warning', 'note'], severity), alert.since, alert, subject
 """
 _COLOURS = {"critical": "red", "warning": "yellow", "note": "cyan"}
 

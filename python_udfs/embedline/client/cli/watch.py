@@ -23,7 +23,6 @@ _PROGRESS = """
 _TERMINAL_SECONDS, _PIPE_SECONDS = 0.5, 5.0
 # Largest share of the time for queries, because a long queue is counted.
 _COST_SHARE = 0.1
-_NOTHING = "Nothing is in progress."
 
 
 @app.command(rich_help_panel=OBSERVE)
@@ -38,7 +37,7 @@ def watch(
 ) -> None:
     """Show what is in progress until it is done.
 
-    It may be a backfill, a version that is filled, or an index that is built.
+    It may be a backfill, waiting changes, a version that is filled, an index that is built, or an evaluation.
     """
     is_bar = sys.stdout.isatty() and not json
     seconds = interval or (_TERMINAL_SECONDS if is_bar else _PIPE_SECONDS)
@@ -48,18 +47,18 @@ def watch(
             for rows in found:
                 typer.echo(json_format.dumps(rows, ensure_ascii=False))
             return
-        (Bars if is_bar and not once else Lines)(_NOTHING).show(map(_tasks, found))
+        (Bars(once) if is_bar else Lines()).show(map(_tasks, found))
 
 
 def _followed(
     connection: Connection, pipeline: str | None, seconds: float, once: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of the view until all tasks are done."""
+    """Yield the rows of the view until there is none."""
     while True:
         began = time.monotonic()
         rows = rows_as_json(connection, _PROGRESS, (pipeline, pipeline))
         yield rows
-        if once or all(task.is_done for task in _tasks(rows)):
+        if once or not rows:
             return
         time.sleep(max(seconds, (time.monotonic() - began) / _COST_SHARE))
 

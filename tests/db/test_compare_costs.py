@@ -123,14 +123,23 @@ def test_an_empty_table_costs_nothing(letters: psycopg.Connection) -> None:
     assert [found[way, "month"][0] for way in ("hosted", "own", "hybrid")] == [0, 0, 0]
 
 
+def test_the_largest_numbers_still_have_a_cost(letters: psycopg.Connection) -> None:
+    most = 10**12
+    found = compare(
+        letters, **_LETTER, price_per_million_tokens=most, machine_price_per_hour=most,
+        own_tokens_per_second=Decimal("0.001"), documents_per_day=most, queries_per_second=most, tokens_per_query=most,
+    )  # fmt: skip
+    assert (found["own", "month"][0] or 0) > (found["hosted", "month"][0] or 0) > most
+
+
 @pytest.mark.parametrize(
     ("named", "message"),
     [
         ({"bulk_share": 2}, "bulk_share must be between 0 and 1, not 2"),
         ({"batch_discount": -1}, "batch_discount must be between 0 and 1, not -1"),
-        ({"machine_price_per_hour": -1}, "machine_price_per_hour must be at least 0, not -1"),
-        ({"own_tokens_per_second": 0}, "own_tokens_per_second must be above 0, not 0"),
-        ({"documents_per_day": Decimal("NaN")}, "documents_per_day must be at least 0, not NaN"),
+        ({"machine_price_per_hour": -1}, "machine_price_per_hour must be between 0 and 1000000000000, not -1"),
+        ({"own_tokens_per_second": 0}, "own_tokens_per_second must be between 0.001 and 1000000000000, not 0"),
+        ({"documents_per_day": Decimal("NaN")}, "documents_per_day must be between 0 and 1000000000000, not NaN"),
         ({"queries_per_second": None}, "queries_per_second must not be NULL"),
         ({"own_model": "none"}, 'no model "none"'),
     ],

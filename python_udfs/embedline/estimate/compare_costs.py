@@ -24,6 +24,8 @@ from embedline.postgres.entry import entry_point, require_given
 from embedline.postgres.session import Session
 
 _GIGABYTE_IN_MEGABYTES = 1024
+# Numbers beyond are mistakes, and their products overflow.
+_LARGEST, _SMALLEST = 10**12, Decimal("0.001")
 # Parameters that must not be NULL, and those that are a share.
 _GIVEN = ("documents_per_day", "bulk_share", "batch_discount", "queries_per_second", "tokens_per_query", "sample_rows")
 _SHARES = ("bulk_share", "batch_discount")
@@ -118,9 +120,10 @@ def _check(parameters: Mapping[str, Any]) -> None:
         number: Decimal | None = parameters[name]
         if number is None:
             continue
-        is_share, is_positive = name in _SHARES, name in _POSITIVE
-        if not number.is_finite() or number < 0 or (is_share and number > 1) or (is_positive and number == 0):
-            limits = "between 0 and 1" if is_share else "above 0" if is_positive else "at least 0"
+        is_share = name in _SHARES
+        least, most = _SMALLEST if name in _POSITIVE else 0, 1 if is_share else _LARGEST
+        if not number.is_finite() or not least <= number <= most:
+            limits = f"between {least} and {most}"
             example = "0.9 for 90 %" if is_share else "10"
             raise InvalidParameter(f"{name} must be {limits}, not {number}", hint=f"For example {name} => {example}.")
 

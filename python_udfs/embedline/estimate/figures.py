@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -13,6 +14,7 @@ from embedline.estimate.measure import Measured
 from embedline.estimate.plan import Plan
 
 MEGABYTE = 1024 * 1024
+_LONGEST = 1e20
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,13 @@ class Figure:
         values: dict[str, Any] = {"figure": self.name, "value": None, "low": None, "high": None}
         if self.amount is not None:
             for column, number in (("value", self.amount.value), ("low", self.amount.low), ("high", self.amount.high)):
-                values[column] = str(round(Decimal(str(number)), self.decimals)) if number != float("inf") else None
+                values[column] = None if math.isinf(number) else _rounded(number, self.decimals)
         return {**values, "unit": self.unit, "note": self.note}
+
+
+def _rounded(number: float, decimals: int) -> str:
+    # A decimal has 28 digits.
+    return f"{number:.0f}" if abs(number) >= _LONGEST else str(round(Decimal(str(number)), decimals))
 
 
 def sizes(plan: Plan, model: Model, measured: Measured, server_version: int) -> list[Figure]:

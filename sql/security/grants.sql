@@ -64,6 +64,7 @@ embedline.add_precision_index(text, integer, text, integer, real),
 embedline.drop_precision_index(text, integer, text),
 embedline.use_precision(text, integer, text),
 embedline._job_troubles(),
+embedline.doctor(),
 embedline.schedule_workers(integer),
 embedline.unschedule_workers()
 TO embedline_admin;

@@ -963,6 +963,11 @@ LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
+CREATE FUNCTION embedline.doctor()
+RETURNS TABLE(severity text, finding text, subject text, message text, remedy text)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.drop_budget(pipeline text DEFAULT NULL::text, model text DEFAULT NULL::text, period text DEFAULT NULL::text)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER

@@ -12,8 +12,6 @@ import psycopg
 import pytest
 
 from embedline.client.build_index import PsycopgClient, build
-from embedline.client.doctor.checks import index_reach
-from embedline.client.doctor.examine import examine
 from support import create_pipeline, drain, scalar
 from working import dsn_of
 
@@ -198,12 +196,12 @@ def test_doctor_names_rows_that_search_does_not_reach(off_topic: psycopg.Connect
     off_topic.execute("DELETE FROM embedline_data.page_v1_exact")
     off_topic.execute("SELECT count(*) FROM embedline.verify('page', false, 0)")
     with psycopg.connect(dsn_of(off_topic), autocommit=True) as connection:
-        (found,) = examine(connection, (index_reach,))
-        assert found.verdict == "warning"
-        assert found.commands == ("SELECT * FROM embedline.verify('page', repair => true);",)
-        connection.execute(found.commands[0])
-        (found,) = examine(connection, (index_reach,))
-        assert "unreachable" not in found.found
+        doctor = "SELECT severity, remedy FROM embedline.doctor() WHERE finding = 'vectors_unreachable'"
+        alert = "SELECT severity, remedy FROM embedline.alert WHERE alert = 'vectors_unreachable'"
+        remedy = "SELECT * FROM embedline.verify('page', repair => true);"
+        assert connection.execute(doctor).fetchall() == connection.execute(alert).fetchall() == [("warning", remedy)]
+        connection.execute(remedy)
+        assert connection.execute(doctor).fetchall() == connection.execute(alert).fetchall() == []
 
 
 def test_measuring_chooses_an_ef_search_and_shows_it(poor_index: psycopg.Connection) -> None:

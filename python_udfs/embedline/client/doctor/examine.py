@@ -11,8 +11,7 @@ import psycopg
 from embedline.client.connection import Connection, server_message
 from embedline.client.doctor.checks import (
     encoding,
-    index_reach,
-    jobs,
+    inside,
     pg_cron,
     postgresql,
     role,
@@ -33,10 +32,9 @@ CHECKS: tuple[Check, ...] = (
     package,
     schema,
     pg_cron,
-    jobs,
     workers,
     shared_memory,
-    index_reach,
+    inside,
 )
 
 

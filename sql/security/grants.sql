@@ -41,6 +41,7 @@ GRANT EXECUTE ON PROCEDURE embedline.run_worker(double precision, text, integer,
 -- Administrators: pipelines on tables that they own, and the schedule. Models are for superusers.
 GRANT EXECUTE ON FUNCTION
 embedline.configure(text, double precision),
+embedline.configure(text, text),
 embedline.create_pipeline(
     text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text,
     text, text, double precision, jsonb, text

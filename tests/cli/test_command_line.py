@@ -17,6 +17,7 @@ import programs
 from command_line import lines_in_terminal
 from embedline.client.doctor.examine import examine
 from embedline.client.doctor.server import Finding, Server
+from generated_names import PAGE
 from support import create_pages, create_pipeline, scalar, settle, uri
 
 
@@ -101,7 +102,7 @@ def test_status_for_programs(two: psycopg.Connection, database_dsn: str) -> None
 
 
 def test_verify_in_a_narrow_terminal(two: psycopg.Connection, database_dsn: str) -> None:
-    two.execute("DELETE FROM embedline_data.page_chunk WHERE key_id = 1")
+    two.execute(f"DELETE FROM {PAGE('chunk')} WHERE key_id = 1")
     lines = lines_in_terminal("verify", "page", "--dsn", database_dsn)
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["finding", "count", "repaired", "example"]

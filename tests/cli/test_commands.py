@@ -17,6 +17,7 @@ import typer.main
 import programs
 from command_line import Terminal, lines_in_terminal, run, unstyled
 from embedline.client.cli import app
+from generated_names import PAGE
 from support import ROOT, create_pages, create_pipeline, scalar, settle, wait_until
 
 _REFERENCE = ROOT / "docs" / "reference" / "command-line.md"
@@ -182,7 +183,7 @@ def test_requeue_tells_how_many(pages: psycopg.Connection, database_dsn: str) ->
 
 
 def test_verify_ends_with_a_code_of_its_own_until_it_is_repaired(pages: psycopg.Connection, database_dsn: str) -> None:
-    pages.execute("DELETE FROM embedline_data.page_chunk WHERE key_id = 1")
+    pages.execute(f"DELETE FROM {PAGE('chunk')} WHERE key_id = 1")
     found = run(database_dsn, "verify", "page", "--json")
     assert found.returncode == 3
     assert [(row["finding"], row["count"], row["repaired"]) for row in json.loads(found.stdout)] == [

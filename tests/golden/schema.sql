@@ -347,6 +347,7 @@ CREATE TABLE embedline.pipeline (
     altered_at timestamp with time zone,
     source_name text,
     is_resting boolean DEFAULT false NOT NULL,
+    input_columns jsonb DEFAULT '{}'::jsonb NOT NULL,
     CONSTRAINT pipeline_capture_check CHECK ((capture = ANY (ARRAY['statement'::text, 'row'::text]))),
     CONSTRAINT pipeline_name_key UNIQUE (name),
     CONSTRAINT pipeline_pkey PRIMARY KEY (pipeline_id),
@@ -734,7 +735,7 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._index_state(index_name text)
 RETURNS text
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._is_type(given regtype, wanted regtype)
@@ -937,6 +938,11 @@ SET quote_all_identifiers=off;
 
 CREATE FUNCTION embedline.configure(setting text, value double precision DEFAULT NULL::double precision)
 RETURNS double precision
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.configure(setting text, value text)
+RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 

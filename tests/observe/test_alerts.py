@@ -8,6 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import create_pages, create_pipeline, drain, scalar, settle, wait_until
 from working import create_stub_model, create_stub_pipeline, dsn_of, insert_rows, work_until_idle, working
@@ -88,9 +89,9 @@ def test_rows_that_wait_without_a_worker(pages: psycopg.Connection) -> None:
 
 def test_a_queue_that_grows_becomes_critical(pages: psycopg.Connection) -> None:
     insert_rows(pages, 31, 60)
-    pages.execute("UPDATE embedline_data.page_inbox SET enqueued_at = enqueued_at - interval '5 minutes'")
+    pages.execute(f"UPDATE {PAGE('inbox')} SET enqueued_at = enqueued_at - interval '5 minutes'")
     assert _alerts(pages)["search_stale"] == ("warning", "page")
-    pages.execute("UPDATE embedline_data.page_inbox SET enqueued_at = enqueued_at - interval '15 minutes'")
+    pages.execute(f"UPDATE {PAGE('inbox')} SET enqueued_at = enqueued_at - interval '15 minutes'")
     assert _alerts(pages)["search_stale"] == ("critical", "page")
     drain(pages)
     assert _alerts(pages) == {}
@@ -128,7 +129,7 @@ def test_an_invalid_index(database: psycopg.Connection) -> None:
     create_pages(database, 20)
     create_pipeline(database)
     settle(database)
-    index = "'embedline_data.page_v1_embedding_idx'::regclass"
+    index = f"'{PAGE.index(1)}'::regclass"
     database.execute(str(scalar(database, "SELECT embedline.index_statement('page')")).encode())
     assert _alerts(database) == {}
     database.execute(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = {index}")

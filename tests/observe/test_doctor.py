@@ -6,6 +6,7 @@ import psycopg
 from psycopg import sql
 
 from conftest import Connect, MakeRole
+from generated_names import PAGE
 from support import create_pages, create_pipeline, scalar, settle
 
 _FINDING = "SELECT severity, subject, remedy FROM embedline.doctor() WHERE finding = %s"
@@ -37,13 +38,14 @@ def test_vectors_of_norm_zero_and_of_another_length_are_found_and_repaired(datab
     create_pages(database, 20)
     create_pipeline(database)
     settle(database)
+    table = PAGE.version(1)
     database.execute(
-        "UPDATE embedline_data.page_v1 SET embedding_v1 = array_fill(0, ARRAY[256])::vector"
-        " WHERE chunk_id = (SELECT min(chunk_id) FROM embedline_data.page_v1)"
+        f"UPDATE {table} SET embedding_v1 = array_fill(0, ARRAY[256])::vector"
+        f" WHERE chunk_id = (SELECT min(chunk_id) FROM {table})"
     )
     database.execute(
-        "UPDATE embedline_data.page_v1 SET embedding_v1 = embedding_v1 * array_fill(2, ARRAY[256])::vector"
-        " WHERE chunk_id = (SELECT max(chunk_id) FROM embedline_data.page_v1)"
+        f"UPDATE {table} SET embedding_v1 = embedding_v1 * array_fill(2, ARRAY[256])::vector"
+        f" WHERE chunk_id = (SELECT max(chunk_id) FROM {table})"
     )
     (found,) = _found(database, "wrong_norms")
     database.execute(found[2].encode())
@@ -56,7 +58,7 @@ def test_a_publication_of_all_tables_is_told_because_it_sends_the_queues(databas
     database.execute("CREATE PUBLICATION everything FOR ALL TABLES")
     ((severity, subject, _),) = _found(database, "publication_of_queues")
     assert (severity, subject) == ("note", "everything")
-    database.execute("ALTER TABLE embedline_data.page_inbox REPLICA IDENTITY NOTHING")
+    database.execute(f"ALTER TABLE {PAGE('inbox')} REPLICA IDENTITY NOTHING")
     ((severity, _, remedy),) = _found(database, "publication_stops")
     assert severity == "critical"
     database.execute(remedy.encode())
@@ -67,7 +69,7 @@ def test_a_check_that_fails_is_reported_and_the_others_go_on(database: psycopg.C
     create_pages(database, 5)
     create_pipeline(database)
     settle(database)
-    database.execute("ALTER TABLE embedline_data.page_v1 RENAME TO page_away")
+    database.execute(f"ALTER TABLE {PAGE.version(1)} RENAME TO page_away")
     subjects = [subject for _, subject, _ in _found(database, "not_checked")]
     assert subjects == ["stored_vectors"]
     assert scalar(database, "SELECT count(*) FROM embedline.doctor() WHERE finding = 'old_pgvector'") in (0, 1)

@@ -51,8 +51,9 @@ def build_index_command(
                     version,
                     precision,
                     parallel_workers=workers,
-                    report=show,
-                    tell=lambda notice: console.print(f"NOTICE: {notice}", markup=False, soft_wrap=True),
+                    listener=build_index.Listener(
+                        show, lambda notice: console.print(f"NOTICE: {notice}", markup=False, soft_wrap=True)
+                    ),
                 )
         except EmbedlineError as error:
             fail(lines(error.message, error.detail, error.hint))

@@ -137,9 +137,9 @@ def test_a_share_that_is_changed_reaches_workers_that_run(page: psycopg.Connecti
 
 
 def test_a_changed_recipe_is_through_beside_a_flood_and_writes_to_its_own_rows(page: psycopg.Connection) -> None:
-    create_stub_pipeline(page, "own", rows=5000)
+    create_stub_pipeline(page, "own", rows=2000)
     settle(page, 60)
     page.execute("SELECT embedline.alter_pipeline('own', content => $$body || ' altered'$$)")
-    rewriting = writing(page, "UPDATE own SET body = 'live ' || random() WHERE id <= 1000")
+    rewriting = writing(page, "UPDATE own SET body = 'live ' || random() WHERE id <= 400")
     with flood(page), rewriting, working(page, seconds=120):
         wait_until(lambda: versions(page, "state", "own")[1] == "complete", 90, "the recipe is changed")

@@ -91,6 +91,14 @@ def test_resume_model_frees_rows_that_wait_for_their_next_try(page: psycopg.Conn
     assert scalar(page, "SELECT embedline.resume_model('stub')") == 0
 
 
+def test_resume_model_ends_the_wait_of_its_own_session_too(page: psycopg.Connection, stub: StubProvider) -> None:
+    stub.behave(rules=[{"match": "", "status": 429, "headers": {"Retry-After": "60"}, "times": 1}])
+    insert_rows(page, 1, 20)
+    assert scalar(page, "SELECT embedline.embed_pending(100)") == 0
+    page.execute("SELECT embedline.resume_model('stub')")
+    assert scalar(page, "SELECT embedline.embed_pending(100)") == 20
+
+
 def test_resume_model_is_for_administrators_and_names_an_unknown_model(page: psycopg.Connection) -> None:
     with pytest.raises(errors.UndefinedObject, match='there is no model "nothing"'):
         page.execute("SELECT embedline.resume_model('nothing')")

@@ -93,7 +93,7 @@ def filled(
     connection.execute(f"CREATE TABLE page ({definition.replace(', PRIMARY', ', body text, PRIMARY', 1)})")
     if key != "two columns":
         connection.execute("ALTER TABLE page ADD COLUMN body text")
-    create_pipeline(connection, content="body", model="narrow", index_options='{"m": 4, "ef_construction": 8}')
+    create_pipeline(connection, content="body", model="narrow", index_options='{"m": 2, "ef_construction": 4}')
     connection.execute("SELECT embed_pending(1)")
     connection.execute("ALTER TABLE page DISABLE TRIGGER USER")
     names = "tenant, id, body" if key == "two columns" else "id, body"

@@ -77,6 +77,10 @@ embedline.drop_budget(text, text, text),
 embedline.set_price(text, numeric),
 embedline.set_rate_limit(text, integer, bigint),
 embedline.estimate(text, text, text, integer, text),
+embedline.compare_costs(
+    text, text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, text,
+    integer, text
+),
 embedline._measured_rates(),
 embedline._note_rate(text, double precision),
 embedline._work_done(text),

@@ -121,7 +121,10 @@ def test_the_command_line_builds_and_says_what_it_found(complete: psycopg.Connec
         result = CliRunner().invoke(cli.app, ["build-index", "page", *arguments], env={"EMBEDLINE_DSN": database_dsn})
         return f"{result.exit_code} {result.output}"
 
-    assert run("--version", "2", "--workers", "0").startswith("0")
+    built = run("--version", "2", "--workers", "0")
+    assert built.startswith("0")
+    assert built.endswith("The index of pipeline page is built and valid.\n")
+    assert built.isascii()
     assert _indexes(complete)["page_v2_embedding_idx"] == "valid"
     assert "nothing to build" in run("--version", "2")
     complete.execute(f"DELETE FROM {PAGE.version(1)} WHERE chunk_id = 1")

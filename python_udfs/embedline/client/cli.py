@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import embedline
-from embedline.client import build_index, evaluate_command, terminal
+from embedline.client import build_index, cli_metrics, evaluate_command, terminal
 from embedline.client.connection import Connection, connect, lines, server_message
 from embedline.client.doctor.examine import as_json, examine
 from embedline.client.evaluate_command import VerdictCommand
@@ -87,6 +87,8 @@ def downgrade(
     """Return to an earlier revision; `base` removes everything except your own tables."""
     _migrate(dsn, "downgrade", revision, verbose)
 
+
+app.command("metrics")(cli_metrics.metrics)
 
 _STATUS = """
     SELECT pipeline, source, model, state, pending,

@@ -1,0 +1,199 @@
+"""The command `embedline metrics`: print the metrics, or serve them to Prometheus."""
+
+from __future__ import annotations
+
+import gzip
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import psycopg
+import typer
+
+from embedline.client.connection import Connection, connect, lines, resolve, server_message
+from embedline.errors import EmbedlineError
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Longest time of a scrape in the server. Prometheus itself gives up after 10 s.
+_TIMEOUT_MS = 8000
+_AWAY = """\
+# HELP embedline_up 1 if the database answered the scrape, 0 if it was away.
+# TYPE embedline_up gauge
+embedline_up 0
+"""
+_PAGE = "Metrics of Embedline are at /metrics.\n"
+_FAULTS = (psycopg.Error, EmbedlineError, OSError)
+
+
+class Scraper:
+    """Reads the metrics over one connection, which it opens again once it is lost."""
+
+    def __init__(self, dsn: str, say: Callable[[str], None]) -> None:
+        self._dsn = dsn
+        self._say = say
+        self._connection: Connection | None = None
+        self._trouble: str | None = None
+        # Two scrapers at once take turns: the connection runs one statement at a time.
+        self._turn = threading.Lock()
+
+    def read(self) -> str | None:
+        """Return the metrics, None if the database does not give them; each trouble is said once."""
+        with self._turn:
+            try:
+                text = self._read()
+            except _FAULTS as error:
+                self._tell(_message(error))
+                return None
+            self._tell(None)
+            return text
+
+    def _read(self) -> str:
+        if self._connection is not None:
+            try:
+                return scrape(self._connection)
+            except psycopg.OperationalError:
+                if not self._connection.broken:
+                    raise
+                # The server was started again, or ended the session: a new connection may do.
+                self.close()
+        self._connection = open_session(self._dsn)
+        return scrape(self._connection)
+
+    def _tell(self, trouble: str | None) -> None:
+        if trouble != self._trouble:
+            self._say(f"error: {trouble}" if trouble else "the database answers again")
+        self._trouble = trouble
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def open_session(dsn: str) -> Connection:
+    """Connect with a limit on the time of a scrape."""
+    connection = connect(dsn)
+    connection.execute(f"SET statement_timeout = {_TIMEOUT_MS}")
+    return connection
+
+
+def scrape(connection: Connection) -> str:
+    """Return the metrics as text."""
+    row = connection.execute("SELECT embedline.metrics()").fetchone()
+    return str(row[0]) if row else ""
+
+
+def metrics(
+    dsn: Annotated[
+        str,
+        typer.Option(
+            envvar="EMBEDLINE_DSN",
+            default_factory=str,
+            help="Any connection string of libpq; without it PGSERVICE, PGHOST, PGDATABASE and the like count.",
+            show_default=False,
+        ),
+    ],
+    listen: Annotated[
+        str | None, typer.Option(metavar="ADDRESS:PORT", help="Serve them at /metrics, for example 127.0.0.1:9187.")
+    ] = None,
+) -> None:
+    """Print the metrics in Prometheus' text format, or serve them.
+
+    Served, a database that is away gives status 503 and embedline_up 0.
+    """
+    try:
+        resolve(dsn)
+        if listen is None:
+            with open_session(dsn) as connection:
+                typer.echo(scrape(connection), nl=False)
+            return
+        address = parse_address(listen)
+    except _FAULTS as error:
+        _fail(_message(error))
+    except ValueError as error:
+        _fail(str(error))
+    _serve(dsn, address)
+
+
+def parse_address(listen: str) -> tuple[str, int]:
+    """Return host and port; an address of IPv6 stands in brackets."""
+    host, separator, port = listen.rpartition(":")
+    if not separator or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError(f"--listen {listen} is no ADDRESS:PORT, for example 127.0.0.1:9187")
+    return host.strip("[]"), int(port)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], scraper: Scraper) -> None:
+        self.scraper = scraper
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            text = self.server.scraper.read()
+            self._answer(200 if text is not None else 503, text if text is not None else _AWAY)
+        else:
+            self._answer(200 if path == "/" else 404, _PAGE)
+
+    def _answer(self, status: int, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", CONTENT_TYPE)
+        if "gzip" in self.headers.get("Accept-Encoding", ""):
+            body = gzip.compress(body, compresslevel=1)
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: a line for each scrape hides the others."""
+
+
+def _serve(dsn: str, address: tuple[str, int]) -> None:
+    scraper = Scraper(dsn, lambda text: typer.echo(text, err=True))
+    try:
+        server = _Server(address, scraper)
+    except OSError as error:
+        _fail(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}")
+
+    def end(_: int, __: FrameType | None) -> None:
+        # shutdown() waits for the loop, which this thread runs.
+        threading.Thread(target=server.shutdown).start()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    host, port = server.server_address[:2]
+    shown = f"[{host!s}]" if ":" in str(host) else str(host)
+    typer.echo(f"serving http://{shown}:{port}/metrics", err=True)
+    with server:
+        server.serve_forever(poll_interval=0.2)
+    scraper.close()
+
+
+def _message(error: object) -> str:
+    if isinstance(error, EmbedlineError):
+        return lines(error.message, error.detail, error.hint)
+    if isinstance(error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedFunction):
+        return "Embedline is not installed in this database, or is older\nHINT: embedline upgrade"
+    return server_message(error) or str(error)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)

@@ -17,6 +17,7 @@ DECLARE
     counted_rows CONSTANT integer := 10000;
     key_column text;
     suffix text;
+    filled text [] := '{}';
     relation regclass;
     found_count bigint;
     found_keys bigint;
@@ -26,10 +27,19 @@ DECLARE
     last_block bigint;
 BEGIN
     pending := 0;
+    -- Reading a size locks nothing for longer. Most queues are empty, and need no subtransaction then.
+    FOREACH suffix IN ARRAY '{inbox,outbox,claim,deleted}'::text [] LOOP
+        IF pg_relation_size(to_regclass(format('embedline_data.%I', pipeline_name || '_' || suffix))) > 0 THEN
+            filled := filled || suffix;
+        END IF;
+    END LOOP;
+    IF filled = '{}' THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
     BEGIN
-        FOREACH suffix IN ARRAY '{inbox,outbox,claim,deleted}'::text [] LOOP
+        FOREACH suffix IN ARRAY filled LOOP
             relation := format('embedline_data.%I', pipeline_name || '_' || suffix)::regclass;
-            CONTINUE WHEN pg_relation_size(relation) = 0;
             EXECUTE format('SELECT FROM %s LIMIT 1', relation);
             GET DIAGNOSTICS found_count = ROW_COUNT;
             CONTINUE WHEN found_count = 0;

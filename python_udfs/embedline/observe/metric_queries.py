@@ -27,7 +27,11 @@ NOTE_ALERTS = """
     ON CONFLICT (alert, subject) DO NOTHING
 """
 # Rows of a table by the server's statistics: the current count, or that of the last ANALYZE on a standby.
-_ROWS = "coalesce(nullif(pg_stat_get_live_tuples({0}.oid), 0), greatest({0}.reltuples, 0)::bigint)"
+_ROWS = """coalesce(nullif(pg_stat_get_live_tuples({0}), 0), (
+                SELECT greatest(g.reltuples, 0)::bigint FROM pg_class AS g WHERE g.oid = {0}
+            ), 0)"""
+# The oid of a generated table. A join with pg_class would read all of it: 50,000 rows with 1,000 pipelines.
+_TABLE = "CROSS JOIN LATERAL (SELECT to_regclass(format('embedline_data.%I', {0}))::oid AS oid OFFSET 0) AS {1}"
 # A share that is 1 if nothing is missing, and below 1 otherwise.
 _SHARE = "CASE WHEN {0} <= 0 THEN 1 WHEN {1} > 0 THEN greatest(1 - {0}::float8 / greatest({1}, {0}), 0) ELSE 0 END"
 
@@ -51,19 +55,18 @@ _PIPELINES = f"""
     counted AS (
         SELECT p.pipeline_id, p.name, p.state = 'paused' AS is_paused, c.pending,
             greatest(extract(epoch FROM clock_timestamp() - c.oldest_enqueued_at)::float8, 0) AS age,
-            coalesce(d.n, 0) AS dead, n.lag, o.at, {_ROWS.format("s")} AS rows,
+            coalesce(d.n, 0) AS dead, n.lag, o.at, {_ROWS.format("p.source")} AS rows,
             CASE WHEN v.state = 'complete' THEN 1
                 ELSE coalesce(least(greatest(r.total - r.open, 0) / nullif(r.total, 0), 0.999), 0) END AS read
         FROM embedline.pipeline AS p
         INNER JOIN embedline.version AS v ON v.version_id = p.serving_version_id
-        LEFT JOIN pg_class AS s ON s.oid = p.source
         LEFT JOIN ranges AS r ON r.pipeline_id = p.pipeline_id
         LEFT JOIN dead AS d ON d.pipeline_id = p.pipeline_id
         LEFT JOIN recent AS n ON n.pipeline_id = p.pipeline_id
         LEFT JOIN verified AS o ON o.pipeline_id = p.pipeline_id
         CROSS JOIN LATERAL embedline._pipeline_counts(p.name) AS c
     )
-    SELECT k.name AS pipeline, k.is_paused AS pipeline_paused, k.pending AS pending_rows,
+    SELECT k.name AS pipeline, k.is_paused::int AS pipeline_paused, k.pending AS pending_rows,
         coalesce(round(k.age::numeric, 3)::float8, 0) AS oldest_pending_age_seconds,
         round(greatest(k.age, k.lag, 0)::numeric, 3)::float8 AS indexing_lag_seconds, k.rows AS source_rows,
         k.read AS backfill_ratio, k.dead AS dead_letters, k.at AS verified_timestamp_seconds,
@@ -98,19 +101,17 @@ _VERSIONS = f"""
         GROUP BY d.version_id
     ),
     counted AS (
-        SELECT p.name, v.number, i.ef_search, i.recall, {_ROWS.format("t")} AS vectors,
-            pg_stat_get_dead_tuples(t.oid) AS dead_tuples, {_ROWS.format("c")} AS chunks, coalesce(d.n, 0) AS dead,
+        SELECT p.name, v.number, i.ef_search, i.recall, {_ROWS.format("t.oid")} AS vectors,
+            pg_stat_get_dead_tuples(t.oid) AS dead_tuples, {_ROWS.format("c.oid")} AS chunks, coalesce(d.n, 0) AS dead,
             coalesce(q.n, 0) + coalesce(d.n, 0) + (v.state <> 'complete')::int AS missing
         FROM embedline.version AS v
         INNER JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
-        INNER JOIN pg_class AS t
-            ON t.relname = p.name || '_v' || v.number AND t.relnamespace = 'embedline_data'::regnamespace
-        INNER JOIN pg_class AS c
-            ON c.relname = p.name || CASE WHEN v.chunk_set = 1 THEN '_chunk' ELSE '_chunk_' || v.chunk_set END
-            AND c.relnamespace = 'embedline_data'::regnamespace
+        {_TABLE.format("p.name || '_v' || v.number", "t")}
+        {_TABLE.format("p.name || CASE WHEN v.chunk_set = 1 THEN '_chunk' ELSE '_chunk_' || v.chunk_set END", "c")}
         LEFT JOIN queued AS q ON q.version_id = v.version_id
         LEFT JOIN dead AS d ON d.version_id = v.version_id
         LEFT JOIN embedline.index_reach AS i ON i.version_id = v.version_id
+        WHERE t.oid IS NOT NULL
     )
     SELECT k.name AS pipeline, k.number AS version, k.vectors, k.dead_tuples, k.dead AS version_dead_letters, k.ef_search,
         k.recall::float8 AS reach_recall_ratio, {_SHARE.format("k.missing", "k.chunks")} AS coverage_chunks_ratio
@@ -160,7 +161,7 @@ _FAILURES = """
     GROUP BY p.name, v.number, r.class ORDER BY 1, 2, 3
 """
 _MODELS = """
-    SELECT m.name AS model, coalesce(c.failure_count > 0 AND c.open_until > clock_timestamp(), false) AS circuit_open,
+    SELECT m.name AS model, coalesce(c.failure_count > 0 AND c.open_until > clock_timestamp(), false)::int AS circuit_open,
         coalesce(c.failure_count, 0) AS circuit_failures
     FROM embedline.model AS m LEFT JOIN embedline.circuit AS c ON c.model_id = m.model_id ORDER BY m.name
 """
@@ -187,7 +188,7 @@ _WORKERS = """
     SELECT embedline._workers_alive() AS workers_alive, max(w.batch_rows) AS worker_batch_rows,
         coalesce(sum(w.requests_in_flight), 0) AS worker_requests_in_flight,
         round(max(w.commit_seconds)::numeric, 6)::float8 AS worker_commit_seconds,
-        coalesce(bool_or(w.held_back_by IS NOT NULL), false) AS worker_held_back
+        coalesce(bool_or(w.held_back_by IS NOT NULL), false)::int AS worker_held_back
     FROM (
         SELECT r.* FROM embedline.worker AS r WHERE r.reported_at > clock_timestamp() - interval '1 minute'
     ) AS w

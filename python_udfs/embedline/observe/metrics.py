@@ -41,24 +41,39 @@ class _Samples:
     def add(self, name: str, labels: str, value: Any) -> None:
         """Add a sample; None adds nothing."""
         if value is not None:
-            self._lines[name].append(f"{PREFIX}{name}{labels} {_number(value)}")
+            self._lines[name].append(f"{PREFIX}{name}{labels} {value}")
 
     def add_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add the rows of a query; `metric_queries` tells what its columns mean."""
         if not rows:
             return
-        values = _values(rows[0])
+        columns = [_Column(name, self._lines) for name in rows[0] if name.partition(".")[0] in BY_NAME]
+        values = {column.name for column in columns}
         names = [name for name in rows[0] if name not in values]
+        # 1,000 pipelines have 25,000 samples, so a line is put together of as few pieces as possible.
         for row in rows:
-            labels = [(name, row[name]) for name in names]
-            text = format_labels(labels)
-            for column, (metric, extra) in values.items():
-                self.add(metric, format_labels([*labels, extra]) if extra else text, row[column])
+            labels = format_labels([(name, row[name]) for name in names])
+            for column in columns:
+                value = row[column.name]
+                if value is not None:
+                    shown = f"{labels[:-1]}{column.label}" if column.label else labels
+                    column.lines.append(f"{column.metric}{shown} {value}")
 
     def text(self) -> str:
         """Return all samples, each metric's under its HELP and TYPE."""
         parts = [line for name, head in _HEADS.items() if self._lines[name] for line in (head, *self._lines[name])]
         return "\n".join([*parts, ""])
+
+
+class _Column:
+    """A column of values: its metric, and the label that its name adds, as the end of all labels."""
+
+    def __init__(self, name: str, lines: Mapping[str, list[str]]) -> None:
+        metric, _, value = name.partition(".")
+        self.name = name
+        self.metric = PREFIX + metric
+        self.lines = lines[metric]
+        self.label = f',{BY_NAME[metric].labels[-1]}="{value}"}}' if value else ""
 
 
 @entry_point
@@ -78,24 +93,15 @@ def metrics(session: Session) -> str:
     return samples.text()
 
 
-def _values(row: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, str] | None]]:
-    """Return the columns that are values: the metric of each, and the label that its name adds."""
-    found: dict[str, tuple[str, tuple[str, str] | None]] = {}
-    for column in row:
-        metric, _, value = column.partition(".")
-        if metric in BY_NAME:
-            found[column] = (metric, (BY_NAME[metric].labels[-1], value) if value else None)
-    return found
-
-
 def format_labels(labels: Iterable[tuple[str, Any]]) -> str:
     """Return labels in braces, without those that have no value."""
-    given = [f'{name}="{str(value).translate(_ESCAPES)}"' for name, value in labels if value is not None]
+    given = [f'{name}="{_escaped(value)}"' for name, value in labels if value is not None]
     return "{" + ",".join(given) + "}" if given else ""
 
 
-def _number(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
+def _escaped(value: Any) -> str:
+    text = str(value)
+    return text.translate(_ESCAPES) if '"' in text or "\\" in text or "\n" in text else text
 
 
 def _versions(session: Session) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""`embedline metrics --listen`, and Debian's Prometheus and Alertmanager, each in a process of its own."""
+"""The server of metrics, Prometheus and Alertmanager, each in its own process."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def serving(dsn: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Serve the metrics on a free port for the length of a block; yield the address and the file of messages."""
+    """Serve the metrics for the length of a block; yield address and messages."""
     messages = folder / "messages"
     descriptor = os.open(messages, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     environment = {**os.environ, "EMBEDLINE_DSN": dsn}
@@ -97,7 +97,7 @@ class Prometheus:
         self.url = url
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Return the samples of an instant query; raise AssertionError with Prometheus' message if it is refused."""
+        """Return the samples of an instant query; fail with the message if it is refused."""
         asked = urllib.parse.urlencode({"query": expression})
         try:
             with urllib.request.urlopen(f"{self.url}/api/v1/query?{asked}", timeout=10) as answer:

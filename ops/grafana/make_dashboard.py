@@ -1,4 +1,4 @@
-"""Write ops/grafana/dashboard.json: `.venv/bin/python ops/grafana/make_dashboard.py`.
+"""Write ops/grafana/dashboard.json.
 
 A test says whether the file is current, and runs each query on a Prometheus.
 """

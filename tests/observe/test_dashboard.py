@@ -1,4 +1,4 @@
-"""The dashboard for Grafana: made by its script, and each of its queries is one that Prometheus answers."""
+"""The dashboard for Grafana: its script, and what Prometheus answers to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics that Prometheus reads: their form, and that they say what the views say."""
+"""The metrics that Prometheus reads: their form and their values."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_alerts_are_gauges_and_a_scrape_notes_since_when(pages: psycopg.Connecti
 
 
 def _fresh(connection: psycopg.Connection) -> psycopg.Connection:
-    """Forget the alerts that the session has read, as it does by itself after 50 times the time that they took."""
+    """Forget the alerts that the session has read, as it does after a while."""
     connection.execute("DO LANGUAGE plpython3u $$GD.pop('embedline.alerts', None)$$")
     return connection
 
@@ -205,3 +205,9 @@ def test_the_memory_of_a_model_host_is_shown(database: psycopg.Connection) -> No
     drain(database)
     # numpy and a model take this much at least.
     assert value(samples_of(database), "model_host_resident_bytes", model="static-256") > 20_000_000
+
+
+def test_the_reference_lists_each_metric() -> None:
+    from embedline.dev import metric_index
+
+    assert metric_index.PAGE.read_text(encoding="utf-8") == metric_index.render(), "run: make golden"

@@ -38,7 +38,7 @@ def test_scrapers_are_served_and_an_ended_session_is_opened_again(
 
 
 def test_a_database_that_is_away_gives_503_and_up_0(tmp_path: Path) -> None:
-    with serving(f"postgresql://nobody@127.0.0.1:{free_port()}/nothing", tmp_path) as (url, messages):
+    with serving(f"postgresql://reader@127.0.0.1:{free_port()}/nothing", tmp_path) as (url, messages):
         for _ in range(2):
             status, _, body = get(url)
             assert status == 503

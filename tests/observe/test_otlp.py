@@ -1,4 +1,4 @@
-"""Spans and metrics over OTLP: what a receiver gets, and what an endpoint that is away does to the work."""
+"""Spans and metrics over OTLP, as a receiver gets them."""
 
 from __future__ import annotations
 

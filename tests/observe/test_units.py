@@ -1,4 +1,4 @@
-"""The units for systemd: systemd finds no fault in them, and their commands are ours."""
+"""The units for systemd, and the commands in them."""
 
 from __future__ import annotations
 

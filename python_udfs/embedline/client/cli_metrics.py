@@ -41,7 +41,10 @@ class Scraper:
         self._turn = threading.Lock()
 
     def read(self) -> str | None:
-        """Return the metrics, None if the database does not give them; each trouble is said once."""
+        """Return the metrics, None if the database gives none.
+
+        Each trouble is told once.
+        """
         with self._turn:
             try:
                 text = self._read()

@@ -1,4 +1,4 @@
-"""Name each metric, with its type, its labels and its help: one table for the exposition and for the reference.
+"""Name each metric with its type, its labels and its help, in one table.
 
 The names follow OpenMetrics: base units, `_total` for counters. Labels have a bounded number of values: names of pipelines,
 models and indexes, never a key, a text or a tenant.
@@ -87,7 +87,7 @@ METRICS: tuple[Metric, ...] = (
         "Share of chunks that have a vector of this version, from 0 to 1; estimated by the server's statistics.",
         _VERSION,
     ),
-    Metric("version_dead_letters", "gauge", "Chunks that the version gave up and nobody accepted.", _VERSION),
+    Metric("version_dead_letters", "gauge", "Chunks that the version gave up and that are not accepted.", _VERSION),
     Metric("ef_search", "gauge", "hnsw.ef_search that searches use, as measured.", _VERSION),
     Metric("reach_recall_ratio", "gauge", "Lowest measured recall@10 of the index, from 0 to 1.", _VERSION),
     Metric("index_bytes", "gauge", "Bytes of a valid vector index.", ("pipeline", "version", "index")),

@@ -1,7 +1,7 @@
 """Hold the queries of the metrics.
 
-A column named as a metric of `metric_names` is its value, "metric.value" has a value of the metric's last label, and every
-other column is a label. Nothing is read from a table whose
+A column named as a metric of `metric_names` is its value. "metric.value" also gives the value of the metric's last label.
+Every other column is a label. Nothing is read from a table whose
 rows grow with the data, except the first rows of a queue; sizes come from the server's statistics.
 """
 

@@ -1,7 +1,7 @@
 """Write the metrics of a database as text that Prometheus reads.
 
-A scrape takes under 50 ms with 1,000,000 rows that wait and under 300 ms with 1,000 pipelines, so nothing is counted whose
-cost grows with a table: `metric_names` says what is estimated.
+A scrape is to take under 50 ms with 1,000,000 rows that wait, and under 300 ms with 1,000 pipelines. So nothing is counted
+whose cost grows with a table; `metric_names` says what is estimated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from embedline.postgres.locks import ALERTS_LOCK
 from embedline.postgres.session import Session
 
 # Evaluating alerts takes 10 ms, and 0.4 s with 1,000 pipelines. A session evaluates them again after this many times as
-# long, and after these seconds at the latest: alerts are to be seen within a minute.
+# long, and after these seconds at the latest. Alerts are to be seen within a minute.
 _ALERT_REST, _ALERT_SECONDS = 50, 30.0
 _CACHE_KEY = "embedline.alerts"
 # Alerts whose subject has numbers in it, which would make a new series of each.
@@ -66,7 +66,7 @@ class _Samples:
 
 
 class _Column:
-    """A column of values: its metric, and the label that its name adds, as the end of all labels."""
+    """A column of values: its metric, and the end of all its labels."""
 
     def __init__(self, name: str, lines: Mapping[str, list[str]]) -> None:
         metric, _, value = name.partition(".")

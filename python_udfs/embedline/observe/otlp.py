@@ -1,7 +1,8 @@
-"""Send spans and metrics of a worker or a search over OTLP/HTTP, if the server's environment names an endpoint.
+"""Send spans and metrics of a worker or a search over OTLP/HTTP.
 
-The session appends what ended to a bounded queue, for 3 µs a span. One thread makes spans of it and sends them, so neither the
-import of the SDK nor an endpoint that is away holds the session back. The SDK's own processors start threads that would
+The server's environment names the endpoint; without one this module is not imported.
+The session appends ended spans to a bounded queue. One thread makes OpenTelemetry's spans of them and sends them. So neither
+the import of the SDK nor an endpoint that is away holds the session back. The SDK's own processors start threads that would
 take PostgreSQL's signals; this one has them blocked and ends before exit().
 """
 
@@ -127,7 +128,7 @@ class OtlpExporter:
 
 
 def start(session: Session) -> str | None:
-    """Have this session's spans exported; return what is missing for that, if anything is."""
+    """Have this session's spans exported; return what is missing for that."""
     for package in _PACKAGES:
         try:
             found = importlib.util.find_spec(package)

@@ -1,4 +1,7 @@
-"""Make OpenTelemetry's spans and metrics of what ended, and send them. All of it runs in the exporter's thread."""
+"""Make OpenTelemetry's spans and metrics of ended spans, and send them.
+
+All of it runs in the exporter's thread.
+"""
 
 from __future__ import annotations
 

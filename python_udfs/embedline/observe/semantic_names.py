@@ -1,7 +1,7 @@
-"""Name spans, metrics and attributes as OpenTelemetry's conventions do: one table of our own, because packages lag behind.
+"""Name spans, metrics and attributes as OpenTelemetry's conventions do.
 
-GenAI: semantic-conventions-genai of 2026, client embeddings; database: semantic-conventions 1.44. An attribute that is not in
-these tables is not exported, so no text, key or vector can be.
+The tables are our own, because the packages lag behind. GenAI: semantic-conventions-genai of 2026, client embeddings.
+Database: semantic-conventions 1.44. An attribute that is not in these tables is not exported, so no text, key or vector is.
 """
 
 from __future__ import annotations

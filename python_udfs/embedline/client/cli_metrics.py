@@ -63,7 +63,7 @@ class Scraper:
                     raise
                 # The server was started again, or ended the session: a new connection may do.
                 self.close()
-        self._connection = open_session(self._dsn)
+        self._connection = connect(self._dsn)
         return scrape(self._connection)
 
     def _tell(self, trouble: str | None) -> None:
@@ -78,16 +78,12 @@ class Scraper:
             self._connection = None
 
 
-def open_session(dsn: str) -> Connection:
-    """Connect with a limit on the time of a scrape."""
-    connection = connect(dsn)
-    connection.execute(f"SET statement_timeout = {_TIMEOUT_MS}")
-    return connection
-
-
 def scrape(connection: Connection) -> str:
     """Return the metrics as text."""
-    row = connection.execute("SELECT embedline.metrics()").fetchone()
+    # The limit ends with its transaction: behind a pool the next statement may run in another session.
+    with connection.transaction():
+        connection.execute(f"SET LOCAL statement_timeout = {_TIMEOUT_MS}")
+        row = connection.execute("SELECT embedline.metrics()").fetchone()
     return str(row[0]) if row else ""
 
 
@@ -112,7 +108,7 @@ def metrics(
     try:
         resolve(dsn)
         if listen is None:
-            with open_session(dsn) as connection:
+            with connect(dsn) as connection:
                 typer.echo(scrape(connection), nl=False)
             return
         address = parse_address(listen)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
+import signal
+import struct
 import subprocess
+import termios
 import threading
 
 import programs
@@ -22,6 +26,34 @@ def _environment(dsn: str) -> dict[str, str]:
 def run(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command with pipes to its end."""
     return programs.run("embedline", *arguments, env=_environment(dsn))
+
+
+def lines_in_terminal(*arguments: str, columns: int = 80) -> list[str]:
+    """Return the lines that a command shows in a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = programs.Process(
+        "embedline", arguments, stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # how Linux tells that the other side is closed
+            break
+        shown += part
+        if not part:
+            break
+    process.wait()
+    os.close(ours)
+    return shown.decode().replace("\r", "").splitlines()
+
+
+def unstyled(text: str) -> str:
+    """Return a terminal's text without its escape sequences."""
+    return _ESCAPES.sub("", text)
 
 
 class Terminal:
@@ -61,6 +93,10 @@ class Terminal:
         code = self._process.wait(300)
         self._reader.join()
         return code
+
+    def interrupt(self) -> None:
+        """Stop the command as Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
 
     def __enter__(self) -> Terminal:
         return self

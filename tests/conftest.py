@@ -44,10 +44,18 @@ _LONGEST = {
     for place, name in enumerate(
         (
             *("test_schedule.py", "test_job_troubles.py", "test_index_jobs.py", "test_provider_faults.py"),
-            *("test_evaluate.py", "test_capture.py", "test_pipelines.py", "test_onnx_models.py", "test_hub_models.py"),
-            *("test_chunkers_properties.py", "test_operations.py", "test_removal.py", "test_gate.py"),
-            *("test_search_plans.py", "test_reach.py", "test_precision.py", "test_deletions.py", "test_versions.py"),
-            *("test_long_commands.py", "test_words_of_keys_and_locks.py", "test_budgets_end_to_end.py"),
+            *("test_evaluate.py", "test_capture.py", "test_chunkers_properties.py", "test_operations.py"),
+            *(
+                "test_starvation.py",
+                "test_reach.py",
+                "test_search_plans.py",
+                "test_onnx_models.py",
+                "test_hub_models.py",
+            ),
+            *("test_versions.py", "test_pipelines.py", "test_documentation.py", "test_upgrades.py", "test_removal.py"),
+            *("test_media_models.py", "test_fills.py", "test_verify.py", "test_gate.py", "test_precision.py"),
+            *("test_deletions.py", "test_long_commands.py", "test_workers.py", "test_model_host.py", "test_demo.py"),
+            *("test_words_of_keys_and_locks.py", "test_budgets_end_to_end.py", "test_estimate.py"),
         )
     )
 }

@@ -199,18 +199,31 @@ class RecycledDatabase:
         tables = [row[0] for row in connection.execute(_TABLES)]
         self._sequences = [row[0] for row in connection.execute(_SEQUENCES)]
         self._rows = {table: self._copy_out(connection, table) for table in tables}
-        contents = [f"SELECT '{t}', md5(string_agg(t::text, ';' ORDER BY t::text)) FROM {t} AS t" for t in tables]
-        counts = [f"SELECT '{s}', ROW(last_value, is_called)::text FROM {s}" for s in self._sequences]
-        self._contents = " UNION ALL ".join([*contents, *counts])
-        self._positions = [
-            (name, *connection.execute(f"SELECT last_value, is_called FROM {name}").fetchone())
-            for name in self._sequences
-        ]
+        self._versions = " UNION ALL ".join(
+            f"SELECT '{t}', coalesce(array_agg(ROW(ctid, xmin)::text), '{{}}') FROM {t}" for t in tables
+        )
+        self._positions = " UNION ALL ".join(f"SELECT '{s}', last_value, is_called FROM {s}" for s in self._sequences)
+        self._first_versions = self._row_versions(connection)
+        self._first_positions = set(connection.execute(self._positions).fetchall())
+        self._first_contents = {table: self._content(connection, table) for table in tables}
         self._template = self._fingerprint(connection)
 
-    def _fingerprint(self, connection: psycopg.Connection) -> dict[str, str | None]:
-        statement = f"{' UNION ALL '.join(_CATALOGUE)} UNION ALL {self._contents}"
-        return dict(connection.execute(statement).fetchall())
+    @staticmethod
+    def _fingerprint(connection: psycopg.Connection) -> dict[str, str | None]:
+        return dict(connection.execute(" UNION ALL ".join(_CATALOGUE)).fetchall())
+
+    def _row_versions(self, connection: psycopg.Connection) -> dict[str, set[str]]:
+        """Return the place and the transaction of each table's row versions.
+
+        A version never changes: to compare these is to compare the rows, of which a model's has a tokenizer of 1.3 MB.
+        """
+        return {table: set(versions) for table, versions in connection.execute(self._versions)}
+
+    @staticmethod
+    def _content(connection: psycopg.Connection, table: str) -> str | None:
+        """Return the hash of a table's rows."""
+        query = f"SELECT md5(string_agg(t::text, ';' ORDER BY t::text)) FROM {table} AS t"
+        return connection.execute(query.encode()).fetchone()[0]
 
     @staticmethod
     def _copy_out(connection: psycopg.Connection, table: str) -> bytes:
@@ -237,8 +250,10 @@ class RecycledDatabase:
         connection.execute(_FORGET)
         connection.execute("DISCARD ALL")
         found = self._fingerprint(connection)
-        self.differences += [name for name in found if found[name] != self._template.get(name)]
-        return found == self._template
+        different = [name for name in found if found[name] != self._template.get(name)]
+        different += self._different_contents(connection)
+        self.differences += different
+        return not different and found.keys() == self._template.keys()
 
     def _drop_new_objects(self, connection: psycopg.Connection, roles: list[str]) -> None:
         for role in roles:
@@ -257,11 +272,32 @@ class RecycledDatabase:
             connection.execute(f"DROP TYPE {', '.join(types)} CASCADE".encode())
 
     def _put_rows_back(self, connection: psycopg.Connection) -> None:
-        found = dict(connection.execute(self._contents).fetchall())
-        for table, rows in self._rows.items():
-            if found[table] != self._template[table]:
+        for table, versions in self._row_versions(connection).items():
+            first = self._first_versions[table]
+            if not first <= versions:
                 connection.execute(f"DELETE FROM {table}".encode())
                 with connection.cursor().copy(f"COPY {table} FROM STDIN") as copy:
-                    copy.write(rows)
-        for name, value, is_called in self._positions:
-            connection.execute("SELECT pg_catalog.setval(%s::regclass, %s, %s)", (name, value, is_called))
+                    copy.write(self._rows[table])
+            elif versions != first:
+                added = "ROW(ctid, xmin)::text = ANY(%s)"
+                connection.execute(f"DELETE FROM {table} WHERE {added}".encode(), (list(versions - first),))
+        for name, value, is_called in set(connection.execute(self._positions)) ^ self._first_positions:
+            if (name, value, is_called) in self._first_positions:
+                connection.execute("SELECT pg_catalog.setval(%s::regclass, %s, %s)", (name, value, is_called))
+
+    def _different_contents(self, connection: psycopg.Connection) -> list[str]:
+        """Return the tables and sequences that are not as in the template.
+
+        The new versions of equal rows are noted.
+        """
+        versions = self._row_versions(connection)
+        different = []
+        for table, first in self._first_versions.items():
+            if versions[table] == first:
+                continue
+            if self._content(connection, table) == self._first_contents[table]:
+                self._first_versions[table] = versions[table]
+            else:
+                different.append(table)
+        positions = set(connection.execute(self._positions))
+        return different + [name for name, *_ in positions - self._first_positions]

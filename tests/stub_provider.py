@@ -70,7 +70,9 @@ class StubProvider:
         self.url = f"{self._base}/v1"
 
     def behave(self, **behaviour: Any) -> None:
-        """Set `latency` (s), `fault_share` (0 to 1), `faults` (of FAULTS), `poison` (texts with it are answered 400).
+        """Set `latency` (s), `fault_share` (0 to 1), `faults` (of FAULTS), `poison` (texts with it are answered 400), `moved`.
+
+        The last gives each text the vector of another one, as if the model had been replaced behind its name.
 
         `rules` are looked through for each request, and the first that fits decides: {"match": a part of one of its texts,
         "over": characters, "longer": characters of one of its texts, "texts_over": texts, "times": requests for which the rule
@@ -211,7 +213,8 @@ class _Server:
         if fault == "timeout":
             await asyncio.sleep(self.behaviour.get("silence", 30))
             return 500, b"{}", b""
-        rows = [self.rows[zlib.crc32(text.encode()) % _VECTORS] for text in texts]
+        moved = int(self.behaviour.get("moved", 0))
+        rows = [self.rows[(zlib.crc32(text.encode()) + moved) % _VECTORS] for text in texts]
         if fault == "short":
             rows = rows[:-1]
         if fault == "nan":

@@ -22,8 +22,10 @@ from psycopg import sql
 from embedline.chunking import Chunk, ChunkingSpec
 from embedline.chunking.chunk import Chunker
 from embedline.chunking.factory import make_chunker
+from embedline.core import names
 from embedline.core.text import repair_text
 from embedline.errors import UnusableText
+from generated_names import Generated
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / ".models"
@@ -134,9 +136,9 @@ def searching(
     return connection.execute(query, (pipeline, text, k, *options.values())).fetchall()
 
 
-def data_count(connection: psycopg.Connection, table: str) -> int:
-    """Return the number of rows of a generated table, such as page_outbox."""
-    query = sql.SQL("SELECT count(*) FROM embedline_data.{}").format(sql.Identifier(table))
+def data_count(connection: psycopg.Connection, suffix: str, pipeline: str = "page") -> int:
+    """Return the number of rows of a generated table, such as the outbox of pipeline page."""
+    query = sql.SQL("SELECT count(*) FROM {}").format(Generated(pipeline).identifier(suffix))
     return int(connection.execute(query).fetchone()[0])
 
 
@@ -149,9 +151,13 @@ def take_inbox(connection: psycopg.Connection, pipeline: str = "page", key: str 
     """Move what applications appended to the outbox, as a worker's claim does first."""
     connection.execute(
         sql.SQL(
-            "WITH taken AS (DELETE FROM embedline_data.{} RETURNING {})"
-            " INSERT INTO embedline_data.{} ({}) SELECT unnest(taken.{}) FROM taken"
-        ).format(*map(sql.Identifier, (f"{pipeline}_inbox", key, f"{pipeline}_outbox", key, key)))
+            "WITH taken AS (DELETE FROM {inbox} RETURNING {key})"
+            " INSERT INTO {outbox} ({key}) SELECT unnest(taken.{key}) FROM taken"
+        ).format(
+            inbox=Generated(pipeline).identifier("inbox"),
+            outbox=Generated(pipeline).identifier("outbox"),
+            key=sql.Identifier(key),
+        )
     )
 
 
@@ -159,8 +165,8 @@ def chunked_keys(connection: psycopg.Connection, pipeline: str = "page") -> set[
     """Return the keys (first column) that have chunks."""
     query = "SELECT key_columns[1] FROM embedline.pipeline WHERE name = %s"
     column = str(scalar(connection, query, (pipeline,)))
-    found = sql.SQL("SELECT DISTINCT {} FROM embedline_data.{}").format(
-        sql.Identifier(column), sql.Identifier(f"{pipeline}_chunk")
+    found = sql.SQL("SELECT DISTINCT {} FROM {}").format(
+        sql.Identifier(column), Generated(pipeline).identifier("chunk")
     )
     return {row[0] for row in connection.execute(found)}
 
@@ -200,13 +206,17 @@ class _Recipe:
     chunk_tokens: int | None
     chunk_overlap: int
     chunking_options: dict[str, float]
-    vectors: str
-    column: str
+    number: int
     normalised: bool
     model: str
     tokenizer: str | None
     document_prefix: str
-    chunks: str
+    chunk_set: int
+    pipeline: str
+
+    @property
+    def generated(self) -> Generated:
+        return Generated(self.pipeline)
 
 
 def _recipe(connection: psycopg.Connection, pipeline: str, version: int | None) -> _Recipe:
@@ -218,9 +228,8 @@ def _recipe(connection: psycopg.Connection, pipeline: str, version: int | None) 
              JOIN pg_attribute AS a ON a.attrelid = p.source AND a.attnum = k.attnum),
             p.key_columns, p.content_expression, p.filter_expression, p.expression_search_path,
             p.document_prefix_expression, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options,
-            p.name || '_v' || v.number, 'embedding_v' || v.number,
-            v.distance <> 'l2', m.name, s.tokenizer, m.document_prefix,
-            p.name || CASE WHEN s.number = 1 THEN '_chunk' ELSE '_chunk_' || s.number END
+            v.number, v.distance <> 'l2', m.name, s.tokenizer, m.document_prefix,
+            s.number, p.name
         FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
             AND coalesce(v.number = %s, v.version_id = p.serving_version_id)
         JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
@@ -318,8 +327,13 @@ def _stored_chunks(
     keys = sql.SQL(", ").join(sql.SQL("c.{}::text").format(sql.Identifier(key)) for key in recipe.key_names)
     statement = sql.SQL(
         "SELECT ARRAY[{}], c.seq, c.start_offset, c.end_offset, c.content, c.content_hash, c.prefix, v.{}::vector::real[]"
-        " FROM embedline_data.{} AS c LEFT JOIN embedline_data.{} AS v USING (chunk_id) ORDER BY c.seq"
-    ).format(keys, sql.Identifier(recipe.column), sql.Identifier(recipe.chunks), sql.Identifier(recipe.vectors))
+        " FROM {} AS c LEFT JOIN {} AS v USING (chunk_id) ORDER BY c.seq"
+    ).format(
+        keys,
+        sql.Identifier(names.vector_column(recipe.number)),
+        recipe.generated.identifier(names.chunk_suffix(recipe.chunk_set)),
+        recipe.generated.identifier(names.version_suffix(recipe.number)),
+    )
     found: dict[tuple[str, ...], list[tuple[Chunk, list[float]]]] = {}
     for key, sequence, start, end, text, digest, prefix, vector in connection.execute(statement):
         assert vector is not None, f"chunk {sequence} of {key} has no vector"
@@ -333,9 +347,7 @@ def _stored_chunks(
 
 def _stored_states(connection: psycopg.Connection, pipeline: str, recipe: _Recipe) -> dict[tuple[str, ...], str]:
     keys = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(key)) for key in recipe.key_names)
-    statement = sql.SQL("SELECT ARRAY[{}], state FROM embedline_data.{}").format(
-        keys, sql.Identifier(f"{pipeline}_document")
-    )
+    statement = sql.SQL("SELECT ARRAY[{}], state FROM {}").format(keys, Generated(pipeline).identifier("document"))
     return {tuple(key): state for key, state in connection.execute(statement)}
 
 
@@ -349,7 +361,9 @@ def _assert_dead_letters(connection: psycopg.Connection, pipeline: str, keys: se
 def _assert_vectors(
     connection: psycopg.Connection, recipe: _Recipe, found: list[tuple[Chunk, list[float]]], embed: Embed
 ) -> None:
-    assert data_count(connection, recipe.vectors) == len(found), "vectors without a chunk"
+    assert data_count(connection, names.version_suffix(recipe.number), recipe.pipeline) == len(found), (
+        "vectors without a chunk"
+    )
     if not found:
         return
     embedded = [chunk.prefix + chunk.content.strip() for chunk, _ in found]

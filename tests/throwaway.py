@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import support
+import warm
 from embedline.dev.cluster.bootstrap import local_cluster
 from embedline.dev.cluster.server import Cluster
 from embedline.dev.cluster.settings import load_settings
@@ -44,13 +45,17 @@ def start_server() -> Cluster:
     in_memory = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM
     folder = Path(tempfile.mkdtemp(prefix="embedline-", dir=_MEMORY if in_memory else None))
     folder.chmod(0o755)  # the server's OS user has to reach its data directory
+    bin_dir = local_cluster(settings).bin_dir
+    # Coverage counts what a session runs from its start on.
+    library = None if str(_MEASURING) in sys.path else warm.library(int(bin_dir.parent.name))
     cluster = Cluster(
         data_dir=folder / "data",
         port=support.free_port(),
-        bin_dir=local_cluster(settings).bin_dir,
+        bin_dir=bin_dir,
         python_path=server_python_path(),
         cron_database=None,
-        settings=_SETTINGS,
+        settings=_SETTINGS if library is None else {**_SETTINGS, "shared_preload_libraries": str(library)},
+        environment={} if library is None else {"EMBEDLINE_WARM": warm.script()},
     )
     cluster.init()
     cluster.start()

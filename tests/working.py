@@ -14,6 +14,7 @@ import numpy.typing as npt
 import psycopg
 from psycopg import conninfo
 
+from generated_names import Generated
 from stub_provider import StubProvider, vector_of
 from support import create_pipeline, scalar, wait_until
 
@@ -196,18 +197,18 @@ def assert_all_settled(connection: psycopg.Connection, dimensions: int, table: s
     Nothing is queued, in hand or besides. Return the number of rows that are embedded.
     """
     for suffix in ("inbox", "deleted", "hidden", "lent", "claim", "outbox"):
-        left = scalar(connection, f"SELECT count(*) FROM embedline_data.{table}_{suffix}")
+        left = scalar(connection, f"SELECT count(*) FROM {Generated(table)(suffix)}")
         assert left == 0, f"{left} rows are left in {table}_{suffix}"
     texts = dict(connection.execute(f"SELECT id, body FROM {table}").fetchall())
     given_up = set(dead_letters(connection, table))
     stored = connection.execute(
-        f"SELECT c.key_id, c.content, v.embedding_v1::real[] FROM embedline_data.{table}_chunk AS c"
-        f" JOIN embedline_data.{table}_v1 AS v USING (chunk_id)"
+        f"SELECT c.key_id, c.content, v.embedding_v1::real[] FROM {Generated(table)('chunk')} AS c"
+        f" JOIN {Generated(table)('v1')} AS v USING (chunk_id)"
     ).fetchall()
     for kind, keys in (("chunk", [row[0] for row in stored]), ("document", _documents(connection, table))):
         assert len(keys) == len(set(keys)), f"a row has more than one {kind}"
         assert set(keys) == texts.keys() - given_up, f"{kind}s: {sorted(set(keys) ^ (texts.keys() - given_up))[:5]}"
-    vectors = scalar(connection, f"SELECT count(*) FROM embedline_data.{table}_v1")
+    vectors = scalar(connection, f"SELECT count(*) FROM {Generated(table)('v1')}")
     assert vectors == len(stored), "vectors without a chunk"
     assert given_up <= texts.keys(), "dead letters of rows that there are none of"
     wrong = [key for key, content, _ in stored if content != texts[key]]
@@ -220,7 +221,7 @@ def assert_all_settled(connection: psycopg.Connection, dimensions: int, table: s
 
 
 def _documents(connection: psycopg.Connection, table: str) -> list[int]:
-    query = f"SELECT key_id FROM embedline_data.{table}_document WHERE state = 'embedded'"
+    query = f"SELECT key_id FROM {Generated(table)('document')} WHERE state = 'embedded'"
     return [row[0] for row in connection.execute(query)]
 
 
@@ -238,7 +239,7 @@ def wait_for_in_flight(stub: StubProvider, texts: int = 1, seconds: float = 20) 
 
 def wait_for_chunks(connection: psycopg.Connection, table: str, count: int, seconds: float = 20) -> None:
     """Wait until a pipeline has so many chunks."""
-    query = f"SELECT count(*) FROM embedline_data.{table}_chunk"
+    query = f"SELECT count(*) FROM {Generated(table)('chunk')}"
     wait_until(lambda: scalar(connection, query) == count, seconds, f"{table} has {count} chunks")
 
 

@@ -37,7 +37,7 @@ BEGIN
     UNION ALL
     SELECT 'warning', 'indexes_exceed_memory', 'server', NULL,
         format('the vector indexes have %s, over 80 %% of the memory of %s', pg_size_pretty(sum(i.bytes)), pg_size_pretty(f.memory_bytes)),
-        'SELECT embedline.add_precision_index(pipeline, version, ''halfvec'');'
+        (array_agg(format('SELECT embedline.add_precision_index(%L, %s, ''halfvec'');', i.pipeline, i.version) ORDER BY i.bytes DESC NULLS LAST))[1]
     FROM indexes AS i CROSS JOIN embedline._server_facts() AS f
     GROUP BY f.memory_bytes HAVING sum(i.bytes) > 0.8 * f.memory_bytes
     UNION ALL

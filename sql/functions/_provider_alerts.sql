@@ -30,8 +30,14 @@ BEGIN
     WHERE c.failure_count > 0 AND c.open_until > clock_timestamp() - interval '10 seconds'
     UNION ALL
     SELECT 'warning', 'rate_limited', m.name, NULL,
-        format('the provider refused %s of %s requests of the last minute by its rate limit', r.limited, r.requests),
-        format('SELECT embedline.set_rate_limit(%L, requests_per_minute => ...);', m.name)
+        coalesce(
+            'the provider refused ' || r.limited || ' of ' || r.requests || ' requests of the last minute by its rate limit',
+            c.last_error
+        ),
+        format(
+            'SELECT embedline.set_rate_limit(%L, requests_per_minute => %s);', m.name,
+            coalesce(greatest(r.requests - r.limited, 1), 60)
+        )
     FROM embedline.model AS m
     LEFT JOIN recent AS r ON r.model_id = m.model_id
     LEFT JOIN embedline.circuit AS c ON c.model_id = m.model_id AND c.open_until > clock_timestamp() - interval '10 seconds'

@@ -44,6 +44,12 @@ BEGIN
                 SELECT array_agg((moved ->> k.number::text)::smallint ORDER BY k.position)
                 FROM unnest(p.input_attributes) WITH ORDINALITY AS k (number, position)
             ), '{}'),
+            input_columns = coalesce((
+                SELECT jsonb_object_agg(e.suffix, (
+                    SELECT coalesce(jsonb_agg(moved -> k.number ORDER BY k.position), '[]')
+                    FROM jsonb_array_elements_text(e.columns) WITH ORDINALITY AS k (number, position)
+                )) FROM jsonb_each(p.input_columns) AS e (suffix, columns)
+            ), '{}'),
             view_attributes = coalesce((
                 SELECT jsonb_object_agg(v.key, moved -> v.value) FROM jsonb_each_text(p.view_attributes) AS v
                 WHERE moved ? v.value

@@ -92,7 +92,7 @@ BEGIN
     UNION ALL
     SELECT 'critical', 'budget_exhausted', b.scope || ' ' || b.name, b.starts_at,
         format('the budget of %s %s a %s is used up; it begins again at %s', b.amount, b.unit, b.period, b.resets_at),
-        format('SELECT embedline.set_budget(%s => %L, period => %L, ...);', b.scope, b.name, b.period)
+        format('SELECT embedline.set_budget(%L, %s => %L, %s => %s);', b.period, b.scope, b.name, b.unit, trim_scale(2 * b.amount))
     FROM embedline.budget AS b WHERE b.state = 'exhausted'
     UNION ALL
     SELECT 'warning', 'budget_low', b.scope || ' ' || b.name, NULL,

@@ -23,11 +23,12 @@ AS $sql$
         w.pipeline,
         w.number,
         w.pipeline || '_v' || w.number || '_' || w.precision || '_idx',
-        embedline._index_state(w.pipeline || '_v' || w.number || '_' || w.precision || '_idx'),
-        CASE WHEN NOT i.indisvalid THEN b.phase || coalesce(b.waits_for, '') END,
-        CASE WHEN NOT i.indisvalid THEN b.percent END,
-        CASE WHEN i.indisvalid THEN pg_relation_size(i.indexrelid) END
+        s.state,
+        CASE WHEN s.state <> 'valid' THEN b.phase || coalesce(b.waits_for, '') END,
+        CASE WHEN s.state <> 'valid' THEN b.percent END,
+        CASE WHEN s.state = 'valid' THEN pg_relation_size(i.indexrelid) END
     FROM wanted AS w
+    CROSS JOIN LATERAL embedline._index_state(w.pipeline || '_v' || w.number || '_' || w.precision || '_idx') AS s (state)
     LEFT JOIN pg_index AS i
         ON i.indexrelid = to_regclass(format('embedline_data.%I', w.pipeline || '_v' || w.number || '_' || w.precision || '_idx'))
     LEFT JOIN LATERAL (

@@ -42,6 +42,7 @@ GRANT EXECUTE ON PROCEDURE embedline.run_worker(double precision, text, integer,
 -- Administrators: pipelines on tables that they own, and the schedule. Models are for superusers.
 GRANT EXECUTE ON FUNCTION
 embedline.configure(text, double precision),
+embedline.configure(text, text),
 embedline.create_pipeline(
     text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text,
     text, text, double precision, jsonb, text
@@ -65,6 +66,7 @@ embedline.add_precision_index(text, integer, text, integer, real),
 embedline.drop_precision_index(text, integer, text),
 embedline.use_precision(text, integer, text),
 embedline._job_troubles(),
+embedline.doctor(),
 embedline.schedule_workers(integer),
 embedline.unschedule_workers()
 TO embedline_admin;
@@ -76,6 +78,10 @@ embedline.drop_budget(text, text, text),
 embedline.set_price(text, numeric),
 embedline.set_rate_limit(text, integer, bigint),
 embedline.estimate(text, text, text, integer, text),
+embedline.compare_costs(
+    text, text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, text,
+    integer, text
+),
 embedline._measured_rates(),
 embedline._note_rate(text, double precision),
 embedline._work_done(text),

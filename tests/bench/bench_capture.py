@@ -11,6 +11,8 @@ from typing import Any
 import psycopg
 from harness import Bench, Figure, scalar, timed
 
+from generated_names import BENCH
+
 ROWS = 50_000
 SIDES = ("bench_plain", "bench_watched")
 # The public view: what waits, wherever it is kept.
@@ -34,11 +36,11 @@ CREATE = """
 """
 # What a worker leaves of each row: a document, a chunk, a vector of 256 dimensions.
 EMBEDDED = (
-    "INSERT INTO embedline_data.bench_document (key_id, content_hash, state, embedded_at)"
+    f"INSERT INTO {BENCH('document')} (key_id, content_hash, state, embedded_at)"
     " SELECT id, sha256(convert_to(title || E'\\n\\n' || body, 'UTF8')), 'embedded', now() FROM bench_rows",
-    "INSERT INTO embedline_data.bench_chunk (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
+    f"INSERT INTO {BENCH('chunk')} (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
     " SELECT id, id, 0, 0, 200, md5(id::text)::uuid, body FROM bench_rows",
-    "INSERT INTO embedline_data.bench_v1 (chunk_id, embedding_v1)"
+    f"INSERT INTO {BENCH.version(1)} (chunk_id, embedding_v1)"
     " SELECT id, array_fill(1::real, ARRAY[256])::vector FROM bench_rows",
 )
 
@@ -46,7 +48,7 @@ EMBEDDED = (
 INSERT = ("INSERT of 50,000 rows", "INSERT INTO {} SELECT * FROM bench_rows", 1.6, ROWS)
 DELETE = "DELETE FROM {}"
 RELOAD = "BEGIN; DELETE FROM {0}; INSERT INTO {0} SELECT * FROM bench_rows; COMMIT"
-FORGET = "TRUNCATE embedline_data.bench_document, embedline_data.bench_chunk CASCADE"
+FORGET = f"TRUNCATE {BENCH('document')}, {BENCH('chunk')} CASCADE"
 OPERATIONS: tuple[tuple[str, str, float | None, int], ...] = (
     INSERT,
     ("UPDATE of an unrelated column", "UPDATE {} SET n = n + 1", 1.1, 0),
@@ -94,7 +96,7 @@ def _setup(connection: psycopg.Connection[Any]) -> None:
     for statement in SETUP.split(";")[:-1]:
         connection.execute(statement)
     connection.execute(CREATE)
-    generated = ("embedline_data.bench_document", "embedline_data.bench_chunk", "embedline_data.bench_v1")
+    generated = (BENCH("document"), BENCH("chunk"), BENCH.version(1))
     for table in (*generated, *(queue for (queue,) in connection.execute(QUEUES).fetchall())):
         connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
 
@@ -103,9 +105,7 @@ def _embed_all(connection: psycopg.Connection[Any]) -> None:
     connection.execute(FORGET)
     for statement in EMBEDDED:
         connection.execute(statement)
-    connection.execute(
-        "VACUUM ANALYZE embedline_data.bench_document, embedline_data.bench_chunk, embedline_data.bench_v1"
-    )
+    connection.execute(f"VACUUM ANALYZE {BENCH('document')}, {BENCH('chunk')}, {BENCH.version(1)}")
 
 
 def _measure(connection: psycopg.Connection[Any], side: str, statement: str) -> float:

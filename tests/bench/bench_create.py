@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from harness import Bench, Figure, scalar, timed
 
+from generated_names import BENCH
+
 ROWS = 1_000_000
 FILL = f"""
     INSERT INTO bench_large
@@ -25,7 +27,7 @@ def run(bench: Bench) -> None:
     for _ in range(bench.rounds):
         with bench.connect() as connection:
             seconds.append(timed(lambda connection=connection: connection.execute(CREATE)))
-            enqueued = max(enqueued, scalar(connection, "SELECT count(*) FROM embedline_data.bench_outbox"))
+            enqueued = max(enqueued, scalar(connection, f"SELECT count(*) FROM {BENCH('outbox')}"))
             ranges = scalar(connection, "SELECT count(*) FROM embedline.backfill_range")
             connection.execute("SELECT embedline.drop_pipeline('bench')")
         bench.progress.update(task, advance=1)

@@ -14,6 +14,7 @@ from harness import Bench, Figure, scalar
 from manual import sentences
 from workers import Session, create_pipeline, drain, recreate_source, register_stub
 
+from generated_names import BENCH
 from stub_provider import StubProvider, stub_provider
 
 CHUNK_TOKENS, CHUNKS = 128, 50
@@ -35,7 +36,7 @@ def run(bench: Bench) -> None:
         create_pipeline(session, model, chunking="recursive", chunk_tokens=CHUNK_TOKENS)
         session.execute("INSERT INTO bench_source (id, body) VALUES (1, %s)", (text,))
         drain(session)
-        starts = [row[0] for row in session.execute("SELECT start_offset FROM embedline_data.bench_chunk ORDER BY seq")]
+        starts = [row[0] for row in session.execute(f"SELECT start_offset FROM {BENCH('chunk')} ORDER BY seq")]
         if len(starts) not in range(CHUNKS - 2, CHUNKS + 3):
             raise SystemExit(f"the document has {len(starts)} chunks, not about {CHUNKS}")
         bench.add(Figure("chunks of the document", len(starts), "chunks", detail=f"{len(text):,} characters"))
@@ -77,7 +78,7 @@ def _sent(session: Session, provider: StubProvider, text: str, changed: str) -> 
         session.execute("UPDATE bench_source SET body = %s WHERE id = 1", (body,))
         drain(session)
     sent = provider.counts().get("texts", 0)
-    stored = scalar(session, "SELECT string_agg(content, '' ORDER BY seq) FROM embedline_data.bench_chunk")
+    stored = scalar(session, f"SELECT string_agg(content, '' ORDER BY seq) FROM {BENCH('chunk')}")
     if stored != changed:
         raise SystemExit("the chunks stored do not rebuild the text")
     return sent

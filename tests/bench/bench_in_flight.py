@@ -27,6 +27,7 @@ from workers import (
     wait_until,
 )
 
+from generated_names import BENCH
 from stub_provider import StubProvider, stub_provider
 
 ROWS, EDITS, DIMENSIONS, REQUEST_ITEMS = 800, 50, 384, 100
@@ -40,11 +41,11 @@ ACTIVITY = """
         backend_xid IS NOT NULL
     FROM pg_stat_activity WHERE pid = %s
 """
-LEFT = """
-    SELECT (SELECT count(*) FROM embedline_data.bench_document WHERE key_id NOT IN (SELECT id FROM bench_source))
-        + (SELECT count(*) FROM embedline_data.bench_chunk WHERE key_id NOT IN (SELECT id FROM bench_source))
-        + (SELECT count(*) FROM embedline_data.bench_v1 WHERE chunk_id NOT IN
-            (SELECT chunk_id FROM embedline_data.bench_chunk))
+LEFT = f"""
+    SELECT (SELECT count(*) FROM {BENCH("document")} WHERE key_id NOT IN (SELECT id FROM bench_source))
+        + (SELECT count(*) FROM {BENCH("chunk")} WHERE key_id NOT IN (SELECT id FROM bench_source))
+        + (SELECT count(*) FROM {BENCH.version(1)} WHERE chunk_id NOT IN
+            (SELECT chunk_id FROM {BENCH("chunk")}))
 """
 
 

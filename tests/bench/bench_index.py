@@ -17,19 +17,22 @@ from harness import Bench, Figure, scalar, timed
 
 from embedline.client import build_index
 from embedline.core.vectors import copy_binary, normalise
+from generated_names import BENCH
 
 ROWS, DIMENSIONS = 20_000, 384
 CENTRES, SPREAD = 100, 0.6
 SEED = 4
 LIMIT = 1.05
 PARALLEL, SERIAL = 2, 0
-NAME = "embedline_data.bench_v1_embedding_idx"
+NAME = BENCH.index(1)
+# Watches the build, as the command does.
+_LISTENER = build_index.Listener(lambda phase, percent: None)
 
 SETUP = (
     "CREATE TABLE bench_source (id bigint PRIMARY KEY, body text NOT NULL)",
     "SELECT embedline.create_pipeline('bench', 'bench_source', 'body', 'minilm')",
     "SELECT embed_pending(1)",
-    "INSERT INTO embedline_data.bench_chunk (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
+    f"INSERT INTO {BENCH('chunk')} (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
     f" SELECT g, g, 0, 0, 32, md5(g::text)::uuid, md5(g::text) FROM generate_series(1, {ROWS}) AS g",
 )
 
@@ -39,9 +42,9 @@ def run(bench: Bench) -> None:
     with bench.connect() as connection:
         for statement in SETUP:
             connection.execute(statement)
-        with connection.cursor().copy("COPY embedline_data.bench_v1 FROM STDIN WITH (FORMAT binary)") as copy:
+        with connection.cursor().copy(f"COPY {BENCH.version(1)} FROM STDIN WITH (FORMAT binary)") as copy:
             copy.write(copy_binary(np.arange(1, ROWS + 1, dtype=np.int64), _vectors(), "vector"))
-        connection.execute("VACUUM ANALYZE embedline_data.bench_chunk, embedline_data.bench_v1")
+        connection.execute(f"VACUUM ANALYZE {BENCH('chunk')}, {BENCH.version(1)}")
         _besides(bench, connection)
         means = {workers: _compare(bench, connection, workers) for workers in (PARALLEL, SERIAL)}
         size = scalar(connection, f"SELECT pg_relation_size('{NAME}')") / 2**20
@@ -86,7 +89,7 @@ def _besides(bench: Bench, connection: psycopg.Connection[Any]) -> None:
     for _ in range(3):
         connection.execute(f"DROP INDEX IF EXISTS {NAME}")
         client = _Clocked(connection)
-        whole = timed(lambda c=client: build_index.build(c, "bench", report=lambda phase, percent: None))
+        whole = timed(lambda c=client: build_index.build(c, "bench", listener=_LISTENER))
         seconds.append(whole - client.seconds[0])
         shares.append(whole / client.seconds[0])
     detail = f"{statistics.median(seconds) * 1000:.0f} ms: counts, preflight, settings, observer, check"
@@ -110,7 +113,7 @@ class _Clocked(build_index.PsycopgClient):
 
 def _ours(connection: psycopg.Connection[Any], workers: int) -> None:
     client = build_index.PsycopgClient(connection)
-    if build_index.build(client, "bench", parallel_workers=workers, report=lambda phase, percent: None) is None:
+    if build_index.build(client, "bench", parallel_workers=workers, listener=_LISTENER) is None:
         raise SystemExit("there was nothing to build")
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from harness import Bench, Figure, scalar, timed
 from workers import Session, drain, spread
 
+from generated_names import BENCH
+
 ROWS, DIMENSIONS, BATCH, ROUNDS = 20_000, 384, 1_000, 3
 SEED = 384
 LEAST = 50
@@ -20,7 +22,7 @@ LEAST = 50
 SETUP = (
     "CREATE TABLE bench_source (id bigint PRIMARY KEY, body text NOT NULL)",
     "SELECT embedline.create_pipeline('bench', 'bench_source', 'body', 'minilm', chunking => 'none')",
-    "INSERT INTO embedline_data.bench_chunk (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
+    f"INSERT INTO {BENCH('chunk')} (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
     f" SELECT g, g, 0, 0, 32, md5(g::text)::uuid, md5(g::text) FROM generate_series(1, {ROWS}) AS g",
     f"""
     CREATE FUNCTION bench_fill(number integer, batch_from integer, batch_to integer) RETURNS integer
@@ -51,7 +53,7 @@ SETUP = (
 )
 INDEX = "CREATE INDEX bench_wide_idx ON bench_wide USING hnsw (embedding_v1 vector_cosine_ops)"
 UPDATE = (
-    "UPDATE bench_wide AS w SET embedding_v2 = v.embedding_v1 FROM embedline_data.bench_v1 AS v"
+    f"UPDATE bench_wide AS w SET embedding_v2 = v.embedding_v1 FROM {BENCH.version(1)} AS v"
     " WHERE v.chunk_id = w.chunk_id AND w.chunk_id >= %s AND w.chunk_id < %s"
 )
 
@@ -72,7 +74,7 @@ def run(bench: Bench) -> None:
         )
         ours, theirs = list[float](), list[float]()
         for _ in range(ROUNDS):
-            session.execute("TRUNCATE embedline_data.bench_v2")
+            session.execute(f"TRUNCATE {BENCH.version(2)}")
             # Both sides begin after one: what is written to disk of the other's pages is not their own time.
             session.execute("CHECKPOINT")
             ours.append(timed(lambda: _fill(session, 2)))
@@ -81,9 +83,9 @@ def run(bench: Bench) -> None:
             theirs.append(timed(lambda: _update(session)))
             bench.progress.update(task, advance=1)
         _check_equal(session)
-        session.execute("TRUNCATE embedline_data.bench_v2")
+        session.execute(f"TRUNCATE {BENCH.version(2)}")
         backfill = drain(session)
-        if scalar(session, "SELECT count(*) FROM embedline_data.bench_v2") != ROWS:
+        if scalar(session, f"SELECT count(*) FROM {BENCH.version(2)}") != ROWS:
             raise SystemExit("the backfill is not complete")
         bench.progress.update(task, advance=1)
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
@@ -109,7 +111,7 @@ def _fill(session: Session, number: int) -> None:
 def _make_wide(session: Session) -> None:
     session.execute("TRUNCATE bench_wide")
     session.execute("DROP INDEX IF EXISTS bench_wide_idx")
-    session.execute("INSERT INTO bench_wide SELECT chunk_id, embedding_v1 FROM embedline_data.bench_v1")
+    session.execute(f"INSERT INTO bench_wide SELECT chunk_id, embedding_v1 FROM {BENCH.version(1)}")
     session.execute(INDEX)
     session.execute("VACUUM ANALYZE bench_wide")
     session.execute("CHECKPOINT")
@@ -124,7 +126,7 @@ def _check_equal(session: Session) -> None:
     """Both sides must hold the same vectors, bit for bit."""
     same = scalar(
         session,
-        "SELECT count(*) FROM bench_wide AS w JOIN embedline_data.bench_v2 AS v USING (chunk_id)"
+        f"SELECT count(*) FROM bench_wide AS w JOIN {BENCH.version(2)} AS v USING (chunk_id)"
         " WHERE vector_send(w.embedding_v2) = vector_send(v.embedding_v2)",
     )
     if same != ROWS:

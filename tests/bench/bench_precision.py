@@ -16,6 +16,7 @@ from manual import sentences
 
 from embedline.client import build_index
 from embedline.core.retrieval_metrics import recall_at_k
+from generated_names import BENCH
 
 CHUNKS, QUERIES, K = 10_000, 200, 10
 MODEL = "static-256"
@@ -53,7 +54,7 @@ def run(bench: Bench) -> None:
         task = bench.progress.add_task("Embedding", total=CHUNKS)
         while embedded := scalar(connection, "SELECT embedline.embed_pending(1000, 'bench')"):
             bench.progress.update(task, advance=embedded)
-        connection.execute("VACUUM ANALYZE bench_text, embedline_data.bench_chunk, embedline_data.bench_v1")
+        connection.execute(f"VACUUM ANALYZE bench_text, {BENCH('chunk')}, {BENCH.version(1)}")
         connection.execute(STATEMENT)
         vectors = [
             scalar(connection, "SELECT embedline.embed_query('bench', %s)", (query,)) for query in texts[CHUNKS:]

@@ -15,6 +15,7 @@ import psycopg
 from harness import Bench, Figure, percentile, scalar, timed
 from manual import sentences
 
+from generated_names import Generated
 from stub_provider import StubProvider, stub_provider
 
 CHUNKS, QUERIES, SESSIONS, WARM_UP = 10_000, 200, 10, 10
@@ -139,9 +140,9 @@ def _embed_all(bench: Bench, connection: psycopg.Connection[Any], model: str) ->
     while not _is_checked(connection, pipeline):
         pass
     # As autovacuum would within a minute.
-    for table in ("bench_text", f"embedline_data.{pipeline}_chunk", f"embedline_data.{pipeline}_v1"):
+    for table in ("bench_text", f"{Generated(pipeline)('chunk')}", f"{Generated(pipeline)('v1')}"):
         connection.execute(f"VACUUM ANALYZE {table}")
-    chunks = scalar(connection, f"SELECT count(*) FROM embedline_data.{pipeline}_v1")
+    chunks = scalar(connection, f"SELECT count(*) FROM {Generated(pipeline)('v1')}")
     if chunks != CHUNKS:
         raise SystemExit(f"{model}: {chunks} chunks, not {CHUNKS}")
     bench.add(Figure(f"{model}: embedding", CHUNKS / seconds, "chunks/s", detail=f"HNSW built in {build:.1f} s"))

@@ -34,6 +34,7 @@ from workers import Session, drain, resident_worker, wait_until
 from embedline.client import build_index
 from embedline.core.vectors import vectors_from_send
 from embedline.dev.demo.manual import manual_folder, read_index_terms, read_pages
+from generated_names import Generated, qualified
 
 MODEL = "static-256"
 CORPORA = ("manual", "packages")
@@ -174,7 +175,7 @@ def run(bench: Bench) -> None:
             _ask_again(bench, session, corpus, "after the next nightly run")
             _recall(bench, session, corpus, queries)
             index = scalar(session, "SELECT name FROM embedline.index_progress(%s)", (corpus.name,))
-            session.execute(f"REINDEX INDEX CONCURRENTLY embedline_data.{index}")
+            session.execute(f"REINDEX INDEX CONCURRENTLY {qualified(index)}")
             _ask_again(bench, session, corpus, "after REINDEX")
 
 
@@ -223,7 +224,7 @@ def _load(bench: Bench, session: Session, corpus: Corpus) -> None:
         bench.progress.update(task, advance=embedded)
     bench.progress.update(task, description=f"Building the index of {corpus.name}")
     # As autovacuum would within a minute.
-    tables = ", ".join(f"embedline_data.{corpus.name}_{table}" for table in ("document", "chunk", "v1"))
+    tables = ", ".join(f"{Generated(corpus.name)(table)}" for table in ("document", "chunk", "v1"))
     session.execute(f"VACUUM ANALYZE {corpus.name}, {tables}")
     seconds = timed(lambda: build_index.build(build_index.PsycopgClient(session), corpus.name))
     session.execute(PLAIN.format(name=corpus.name, key=corpus.key))

@@ -22,6 +22,7 @@ from workers import (
     spread,
 )
 
+from generated_names import Generated
 from stub_provider import StubProvider, stub_provider
 
 ROWS, DIMENSIONS = 20_000, 384
@@ -78,5 +79,5 @@ def _drain(session: Session, provider: StubProvider, pipeline: str, size: int) -
 
 
 def _vacuum(session: Session, pipeline: str) -> None:
-    generated = (f"embedline_data.{pipeline}_{table}" for table in ("document", "chunk", "v1", "inbox", "claim"))
+    generated = (f"{Generated(pipeline)(table)}" for table in ("document", "chunk", "v1", "inbox", "claim"))
     session.execute(f"VACUUM ANALYZE {pipeline}_source, {', '.join(generated)}")

@@ -18,6 +18,7 @@ from packages import summaries
 from workers import Session, spread
 
 from embedline.client import build_index
+from generated_names import Generated
 
 MODEL, DEFAULT_ROWS = "static-256", "1000,60000"
 SEARCHES, EARLY, LATE = 12, slice(1, 5), slice(6, 12)
@@ -87,7 +88,7 @@ def _prepare(bench: Bench, session: Session, source: Source) -> None:
     bench.progress.update(task, description=f"Building the index of {source.rows:,} rows, {source.kind}")
     build_index.build(build_index.PsycopgClient(session), source.name)
     # As autovacuum would within a minute.
-    tables = ", ".join(f"embedline_data.{source.name}_{table}" for table in ("document", "chunk", "v1"))
+    tables = ", ".join(f"{Generated(source.name)(table)}" for table in ("document", "chunk", "v1"))
     session.execute(f"VACUUM ANALYZE {source.name}, {tables}")
     bench.progress.remove_task(task)
 

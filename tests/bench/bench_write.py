@@ -15,18 +15,20 @@ import psycopg
 from harness import Bench, scalar, timed
 from pgvector.psycopg import register_vector
 
+from generated_names import BENCH
+
 ROWS, DIMENSIONS, BATCH = 20_000, 384, 1_000
 SEED = 20_000
-OURS, TWIN = "embedline_data.bench_v1", "embedline_data.bench_twin"
+OURS, TWIN = BENCH.version(1), BENCH("twin")
 
 SETUP = (
     "CREATE TABLE bench_source (id bigint PRIMARY KEY, body text NOT NULL)",
     "SELECT embedline.create_pipeline('bench', 'bench_source', 'body', 'minilm', index_method => 'none')",
-    "INSERT INTO embedline_data.bench_chunk (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
+    f"INSERT INTO {BENCH('chunk')} (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
     f" SELECT g, g, 0, 0, 32, md5(g::text)::uuid, md5(g::text) FROM generate_series(1, {ROWS}) AS g",
     f"CREATE TABLE {TWIN} (LIKE {OURS} INCLUDING STORAGE INCLUDING INDEXES, FOREIGN KEY (chunk_id)"
-    " REFERENCES embedline_data.bench_chunk ON DELETE CASCADE)",
-    "ANALYZE embedline_data.bench_chunk",
+    f" REFERENCES {BENCH('chunk')} ON DELETE CASCADE)",
+    f"ANALYZE {BENCH('chunk')}",
     # The same numbers on both sides: made from one seed, before the clock starts.
     f"""
     CREATE FUNCTION bench_prepare() RETURNS integer LANGUAGE plpython3u AS $python$

@@ -15,6 +15,7 @@ import numpy as np
 import psycopg
 from harness import Bench, scalar, timed
 
+from generated_names import Generated
 from stub_provider import StubProvider, vector_of
 
 Session = psycopg.Connection[Any]
@@ -63,7 +64,7 @@ def drain(session: Session, pipeline: str | None = None) -> float:
 
 def check_count(session: Session, stored: int, texts: int, rows: int, pipeline: str = "bench") -> None:
     """Raise SystemExit unless `stored` vectors are in the table and `texts`, of `rows` rows, were sent."""
-    vectors = scalar(session, f"SELECT count(*) FROM embedline_data.{pipeline}_v1")
+    vectors = scalar(session, f"SELECT count(*) FROM {Generated(pipeline)('v1')}")
     if vectors != stored or texts != rows:
         raise SystemExit(f"{vectors} vectors stored, not {stored}; {texts} texts sent for {rows} rows")
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import secrets
-import struct
 import subprocess
-import termios
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,34 +14,15 @@ from psycopg import conninfo
 
 import embedline
 import programs
+from command_line import lines_in_terminal
 from embedline.client.doctor.examine import examine
 from embedline.client.doctor.server import Finding, Server
+from generated_names import PAGE
 from support import create_pages, create_pipeline, scalar, settle, uri
 
 
 def _piped(*arguments: str) -> subprocess.CompletedProcess[str]:
     return programs.run("embedline", *arguments)
-
-
-def _in_terminal(*arguments: str, columns: int = 80) -> list[str]:
-    """Return the lines that a command shows in a terminal."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    process = programs.Process("embedline", arguments, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # how Linux tells that the other side is closed
-            break
-        shown += part
-        if not part:
-            break
-    process.wait()
-    os.close(ours)
-    return shown.decode().replace("\r", "").splitlines()
 
 
 @pytest.fixture
@@ -97,7 +73,7 @@ def test_a_number_that_the_database_takes_is_judged_by_the_function(two: psycopg
 
 
 def test_status_in_a_narrow_terminal_shows_every_value_whole(two: psycopg.Connection, database_dsn: str) -> None:
-    lines = _in_terminal("status", "--dsn", database_dsn)
+    lines = lines_in_terminal("status", "--dsn", database_dsn)
     assert max(map(len, lines)) <= 80
     assert "\u2026" not in "\n".join(lines)
     shown = [line.split(maxsplit=1) for line in lines if line]
@@ -115,7 +91,7 @@ def test_status_in_a_pipe_is_one_line_a_pipeline(two: psycopg.Connection, databa
     ]
     assert all(row.isascii() for row in (head, *rows))
     assert rows[0].endswith("the provider did not answer in time, for the third time")
-    wide = _in_terminal("status", "--dsn", database_dsn, columns=250)
+    wide = lines_in_terminal("status", "--dsn", database_dsn, columns=250)
     assert wide == [head, *rows]
 
 
@@ -126,8 +102,8 @@ def test_status_for_programs(two: psycopg.Connection, database_dsn: str) -> None
 
 
 def test_verify_in_a_narrow_terminal(two: psycopg.Connection, database_dsn: str) -> None:
-    two.execute("DELETE FROM embedline_data.page_chunk WHERE key_id = 1")
-    lines = _in_terminal("verify", "page", "--dsn", database_dsn)
+    two.execute(f"DELETE FROM {PAGE('chunk')} WHERE key_id = 1")
+    lines = lines_in_terminal("verify", "page", "--dsn", database_dsn)
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["finding", "count", "repaired", "example"]
     assert lines[1].split(maxsplit=3) == ["missing_vector", "1", "0", '{"id": "1"}']
@@ -198,7 +174,7 @@ def test_doctor_puts_the_gravest_first(database_dsn: str) -> None:
 def test_doctor_shows_commands_whole_in_a_narrow_terminal(database_dsn: str, empty_database_dsn: str) -> None:
     for dsn in (database_dsn, empty_database_dsn):
         found = _doctor(dsn)
-        lines = _in_terminal("doctor", "--dsn", dsn, columns=60)
+        lines = lines_in_terminal("doctor", "--dsn", dsn, columns=60)
         for command in (command for finding in found for command in finding.commands):
             assert f"           {command}" in lines
     piped = _piped("doctor", "--dsn", database_dsn).stdout

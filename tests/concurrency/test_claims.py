@@ -7,6 +7,7 @@ import threading
 import psycopg
 import pytest
 
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import create_pipeline, scalar, settle, take_inbox, wait_until
 from working import (
@@ -87,17 +88,17 @@ def test_a_slow_worker_is_never_robbed(page: psycopg.Connection, stub: StubProvi
     with Worker(dsn_of(page), until_idle=True) as slow:
         wait_for_in_flight(stub, 100)
         # Age does not matter: only whether its session lives.
-        page.execute("UPDATE embedline_data.page_claim SET enqueued_at = now() - interval '1 year'")
+        page.execute(f"UPDATE {PAGE('claim')} SET enqueued_at = now() - interval '1 year'")
         stub.behave(remember=True)
         with working(page):
             insert_rows(page, 101, 200)
-            written = "SELECT count(*) FROM embedline_data.page_chunk WHERE key_id > 100"
+            written = f"SELECT count(*) FROM {PAGE('chunk')} WHERE key_id > 100"
             wait_until(lambda: scalar(page, written) == 100, 20, "the other worker has worked")
             # A newer change of a row in hand waits for the claim.
             page.execute("UPDATE page SET body = body || ' edited' WHERE id = 1")
-            moved = "SELECT count(*) FROM embedline_data.page_outbox WHERE key_id = 1 AND claimed_by IS NULL"
+            moved = f"SELECT count(*) FROM {PAGE('outbox')} WHERE key_id = 1 AND claimed_by IS NULL"
             wait_until(lambda: scalar(page, moved) == 1, 20, "the other worker has put the newer change off")
-            assert scalar(page, "SELECT count(*) FROM embedline_data.page_claim") == 1
+            assert scalar(page, f"SELECT count(*) FROM {PAGE('claim')}") == 1
             slow.join(20)
             assert slow.error is None
             wait_until(lambda: scalar(page, "SELECT pending = 0 FROM embedline.status"), 20, "nothing waits")
@@ -117,9 +118,9 @@ def test_a_cancelled_worker_gives_back_what_is_in_flight_uncounted(
         worker.cancel()
         assert isinstance(worker.error, psycopg.errors.QueryCanceled)
     given_back = "SELECT array_agg(DISTINCT (attempts, crash_count, claimed_by)::text), count(*)::integer"
-    found = page.execute(f"{given_back} FROM embedline_data.page_outbox").fetchone()
+    found = page.execute(f"{given_back} FROM {PAGE('outbox')}").fetchone()
     assert found == (["(0,0,)"], 200)
-    assert scalar(page, "SELECT count(*) FROM embedline_data.page_claim") == 0
+    assert scalar(page, f"SELECT count(*) FROM {PAGE('claim')}") == 0
     stub.behave()
     work_until_idle(page)
     assert assert_all_settled(page, stub.dimensions) == 200
@@ -146,10 +147,10 @@ def test_claims_that_come_from_a_backup_are_taken_over(stub_database: psycopg.Co
     # In each of the three places where a claim may stand.
     stub_database.execute("UPDATE embedline.backfill_range SET claimed_by = %s", (GONE,))
     take_inbox(stub_database)
-    stub_database.execute("UPDATE embedline_data.page_outbox SET claimed_by = %s WHERE key_id <= 100", (GONE,))
+    stub_database.execute(f"UPDATE {PAGE('outbox')} SET claimed_by = %s WHERE key_id <= 100", (GONE,))
     stub_database.execute(
-        "WITH taken AS (DELETE FROM embedline_data.page_outbox WHERE key_id > 100 RETURNING key_id)"
-        " INSERT INTO embedline_data.page_claim (key_id, claimed_by, enqueued_at)"
+        f"WITH taken AS (DELETE FROM {PAGE('outbox')} WHERE key_id > 100 RETURNING key_id)"
+        f" INSERT INTO {PAGE('claim')} (key_id, claimed_by, enqueued_at)"
         " SELECT array_agg(key_id), %s, now() FROM taken",
         (GONE,),
     )
@@ -214,15 +215,15 @@ def test_rows_under_suspicion_do_not_starve_new_ones(page: psycopg.Connection, s
     insert_rows(page, 1, 3000)
     take_inbox(page)
     # As a worker that died has left them: they go 32 at a time now, and nothing beside them.
-    page.execute("UPDATE embedline_data.page_outbox SET crash_count = 1")
+    page.execute(f"UPDATE {PAGE('outbox')} SET crash_count = 1")
     stub.behave(latency=0.1, remember=True)
     with working(page):
         wait_for_in_flight(stub)
         delays = [seconds_until_found(page, key) for key in range(3001, 3006)]
-        assert scalar(page, "SELECT count(*) FROM embedline_data.page_outbox WHERE crash_count = 1") > 1000
+        assert scalar(page, f"SELECT count(*) FROM {PAGE('outbox')} WHERE crash_count = 1") > 1000
         assert max(delays) < 1.5, delays
         # The rest is no part of the test.
-        page.execute("UPDATE embedline_data.page_outbox SET crash_count = 0 WHERE claimed_by IS NULL")
+        page.execute(f"UPDATE {PAGE('outbox')} SET crash_count = 0 WHERE claimed_by IS NULL")
         stub.behave(remember=True)
         wait_until(lambda: scalar(page, "SELECT pending = 0 FROM embedline.status"), 20, "nothing waits")
     assert assert_all_settled(page, stub.dimensions) == 3005
@@ -232,8 +233,8 @@ def test_rows_under_suspicion_do_not_starve_new_ones(page: psycopg.Connection, s
 def test_a_poll_does_not_read_the_rows_that_are_not_due_yet(page: psycopg.Connection) -> None:
     insert_rows(page, 1, 50_000)
     take_inbox(page)
-    page.execute("UPDATE embedline_data.page_outbox SET not_before = now() + interval '1 hour'")
-    page.execute("VACUUM ANALYZE embedline_data.page_outbox")
+    page.execute(f"UPDATE {PAGE('outbox')} SET not_before = now() + interval '1 hour'")
+    page.execute(f"VACUUM ANALYZE {PAGE('outbox')}")
     before = _blocks_read(page)
     assert scalar(page, "SELECT embed_pending(100)") == 0
     # All of them lie on 500 blocks.

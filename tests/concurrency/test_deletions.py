@@ -188,8 +188,6 @@ def test_no_reader_ever_sees_a_chunk_of_another_row(
     assert scalar(database, FOREIGN) == 0
     query = "SELECT count(*) FROM page AS p LEFT JOIN page_embedding AS e ON e.id = p.id WHERE e.chunk IS DISTINCT FROM p.body"
     assert scalar(database, query) == 0
-    assert data_count(database, "page_chunk") == scalar(database, "SELECT count(*) FROM page")
-    assert (
-        data_count(database, "page_document") == data_count(database, "page_v1") == data_count(database, "page_chunk")
-    )
-    assert data_count(database, "page_hidden") == data_count(database, "page_deleted") == 0
+    assert data_count(database, "chunk") == scalar(database, "SELECT count(*) FROM page")
+    assert data_count(database, "document") == data_count(database, "v1") == data_count(database, "chunk")
+    assert data_count(database, "hidden") == data_count(database, "deleted") == 0

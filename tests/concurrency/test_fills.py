@@ -87,7 +87,7 @@ def test_a_change_of_rows_in_flight_to_a_version_is_not_undone_by_its_fill(
     add_version(page, "slow", **({"chunking": chunking} if chunking else {}))
     statements, rows = CHANGES[change]
     with working(page, 2):
-        wait_until(lambda: slow_running.in_flight() > 0 and data_count(page, "page_v2") == 0, 20, "rows are in flight")
+        wait_until(lambda: slow_running.in_flight() > 0 and data_count(page, "v2") == 0, 20, "rows are in flight")
         with page.transaction():
             for statement in statements.split(";"):
                 page.execute(statement.encode())
@@ -108,7 +108,7 @@ def test_rows_written_behind_and_ahead_of_a_throttled_fill_are_in_it_once(
     slow_running.forget()
     add_version(page, "slow", backfill_order=order, backfill_rate=REQUEST)
     with working(page, 1):
-        wait_until(lambda: data_count(page, "page_v2") >= REQUEST, 20, "a part is filled")
+        wait_until(lambda: data_count(page, "v2") >= REQUEST, 20, "a part is filled")
         page.execute("DELETE FROM page WHERE id IN (1, 20, %s)", (ROWS,))
         page.execute("UPDATE page SET body = 'changed meanwhile ' || id WHERE id IN (2, 21, %s)", (ROWS - 1,))
         insert_rows(page, ROWS + 1, ROWS + 10)

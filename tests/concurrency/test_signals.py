@@ -5,6 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import scalar, settle, wait_until
 from working import (
@@ -101,7 +102,7 @@ def test_a_row_that_waits_for_its_next_try_is_found_when_it_is_due(
     with working(pages):
         stub.behave(fault_share=1.0, faults=["500"])
         insert_rows(pages, 1, 5)
-        retried = "SELECT count(*) FROM embedline_data.page_outbox WHERE attempts > 0"
+        retried = f"SELECT count(*) FROM {PAGE('outbox')} WHERE attempts > 0"
         wait_until(lambda: scalar(pages, retried) == 5, what="the rows were tried")
         stub.behave()
         wait_for_chunks(pages, "page", 5, seconds=30)
@@ -137,7 +138,7 @@ def test_what_a_worker_left_that_was_killed_is_found_by_one_that_is_idle(
     stub.behave(latency=30)
     insert_rows(pages, 1, 10)
     with Worker(dsn_of(pages)) as first:
-        claimed = "SELECT count(*) FROM embedline_data.page_claim"
+        claimed = f"SELECT count(*) FROM {PAGE('claim')}"
         wait_until(lambda: scalar(pages, claimed) == 1, what="the rows are claimed")
         with working(pages):
             wait_until(lambda: scalar(pages, "SELECT count(*) FROM embedline.worker") == 2, what="both are there")

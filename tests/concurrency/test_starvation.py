@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from generated_names import Generated
 from stub_provider import StubProvider, stub_provider
 from support import data_count, scalar, settle, wait_until
 from upgrading import versions
@@ -54,7 +55,7 @@ def _embedded(connection: psycopg.Connection, table: str) -> tuple[int, int]:
     """Count the live changes and the rows of the backfill that are embedded."""
     found = connection.execute(
         "SELECT count(*) FILTER (WHERE key_id <= 30000), count(*) FILTER (WHERE key_id > 30000)"
-        f" FROM embedline_data.{table}_chunk"
+        f" FROM {Generated(table)('chunk')}"
     ).fetchone()
     assert found is not None
     return found[0], found[1]
@@ -65,13 +66,13 @@ def test_an_index_that_cannot_be_maintained_keeps_no_row_waiting(page: psycopg.C
     settle(page)
     page.execute(scalar(page, "SELECT embedline.index_statement('held')").replace("CONCURRENTLY ", ""))
     page.execute(
-        "UPDATE pg_index SET indisvalid = false WHERE indrelid = 'embedline_data.held_v1'::regclass AND NOT indisunique"
+        f"UPDATE pg_index SET indisvalid = false WHERE indrelid = '{Generated('held').version(1)}'::regclass AND NOT indisunique"
     )
     page.execute(CRON)
     try:
         with psycopg.connect(dsn_of(page)) as reader:
             # The leftover cannot be dropped while this lasts.
-            reader.execute("SELECT count(*) FROM embedline_data.held_v1")
+            reader.execute(f"SELECT count(*) FROM {Generated('held').version(1)}")
             with working(page), flood(page):
                 query = "SELECT last_error LIKE '%%lock timeout%%' FROM embedline.status WHERE pipeline = 'held'"
                 wait_until(lambda: scalar(page, query), 30, "it was tried in vain")
@@ -91,7 +92,7 @@ def test_a_new_pipeline_is_seen_while_all_models_that_were_known_are_busy(page: 
             with working(page):
                 wait_until(lambda: slow.in_flight() > 0, 20, "the slow model is busy")
                 create_stub_pipeline(page, "fresh", rows=10)
-                wait_until(lambda: data_count(page, "fresh_document") == 10, 6, "the new pipeline is embedded")
+                wait_until(lambda: data_count(page, "document", "fresh") == 10, 6, "the new pipeline is embedded")
                 slow.behave()
         finally:
             slow.behave()
@@ -106,9 +107,9 @@ def test_calls_of_embed_pending_come_round_to_every_pipeline(page: psycopg.Conne
     insert_rows(page, 1, 10, "third")
     for _ in range(6):
         page.execute("SELECT embed_pending(300)")
-    assert data_count(page, "third_document") == 10
-    assert data_count(page, "second_document") > 0
-    assert data_count(page, "page_document") > 40
+    assert data_count(page, "document", "third") == 10
+    assert data_count(page, "document", "second") > 0
+    assert data_count(page, "document") > 40
 
 
 def test_the_backfills_of_two_pipelines_have_their_share_each(page: psycopg.Connection) -> None:
@@ -136,9 +137,9 @@ def test_a_share_that_is_changed_reaches_workers_that_run(page: psycopg.Connecti
 
 
 def test_a_changed_recipe_is_through_beside_a_flood_and_writes_to_its_own_rows(page: psycopg.Connection) -> None:
-    create_stub_pipeline(page, "own", rows=5000)
+    create_stub_pipeline(page, "own", rows=2000)
     settle(page, 60)
     page.execute("SELECT embedline.alter_pipeline('own', content => $$body || ' altered'$$)")
-    rewriting = writing(page, "UPDATE own SET body = 'live ' || random() WHERE id <= 1000")
+    rewriting = writing(page, "UPDATE own SET body = 'live ' || random() WHERE id <= 400")
     with flood(page), rewriting, working(page, seconds=120):
         wait_until(lambda: versions(page, "state", "own")[1] == "complete", 90, "the recipe is changed")

@@ -11,6 +11,7 @@ import pytest
 from psycopg import errors
 
 from conftest import Connect
+from generated_names import PAGE
 from support import (
     assert_exact,
     create_pages,
@@ -48,7 +49,7 @@ def test_two_workers_share_the_work_and_never_embed_the_same_change(
         " RETURN NULL; END$$"
     )
     database.execute(
-        "CREATE TRIGGER note AFTER INSERT OR UPDATE ON embedline_data.page_document FOR EACH ROW EXECUTE FUNCTION note()"
+        f"CREATE TRIGGER note AFTER INSERT OR UPDATE ON {PAGE('document')} FOR EACH ROW EXECUTE FUNCTION note()"
     )
     database.execute("UPDATE page SET body = body || ' changed' WHERE id % 2 = 0")
     threads = [_run_worker(connect()) for _ in range(3)]
@@ -75,7 +76,7 @@ def test_a_living_workers_claim_is_left_alone_and_a_dead_ones_is_taken_over(
     take_inbox(database)
     worker_id = scalar(slow, "SELECT nextval('embedline.worker_id_seq')")
     slow.execute("SELECT pg_advisory_lock(1164797804, %s)", (worker_id,))
-    slow.execute("UPDATE embedline_data.page_outbox SET claimed_by = %s, attempts = 1 WHERE key_id <= 4", (worker_id,))
+    slow.execute(f"UPDATE {PAGE('outbox')} SET claimed_by = %s, attempts = 1 WHERE key_id <= 4", (worker_id,))
     assert scalar(database, "SELECT embed_pending(100)") == 6
     assert scalar(database, "SELECT embed_pending(100)") == 0
     assert queued(database) == 4
@@ -95,7 +96,7 @@ def test_an_old_embedding_never_overwrites_a_newer_one(connect: Connect, databas
     database.execute("UPDATE page SET body = 'the old text' WHERE id = 1")
     # Reads the old text, embeds it, and is held at the write, which needs the document row.
     holder = connect(autocommit=False)
-    holder.execute("SELECT FROM embedline_data.page_document FOR UPDATE")
+    holder.execute(f"SELECT FROM {PAGE('document')} FOR UPDATE")
     worker = connect()
     thread = _run_worker(worker)
     database.execute("UPDATE page SET body = 'the new text' WHERE id = 1")
@@ -103,7 +104,7 @@ def test_an_old_embedding_never_overwrites_a_newer_one(connect: Connect, databas
     thread.join(60)
     settle(database)
     assert_exact(database)
-    assert scalar(database, "SELECT content FROM embedline_data.page_chunk") == "Title 1\n\nthe new text"
+    assert scalar(database, f"SELECT content FROM {PAGE('chunk')}") == "Title 1\n\nthe new text"
 
 
 def test_deleting_a_row_in_flight_leaves_no_orphan(connect: Connect, database: psycopg.Connection) -> None:
@@ -128,7 +129,7 @@ def test_delete_and_insert_of_the_same_key_in_flight(connect: Connect, database:
     application.commit()
     settle(database)
     assert_exact(database)
-    assert scalar(database, "SELECT content FROM embedline_data.page_chunk WHERE key_id = 2") == "born\n\nagain"
+    assert scalar(database, f"SELECT content FROM {PAGE('chunk')} WHERE key_id = 2") == "born\n\nagain"
 
 
 def test_the_worker_never_waits_for_an_applications_lock(connect: Connect, database: psycopg.Connection) -> None:
@@ -314,7 +315,7 @@ def test_no_transaction_is_open_while_the_provider_works(
     assert max(observed) < 1.0
     thread.join()
     settle(database)
-    assert {row[0] for row in database.execute("SELECT key_id FROM embedline_data.page_chunk")} == {1, 3}
+    assert {row[0] for row in database.execute(f"SELECT key_id FROM {PAGE('chunk')}")} == {1, 3}
 
 
 @pytest.mark.parametrize("seconds", ["NaN", None])

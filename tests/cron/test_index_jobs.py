@@ -7,6 +7,7 @@ import pytest
 from psycopg import errors
 
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import create_pages, create_pipeline, scalar, wait_until
 from working import create_stub_model, create_stub_pipeline, flood, remove_all, working
@@ -59,7 +60,7 @@ def test_the_serving_version_s_index_is_scheduled_by_whoever_finishes_its_backfi
 def test_a_leftover_is_dropped_and_the_next_try_is_serial(cron: psycopg.Connection, cron_cluster: Cluster) -> None:
     statement = scalar(cron, "SELECT embedline.index_statement('page', 2, 'binary')")
     with psycopg.connect(cron_cluster.dsn("embedline")) as other:
-        other.execute("LOCK TABLE embedline_data.page_v2 IN ROW EXCLUSIVE MODE")
+        other.execute(f"LOCK TABLE {PAGE.version(2)} IN ROW EXCLUSIVE MODE")
         cron.execute("SET statement_timeout = '500ms'")
         with pytest.raises(errors.QueryCanceled):
             cron.execute(statement)

@@ -7,6 +7,7 @@ import pytest
 from psycopg import errors
 
 from embedline.dev.cluster.server import Cluster
+from generated_names import Generated
 from support import assert_exact, create_pages, create_pipeline, scalar, settle, wait_until
 
 JOBS = "SELECT schedule, command FROM cron.job WHERE jobname = 'embedline nightly'"
@@ -54,14 +55,14 @@ def test_the_trouble_of_one_pipeline_stops_no_other(database: psycopg.Connection
         create_pages(database, 5, table=name)
         create_pipeline(database, name, name)
     settle(database)
-    database.execute("DROP FUNCTION embedline_data.second_audit(integer, timestamptz)")
+    database.execute(f"DROP FUNCTION {Generated('second')('audit')}(integer, timestamptz)")
     for name in ("first", "third"):
         with database.transaction():
             database.execute("SET LOCAL session_replication_role = replica")
             database.execute(f"DELETE FROM {name} WHERE id = 1".encode())
     database.execute("INSERT INTO embedline.verification (pipeline_id, verified_at) SELECT pipeline_id, '2000-01-01'"
                      " FROM embedline.pipeline")  # fmt: skip
-    database.execute("UPDATE embedline.setting SET value = '1 day' WHERE name = 'dead_letter_retention'")
+    database.execute("SELECT embedline.configure('dead_letter_retention', '1 day')")
     database.execute(
         "INSERT INTO embedline.dead_letter (pipeline_id, key, stage, error_code, message, attempts, created_at)"
         " SELECT pipeline_id, '{\"id\": \"2\"}', 'embed', 'EL012', 'old', 1, '2000-01-01' FROM embedline.pipeline"

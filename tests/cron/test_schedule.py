@@ -11,6 +11,7 @@ import pytest
 from psycopg import errors
 
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from support import ROOT, assert_exact, create_pages, create_pipeline, scalar, wait_until
 
 
@@ -33,7 +34,7 @@ def test_scheduled_worker_embeds_what_is_written_and_builds_the_index(cron: psyc
     wait_until(lambda: scalar(cron, "SELECT backfill_complete AND pending = 0 FROM embedline.status"), 60)
     cron.execute("UPDATE page SET body = 'seen by nobody but the worker' WHERE id = 1")
     wait_until(
-        lambda: scalar(cron, "SELECT content FROM embedline_data.page_chunk WHERE key_id = 1").endswith("the worker"),
+        lambda: scalar(cron, f"SELECT content FROM {PAGE('chunk')} WHERE key_id = 1").endswith("the worker"),
         10,
     )
     assert_exact(cron)

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from dialects import Body, Dialect, serving
+from generated_names import PAGE
 from stub_provider import vector_of
 from support import MODELS, create_pipeline, data_count, scalar, settle, wait_until
 from working import assert_all_settled, dsn_of, remove_all, working
@@ -123,7 +124,7 @@ def test_verify_and_versions_to_come_take_the_moved_model_for_what_it_was(
     endpoints[1].forget()
     db.execute("SELECT embedline.add_embedding_version('page', 'stub', column_type => 'halfvec')")
     settle(db)
-    assert data_count(db, "page_v2") == ROWS
+    assert data_count(db, "v2") == ROWS
     assert endpoints[1].paid == [], "the version before lends"
     alter(db, base_url=endpoints[0].url)
     assert stored(db)["probed_fingerprint"] is None
@@ -236,7 +237,7 @@ def test_without_stored_vectors_the_endpoint_is_only_probed_and_gives_the_finger
     assert after["probed_fingerprint"] is None
     settle(db)
     assert endpoints[0].paid == []
-    assert data_count(db, "page_v1") == ROWS
+    assert data_count(db, "v1") == ROWS
 
 
 def test_limits_prices_and_timeouts_change_without_asking_the_endpoint(
@@ -358,7 +359,7 @@ def test_requests_in_flight_are_still_written_when_the_endpoint_moves(
         add_pages(db, 300, 303)
         wait_until(lambda: len(second.paid) == sampled + 4, what="the new endpoint is used")
         gate.set()
-        wait_until(lambda: data_count(db, "page_v1") == ROWS + 8, what="all are written")
+        wait_until(lambda: data_count(db, "v1") == ROWS + 8, what="all are written")
     assert assert_all_settled(db, DIMENSIONS) == ROWS + 8
     assert sorted(first.paid) == [f"row {n} about something" for n in range(200, 204)]
     assert len(second.paid) == sampled + 4
@@ -385,8 +386,8 @@ def test_vectors_in_flight_from_an_endpoint_that_was_only_replaced_are_not_store
             lambda: scalar(db, "SELECT pending = 0 AND backfill_complete FROM embedline.status"), what="all is done"
         )
     found = db.execute(
-        "SELECT c.content, v.embedding_v1::real[] FROM embedline_data.page_chunk AS c"
-        " JOIN embedline_data.page_v1 AS v USING (chunk_id)"
+        f"SELECT c.content, v.embedding_v1::real[] FROM {PAGE('chunk')} AS c"
+        f" JOIN {PAGE.version(1)} AS v USING (chunk_id)"
     ).fetchall()
     assert len(found) == ROWS
     for text, vector in found:
@@ -415,10 +416,10 @@ def test_the_same_holds_for_a_version_that_is_being_filled(
             wait_until(lambda: third.requests, what="a request is in flight")
             db.execute("SELECT embedline.alter_model('next', base_url => %s)", (second.url,))
             gate.set()
-            wait_until(lambda: data_count(db, "page_v2") == ROWS, what="the version is filled")
+            wait_until(lambda: data_count(db, "v2") == ROWS, what="the version is filled")
     for text, vector in db.execute(
-        "SELECT c.content, v.embedding_v2::real[] FROM embedline_data.page_chunk AS c"
-        " JOIN embedline_data.page_v2 AS v USING (chunk_id)"
+        f"SELECT c.content, v.embedding_v2::real[] FROM {PAGE('chunk')} AS c"
+        f" JOIN {PAGE.version(2)} AS v USING (chunk_id)"
     ):
         assert float(np.dot(vector, vector_of(text, DIMENSIONS))) < 0
 

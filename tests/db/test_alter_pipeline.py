@@ -12,6 +12,7 @@ import pytest
 from alembic import command
 from psycopg import errors
 
+from generated_names import PAGE
 from support import (
     alembic_config,
     assert_exact,
@@ -47,7 +48,7 @@ def _version(connection: psycopg.Connection, column: str) -> Any:
 
 
 def _chunk_ids(connection: psycopg.Connection) -> list[int]:
-    return list(scalar(connection, "SELECT array_agg(chunk_id ORDER BY chunk_id) FROM embedline_data.page_chunk"))
+    return list(scalar(connection, f"SELECT array_agg(chunk_id ORDER BY chunk_id) FROM {PAGE('chunk')}"))
 
 
 # --- what is embedded again
@@ -146,7 +147,7 @@ def test_weight_and_tenant_need_no_backfill(page: psycopg.Connection) -> None:
     _alter(page, tenant="views")
     assert _version(page, "state") == "complete"
     assert scalar(page, "SELECT weight FROM embedline.pipeline") == 2.5
-    assert page.execute("SELECT * FROM embedline_data.page_tenant(ARRAY[3])").fetchall() == [(1, "0")]
+    assert page.execute(f"SELECT * FROM {PAGE('tenant')}(ARRAY[3])").fetchall() == [(1, "0")]
     assert drain(page) == 0
 
 
@@ -325,16 +326,16 @@ def test_a_wrong_value_is_refused_and_changes_nothing(
 # --- upgrades
 
 # What version 1 of the generated code returned.
-_OLD_READ = """
-    DROP FUNCTION embedline_data.page_read(integer[], bigint);
-    CREATE FUNCTION embedline_data.page_read(key_id integer[], max_bytes bigint)
+_OLD_READ = f"""
+    DROP FUNCTION {PAGE("read")}(integer[], bigint);
+    CREATE FUNCTION {PAGE("read")}(key_id integer[], max_bytes bigint)
     RETURNS TABLE (ordinality bigint, accepted boolean, deferred boolean, content text, content_hash bytea)
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     BEGIN ATOMIC
     SELECT r.ordinality, r.accepted, false, r.content, sha256(convert_to(r.content, 'UTF8'))
     FROM (
-        SELECT wanted.ordinality, coalesce(embedline_data.page_filter(source_row.views), false) AS accepted,
-            embedline_data.page_content(source_row.title, source_row.body) AS content
+        SELECT wanted.ordinality, coalesce({PAGE("filter")}(source_row.views), false) AS accepted,
+            {PAGE("content")}(source_row.title, source_row.body) AS content
         FROM unnest(key_id) WITH ORDINALITY AS wanted (key_id, ordinality)
         JOIN public.page AS source_row ON source_row.id = wanted.key_id
     ) AS r;
@@ -354,7 +355,7 @@ def test_a_pipeline_of_an_earlier_version_is_brought_up_to_date(
     database.execute(_OLD_READ)
     database.execute("ALTER TABLE page RENAME COLUMN title TO headline")
     command.upgrade(alembic_config(database_dsn), "head")
-    recipes = database.execute("SELECT DISTINCT recipe FROM embedline_data.page_document").fetchall()
+    recipes = database.execute(f"SELECT DISTINCT recipe FROM {PAGE('document')}").fetchall()
     assert recipes == [(recipe,)], "what was embedded before counts as of its version's recipe"
     upgraded = connect()
     content = "headline || E'\\n\\n' || body"

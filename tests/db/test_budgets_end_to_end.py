@@ -10,11 +10,12 @@ import psycopg
 import pytest
 
 from conftest import Connect
+from generated_names import PAGE
 from stub_provider import StubProvider, stub_provider
 from support import create_pages, create_pipeline, data_count, queued, scalar, settle, wait_until
 
 _PAGES = 200
-_EMBEDDED = "SELECT count(*) FROM embedline_data.page_document WHERE state = 'embedded'"
+_EMBEDDED = f"SELECT count(*) FROM {PAGE('document')} WHERE state = 'embedded'"
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_the_worker_stops_at_the_cap_and_goes_on_when_told(
     assert 0 < done < _PAGES
     assert scalar(pages, "SELECT count(*) FROM embedline.dead_letter") == 0
     # Nothing was lost, and no try was charged.
-    assert scalar(pages, "SELECT coalesce(max(attempts), 0) FROM embedline_data.page_outbox") <= 1
+    assert scalar(pages, f"SELECT coalesce(max(attempts), 0) FROM {PAGE('outbox')}") <= 1
     pages.execute(f"SELECT embedline.drop_budget({scope})".encode())
     settle(pages, 60)
     assert _embedded(pages) == _PAGES
@@ -112,7 +113,7 @@ def test_more_money_wakes_a_resident_worker(pages: psycopg.Connection, connect: 
 def test_an_exhausted_pipeline_stops_no_other(pages: psycopg.Connection, connect: Connect) -> None:
     create_pipeline(pages, "second", model="far", chunking="none")
     pages.execute("SELECT embedline.set_budget('day', pipeline => 'page', tokens => 0)")
-    _work_until(connect(), lambda: data_count(pages, "second_chunk") == _PAGES)
+    _work_until(connect(), lambda: data_count(pages, "chunk", "second") == _PAGES)
     assert _embedded(pages) == 0
 
 

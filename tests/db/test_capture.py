@@ -128,7 +128,7 @@ def test_a_deleted_row_cannot_be_found_and_a_worker_removes_its_chunks(
     assert {int(key) for key, _, _ in searching(pages, "page", "Body number", 20)} == set(range(6, 21))
     assert queued(pages) == 5
     assert drain(pages) == 0
-    assert data_count(pages, "page_chunk") == data_count(pages, "page_v1") == 15
+    assert data_count(pages, "chunk") == data_count(pages, "v1") == 15
     assert_exact(pages)
 
 
@@ -250,7 +250,7 @@ def test_truncate_hides_everything_at_once_and_a_worker_removes_it(pages: psycop
     assert searching(pages, "page", "Body number") == []
     assert drain(pages) == 0
     assert_exact(pages)
-    assert data_count(pages, "page_document") == 0
+    assert data_count(pages, "document") == 0
     pages.execute("INSERT INTO page (id, title, body) VALUES (1, 'after', 'the truncate')")
     assert drain(pages) == 1
     assert assert_exact(pages) == 1
@@ -275,7 +275,7 @@ def test_truncate_cascades_from_a_referenced_table(database: psycopg.Connection)
     settle(database)
     database.execute("TRUNCATE book CASCADE")
     assert drain(database) == 0
-    assert data_count(database, "page_chunk") == 0
+    assert data_count(database, "chunk") == 0
     assert_exact(database)
 
 
@@ -841,7 +841,7 @@ def test_a_key_that_changes_only_its_spelling(
     database.execute(f"UPDATE page SET key = %s::text::{key_type}, body = 'changed'", (after,))
     settle(database)
     assert scalar(database, "SELECT count(*) FROM page_embedding WHERE chunk = 'changed'") == 1
-    assert data_count(database, "page_chunk") == data_count(database, "page_v1") == 1
+    assert data_count(database, "chunk") == data_count(database, "v1") == 1
 
 
 def test_composite_keys(database: psycopg.Connection) -> None:
@@ -907,7 +907,7 @@ def test_a_key_with_a_case_insensitive_collation(database: psycopg.Connection) -
     database.execute("UPDATE page SET slug = 'ALPHA', body = 'changed with its key'")
     settle(database)
     assert scalar(database, "SELECT count(*) FROM page_embedding WHERE chunk = 'changed with its key'") == 1
-    assert data_count(database, "page_chunk") == data_count(database, "page_v1") == 1
+    assert data_count(database, "chunk") == data_count(database, "v1") == 1
 
 
 @pytest.mark.parametrize(

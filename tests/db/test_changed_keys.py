@@ -5,6 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
+from generated_names import PAGE
 from stub_fixtures import running_stub, stub
 from stub_provider import StubProvider
 from support import create_pages, create_pipeline, scalar, settle, wait_until
@@ -142,7 +143,7 @@ def test_a_key_that_is_null_never_enters_the_queue(paid: psycopg.Connection, stu
     paid.execute("INSERT INTO page (title, body) VALUES ('no', 'key'), ('none', 'either')")
     paid.execute("UPDATE page SET body = 'changed' WHERE id IS NULL OR id = 5")
     paid.execute("UPDATE page SET id = NULL WHERE id = 6; UPDATE page SET id = 6 WHERE title = 'Title 6'")
-    assert scalar(paid, "SELECT count(*) FROM embedline_data.page_inbox WHERE array_position(key_id, NULL) > 0") == 0
+    assert scalar(paid, f"SELECT count(*) FROM {PAGE('inbox')} WHERE array_position(key_id, NULL) > 0") == 0
     settle(paid)
     assert stub.counts()["texts"] == 1
     assert scalar(paid, "SELECT count(*) FROM other_embedding") == 3
@@ -178,7 +179,7 @@ def test_much_to_exchange_waits_for_the_statement_that_status_shows(
     paid: psycopg.Connection, stub: StubProvider
 ) -> None:
     paid.execute(
-        "INSERT INTO embedline_data.page_document (key_id, state, embedded_at)"
+        f"INSERT INTO {PAGE('document')} (key_id, state, embedded_at)"
         " SELECT n, 'empty', now() FROM generate_series(1000, 21001) AS n"
     )
     paid.execute(_SWAPS["kept"].encode())

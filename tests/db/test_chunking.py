@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from embedline.chunking import METHODS
+from generated_names import PAGE
 from support import (
     assert_exact,
     create_pages,
@@ -46,14 +47,14 @@ def source(database: psycopg.Connection) -> psycopg.Connection:
 
 def _read(connection: psycopg.Connection, key: int = 1) -> tuple[Any, ...]:
     row = connection.execute(
-        "SELECT content, content_hash, prefix FROM embedline_data.page_read(ARRAY[%s], 1000000)", (key,)
+        f"SELECT content, content_hash, prefix FROM {PAGE('read')}(ARRAY[%s], 1000000)", (key,)
     ).fetchone()
     assert row is not None
     return row
 
 
 def _locked_hash(connection: psycopg.Connection, key: int = 1) -> bytes:
-    return bytes(scalar(connection, "SELECT content_hash FROM embedline_data.page_look(ARRAY[%s])", (key,)))
+    return bytes(scalar(connection, f"SELECT content_hash FROM {PAGE('look')}(ARRAY[%s])", (key,)))
 
 
 # --- chunkers
@@ -84,7 +85,7 @@ def test_markdown_headings_are_embedded_with_each_chunk(source: psycopg.Connecti
     create_pipeline(source, content="body", chunking="markdown", chunk_tokens=32, document_prefix="title || E'\\n'")
     settle(source)
     assert_exact(source)
-    prefixes = {row[0] for row in source.execute("SELECT prefix FROM embedline_data.page_chunk WHERE key_id = 3")}
+    prefixes = {row[0] for row in source.execute(f"SELECT prefix FROM {PAGE('chunk')} WHERE key_id = 3")}
     assert {"Title 3\n", "Title 3\nRockets > Engines\n\n"} <= prefixes
 
 
@@ -96,7 +97,7 @@ def test_the_prefix_is_embedded_and_not_shown(source: psycopg.Connection, method
     create_pipeline(source, content="body", document_prefix="title || E'\\n'", chunking=method, chunk_tokens=32)
     settle(source)
     assert_exact(source)
-    assert scalar(source, "SELECT bool_and(prefix LIKE E'Title %\\n%') FROM embedline_data.page_chunk")
+    assert scalar(source, f"SELECT bool_and(prefix LIKE E'Title %\\n%') FROM {PAGE('chunk')}")
     assert scalar(source, "SELECT count(*) FROM page_embedding WHERE chunk LIKE '%Title%'") == 0
 
 
@@ -117,7 +118,7 @@ def test_a_row_without_a_prefix_has_its_content_alone(source: psycopg.Connection
     create_pipeline(source, content="body", document_prefix="title", chunk_tokens=32)
     settle(source)
     assert_exact(source)
-    without = "SELECT array_agg(DISTINCT key_id ORDER BY key_id) FROM embedline_data.page_chunk WHERE prefix IS NULL"
+    without = f"SELECT array_agg(DISTINCT key_id ORDER BY key_id) FROM {PAGE('chunk')} WHERE prefix IS NULL"
     assert scalar(source, without) == [1, 2, 3, 4, 5, 6]
 
 
@@ -146,7 +147,7 @@ def test_the_prefix_of_a_rejected_row_is_never_evaluated(source: psycopg.Connect
     source.execute("UPDATE page SET views = 5 WHERE id > 1")
     create_pipeline(source, content="body", document_prefix="(10 / views)::text", filter="views <> 0")
     settle(source)
-    assert data_count(source, "page_document") == 11
+    assert data_count(source, "document") == 11
     assert scalar(source, "SELECT count(*) FROM embedline.dead_letter") == 0
 
 
@@ -190,7 +191,7 @@ def test_renamed_columns_of_prefix_and_tenant_are_followed(source: psycopg.Conne
 
 
 def _tenants(connection: psycopg.Connection, keys: list[int]) -> list[tuple[int, str | None]]:
-    query = "SELECT ordinality, tenant FROM embedline_data.page_tenant(%s::integer[]) ORDER BY ordinality"
+    query = f"SELECT ordinality, tenant FROM {PAGE('tenant')}(%s::integer[]) ORDER BY ordinality"
     return connection.execute(query, (keys,)).fetchall()
 
 

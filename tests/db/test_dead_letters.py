@@ -74,7 +74,7 @@ def test_all_dead_letters_are_tried_again_with_their_tries_counted_anew(
     assert scalar(letters, "SELECT embedline.requeue('page')") == 2
     assert drain(letters) == 1
     assert codes(letters) == {"9": "EL002"}
-    assert data_count(letters, "page_v1") == 19
+    assert data_count(letters, "v1") == 19
 
 
 def test_one_key_or_one_error_code(letters: psycopg.Connection, endpoint: Endpoint) -> None:
@@ -101,7 +101,7 @@ def test_a_row_that_is_not_dead_is_queued_when_it_is_named(letters: psycopg.Conn
     assert scalar(letters, "SELECT embedline.requeue('page', '{\"id\": 5}', include_embedded => true)") == 1
     assert drain(letters) == 1
     assert len(endpoint.texts) == 1
-    assert data_count(letters, "page_v1") == 17
+    assert data_count(letters, "v1") == 17
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,38 @@ def test_old_dead_letters_are_purged_and_their_rows_stay_dead(letters: psycopg.C
     )
     assert scalar(letters, "SELECT embedline.purge_dead_letters(interval '1 year')") == 0
     assert scalar(letters, "SELECT embedline.purge_dead_letters()") == 2
-    letters.execute("UPDATE embedline.setting SET value = '0 days' WHERE name = 'dead_letter_retention'")
+    letters.execute("SELECT embedline.configure('dead_letter_retention', '0 days')")
     assert scalar(letters, "SELECT embedline.purge_dead_letters()") == 1
     # No sweep brings them back to the queue ...
     assert letters.execute("SELECT * FROM embedline.verify('page', true, 0)").fetchall() == []
     assert queued(letters) == 0
-    assert data_count(letters, "page_document") == 20
+    assert data_count(letters, "document") == 20
     # ... a change of the row does.
     letters.execute("UPDATE page SET body = 'harmless' WHERE id = 3")
     assert drain(letters) == 1
+
+
+def test_the_retention_is_configured_as_an_interval(database: psycopg.Connection) -> None:
+    stored = "SELECT value FROM embedline.setting WHERE name = 'dead_letter_retention'"
+    assert scalar(database, "SELECT embedline.configure('dead_letter_retention', '30 days')") == "30 days"
+    assert scalar(database, stored) == "30 days"
+    for wrong in ("'soon'", "'-1 day'", "30"):
+        with pytest.raises(errors.InvalidParameterValue, match="interval") as caught:
+            database.execute(f"SELECT embedline.configure('dead_letter_retention', {wrong})")
+        assert "'90 days'" in str(caught.value.diag.message_hint)
+    assert scalar(database, stored) == "30 days"
+    assert scalar(database, "SELECT embedline.configure('dead_letter_retention', NULL)") == "90 days"
+    assert scalar(database, stored) == "90 days"
+
+
+def test_a_number_may_be_configured_as_text(database: psycopg.Connection) -> None:
+    assert scalar(database, "SELECT embedline.configure('max_rows', '50')") == "50"
+    assert scalar(database, "SELECT embedline.configure('max_rows', 50)") == 50
+    with pytest.raises(errors.InvalidParameterValue, match="max_rows must be a number"):
+        database.execute("SELECT embedline.configure('max_rows', 'many')")
+    with pytest.raises(errors.InvalidParameterValue, match="no setting"):
+        database.execute("SELECT embedline.configure('created_extension_vector', 'true')")
+    assert scalar(database, "SELECT embedline.configure('max_rows', NULL)") == "4000"
 
 
 def test_a_negative_age_is_refused(letters: psycopg.Connection) -> None:
@@ -219,7 +242,7 @@ def test_a_key_as_long_as_its_own_index_holds_gets_its_dead_letter(database: psy
     database.execute("INSERT INTO lk VALUES ('fine', 'words')")
     settle(database)
     assert scalar(database, "SELECT array_agg(length(key ->> 'id')) FROM embedline.dead_letter") == [2689]
-    assert data_count(database, "lk_v1") == 1
+    assert data_count(database, "v1", "lk") == 1
     # Found again by its key: replaced where it fails again, gone where it is embedded.
     assert scalar(database, "SELECT embedline.requeue('lk', key) FROM embedline.dead_letter") == 1
     settle(database)

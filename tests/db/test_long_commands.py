@@ -149,6 +149,8 @@ def test_the_exit_code_of_evaluate_is_the_verdict(database: psycopg.Connection, 
     assert passed.stdout.rstrip().endswith("SELECT embedline.cutover('page', 2);")
     assert "measuring version 2 of page" in passed.stderr
     assert "\x1b" not in passed.stdout + passed.stderr
+    assert passed.stdout.isascii()
+    assert passed.stdout.split()[:4] == ["measure", "old", "new", "difference"]
     failed = run(database_dsn, *arguments, "--json")
     assert failed.returncode == 1, failed.stderr
     found = json.loads(failed.stdout)

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
+from generated_names import Generated
 from support import (
     assert_exact,
     create_pages,
@@ -43,7 +44,7 @@ def source(database: psycopg.Connection) -> psycopg.Connection:
 def test_creation_returns_the_routing_view_and_embeds_nothing(source: psycopg.Connection) -> None:
     assert scalar(source, "SELECT to_regclass(%s) IS NOT NULL", (create_pipeline(source),))
     assert queued(source) == 0
-    assert data_count(source, "page_document") == 0
+    assert data_count(source, "document") == 0
     assert _status(source, "backfill_done") == 0
     assert drain(source) == 20
     settle(source)
@@ -395,7 +396,7 @@ def test_a_backfill_that_cannot_be_closed_does_not_stop_the_others(source: psyco
     create_pages(source, 3, table="broken")
     create_pipeline(source, name="broken", source="broken")
     create_pipeline(source)
-    source.execute("DROP FUNCTION embedline_data.broken_missing")
+    source.execute(f"DROP FUNCTION {Generated('broken')('missing')}")
     assert drain(source) == 23
     assert _status(source, "backfill_complete")
     assert not _status(source, "backfill_complete", "broken")
@@ -509,7 +510,7 @@ def test_a_named_pipeline_is_drained_alone(source: psycopg.Connection) -> None:
     create_pipeline(source)
     create_pipeline(source, name="title", content="title")
     assert drain(source, "title") == 20
-    assert data_count(source, "page_document") == 0
+    assert data_count(source, "document") == 0
     with pytest.raises(errors.UndefinedObject):
         drain(source, "nope")
 

@@ -10,6 +10,7 @@ import pytest
 from psycopg import errors, sql
 
 from embedline.client import build_index
+from generated_names import PAGE
 from support import create_pages, create_pipeline, scalar, searching, settle
 
 Connect = Callable[..., psycopg.Connection]
@@ -119,7 +120,7 @@ def test_an_index_in_use_is_not_dropped(pages: psycopg.Connection) -> None:
     pages.execute(str(caught.value.diag.message_hint))
     pages.execute("SELECT embedline.drop_precision_index('page', 1, 'binary')")
     assert _states(pages) == {"page_v1_embedding_idx": "missing"}
-    assert scalar(pages, "SELECT to_regclass('embedline_data.page_v1_binary_idx')") is None
+    assert scalar(pages, f"SELECT to_regclass('{PAGE.index(1, 'binary')}')") is None
 
 
 def test_only_who_owns_the_source_adds_and_drops(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
+from generated_names import PAGE
 from support import create_pages, create_pipeline, scalar, settle
 from upgrading import add_version, settle_versions
 from working import work_until_idle
@@ -50,5 +51,5 @@ def test_a_publication_of_all_tables_stops_neither_capture_nor_workers(
     assert scalar(database, "SELECT count(*) FROM page_embedding") == 15
     database.execute("TRUNCATE page")
     settle(database)
-    assert scalar(database, "SELECT count(*) FROM embedline_data.page_chunk") == 0
+    assert scalar(database, f"SELECT count(*) FROM {PAGE('chunk')}") == 0
     database.execute("SELECT embedline.drop_pipeline('page')")

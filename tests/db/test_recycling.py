@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from pytest_postgresql.executors import NoopExecutor
 
@@ -62,6 +63,27 @@ def test_a_pipeline_and_what_a_test_made_besides_are_gone_without_a_new_clone(re
         create_pages(session, 5)
         create_pipeline(session)
         assert scalar(session, "SELECT min(pipeline_id) FROM embedline.pipeline") == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE embedline.model SET timeout_seconds = 17",
+        "DELETE FROM embedline.model WHERE name = 'minilm'",
+        "INSERT INTO embedline.setting VALUES ('max_xmin_age', '7')",
+    ],
+)
+def test_rows_of_the_template_are_as_they_were_after_each_test(recycled: RecycledDatabase, statement: str) -> None:
+    rows = "SELECT (SELECT md5(string_agg(m::text, '' ORDER BY name)) FROM embedline.model AS m), count(*) FROM embedline.setting"
+    with recycled.lend([]) as dsn, psycopg.connect(dsn) as session:
+        before = session.execute(rows).fetchone()
+    # Rows that were put back are taken for the template's by the test after that.
+    for _ in range(2):
+        with recycled.lend([]) as again, psycopg.connect(again, autocommit=True) as session:
+            assert again == dsn
+            assert session.execute(rows).fetchone() == before
+            session.execute(statement.encode())
+            assert session.execute(rows).fetchone() != before
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
+from generated_names import PAGE
 from small_models import register_static
 from support import assert_exact, create_pages, create_pipeline, scalar, searching, settle
 from upgrading import add_version, cut_over, settle_versions
@@ -92,7 +93,7 @@ def test_a_statement_embeds_with_the_version_that_it_reads_after_a_restore(
 def test_without_its_function_nothing_says_what_version_serves(database: psycopg.Connection) -> None:
     create_pages(database, 5)
     create_pipeline(database, index_method="none")
-    database.execute("DROP FUNCTION embedline_data.page_serving()")
+    database.execute(f"DROP FUNCTION {PAGE('serving')}()")
     with pytest.raises(errors.UndefinedObject, match="serving") as caught:
         database.execute("SELECT embedline.embed_query('page', 'bread')")
     assert "refresh_pipeline" in (caught.value.diag.message_hint or "")

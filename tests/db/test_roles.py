@@ -9,6 +9,7 @@ import pytest
 from alembic import command
 from psycopg import errors, sql
 
+from generated_names import MINE, PAGE
 from support import alembic_config, assert_exact, create_pages, create_pipeline, drain, scalar, searching, settle
 
 Connect = Callable[..., psycopg.Connection]
@@ -54,11 +55,11 @@ def test_public_has_no_right_on_anything_of_ours(pages: psycopg.Connection) -> N
         "SELECT * FROM embedline.status",
         "SELECT * FROM embedline.model",
         "SELECT * FROM embedline.dead_letter",
-        "SELECT * FROM embedline_data.page_chunk",
-        "SELECT * FROM embedline_data.page_outbox",
-        "INSERT INTO embedline_data.page_outbox (key_id) VALUES (1)",
+        f"SELECT * FROM {PAGE('chunk')}",
+        f"SELECT * FROM {PAGE('outbox')}",
+        f"INSERT INTO {PAGE('outbox')} (key_id) VALUES (1)",
         "SELECT embedline_expression.page_content(page) FROM page",
-        "SELECT * FROM embedline_data.page_read('{1}', 1000)",
+        f"SELECT * FROM {PAGE('read')}('{{1}}', 1000)",
         "SELECT * FROM embedline_search.page_v1_nearest(NULL, 1)",
         "SELECT * FROM page_embedding",
         "SELECT * FROM embedline.search('page', 'rivers')",
@@ -105,9 +106,9 @@ def test_a_reader_without_the_source_sees_nothing(
     for statement in (
         "SELECT * FROM embedline.search('page', 'rivers')",
         "SELECT chunk FROM page_embedding",
-        "SELECT content FROM embedline_data.page_chunk",
+        f"SELECT content FROM {PAGE('chunk')}",
         "SELECT embedline_expression.page_content(NULL)",
-        "SELECT * FROM embedline_data.page_read('{1}', 1000)",
+        f"SELECT * FROM {PAGE('read')}('{{1}}', 1000)",
         "SELECT * FROM embedline_search.page_v1_nearest(NULL, 1)",
         "SELECT * FROM embedline_search.page_v1_search(NULL, 1, 0, 10)",
         "SELECT * FROM embedline_search.page_v1_beside(NULL, 1, 0, 10)",
@@ -125,7 +126,7 @@ def test_a_reader_changes_nothing(pages: psycopg.Connection, connect: Connect, m
         "SELECT embed_pending(1)",
         "SELECT embedline.drop_pipeline('page')",
         "UPDATE embedline.pipeline SET state = 'paused'",
-        "DELETE FROM embedline_data.page_chunk",
+        f"DELETE FROM {PAGE('chunk')}",
         "CALL embedline.run_worker(max_seconds => 0)",
     ):
         with pytest.raises(errors.InsufficientPrivilege):
@@ -180,7 +181,7 @@ def test_a_worker_embeds_without_any_right_on_the_source(
     for statement in (
         "SELECT * FROM page",
         "SELECT * FROM page_embedding",
-        "SELECT content FROM embedline_data.page_chunk",
+        f"SELECT content FROM {PAGE('chunk')}",
         "SELECT embedline.drop_pipeline('page')",
         "SELECT * FROM embedline.search('page', 'x')",
     ):
@@ -249,7 +250,7 @@ def test_the_content_expression_runs_as_the_sources_owner(
     admin.execute(_WHO)
     create_pipeline(admin, name="mine", source="own.mine", content="own.who(body)", filter="own.who(title) IS NOT NULL")
     settle(database)  # drained by a superuser
-    chunks = {row[0].split()[0] for row in database.execute("SELECT content FROM embedline_data.mine_chunk")}
+    chunks = {row[0].split()[0] for row in database.execute(f"SELECT content FROM {MINE('chunk')}")}
     assert chunks == {owner}
 
 
@@ -321,9 +322,9 @@ def test_rows_that_forced_row_security_hides_are_neither_given_up_nor_deleted(
         "look('{1}')",
     ):
         with pytest.raises(errors.InsufficientPrivilege, match="row-level security"):
-            database.execute(f"SELECT * FROM embedline_data.mine_{function}")
+            database.execute(f"SELECT * FROM {MINE(function)}")
     assert scalar(database, "SELECT count(*) FROM embedline.dead_letter") == 0
-    assert scalar(database, "SELECT count(*) FROM embedline_data.mine_document WHERE state = 'embedded'") == 5
+    assert scalar(database, f"SELECT count(*) FROM {MINE('document')} WHERE state = 'embedded'") == 5
     admin.execute("ALTER TABLE own.mine NO FORCE ROW LEVEL SECURITY")
     settle(database)
     assert_exact(database, "mine")
@@ -380,7 +381,7 @@ def test_an_expression_cannot_act_in_the_name_of_the_worker(
     )
     settle(database)
     assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 2
-    assert scalar(database, "SELECT bool_and(content LIKE '%may not change%') FROM embedline_data.mine_chunk")
+    assert scalar(database, f"SELECT bool_and(content LIKE '%may not change%') FROM {MINE('chunk')}")
     database.execute("SELECT * FROM embedline.verify('mine', repair => true)")
     database.execute("SELECT * FROM embedline.estimate('mine')")
     assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 2
@@ -414,13 +415,13 @@ def test_what_an_expression_sets_off_is_undone(database: psycopg.Connection, con
         filter="own.quiet(title) IS NOT NULL",
     )  # fmt: skip
     settle(database)
-    database.execute("DELETE FROM embedline_data.mine_document WHERE key_id = 1")
+    database.execute(f"DELETE FROM {MINE('document')} WHERE key_id = 1")
     database.execute("SELECT * FROM embedline.verify('mine', repair => true)")
     admin.execute("UPDATE own.mine SET body = 'changed' WHERE id = 2")
     settle(database)
     database.execute("SELECT * FROM embedline.estimate('mine')")
     assert not scalar(database, "SELECT rolcreatedb FROM pg_roles WHERE rolname = %s", (owner,))
-    stored = "SELECT array_agg(content ORDER BY key_id) FROM embedline_data.mine_chunk"
+    stored = f"SELECT array_agg(content ORDER BY key_id) FROM {MINE('chunk')}"
     assert scalar(database, stored) == scalar(admin, "SELECT array_agg(body ORDER BY id) FROM own.mine")
     assert scalar(database, "SHOW search_path") == '"$user", public'
 
@@ -489,11 +490,11 @@ def test_a_source_owner_can_name_no_generated_object(
     create_pipeline(admin, name="mine", source="own.mine")
     settle(database)
     for statement in (
-        "ALTER FUNCTION embedline_data.mine_read(integer[], bigint) SECURITY INVOKER",
-        "DROP FUNCTION embedline_data.mine_changed(text, text, text, text)",
-        "SELECT content FROM embedline_data.page_chunk",
-        "SELECT chunk_id FROM embedline_data.page_v1",
-        "SELECT content FROM embedline_data.mine_chunk",
+        f"ALTER FUNCTION {MINE('read')}(integer[], bigint) SECURITY INVOKER",
+        f"DROP FUNCTION {MINE('changed')}(text, text, text, text)",
+        f"SELECT content FROM {PAGE('chunk')}",
+        f"SELECT chunk_id FROM {PAGE.version(1)}",
+        f"SELECT content FROM {MINE('chunk')}",
         "CREATE FUNCTION embedline_expression.more() RETURNS integer LANGUAGE sql AS 'SELECT 1'",
         "SELECT embedline_expression.page_content('a', 'b')",
         "ALTER FUNCTION embedline_search.mine_v1_nearest(vector, bigint) SECURITY DEFINER",
@@ -581,7 +582,7 @@ def test_a_column_of_another_type_in_place_of_the_key_is_not_cast_with_our_right
     admin.execute("SELECT embedline.refresh_pipeline('mine')")
     admin.execute("UPDATE own.mine SET old_body = 'changed again' WHERE old_id = 1")
     settle(admin)
-    assert scalar(database, "SELECT content FROM embedline_data.mine_chunk WHERE key_id = 1").endswith("changed again")
+    assert scalar(database, f"SELECT content FROM {MINE('chunk')} WHERE key_id = 1").endswith("changed again")
 
 
 def test_an_upgrade_undoes_what_an_owner_could_once_name(
@@ -591,7 +592,7 @@ def test_an_upgrade_undoes_what_an_owner_could_once_name(
     create_pipeline(admin, name="mine", source="own.mine")
     settle(database)
     command.downgrade(alembic_config(database_dsn), "0007")
-    admin.execute("ALTER FUNCTION embedline_data.mine_read(integer[], bigint) SECURITY INVOKER")
+    admin.execute(f"ALTER FUNCTION {MINE('read')}(integer[], bigint) SECURITY INVOKER")
     command.upgrade(alembic_config(database_dsn), "head")
     assert not scalar(database, "SELECT has_schema_privilege(%s, 'embedline_data', 'USAGE')", (owner,))
     assert scalar(database, "SELECT prosecdef FROM pg_proc WHERE proname = 'mine_read'")

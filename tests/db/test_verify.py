@@ -13,6 +13,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from conftest import Connect
+from generated_names import PAGE, Generated
 from support import (
     assert_exact,
     create_pages,
@@ -78,7 +79,7 @@ def test_what_is_queued_or_in_a_workers_hands_is_no_finding(pages: psycopg.Conne
     assert verify(pages) == {}
     take_inbox(pages)
     assert verify(pages) == {}
-    pages.execute("UPDATE embedline_data.page_outbox SET claimed_by = 1")
+    pages.execute(f"UPDATE {PAGE('outbox')} SET claimed_by = 1")
     assert verify(pages, repair=True) == {}
 
 
@@ -94,7 +95,7 @@ def test_rows_of_a_load_in_replica_mode_are_missing_stale_and_orphaned(pages: ps
     assert queued(pages) == 0
     assert verify(pages, repair=True) == {"missing": (2, 2), "stale": (3, 3), "orphaned": (4, 4)}
     # What no row asks for is gone at once; the rest waits for a worker.
-    assert data_count(pages, "page_document") == data_count(pages, "page_v1") == 26
+    assert data_count(pages, "document") == data_count(pages, "v1") == 26
     assert queued(pages) == 5
     assert verify(pages) == {}
     settle(pages)
@@ -236,10 +237,10 @@ def test_rows_without_content_are_in_order(database: psycopg.Connection) -> None
 
 
 def test_an_outdated_recipe_is_found_and_an_unknown_one_is_left(pages: psycopg.Connection) -> None:
-    pages.execute("UPDATE embedline_data.page_document SET recipe = NULL")
+    pages.execute(f"UPDATE {PAGE('document')} SET recipe = NULL")
     assert verify(pages) == {}
     pages.execute(
-        "UPDATE embedline_data.page_document SET recipe = 1 WHERE key_id <= 5"
+        f"UPDATE {PAGE('document')} SET recipe = 1 WHERE key_id <= 5"
         " AND 1 <> (SELECT ('x' || left(fingerprint, 8))::bit(32)::integer FROM embedline.version)"
     )
     assert verify(pages) == {"outdated": (5, 0)}
@@ -250,14 +251,14 @@ def test_an_outdated_recipe_is_found_and_an_unknown_one_is_left(pages: psycopg.C
 @pytest.mark.parametrize(
     ("damage", "finding", "count"),
     [
-        ("DELETE FROM embedline_data.page_v1 WHERE chunk_id <= 3", "missing_vector", 3),
-        ("DELETE FROM embedline_data.page_chunk WHERE key_id <= 4", "missing_vector", 4),
-        ("UPDATE embedline_data.page_chunk SET seq = 1 WHERE key_id = 4", "missing_vector", 1),
-        ("DELETE FROM embedline_data.page_document WHERE key_id <= 2", "missing", 2),
-        ("UPDATE embedline_data.page_document SET state = 'empty' WHERE key_id <= 2", "orphaned", 2),
-        ("UPDATE embedline_data.page_v1 SET embedding_v1 = embedding_v1 * array_fill(3, ARRAY[256])::vector"
+        (f"DELETE FROM {PAGE.version(1)} WHERE chunk_id <= 3", "missing_vector", 3),
+        (f"DELETE FROM {PAGE('chunk')} WHERE key_id <= 4", "missing_vector", 4),
+        (f"UPDATE {PAGE('chunk')} SET seq = 1 WHERE key_id = 4", "missing_vector", 1),
+        (f"DELETE FROM {PAGE('document')} WHERE key_id <= 2", "missing", 2),
+        (f"UPDATE {PAGE('document')} SET state = 'empty' WHERE key_id <= 2", "orphaned", 2),
+        (f"UPDATE {PAGE.version(1)} SET embedding_v1 = embedding_v1 * array_fill(3, ARRAY[256])::vector"
          " WHERE chunk_id <= 5", "unnormalised", 5),
-        ("UPDATE embedline_data.page_v1 SET embedding_v1 = array_fill(0, ARRAY[256])::vector WHERE chunk_id <= 2",
+        (f"UPDATE {PAGE.version(1)} SET embedding_v1 = array_fill(0, ARRAY[256])::vector WHERE chunk_id <= 2",
          "unnormalised", 2),
     ],
 )  # fmt: skip
@@ -274,8 +275,8 @@ def test_damage_to_what_is_stored_is_found_and_repaired(
 
 def test_vectors_and_chunks_of_nothing_are_removed(pages: psycopg.Connection) -> None:
     pages.execute("SET session_replication_role = replica")
-    pages.execute("DELETE FROM embedline_data.page_chunk WHERE key_id <= 3")
-    pages.execute("DELETE FROM embedline_data.page_document WHERE key_id <= 5")
+    pages.execute(f"DELETE FROM {PAGE('chunk')} WHERE key_id <= 3")
+    pages.execute(f"DELETE FROM {PAGE('document')} WHERE key_id <= 5")
     pages.execute("DELETE FROM page WHERE id <= 5")
     pages.execute("RESET session_replication_role")
     # Three vectors without a chunk; two chunks that no document has.
@@ -291,12 +292,12 @@ def test_halfvec_and_unnormalised_distances_are_in_order(database: psycopg.Conne
     settle(database)
     assert verify(database, "half", sample=20) == verify(database, "far", sample=20) == {}
     database.execute(
-        "UPDATE embedline_data.half_v1 SET embedding_v1 = embedding_v1 * array_fill(2, ARRAY[256])::halfvec"
+        f"UPDATE {Generated('half').version(1)} SET embedding_v1 = embedding_v1 * array_fill(2, ARRAY[256])::halfvec"
     )
     assert verify(database, "half", repair=True) == {"unnormalised": (20, 20)}
     assert assert_exact(database, "half") == 20
     database.execute(
-        "UPDATE embedline_data.far_v1 SET embedding_v1 = array_fill(0, ARRAY[256])::vector WHERE chunk_id < 3"
+        f"UPDATE {Generated('far').version(1)} SET embedding_v1 = array_fill(0, ARRAY[256])::vector WHERE chunk_id < 3"
     )
     assert verify(database, "far", repair=True)["unnormalised"] == (2, 2)
     settle(database)
@@ -342,7 +343,7 @@ def test_a_table_of_vectors_that_is_gone_is_left_to_a_new_pass_of_the_backfill(d
     settle(database)
     database.execute("INSERT INTO word SELECT n, 'Number ' || n % 5 FROM generate_series(1, 10001) AS n")
     settle(database, 60)
-    database.execute("TRUNCATE embedline_data.word_v1")
+    database.execute(f"TRUNCATE {Generated('word').version(1)}")
     assert verify(database, "word", repair=True) == {"missing_vector": (10_001, 10_001)}
     assert queued(database, "word") == 0
     assert scalar(database, "SELECT NOT backfill_complete FROM embedline.status")
@@ -455,7 +456,7 @@ def test_a_pipeline_of_foreign_vectors_is_left_to_the_backfill_and_stays_searcha
     assert count == repaired
     assert scalar(remote, "SELECT vectors_valid_from IS NOT NULL AND state = 'backfilling' FROM embedline.version")
     assert scalar(remote, "SELECT count(*) FROM embedline.backfill_range WHERE NOT done") == 1
-    assert data_count(remote, "page_v1") == 30
+    assert data_count(remote, "v1") == 30
     # Known to be foreign: neither asked for again nor begun anew the next night.
     provider.texts.clear()
     since = scalar(remote, "SELECT vectors_valid_from FROM embedline.version")
@@ -466,8 +467,8 @@ def test_a_pipeline_of_foreign_vectors_is_left_to_the_backfill_and_stays_searcha
 
 def test_single_foreign_vectors_are_replaced_at_once(remote: psycopg.Connection, provider: Provider) -> None:
     remote.execute(
-        "UPDATE embedline_data.page_v1 SET embedding_v1 = '[0,0,0,0,0,0,0,1]' WHERE chunk_id IN (SELECT chunk_id"
-        " FROM embedline_data.page_chunk WHERE key_id IN (3, 4))"
+        f"UPDATE {PAGE.version(1)} SET embedding_v1 = '[0,0,0,0,0,0,0,1]' WHERE chunk_id IN (SELECT chunk_id"
+        f" FROM {PAGE('chunk')} WHERE key_id IN (3, 4))"
     )
     count, repaired = verify(remote, repair=True, sample=1000)["foreign"]
     assert (count, repaired) == (2, 2)
@@ -516,7 +517,7 @@ def test_a_truncate_neither_waits_for_the_model_nor_fails(
         checking.join(30)
     assert found == [{}]
     settle(application)
-    assert data_count(application, "page_document") == data_count(application, "page_v1") == 0
+    assert data_count(application, "document") == data_count(application, "v1") == 0
 
 
 def test_a_row_that_an_application_has_locked_is_not_waited_for(pages: psycopg.Connection, connect: Connect) -> None:
@@ -527,13 +528,13 @@ def test_a_row_that_an_application_has_locked_is_not_waited_for(pages: psycopg.C
         "DELETE FROM page WHERE id = 3",
     )
     pages.execute(
-        "DELETE FROM embedline_data.page_v1 AS v USING embedline_data.page_chunk AS c"
+        f"DELETE FROM {PAGE.version(1)} AS v USING {PAGE('chunk')} AS c"
         " WHERE c.chunk_id = v.chunk_id AND c.key_id >= 20"
     )
     holder = connect(autocommit=False)
     holder.execute("SELECT FROM page FOR UPDATE")
-    holder.execute("SELECT FROM embedline_data.page_document WHERE key_id <= 5 FOR UPDATE")
-    holder.execute("SELECT FROM embedline_data.page_chunk FOR UPDATE")
+    holder.execute(f"SELECT FROM {PAGE('document')} WHERE key_id <= 5 FOR UPDATE")
+    holder.execute(f"SELECT FROM {PAGE('chunk')} FOR UPDATE")
     pages.execute("SET lock_timeout = '1s'")
     found = verify(pages, repair=True)
     assert found == {"stale": (1, 1), "missing_vector": (11, 11), "orphaned": (2, 0)}
@@ -637,8 +638,8 @@ def test_others_may_not_verify(pages: psycopg.Connection, connect: Connect, make
         "SELECT embedline._nightly_step('purge', NULL, true, NULL)",
         "CALL embedline.run_nightly()",
         "SELECT * FROM embedline.verification",
-        "SELECT * FROM embedline_data.page_audit(1, NULL)",
-        "SELECT embedline_data.page_digest('a', 'b')",
+        f"SELECT * FROM {PAGE('audit')}(1, NULL)",
+        f"SELECT {PAGE('digest')}('a', 'b')",
     ):
         with pytest.raises(errors.InsufficientPrivilege):
             role.execute(statement.encode())

@@ -10,6 +10,7 @@ import pytest
 from alembic import command
 from psycopg import errors, sql
 
+from generated_names import PAGE
 from small_models import register_static
 from support import alembic_config, assert_exact, create_pages, create_pipeline, data_count, scalar, searching, settle
 from upgrading import add_version, cut_over, settle_versions, versions
@@ -51,7 +52,7 @@ def test_an_upgrade_from_expand_to_contract(pages: psycopg.Connection) -> None:
     pages.execute("SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')")
     assert versions(pages, "serving") == {2: True}
     assert assert_exact(pages) == 41
-    assert scalar(pages, "SELECT to_regclass('embedline_data.page_v1') IS NULL")
+    assert scalar(pages, f"SELECT to_regclass('{PAGE.version(1)}') IS NULL")
     assert scalar(pages, "SELECT count(*) FROM embedline.model WHERE name = 'static-256'") == 0
     pages.execute("UPDATE page SET body = 'changed after the contract' WHERE id < 10")
     pages.execute("DELETE FROM page WHERE id = 20")
@@ -65,8 +66,8 @@ def test_a_version_of_another_chunking_has_chunks_of_its_own(pages: psycopg.Conn
     settle(pages)
     add_version(pages, "static-256", chunking=chunking)
     settle_versions(pages)
-    assert data_count(pages, "page_chunk_2") == data_count(pages, "page_v2")
-    before = data_count(pages, "page_chunk")
+    assert data_count(pages, "chunk_2") == data_count(pages, "v2")
+    before = data_count(pages, "chunk")
     pages.execute("UPDATE page SET body = body || ' One more.' WHERE id <= 5")
     pages.execute("DELETE FROM page WHERE id > 30")
     settle_versions(pages)
@@ -80,14 +81,14 @@ def test_a_version_of_another_chunking_has_chunks_of_its_own(pages: psycopg.Conn
     assert assert_exact(pages) == 30
     cut_over(pages, 2)
     pages.execute("SELECT embedline.drop_embedding_version('page', 1, rollback_window => '0')")
-    assert scalar(pages, "SELECT to_regclass('embedline_data.page_chunk') IS NULL"), before
+    assert scalar(pages, f"SELECT to_regclass('{PAGE('chunk')}') IS NULL"), before
     pages.execute("DELETE FROM page WHERE id = 1")
     pages.execute("UPDATE page SET body = 'Last.' WHERE id = 3")
     settle(pages)
     assert assert_exact(pages) == 29
     pages.execute("TRUNCATE page")
     settle(pages)
-    assert data_count(pages, "page_chunk_2") == 0
+    assert data_count(pages, "chunk_2") == 0
 
 
 def _move_unread_rows(connection: psycopg.Connection) -> None:
@@ -127,8 +128,8 @@ def test_rows_that_move_while_an_alteration_reads_them_are_not_lost(roomy: psyco
 def test_a_version_without_the_chunks_of_some_rows_does_not_serve(roomy: psycopg.Connection) -> None:
     add_version(roomy, "static-256", chunking="sentences")
     settle_versions(roomy)
-    roomy.execute("DELETE FROM embedline_data.page_chunk_2 WHERE key_id > 990")
-    roomy.execute("UPDATE embedline_data.page_document SET recipe = 1 WHERE key_id > 990")
+    roomy.execute(f"DELETE FROM {PAGE('chunk_2')} WHERE key_id > 990")
+    roomy.execute(f"UPDATE {PAGE('document')} SET recipe = 1 WHERE key_id > 990")
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="lacks the chunks of 10 rows"):
         cut_over(roomy, 2)
     roomy.execute("SELECT * FROM embedline.verify('page', repair => true)")
@@ -141,8 +142,8 @@ def test_an_upgrade_sweeps_what_earlier_releases_lost(roomy: psycopg.Connection,
     add_version(roomy, "static-256", chunking="sentences")
     settle_versions(roomy)
     command.downgrade(alembic_config(database_dsn), "0006")
-    roomy.execute("DELETE FROM embedline_data.page_chunk_2 WHERE key_id > 990")
-    roomy.execute("UPDATE embedline_data.page_document SET recipe = 1 WHERE key_id > 990")
+    roomy.execute(f"DELETE FROM {PAGE('chunk_2')} WHERE key_id > 990")
+    roomy.execute(f"UPDATE {PAGE('document')} SET recipe = 1 WHERE key_id > 990")
     command.upgrade(alembic_config(database_dsn), "head")
     with psycopg.connect(database_dsn, autocommit=True) as upgraded:
         assert versions(upgraded, "state")[1] == "backfilling"
@@ -341,7 +342,7 @@ def test_an_empty_pipeline_changes_its_version_without_a_gate_and_without_a_wind
 def test_verify_queues_what_a_version_lacks(pages: psycopg.Connection) -> None:
     add_version(pages, "static-64")
     settle_versions(pages)
-    pages.execute("DELETE FROM embedline_data.page_v2 WHERE chunk_id % 4 = 0")
+    pages.execute(f"DELETE FROM {PAGE.version(2)} WHERE chunk_id % 4 = 0")
     found = pages.execute("SELECT finding, count, repaired FROM embedline.verify('page', sample => 0)").fetchall()
     assert found == [("missing_vector", 10, 0)]
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="lacks 10 vectors"):
@@ -355,12 +356,12 @@ def test_verify_queues_what_a_version_lacks(pages: psycopg.Connection) -> None:
 
 def _quarantine(connection: psycopg.Connection, key: int) -> None:
     """Have version 2 fail a row's chunk for good."""
-    connection.execute("DELETE FROM embedline_data.page_v2 AS v USING embedline_data.page_chunk AS c"
+    connection.execute(f"DELETE FROM {PAGE.version(2)} AS v USING {PAGE('chunk')} AS c"
                        " WHERE c.chunk_id = v.chunk_id AND c.key_id = %s", (key,))  # fmt: skip
     connection.execute(
         "INSERT INTO embedline.version_dead_letter (version_id, chunk_id, key, stage, error_code, message, attempts)"
         " SELECT v.version_id, c.chunk_id, jsonb_build_object('id', c.key_id::text), 'embed', 'EL012', 'refused', 5"
-        " FROM embedline.version AS v, embedline_data.page_chunk AS c WHERE v.number = 2 AND c.key_id = %s",
+        f" FROM embedline.version AS v, {PAGE('chunk')} AS c WHERE v.number = 2 AND c.key_id = %s",
         (key,),
     )
 

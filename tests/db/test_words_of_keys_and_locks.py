@@ -11,6 +11,7 @@ import pytest
 from psycopg import errors, sql
 
 from conftest import Connect
+from generated_names import PAGE
 from support import assert_exact, create_pages, create_pipeline, drain, scalar, settle
 
 # --- keys
@@ -153,16 +154,14 @@ def test_all_views_and_functions_call_an_index_the_same(database: psycopg.Connec
     assert told() == {"status": "waiting", "versions": "waiting", "index_progress": "missing"}
     database.execute(scalar(database, "SELECT embedline.index_statement('page')"))
     assert set(told().values()) == {"valid"}
-    database.execute(
-        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embedline_data.page_v1_embedding_idx'::regclass"
-    )
+    database.execute(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{PAGE.index(1)}'::regclass")
     assert set(told().values()) == {"invalid"}
     assert scalar(database, "SELECT embedline.index_statement('page')") is not None
     database.execute("SELECT embedline.add_embedding_version('page', 'static-256', column_type => 'halfvec')")
     settle(database)
     database.execute(scalar(database, "SELECT embedline.index_statement('page', 2)"))
-    spoil = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embedline_data.page_v2_embedding_idx'::regclass"
-    for statement, state in ((spoil, "invalid"), ("DROP INDEX embedline_data.page_v2_embedding_idx", "missing")):
+    spoil = f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{PAGE.index(2)}'::regclass"
+    for statement, state in ((spoil, "invalid"), (f"DROP INDEX {PAGE.index(2)}", "missing")):
         database.execute(statement.encode())
         with pytest.raises(errors.ObjectNotInPrerequisiteState, match="has no valid vector index") as refused:
             database.execute("SELECT embedline.cutover('page', 2, 'no matter')")

@@ -6,6 +6,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from generated_names import PAGE, qualified
 from stub_provider import StubProvider
 from support import data_count, scalar, settle, wait_until
 from upgrading import add_version
@@ -59,10 +60,10 @@ def test_a_worker_that_runs_until_idle_shows_what_fails_and_ends(
 ) -> None:
     _break(page, table, operation)
     work_until_idle(page, seconds=20)
-    assert f"no {operation} of embedline_data.{table}" in scalar(page, _ERROR, ("page",))
+    assert f"no {operation} of {qualified(table)}" in scalar(page, _ERROR, ("page",))
     assert scalar(page, _ERROR, ("other",)) is None
     assert assert_all_settled(page, stub.dimensions, "other") == 10
-    page.execute(f"DROP TRIGGER refuse ON embedline_data.{table}")
+    page.execute(f"DROP TRIGGER refuse ON {qualified(table)}")
     work_until_idle(page)
     assert assert_all_settled(page, stub.dimensions) == 10
     assert scalar(page, _ERROR, ("page",)) is None
@@ -78,7 +79,7 @@ def test_a_resident_worker_goes_on_where_one_pipeline_cannot_be_claimed_of(
         insert_rows(page, 11, 20, "other")
         wait_for_chunks(page, "other", 20)
         assert worker.is_running
-        page.execute("DROP TRIGGER refuse ON embedline_data.page_inbox")
+        page.execute(f"DROP TRIGGER refuse ON {PAGE('inbox')}")
         wait_for_chunks(page, "page", 10, seconds=30)
         wait_until(lambda: scalar(page, _ERROR, ("page",)) is None, what="the error is gone")
     assert assert_all_settled(page, stub.dimensions) == 10
@@ -88,7 +89,7 @@ def test_an_error_of_a_claim_is_gone_once_nothing_waits_any_more(page: psycopg.C
     _break(page, "page_inbox", "DELETE")
     with working(page):
         wait_until(lambda: scalar(page, _ERROR, ("page",)), what="the error is shown")
-        page.execute("TRUNCATE embedline_data.page_inbox")
+        page.execute(f"TRUNCATE {PAGE('inbox')}")
         wait_until(lambda: scalar(page, _ERROR, ("page",)) is None, 30, "the error is gone")
 
 
@@ -103,11 +104,11 @@ def test_one_pipelines_trouble_does_not_end_embed_pending_for_the_others(
     page.add_notice_handler(lambda notice: warnings.append(notice.message_primary or ""))
     assert scalar(page, "SELECT embedline.embed_pending()") == 10
     assert assert_all_settled(page, stub.dimensions, "other") == 10
-    assert f"no {operation} of embedline_data.{table}" in scalar(page, _ERROR, ("page",))
+    assert f"no {operation} of {qualified(table)}" in scalar(page, _ERROR, ("page",))
     assert any("pipeline page" in warning for warning in warnings)
     # Nothing is lost: the claim is undone with what failed.
     assert scalar(page, "SELECT pending FROM embedline.status WHERE pipeline = 'page'") == 10
-    page.execute(f"DROP TRIGGER refuse ON embedline_data.{table}")
+    page.execute(f"DROP TRIGGER refuse ON {qualified(table)}")
     assert scalar(page, "SELECT embedline.embed_pending()") == 10
     assert assert_all_settled(page, stub.dimensions) == 10
 
@@ -128,4 +129,4 @@ def test_an_error_of_a_versions_claim_is_shown_in_the_version(page: psycopg.Conn
     page.execute("DROP TRIGGER refuse ON embedline.version_queue")
     work_until_idle(page)
     assert scalar(page, shown, (number,)) is None
-    assert data_count(page, f"page_v{number}") == 10
+    assert data_count(page, f"v{number}") == 10

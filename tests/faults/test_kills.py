@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from killing import kill_backend, reconnect
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, take_inbox, wait_until
 
@@ -44,7 +45,7 @@ def _work(dsn: str) -> threading.Thread:
 
 
 def _half_done(page: psycopg.Connection) -> None:
-    wait_until(lambda: data_count(page, "page_document") >= 500, 60, "the drain is under way")
+    wait_until(lambda: data_count(page, "document") >= 500, 60, "the drain is under way")
 
 
 def _host_pids(postmaster: int) -> list[int]:
@@ -122,14 +123,12 @@ def test_a_row_that_crashes_its_workers_is_quarantined_alone(own_cluster: Cluste
         # As three dead workers leave it: claimed by ids whose locks nobody holds.
         for crash in range(3):
             page.execute(
-                "UPDATE embedline_data.page_outbox SET claimed_by = nextval('embedline.worker_id_seq'), crash_count = %s"
+                f"UPDATE {PAGE('outbox')} SET claimed_by = nextval('embedline.worker_id_seq'), crash_count = %s"
                 " WHERE key_id = 42",
                 (crash,),
             )
-        page.execute(
-            "UPDATE embedline_data.page_outbox SET claimed_by = nextval('embedline.worker_id_seq') WHERE key_id = 43"
-        )
+        page.execute(f"UPDATE {PAGE('outbox')} SET claimed_by = nextval('embedline.worker_id_seq') WHERE key_id = 43")
         settle(page, 60)
         letters = page.execute("SELECT key, stage, error_code FROM embedline.dead_letter").fetchall()
         assert letters == [({"id": "42"}, "claim", "EL020")]
-        assert data_count(page, "page_chunk") == ROWS - 1
+        assert data_count(page, "chunk") == ROWS - 1

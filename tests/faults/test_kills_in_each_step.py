@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from killing import IN_FLIGHT, REQUEST, ROWS, Hold, assert_paid, held_worker, is_embedding, kill_backend, reconnect
 from stub_provider import StubProvider
 from support import scalar, settle
@@ -24,19 +25,19 @@ from working import (
 
 
 def _first_is_written(connection: psycopg.Connection, stub: StubProvider) -> bool:
-    return stub.in_flight() > 0 and scalar(connection, "SELECT count(*) FROM embedline_data.page_chunk") > 0
+    return stub.in_flight() > 0 and scalar(connection, f"SELECT count(*) FROM {PAGE('chunk')}") > 0
 
 
 # SHARE lets everybody read and stops whoever writes. A worker waits for it a short while and then comes back again.
 LIVE = {
-    "claim": Hold("LOCK TABLE embedline_data.page_claim IN SHARE MODE", 0),
-    "read": Hold("LOCK TABLE embedline_data.page_document IN ACCESS EXCLUSIVE MODE", 0),
-    "submit": Hold("LOCK TABLE embedline_data.page_v1 IN ACCESS EXCLUSIVE MODE", 0),
+    "claim": Hold(f"LOCK TABLE {PAGE('claim')} IN SHARE MODE", 0),
+    "read": Hold(f"LOCK TABLE {PAGE('document')} IN ACCESS EXCLUSIVE MODE", 0),
+    "submit": Hold(f"LOCK TABLE {PAGE.version(1)} IN ACCESS EXCLUSIVE MODE", 0),
     # In flight, and answered in the moment before.
     "embed": Hold(None, 2 * IN_FLIGHT * REQUEST, _first_is_written),
     # What is answered while the write waits is lost with it.
-    "write": Hold("LOCK TABLE embedline_data.page_chunk IN SHARE MODE", ROWS, is_embedding),
-    "finish": Hold("LOCK TABLE embedline_data.page_claim IN SHARE MODE", 2 * IN_FLIGHT * REQUEST, is_embedding),
+    "write": Hold(f"LOCK TABLE {PAGE('chunk')} IN SHARE MODE", ROWS, is_embedding),
+    "finish": Hold(f"LOCK TABLE {PAGE('claim')} IN SHARE MODE", 2 * IN_FLIGHT * REQUEST, is_embedding),
 }
 BACKFILL = LIVE | {
     "claim": Hold("LOCK TABLE embedline.backfill_range IN SHARE MODE", 0),

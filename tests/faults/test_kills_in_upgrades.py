@@ -15,6 +15,7 @@ import pytest
 from embedline.client.build_index import PsycopgClient, build
 from embedline.dev.cluster.server import Cluster
 from embedline.pipelines.ddl.plan import TABLES
+from generated_names import PAGE
 from killing import kill_backend, reconnect
 from stub_provider import StubProvider, stub_provider, vector_of
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, wait_until
@@ -22,7 +23,7 @@ from upgrading import OVERRIDE, add_version, cut_over, settle_versions, versions
 from working import Worker, create_stub_model, remove_all
 
 ROWS = 1000
-INDEX = "embedline_data.page_v2_embedding_idx"
+INDEX = PAGE.index(2)
 # What the chain does is looked for in the catalogue first, as Alembic's operations do.
 PHASES = ("expand", "fill", "index", "gate", "cutover", "rollback", "cutover again", "contract")
 # (schema.table or view) that an upgrade leaves behind, and none besides.
@@ -93,8 +94,8 @@ def _assert_ended(connection: psycopg.Connection) -> None:
     assert versions(connection, "serving") == {2: True}
     assert versions(connection, "missing") == {2: 0}
     assert versions(connection, "index_state") == {2: "valid"}
-    assert assert_exact(connection, embed=NEW) == ROWS == data_count(connection, "page_v2")
-    assert data_count(connection, "page_chunk") == ROWS == scalar(connection, "SELECT count(*) FROM page_embedding")
+    assert assert_exact(connection, embed=NEW) == ROWS == data_count(connection, "v2")
+    assert data_count(connection, "chunk") == ROWS == scalar(connection, "SELECT count(*) FROM page_embedding")
     tables = "SELECT relname FROM pg_class WHERE relnamespace = 'embedline_data'::regnamespace AND relkind = 'r'"
     assert {row[0] for row in connection.execute(tables)} == LEFT
     views = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'v' ORDER BY 1"
@@ -144,7 +145,7 @@ def test_an_upgrade_killed_after_each_phase_is_run_again_from_its_start(
 def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Connection, kill: str) -> None:
     add_version(page, "new", backfill_rate=150)
     with Worker(own_cluster.dsn()) as worker:
-        wait_until(lambda: data_count(page, "page_v2") > 100, 30, "the fill is under way")
+        wait_until(lambda: data_count(page, "v2") > 100, 30, "the fill is under way")
         page.execute("DELETE FROM page WHERE id > %s", (ROWS - 10,))
         if kill == "backend":
             kill_backend(worker.pid, page)
@@ -152,7 +153,7 @@ def test_a_kill_while_a_version_is_filled(own_cluster: Cluster, page: psycopg.Co
             _kill_server(own_cluster, page)
         worker.join(30)
     with reconnect(own_cluster) as after:
-        filled = data_count(after, "page_v2")
+        filled = data_count(after, "v2")
         assert filled < ROWS
         after.execute(
             "INSERT INTO page (id, title, body) SELECT n, 'again', 'row ' || n FROM generate_series(%s::integer, %s) AS n",
@@ -170,7 +171,7 @@ def test_a_kill_while_the_index_is_built(own_cluster: Cluster, page: psycopg.Con
         builder, holder = (stack.enter_context(contextlib.closing(reconnect(own_cluster))) for _ in range(2))
         # CONCURRENTLY waits for those who may write to the table, after it has entered the index as invalid.
         holder.execute("BEGIN")
-        holder.execute("LOCK TABLE embedline_data.page_v2 IN ROW EXCLUSIVE MODE")
+        holder.execute(f"LOCK TABLE {PAGE.version(2)} IN ROW EXCLUSIVE MODE")
         thread = _in_thread(lambda: build(PsycopgClient(builder), "page", 2))
         wait_until(lambda: _index_is_valid(page) is False, 30, "the index is half built")
         KILLS[kill](own_cluster, builder)

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from killing import IN_FLIGHT, REQUEST, ROWS, Hold, assert_paid, held_worker, is_embedding, kill_backend, reconnect
 from stub_provider import StubProvider, vector_of
 from support import assert_exact, data_count, scalar, settle
@@ -20,18 +21,18 @@ from working import create_stub_model, create_stub_pipeline, remove_all, work_un
 
 
 def _first_is_written(connection: psycopg.Connection, stub: StubProvider) -> bool:
-    return stub.in_flight() > 0 and data_count(connection, "page_v2") > 0
+    return stub.in_flight() > 0 and data_count(connection, "v2") > 0
 
 
 # SHARE lets everybody read and stops whoever writes. A worker waits for it a short while and then comes back again.
 STEPS = {
     "claim": Hold("LOCK TABLE embedline.version_queue IN SHARE MODE", 0),
-    "read": Hold("LOCK TABLE embedline_data.page_v2 IN ACCESS EXCLUSIVE MODE", 0),
+    "read": Hold(f"LOCK TABLE {PAGE.version(2)} IN ACCESS EXCLUSIVE MODE", 0),
     "submit": Hold("LOCK TABLE embedline.reservation IN ACCESS EXCLUSIVE MODE", 0),
     # In flight, and answered in the moment before.
     "embed": Hold(None, 2 * IN_FLIGHT * REQUEST, _first_is_written),
     # What is answered while the write waits is lost with it.
-    "write": Hold("LOCK TABLE embedline_data.page_v2 IN SHARE MODE", ROWS, is_embedding),
+    "write": Hold(f"LOCK TABLE {PAGE.version(2)} IN SHARE MODE", ROWS, is_embedding),
     "finish": Hold("LOCK TABLE embedline.version_queue IN SHARE MODE", 2 * IN_FLIGHT * REQUEST, is_embedding),
 }
 
@@ -47,7 +48,7 @@ def page(own_cluster: Cluster, stub: StubProvider) -> Iterator[psycopg.Connectio
         settle(opened)
         add_version(opened, "stub")
         settle_versions(opened)
-        opened.execute("TRUNCATE embedline_data.page_v2")
+        opened.execute(f"TRUNCATE {PAGE.version(2)}")
         opened.execute("SELECT * FROM embedline.verify('page', repair => true, sample => 0)")
         assert versions(opened, "queued")[2] == ROWS
         stub.forget()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from generated_names import PAGE, qualified
 from stub_provider import StubProvider
 from support import scalar, settle, take_inbox, wait_until
 from working import (
@@ -50,7 +51,7 @@ def test_a_write_that_gave_up_waiting_for_a_lock_is_done_again_as_a_whole(
     stub.behave(latency=0.3, remember=True)
     with working(page) as (worker,):
         wait_for_in_flight(stub, 100)
-        other_session.execute(f"LOCK TABLE embedline_data.{table} IN SHARE MODE")
+        other_session.execute(f"LOCK TABLE {qualified(table)} IN SHARE MODE")
         wait_until(lambda: worker.waits_for_lock(page), 20, "the worker waits for the lock")
         wait_until(lambda: not worker.waits_for_lock(page), 20, "the worker has given up waiting")
         other_session.rollback()
@@ -67,16 +68,16 @@ def test_a_claim_that_cannot_be_given_back_at_once_is_given_back_later(
     insert_rows(page, 1, 10)
     take_inbox(page)
     stub.behave(latency=0.3, remember=True)
-    page.execute("ALTER TABLE embedline_data.page_chunk ADD CONSTRAINT refused CHECK (key_id < 0)")
+    page.execute(f"ALTER TABLE {PAGE('chunk')} ADD CONSTRAINT refused CHECK (key_id < 0)")
     with working(page) as (worker,):
         wait_for_in_flight(stub, 10)
-        other_session.execute("SELECT FROM embedline_data.page_outbox FOR UPDATE")
+        other_session.execute(f"SELECT FROM {PAGE('outbox')} FOR UPDATE")
         wait_until(lambda: worker.waits_for_lock(page), 20, "the worker waits for the lock")
         began = f"SELECT max(xact_start) FROM pg_stat_activity WHERE pid = {worker.pid}"
         first = scalar(page, began)
         wait_until(lambda: scalar(page, began) != first, 20, "the worker has given up waiting")
         other_session.rollback()
-        page.execute("ALTER TABLE embedline_data.page_chunk DROP CONSTRAINT refused")
+        page.execute(f"ALTER TABLE {PAGE('chunk')} DROP CONSTRAINT refused")
         wait_until(lambda: scalar(page, "SELECT pending = 0 FROM embedline.status"), 20, "nothing waits")
         assert worker.is_running
     assert assert_all_settled(page, stub.dimensions) == 10
@@ -150,7 +151,7 @@ def test_a_worker_never_waits_for_an_uncommitted_delete_of_rows_that_it_has_in_h
 
         def others_are_written() -> bool:
             waited.append(worker.waits_for_lock(page))
-            query = "SELECT count(*) FROM embedline_data.page_chunk WHERE content LIKE '% edited'"
+            query = f"SELECT count(*) FROM {PAGE('chunk')} WHERE content LIKE '% edited'"
             return bool(scalar(page, query) == 90)
 
         wait_until(others_are_written, 5, "the other rows are written")
@@ -209,8 +210,8 @@ def test_a_pipeline_paused_in_flight_has_its_rows_written_or_given_back_uncounte
         page.execute("SELECT embedline.pause_pipeline('page')")
         page.execute("SELECT pg_cancel_backend(%s)", (worker.pid,))
         worker.join(20)
-    assert scalar(page, "SELECT count(*) FROM embedline_data.page_claim") == 0
-    given_back = "SELECT array_agg(DISTINCT (attempts, crash_count)::text) FROM embedline_data.page_outbox"
+    assert scalar(page, f"SELECT count(*) FROM {PAGE('claim')}") == 0
+    given_back = f"SELECT array_agg(DISTINCT (attempts, crash_count)::text) FROM {PAGE('outbox')}"
     assert scalar(page, given_back) == ["(0,0)"]
     page.execute("SELECT embedline.resume_pipeline('page')")
     stub.behave(remember=True)

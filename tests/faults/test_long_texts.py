@@ -7,6 +7,7 @@ import pytest
 
 from embedline.core.text import repair_text
 from embedline.models.health_check import PROBE_TEXT
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import scalar, settle
 from working import create_stub_model, create_stub_pipeline, dead_letters, insert_rows, work_until_idle
@@ -25,11 +26,11 @@ def refusing(status: int, longest: int, words: str = TOO_LONG) -> dict[str, obje
 def chunks_of(connection: psycopg.Connection, key: int) -> list[tuple[int, int, int, str]]:
     """Return (seq, start, end, content) of a row's chunks; all of them have a vector."""
     found = connection.execute(
-        "SELECT seq, start_offset, end_offset, content FROM embedline_data.page_chunk"
-        " JOIN embedline_data.page_v1 USING (chunk_id) WHERE key_id = %s ORDER BY seq",
+        f"SELECT seq, start_offset, end_offset, content FROM {PAGE('chunk')}"
+        f" JOIN {PAGE.version(1)} USING (chunk_id) WHERE key_id = %s ORDER BY seq",
         (key,),
     ).fetchall()
-    assert len(found) == scalar(connection, "SELECT count(*) FROM embedline_data.page_chunk WHERE key_id = %s", (key,))
+    assert len(found) == scalar(connection, f"SELECT count(*) FROM {PAGE('chunk')} WHERE key_id = %s", (key,))
     return found
 
 
@@ -141,6 +142,6 @@ def test_a_text_that_is_refused_down_to_the_floor_is_given_up_with_its_reason(
     letters = dead_letters(stub_database)
     assert list(letters) == [10]
     assert "invalid request" in letters[10][2]
-    assert scalar(stub_database, "SELECT count(*) FROM embedline_data.page_chunk WHERE key_id = 10") == 0
+    assert scalar(stub_database, f"SELECT count(*) FROM {PAGE('chunk')} WHERE key_id = 10") == 0
     # By halves of the batch, and of the text: a piece, its neighbour and the harmless text at each.
     assert stub.counts()["requests"] <= 30

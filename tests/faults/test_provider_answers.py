@@ -10,6 +10,7 @@ import pytest
 
 from conftest import StartCluster
 from embedline.models.health_check import PROBE_TEXT
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import create_pipeline, data_count, queued, scalar, settle, wait_until
 from working import (
@@ -123,7 +124,7 @@ def test_what_no_retry_mends_is_asked_rarely_and_charged_to_no_row(
         wait_until(lambda: time.monotonic() - started > 1.5, what="some time is over")
     assert queued(page) == 100
     assert dead_letters(page) == {}
-    assert scalar(page, "SELECT array_agg(DISTINCT attempts) FROM embedline_data.page_outbox") == [0]
+    assert scalar(page, f"SELECT array_agg(DISTINCT attempts) FROM {PAGE('outbox')}") == [0]
     assert str(answer["status"]) in scalar(page, "SELECT last_error FROM embedline.status")
     counts = stub.counts()
     assert counts["requests"] <= 2
@@ -142,10 +143,10 @@ def test_a_provider_that_is_away_is_charged_to_no_row(stub_database: psycopg.Con
     with working(stub_database):
         wait_until(lambda: time.monotonic() - started > 4, what="some time is over")
         # The backoff is real; the test does not wait for it.
-        stub_database.execute("UPDATE embedline_data.page_outbox SET not_before = now()")
+        stub_database.execute(f"UPDATE {PAGE('outbox')} SET not_before = now()")
         stub_database.execute("UPDATE embedline.circuit SET open_until = now()")
     assert dead_letters(stub_database) == {}
-    assert scalar(stub_database, "SELECT max(attempts) FROM embedline_data.page_outbox") == 0
+    assert scalar(stub_database, f"SELECT max(attempts) FROM {PAGE('outbox')}") == 0
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
@@ -159,9 +160,9 @@ def test_a_gateway_with_nobody_behind_it_is_charged_to_no_row(
         def embedded() -> bool:
             # The breaker's pauses double up to a minute; the test does not wait for them.
             page.execute("UPDATE embedline.circuit SET open_until = now()")
-            page.execute("UPDATE embedline_data.page_outbox SET not_before = now() WHERE claimed_by IS NULL")
+            page.execute(f"UPDATE {PAGE('outbox')} SET not_before = now() WHERE claimed_by IS NULL")
             # The try in work, and one whose failure was the last: by then the harmless text is answered.
-            assert scalar(page, "SELECT coalesce(max(attempts), 0) FROM embedline_data.page_outbox") <= 2
+            assert scalar(page, f"SELECT coalesce(max(attempts), 0) FROM {PAGE('outbox')}") <= 2
             return bool(scalar(page, "SELECT pending = 0 FROM embedline.status"))
 
         # Seven in a row: five tries would have been used up.
@@ -186,7 +187,7 @@ def test_a_document_of_600_000_tokens_is_sent_in_requests_that_the_model_takes(
     # Four characters a token, as the model counts English.
     assert max(request.characters for request in asked) / 4 <= 300_000
     assert max(request.texts for request in asked) <= 2048
-    assert data_count(page, "page_v1") == data_count(page, "page_chunk") == sum(request.texts for request in asked)
+    assert data_count(page, "v1") == data_count(page, "chunk") == sum(request.texts for request in asked)
 
 
 @pytest.mark.parametrize("limit", [{"over": 20_000, "status": 413}, {"texts_over": 20, "status": 400}])
@@ -200,7 +201,7 @@ def test_a_document_whose_request_is_refused_is_split_until_the_provider_takes_i
     stub.behave(rules=[limit], remember=True)
     work_until_idle(page)
     assert dead_letters(page) == {}
-    assert data_count(page, "page_v1") == data_count(page, "page_chunk") > 20
+    assert data_count(page, "v1") == data_count(page, "chunk") > 20
     assert paid_for(stub) == {1}
 
 
@@ -241,8 +242,8 @@ def test_a_document_of_50_megabytes_is_chunked_and_stored(page: psycopg.Connecti
     insert_rows(page, 2, 50)
     assert scalar(page, "SELECT length(body) FROM page WHERE id = 1") > 50_000_000
     work_until_idle(page)
-    assert data_count(page, "page_v1") == data_count(page, "page_chunk") > 10_000
-    assert scalar(page, "SELECT count(DISTINCT key_id) FROM embedline_data.page_chunk") == 50
+    assert data_count(page, "v1") == data_count(page, "chunk") > 10_000
+    assert scalar(page, f"SELECT count(DISTINCT key_id) FROM {PAGE('chunk')}") == 50
 
 
 def test_texts_without_anything_in_them_end_as_dead_letters_and_cost_nothing(
@@ -255,7 +256,7 @@ def test_texts_without_anything_in_them_end_as_dead_letters_and_cost_nothing(
     work_until_idle(page)
     letters = dead_letters(page)
     assert {key: letter[:2] for key, letter in letters.items()} == dict.fromkeys([1, 2, 3, 5], ("validate", "EL002"))
-    assert scalar(page, "SELECT state FROM embedline_data.page_document WHERE key_id = 4") == "empty"
+    assert scalar(page, f"SELECT state FROM {PAGE('document')} WHERE key_id = 4") == "empty"
     assert stub.counts()["texts"] == 5
 
 
@@ -273,7 +274,7 @@ def test_bytes_that_are_no_text_end_as_dead_letters_alone(
     settle(stub_database)
     letters = dead_letters(stub_database)
     assert {key: letter[:2] for key, letter in letters.items()} == dict.fromkeys(range(10, 101, 10), ("read", "22021"))
-    assert data_count(stub_database, "page_v1") == 90
+    assert data_count(stub_database, "v1") == 90
     assert stub.counts()["texts"] == 90
 
 
@@ -289,11 +290,11 @@ def test_an_error_text_with_the_key_is_shown_nowhere(start_cluster: StartCluster
             insert_rows(connection, status, status)
             connection.execute("DELETE FROM embedline.circuit")
             connection.execute("SELECT embed_pending(1000)")
-            connection.execute("UPDATE embedline_data.page_outbox SET not_before = now()")
+            connection.execute(f"UPDATE {PAGE('outbox')} SET not_before = now()")
             shown = []
             for relation in ("status", "dead_letter", "circuit", "pipeline_health", "worker", "model"):
                 shown += connection.execute(f"SELECT t::text FROM embedline.{relation} AS t").fetchall()
-            shown += connection.execute("SELECT t::text FROM embedline_data.page_outbox AS t").fetchall()
+            shown += connection.execute(f"SELECT t::text FROM {PAGE('outbox')} AS t").fetchall()
             assert KEY not in str(shown)
             assert str(status) in str(shown)
         assert dead_letters(connection)

@@ -11,6 +11,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from embedline.models.health_check import PROBE_TEXT
+from generated_names import PAGE
 from support import create_pages, create_pipeline, data_count, drain, queued, scalar, settle, wait_until
 
 Answer = Callable[[list[str]], Response]
@@ -70,7 +71,7 @@ def test_a_poison_row_stands_alone_in_the_dead_letters(http_pipeline: psycopg.Co
     assert drain(http_pipeline) == 19
     letters = http_pipeline.execute("SELECT key, stage, error_code FROM embedline.dead_letter").fetchall()
     assert letters == [({"id": "7"}, "embed", "EL012")]
-    assert scalar(http_pipeline, "SELECT state FROM embedline_data.page_document WHERE key_id = 7") == "dead"
+    assert scalar(http_pipeline, f"SELECT state FROM {PAGE('document')} WHERE key_id = 7") == "dead"
     # Mended by an edit: the dead letter goes.
     http_pipeline.execute("UPDATE page SET body = 'harmless' WHERE id = 7")
     assert drain(http_pipeline) == 1
@@ -86,7 +87,7 @@ def test_a_vector_that_is_no_vector_is_not_stored(
     )
     assert drain(http_pipeline) == 19
     assert [row[0] for row in http_pipeline.execute("SELECT key FROM embedline.dead_letter")] == [{"id": "3"}]
-    assert data_count(http_pipeline, "page_v1") == 19
+    assert data_count(http_pipeline, "v1") == 19
 
 
 def test_a_provider_that_is_down_charges_no_row_and_loses_none(
@@ -95,21 +96,21 @@ def test_a_provider_that_is_down_charges_no_row_and_loses_none(
     endpoint.behave = lambda texts: Response("slow down", status=429, headers={"Retry-After": "1"})
     assert drain(http_pipeline) == 0
     assert queued(http_pipeline) == 20
-    assert scalar(http_pipeline, "SELECT max(attempts) FROM embedline_data.page_outbox") == 0
+    assert scalar(http_pipeline, f"SELECT max(attempts) FROM {PAGE('outbox')}") == 0
     assert scalar(http_pipeline, "SELECT last_error FROM embedline.status") is not None
     asked = endpoint.requests
     assert drain(http_pipeline) == 0
     assert endpoint.requests == asked, "an open circuit is not asked again at once"
     endpoint.behave = lambda texts: answer(vectors(texts))
     settle(http_pipeline)
-    assert data_count(http_pipeline, "page_v1") == 20
+    assert data_count(http_pipeline, "v1") == 20
     assert scalar(http_pipeline, "SELECT count(*) FROM embedline.circuit") == 0
 
 
 def _drain_without_waiting(connection: psycopg.Connection) -> None:
     # Backoff and breaker are real; the tests do not wait for them.
     connection.execute("UPDATE embedline.circuit SET open_until = now()")
-    connection.execute("UPDATE embedline_data.page_outbox SET not_before = now()")
+    connection.execute(f"UPDATE {PAGE('outbox')} SET not_before = now()")
     drain(connection)
 
 
@@ -139,7 +140,7 @@ def test_a_provider_that_fails_everybody_makes_no_dead_letter(
     assert scalar(http_pipeline, "SELECT last_error FROM embedline.circuit") is not None
     endpoint.behave = lambda texts: answer(vectors(texts))
     wait_until(lambda: _drain_without_waiting(http_pipeline) or queued(http_pipeline) == 0, 30)
-    assert data_count(http_pipeline, "page_v1") == 20
+    assert data_count(http_pipeline, "v1") == 20
 
 
 def test_unchanged_chunks_are_never_paid_for_twice(http_pipeline: psycopg.Connection, endpoint: Endpoint) -> None:
@@ -151,7 +152,7 @@ def test_unchanged_chunks_are_never_paid_for_twice(http_pipeline: psycopg.Connec
     http_pipeline.execute("INSERT INTO page SELECT id + 100, title, body FROM page")
     settle(http_pipeline)
     assert endpoint.texts == []
-    assert data_count(http_pipeline, "page_v1") == 40
+    assert data_count(http_pipeline, "v1") == 40
 
 
 def test_one_pipelines_dead_provider_does_not_stop_another(
@@ -167,7 +168,7 @@ def test_a_wrong_dimension_is_refused(http_pipeline: psycopg.Connection, endpoin
     """It is wrong of every text, so no row is given up."""
     endpoint.behave = lambda texts: answer([row[:4] for row in vectors(texts)])
     assert drain(http_pipeline) == 0
-    assert data_count(http_pipeline, "page_v1") == 0
+    assert data_count(http_pipeline, "v1") == 0
     assert "dimension" in scalar(http_pipeline, "SELECT last_error FROM embedline.status")
     assert scalar(http_pipeline, "SELECT count(*) FROM embedline.dead_letter") == 0
     assert queued(http_pipeline) == 20
@@ -181,7 +182,7 @@ def test_text_without_anything_printable_is_a_dead_letter(database: psycopg.Conn
     create_pipeline(database)
     assert drain(database) == 2
     assert {row[0]["id"] for row in database.execute("SELECT key FROM embedline.dead_letter")} == {"3", "4", "6"}
-    assert scalar(database, "SELECT state FROM embedline_data.page_document WHERE key_id = 5") == "empty"
+    assert scalar(database, f"SELECT state FROM {PAGE('document')} WHERE key_id = 5") == "empty"
 
 
 def test_mojibake_and_entities_are_repaired_before_embedding(
@@ -203,7 +204,7 @@ def test_a_document_of_five_megabytes_is_chunked_and_stored(database: psycopg.Co
     )
     assert scalar(database, "SELECT length(body) FROM page") > 5_000_000
     settle(database, 90)
-    assert data_count(database, "page_v1") == data_count(database, "page_chunk") > 3000
+    assert data_count(database, "v1") == data_count(database, "chunk") > 3000
 
 
 def test_a_volatile_content_ends_as_a_dead_letter_not_in_a_loop(database: psycopg.Connection) -> None:

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from embedline.models.health_check import PROBE_TEXT
+from generated_names import PAGE, Generated
 from stub_provider import StubProvider
 from support import queued, scalar, settle, take_inbox, wait_until
 from working import (
@@ -37,7 +38,7 @@ def default_settings(stub_database: psycopg.Connection) -> None:
 
 def order_of_embedding(connection: psycopg.Connection, *tables: str) -> list[tuple[str, int]]:
     """Return (table, key) of every document in the order in which they were embedded."""
-    queries = [f"SELECT '{table}', key_id, embedded_at FROM embedline_data.{table}_document" for table in tables]
+    queries = [f"SELECT '{table}', key_id, embedded_at FROM {Generated(table)('document')}" for table in tables]
     query = f"SELECT * FROM ({' UNION ALL '.join(queries)}) AS d ORDER BY embedded_at"
     return [(table, key) for table, key, _ in connection.execute(query)]
 
@@ -118,9 +119,7 @@ def test_a_limit_that_is_lifted_lets_a_waiting_batch_go(stub_database: psycopg.C
         written = "SELECT bool_or(settled_at IS NOT NULL) FROM embedline.reservation"
         wait_until(lambda: scalar(stub_database, written), 20, "one is written")
         stub_database.execute("SELECT embedline.set_rate_limit('stub')")
-        wait_until(
-            lambda: scalar(stub_database, "SELECT count(*) = 100 FROM embedline_data.page_chunk"), 20, "all are sent"
-        )
+        wait_until(lambda: scalar(stub_database, f"SELECT count(*) = 100 FROM {PAGE('chunk')}"), 20, "all are sent")
     assert assert_all_settled(stub_database, stub.dimensions) == 100
 
 
@@ -158,7 +157,7 @@ def test_rows_that_fail_again_and_again_do_not_starve_new_ones(
         wait_until(lambda: stub.counts().get("rules", 0) > 0, 20, "the bad rows were tried")
         for first in range(1, 10):
             # The backoff is real; here all of them are due at any time.
-            stub_database.execute("UPDATE embedline_data.page_outbox SET not_before = now() WHERE claimed_by IS NULL")
+            stub_database.execute(f"UPDATE {PAGE('outbox')} SET not_before = now() WHERE claimed_by IS NULL")
             assert seconds_until_found(stub_database, first) < 3
 
 
@@ -173,13 +172,13 @@ def test_a_worker_that_is_to_end_looks_no_longer_for_what_fails(
         # All of them fail: to look for each takes two thousand requests.
         failed = 0
         while failed < 60:
-            stub_database.execute("UPDATE embedline_data.page_outbox SET not_before = now() WHERE claimed_by IS NULL")
+            stub_database.execute(f"UPDATE {PAGE('outbox')} SET not_before = now() WHERE claimed_by IS NULL")
             failed += stub.counts().get("rules", 0)
         worker.stop(stub_database)
         worker.join()
     # To look through all of them takes about two thousand.
     assert stub.counts().get("rules", 0) < 600
-    assert scalar(stub_database, "SELECT count(*) FROM embedline_data.page_outbox WHERE claimed_by IS NOT NULL") == 0
+    assert scalar(stub_database, f"SELECT count(*) FROM {PAGE('outbox')} WHERE claimed_by IS NOT NULL") == 0
     assert scalar(stub_database, "SELECT pending FROM embedline.status") == 1000
     assert scalar(stub_database, "SELECT count(*) FROM embedline.dead_letter") == 0
 

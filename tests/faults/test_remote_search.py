@@ -31,6 +31,16 @@ HAS_OPENAI = """
 """
 
 
+# The run's server has made these imports for its sessions: see tests/warm. Without them a session begins as on other servers.
+FORGET_IMPORTS = """
+    DO LANGUAGE plpython3u $$
+        import sys
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("embedline", "openai")]:
+            del sys.modules[name]
+    $$
+"""
+
+
 @pytest.fixture
 def page(stub_database: psycopg.Connection, stub: StubProvider) -> psycopg.Connection:
     """Three rows, embedded, and nothing counted since."""
@@ -52,6 +62,7 @@ def prepare(connection: psycopg.Connection, stub: StubProvider, **model: object)
 def session(page: psycopg.Connection) -> Iterator[psycopg.Connection]:
     """A session that has done nothing yet."""
     with psycopg.connect(dsn_of(page), autocommit=True) as connection:
+        connection.execute(FORGET_IMPORTS)
         yield connection
 
 

@@ -8,15 +8,16 @@ from collections import Counter
 import psycopg
 import pytest
 
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import data_count, scalar, wait_until
 from working import Worker, create_stub_model, create_stub_pipeline, dsn_of
 
 WORKERS = 8
-_IN_FLIGHT = """
+_IN_FLIGHT = f"""
     SELECT claimed_by, sum(n)::integer FROM (
-        SELECT claimed_by, cardinality(key_id) AS n FROM embedline_data.page_claim
-        UNION ALL SELECT claimed_by, 1 FROM embedline_data.page_outbox WHERE claimed_by IS NOT NULL
+        SELECT claimed_by, cardinality(key_id) AS n FROM {PAGE("claim")}
+        UNION ALL SELECT claimed_by, 1 FROM {PAGE("outbox")} WHERE claimed_by IS NOT NULL
     ) AS c GROUP BY claimed_by
 """
 
@@ -52,4 +53,4 @@ def test_long_texts_spread_over_the_workers_that_are_there(
 
         wait_until(all_have_some, 60, "every worker has some of the rows")
         assert max(in_flight.values()) <= rows / 3, in_flight
-    assert data_count(stub_database, "page_v1") == 0
+    assert data_count(stub_database, "v1") == 0

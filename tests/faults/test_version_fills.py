@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
+from generated_names import PAGE
 from stub_provider import StubProvider, stub_provider, vector_of
 from support import assert_exact, data_count, queued, scalar, settle, wait_until
 from upgrading import add_version, cut_over, settle_versions, versions
@@ -89,7 +90,7 @@ def _letters(connection: psycopg.Connection) -> dict[int, tuple[str, str]]:
     """Return (stage, error code) of each dead letter of a version, by the id of the row."""
     found = connection.execute(
         "SELECT l.key, l.stage, l.error_code, c.key_id FROM embedline.version_dead_letter AS l"
-        " JOIN embedline_data.page_chunk AS c USING (chunk_id)"
+        f" JOIN {PAGE('chunk')} AS c USING (chunk_id)"
     ).fetchall()
     assert all(key == {"id": str(key_id)} for key, _, _, key_id in found)
     return {int(key["id"]): (stage, code) for key, stage, code, _ in found}
@@ -110,7 +111,7 @@ def test_a_versions_provider_that_fails_is_none_of_the_serving_versions_trouble(
     other.behave(remember=True, rules=[PROVIDER_FAULTS[fault]])
     with working(page, 1):
         insert_rows(page, ROWS + 1, 2 * ROWS)
-        wait_until(lambda: data_count(page, "page_v1") == 2 * ROWS, 5, "the serving version goes on")
+        wait_until(lambda: data_count(page, "v1") == 2 * ROWS, 5, "the serving version goes on")
         wait_until(lambda: versions(page, "last_error")[2], 10, "the version says what is wrong")
         _assert_serving_is_unharmed(page, stub, 2 * ROWS)
         assert versions(page, "missing") == {1: 0, 2: ROWS}
@@ -248,7 +249,7 @@ def test_a_chunk_is_paid_for_once_with_workers_and_a_cutover_side_by_side(
     with working(page, 2):
         for first in range(ROWS + 1, 7 * ROWS, ROWS):
             insert_rows(page, first, first + ROWS - 1)
-        wait_until(lambda: data_count(page, "page_v1") == 7 * ROWS, 10, "the serving version has all")
+        wait_until(lambda: data_count(page, "v1") == 7 * ROWS, 10, "the serving version has all")
         wait_until(lambda: other.in_flight() > 0, 10, "the other version is behind, and in work")
         cut_over(page, 2)
         assert versions(page, "missing")[2] == 0
@@ -343,7 +344,7 @@ def test_a_version_that_is_dropped_in_flight_leaves_nothing_and_stops_nobody(
     slow.behave(latency=0.5)
     with working(page, 1) as (worker,):
         insert_rows(page, ROWS + 1, 2 * ROWS)
-        wait_until(lambda: slow.in_flight() > 0 and data_count(page, "page_chunk") == 2 * ROWS, 10, "in flight")
+        wait_until(lambda: slow.in_flight() > 0 and data_count(page, "chunk") == 2 * ROWS, 10, "in flight")
         page.execute("SELECT embedline.drop_embedding_version('page', %s, rollback_window => '0')", (doomed,))
         insert_rows(page, 2 * ROWS + 1, 3 * ROWS)
         wait_until(lambda: scalar(page, "SELECT count(*) FROM page_embedding") == 3 * ROWS, 10, "the other goes on")

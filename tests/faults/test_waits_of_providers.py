@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import queued, scalar, settle, wait_until
 from working import assert_all_settled, create_stub_model, create_stub_pipeline, dead_letters, insert_rows, working
@@ -28,7 +29,7 @@ def page(stub_database: psycopg.Connection, stub: StubProvider) -> Iterator[psyc
 # The model rests; it rests beyond the default of the setting; a row waits longer than any backoff of its own.
 OPEN = "SELECT count(*) FROM embedline.circuit WHERE open_until > now() + interval '10 s'"
 BEYOND_CAP = "SELECT count(*) FROM embedline.circuit WHERE open_until > now() + interval '300 s'"
-STAMPED = "SELECT count(*) FROM embedline_data.page_outbox WHERE not_before > now() + interval '17 s'"
+STAMPED = f"SELECT count(*) FROM {PAGE('outbox')} WHERE not_before > now() + interval '17 s'"
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -82,12 +83,20 @@ def test_resume_model_frees_rows_that_wait_for_their_next_try(page: psycopg.Conn
     stub.behave(rules=[{"status": 500, "match": "page row"}])
     insert_rows(page, 1, 20)
     page.execute("SELECT embed_pending(1000)")
-    page.execute("UPDATE embedline_data.page_outbox SET not_before = now() + interval '1 day'")
+    page.execute(f"UPDATE {PAGE('outbox')} SET not_before = now() + interval '1 day'")
     stub.behave()
     assert scalar(page, "SELECT embed_pending(1000)") == 0
     assert scalar(page, "SELECT embedline.resume_model('stub')") == 20
     assert scalar(page, "SELECT embed_pending(1000)") == 20
     assert scalar(page, "SELECT embedline.resume_model('stub')") == 0
+
+
+def test_resume_model_ends_the_wait_of_its_own_session_too(page: psycopg.Connection, stub: StubProvider) -> None:
+    stub.behave(rules=[{"match": "", "status": 429, "headers": {"Retry-After": "60"}, "times": 1}])
+    insert_rows(page, 1, 20)
+    assert scalar(page, "SELECT embedline.embed_pending(100)") == 0
+    page.execute("SELECT embedline.resume_model('stub')")
+    assert scalar(page, "SELECT embedline.embed_pending(100)") == 20
 
 
 def test_resume_model_is_for_administrators_and_names_an_unknown_model(page: psycopg.Connection) -> None:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from embedline.models.health_check import PROBE_TEXT
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import create_pipeline, queued, scalar, settle, wait_until
 from working import (
@@ -37,7 +38,7 @@ def finish(connection: psycopg.Connection, seconds: float = 60) -> None:
     with working(connection, seconds=seconds + 10):
 
         def nothing_waits() -> bool:
-            connection.execute("UPDATE embedline_data.page_outbox SET not_before = now() WHERE claimed_by IS NULL")
+            connection.execute(f"UPDATE {PAGE('outbox')} SET not_before = now() WHERE claimed_by IS NULL")
             return queued(connection) == 0
 
         wait_until(nothing_waits, seconds, "nothing waits")
@@ -143,7 +144,7 @@ def test_a_failing_chunk_of_a_large_document_costs_that_document_alone(
     stub.behave(rules=[{"status": 500, "match": "number 777 "}])
     finish(page)
     assert list(dead_letters(page)) == [1]
-    assert scalar(page, "SELECT count(DISTINCT key_id) FROM embedline_data.page_chunk") == 49
+    assert scalar(page, f"SELECT count(DISTINCT key_id) FROM {PAGE('chunk')}") == 49
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"answer": "closed"}, {"answer": "html"}])
@@ -192,7 +193,7 @@ def test_a_failure_that_a_harmless_text_meets_too_is_charged_to_no_row_and_heals
         assert dead_letters(page) == {}
         assert queued(page) == 300
         wait_until(
-            lambda: scalar(page, "SELECT coalesce(max(attempts), 0) FROM embedline_data.page_outbox") == 0,
+            lambda: scalar(page, f"SELECT coalesce(max(attempts), 0) FROM {PAGE('outbox')}") == 0,
             5,
             "no try is charged",
         )

@@ -347,6 +347,7 @@ CREATE TABLE embedline.pipeline (
     altered_at timestamp with time zone,
     source_name text,
     is_resting boolean DEFAULT false NOT NULL,
+    input_columns jsonb DEFAULT '{}'::jsonb NOT NULL,
     CONSTRAINT pipeline_capture_check CHECK ((capture = ANY (ARRAY['statement'::text, 'row'::text]))),
     CONSTRAINT pipeline_name_key UNIQUE (name),
     CONSTRAINT pipeline_pkey PRIMARY KEY (pipeline_id),
@@ -734,7 +735,7 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._index_state(index_name text)
 RETURNS text
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._is_type(given regtype, wanted regtype)
@@ -930,8 +931,19 @@ RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.compare_costs(pipeline_or_table text, hosted_model text DEFAULT NULL::text, own_model text DEFAULT NULL::text, machine_price_per_hour numeric DEFAULT NULL::numeric, documents_per_day numeric DEFAULT 0, bulk_share numeric DEFAULT 0, batch_discount numeric DEFAULT 0, queries_per_second numeric DEFAULT 0, tokens_per_query numeric DEFAULT 16, search_milliseconds numeric DEFAULT NULL::numeric, storage_price_per_gigabyte numeric DEFAULT NULL::numeric, price_per_million_tokens numeric DEFAULT NULL::numeric, own_tokens_per_second numeric DEFAULT NULL::numeric, content text DEFAULT NULL::text, sample_rows integer DEFAULT 1000, expression_search_path text DEFAULT current_setting('search_path'::text))
+RETURNS TABLE(way text, figure text, value numeric, low numeric, high numeric, unit text, note text)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off;
+
 CREATE FUNCTION embedline.configure(setting text, value double precision DEFAULT NULL::double precision)
 RETURNS double precision
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.configure(setting text, value text)
+RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
@@ -957,6 +969,11 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
+
+CREATE FUNCTION embedline.doctor()
+RETURNS TABLE(severity text, finding text, subject text, message text, remedy text)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.drop_budget(pipeline text DEFAULT NULL::text, model text DEFAULT NULL::text, period text DEFAULT NULL::text)
 RETURNS void

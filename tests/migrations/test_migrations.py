@@ -16,6 +16,7 @@ from pytest_postgresql.executors import NoopExecutor
 
 import programs
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from support import MODELS, ROOT, assert_exact, create_pages, create_pipeline, drain, scalar, settle, uri
 
 _CATALOGUE = {
@@ -299,7 +300,7 @@ def test_an_upgrade_gives_the_tables_of_existing_pipelines_a_replica_identity(
 ) -> None:
     create_pages(database, 5)
     create_pipeline(database)
-    identity = "SELECT relreplident::text FROM pg_class WHERE oid = 'embedline_data.page_inbox'::regclass"
+    identity = f"SELECT relreplident::text FROM pg_class WHERE oid = '{PAGE('inbox')}'::regclass"
     _alembic(database_dsn, "downgrade", "0011")
     assert scalar(database, identity) == "d"
     _alembic(database_dsn, "upgrade", "head")
@@ -308,3 +309,23 @@ def test_an_upgrade_gives_the_tables_of_existing_pipelines_a_replica_identity(
     with psycopg.connect(database_dsn, autocommit=True) as session:
         settle(session)
     assert scalar(database, "SELECT count(*) FROM page_embedding") == 5
+
+
+def test_an_upgrade_finds_the_input_columns_of_existing_pipelines(
+    database: psycopg.Connection, database_dsn: str
+) -> None:
+    database.execute(
+        'CREATE TABLE odd (id int PRIMARY KEY, gone text, "a ON b" text, "Q""x(," text, plain text, shown boolean, owner text)'
+    )
+    database.execute("ALTER TABLE odd DROP COLUMN gone")
+    database.execute(
+        "SELECT embedline.create_pipeline('odd', 'odd', $$\"a ON b\" || plain || \"Q\"\"x(,\"$$, 'static-256', filter => 'shown',"
+        " document_prefix => '\"Q\"\"x(,\"', tenant => 'owner')"
+    )
+    database.execute('ALTER TABLE odd RENAME COLUMN plain TO "source_row.plain"')
+    inputs = "SELECT input_columns FROM embedline.pipeline WHERE name = 'odd'"
+    created = scalar(database, inputs)
+    assert created == {"content": [3, 4, 5], "filter": [6], "prefix": [4], "tenant_value": [7]}
+    _alembic(database_dsn, "downgrade", "0017")
+    _alembic(database_dsn, "upgrade", "head")
+    assert scalar(database, inputs) == created

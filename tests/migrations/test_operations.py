@@ -14,6 +14,7 @@ from pytest_postgresql.executors import NoopExecutor
 
 from application import PIPELINE, Application
 from conftest import MakeRole, cloned_database, dbname_of
+from generated_names import Generated
 from small_models import register_static
 from support import scalar, wait_until
 from working import Worker
@@ -90,7 +91,7 @@ def _revision_id(path: Path) -> str:
 def _index_is_valid(connection: psycopg.Connection) -> Any:
     query = (
         "SELECT bool_and(i.indisvalid) FROM pg_index AS i"
-        " WHERE i.indexrelid = to_regclass('embedline_data.article_v2_embedding_idx')"
+        f" WHERE i.indexrelid = to_regclass('{Generated('article').index(2)}')"
     )
     return scalar(connection, query)
 
@@ -123,7 +124,7 @@ def test_an_application_upgrades_its_model_with_revisions_of_its_own(
 
     application.alembic("upgrade", "head")
     assert _versions(database) == {2: "serves"}
-    assert scalar(database, "SELECT to_regclass('embedline_data.article_v1') IS NULL")
+    assert scalar(database, f"SELECT to_regclass('{Generated('article').version(1)}') IS NULL")
     refused = application.alembic("downgrade", "-1", fails=True)
     assert _versions(database) == {2: "serves"}
     assert scalar(database, "SELECT count(*) FROM alembic_version") == 1
@@ -230,7 +231,7 @@ def test_an_index_build_that_was_killed_is_built_anew(
     _work(application.dsn)
     with psycopg.connect(application.dsn) as holder:
         # CONCURRENTLY waits for those who may write to the table, after it has entered the index as invalid.
-        holder.execute("LOCK TABLE embedline_data.article_v2 IN ROW EXCLUSIVE MODE")
+        holder.execute(f"LOCK TABLE {Generated('article').version(2)} IN ROW EXCLUSIVE MODE")
         process = application.start("alembic", "upgrade", "+1")
         wait_until(lambda: _index_is_valid(database) is False, 60, "the build has begun")
         process.kill()

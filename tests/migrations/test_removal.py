@@ -12,6 +12,7 @@ import pytest
 
 import programs
 from embedline.dev.cluster.server import Cluster
+from generated_names import PAGE
 from support import ROOT, create_pages, create_pipeline, scalar, settle
 from upgrading import add_version, cut_over, settle_versions
 
@@ -180,7 +181,7 @@ def test_base_is_reached_by_a_relative_revision(database: psycopg.Connection, da
     [
         "CREATE VIEW mine AS SELECT chunk FROM page_embedding",
         "CREATE MATERIALIZED VIEW mine AS SELECT pipeline FROM embedline.status",
-        "CREATE FUNCTION mine() RETURNS bigint LANGUAGE sql BEGIN ATOMIC SELECT count(*) FROM embedline_data.page_chunk; END",
+        f"CREATE FUNCTION mine() RETURNS bigint LANGUAGE sql BEGIN ATOMIC SELECT count(*) FROM {PAGE('chunk')}; END",
         "CREATE TABLE mine (pipeline_id bigint REFERENCES embedline.pipeline)",
     ],
 )

@@ -6,6 +6,7 @@ import psycopg
 import pytest
 
 from conftest import Connect
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import drain, scalar
 from working import create_stub_model, create_stub_pipeline, insert_rows, work_until_idle
@@ -122,7 +123,7 @@ def test_progress_shows_the_backfill_and_changes_that_wait(pages: psycopg.Connec
 
 def test_progress_shows_the_fill_of_a_new_version_with_its_rate(pages: psycopg.Connection, stub: StubProvider) -> None:
     drain(pages)
-    pages.execute("ANALYZE embedline_data.page_chunk")
+    pages.execute(f"ANALYZE {PAGE('chunk')}")
     create_stub_model(pages, stub, "other", document_prefix="other: ", price_per_million_tokens=1)
     pages.execute("SELECT embedline.add_embedding_version('page', 'other')")
     shown = pages.execute("SELECT version, task, done, total, unit, percent FROM embedline.progress").fetchall()

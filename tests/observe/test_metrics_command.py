@@ -49,5 +49,5 @@ def test_a_database_that_is_away_gives_503_and_up_0(tmp_path: Path) -> None:
 @pytest.mark.parametrize("listen", ["9187", "localhost:http", ":99999"])
 def test_a_wrong_address_is_refused(database_dsn: str, listen: str) -> None:
     done = command_line.run(database_dsn, "metrics", "--listen", listen)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "ADDRESS:PORT" in done.stderr

@@ -12,6 +12,7 @@ from psycopg import sql
 
 from embedline.core.retrieval_metrics import recall_at_k
 from embedline.core.vectors import copy_binary, normalise
+from generated_names import PAGE
 from support import create_pipeline, scalar, settle
 
 ROWS = 20_000
@@ -41,14 +42,14 @@ def filled(module_database: psycopg.Connection, vectors: np.ndarray) -> Iterator
     )
     connection.execute("CREATE INDEX ON page (rare) WHERE rare")
     connection.execute(
-        "INSERT INTO embedline_data.page_chunk (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
+        f"INSERT INTO {PAGE('chunk')} (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
         " SELECT id, id, 0, 0, length(body), md5(body)::uuid, body FROM page"
     )
-    with connection.cursor().copy("COPY embedline_data.page_v1 FROM STDIN WITH (FORMAT binary)") as copy:
+    with connection.cursor().copy(f"COPY {PAGE.version(1)} FROM STDIN WITH (FORMAT binary)") as copy:
         copy.write(copy_binary(np.arange(ROWS, dtype=np.int64), vectors, "vector"))
     connection.execute(scalar(connection, "SELECT embedline.index_statement('page')"))
     assert scalar(connection, "SELECT embedline.index_statement('page')") is None
-    connection.execute("ANALYZE page, embedline_data.page_chunk, embedline_data.page_v1")
+    connection.execute(f"ANALYZE page, {PAGE('chunk')}, {PAGE.version(1)}")
     yield connection
 
 

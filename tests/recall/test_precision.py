@@ -12,6 +12,7 @@ import pytest
 from embedline.client import build_index
 from embedline.core.retrieval_metrics import recall_at_k
 from embedline.core.vectors import copy_binary, normalise
+from generated_names import PAGE
 from support import create_pipeline, scalar, settle
 
 ROWS, DIMENSIONS, QUERIES, K = 8_000, 256, 20, 10
@@ -66,10 +67,10 @@ def filled(module_database: psycopg.Connection, vectors: np.ndarray, request: py
     connection.execute("ALTER TABLE page DISABLE TRIGGER USER")
     connection.execute("INSERT INTO page SELECT n, 'body ' || n FROM generate_series(0, %s) AS n", (ROWS - 1,))
     connection.execute(
-        "INSERT INTO embedline_data.page_chunk (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
+        f"INSERT INTO {PAGE('chunk')} (chunk_id, key_id, seq, start_offset, end_offset, content_hash, content)"
         " SELECT id, id, 0, 0, length(body), md5(body)::uuid, body FROM page"
     )
-    with connection.cursor().copy("COPY embedline_data.page_v1 FROM STDIN WITH (FORMAT binary)") as copy:
+    with connection.cursor().copy(f"COPY {PAGE.version(1)} FROM STDIN WITH (FORMAT binary)") as copy:
         copy.write(copy_binary(np.arange(ROWS, dtype=np.int64), vectors, column_type))
     client = build_index.PsycopgClient(connection)
     assert build_index.build(client, "page") is not None
@@ -79,7 +80,7 @@ def filled(module_database: psycopg.Connection, vectors: np.ndarray, request: py
         add = "SELECT embedline.add_precision_index('page', 1, %s, %s, %s)"
         assert scalar(connection, add, (kind, dimensions, oversampling)) == name
         assert build_index.build(client, "page", 1, name) is not None
-    connection.execute("ANALYZE page, embedline_data.page_chunk, embedline_data.page_v1")
+    connection.execute(f"ANALYZE page, {PAGE('chunk')}, {PAGE.version(1)}")
     connection.execute(RANKING)
     yield column_type
     connection.execute("DROP FUNCTION test_ranking; SELECT embedline.drop_pipeline('page')")

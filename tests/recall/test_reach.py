@@ -12,8 +12,7 @@ import psycopg
 import pytest
 
 from embedline.client.build_index import PsycopgClient, build
-from embedline.client.doctor.checks import index_reach
-from embedline.client.doctor.examine import examine
+from generated_names import PAGE
 from support import create_pipeline, drain, scalar
 from working import dsn_of
 
@@ -50,7 +49,7 @@ def poor_index(module_database: psycopg.Connection) -> Iterator[psycopg.Connecti
     create_pipeline(connection, content="body", index_options='{"m": 2, "ef_construction": 4}')
     drain(connection)
     assert build(PsycopgClient(connection), "page") is not None
-    connection.execute("ANALYZE page, embedline_data.page_chunk, embedline_data.page_v1")
+    connection.execute(f"ANALYZE page, {PAGE('chunk')}, {PAGE.version(1)}")
     connection.execute("SET enable_seqscan = off; SET enable_sort = off")
     yield connection
     connection.execute("RESET enable_seqscan; RESET enable_sort")
@@ -59,13 +58,13 @@ def poor_index(module_database: psycopg.Connection) -> Iterator[psycopg.Connecti
 @pytest.fixture
 def off_topic(poor_index: psycopg.Connection) -> Iterator[psycopg.Connection]:
     """The sentences, embedded and not checked yet."""
-    poor_index.execute("DELETE FROM embedline_data.page_v1_exact; DELETE FROM embedline.index_reach")
+    poor_index.execute(f"DELETE FROM {PAGE.version(1, 'exact')}; DELETE FROM embedline.index_reach")
     for key, (sentence, _) in OFF_TOPIC.items():
         poor_index.execute("INSERT INTO page VALUES (%s, %s, 'en')", (key, sentence))
     # As the worker's own write does, and no more: the check is a step of its own.
     while scalar(poor_index, "SELECT count(*) FROM page_embedding WHERE id > 900000") < len(OFF_TOPIC):
         poor_index.execute("SELECT embed_pending(1000)")
-    poor_index.execute("DELETE FROM embedline_data.page_v1_exact; DELETE FROM embedline.index_reach")
+    poor_index.execute(f"DELETE FROM {PAGE.version(1, 'exact')}; DELETE FROM embedline.index_reach")
     yield poor_index
     poor_index.execute("DELETE FROM page WHERE id > 900000")
 
@@ -82,9 +81,9 @@ def _found(connection: psycopg.Connection) -> list[int]:
 
 def _found_by_index_alone(connection: psycopg.Connection) -> list[int]:
     """Return the same for a plain statement over the table of the vectors, at pgvector's own settings."""
-    statement = """
-        SELECT c.key_id FROM embedline_data.page_chunk AS c JOIN (
-            SELECT chunk_id FROM embedline_data.page_v1 ORDER BY embedding_v1 <=> %s::vector LIMIT 3) AS v USING (chunk_id)
+    statement = f"""
+        SELECT c.key_id FROM {PAGE("chunk")} AS c JOIN (
+            SELECT chunk_id FROM {PAGE.version(1)} ORDER BY embedding_v1 <=> %s::vector LIMIT 3) AS v USING (chunk_id)
     """
     found = []
     for key, (_, question) in OFF_TOPIC.items():
@@ -98,7 +97,7 @@ def _check_all(connection: psycopg.Connection) -> None:
     """Let embed_pending look at the new rows, as it does after each of its runs."""
     for _ in range(50):
         connection.execute("SELECT embed_pending(1000)")
-        reach = "SELECT checked_to >= (SELECT max(chunk_id) FROM embedline_data.page_v1) FROM embedline.index_reach"
+        reach = f"SELECT checked_to >= (SELECT max(chunk_id) FROM {PAGE.version(1)}) FROM embedline.index_reach"
         if scalar(connection, reach):
             return
     raise AssertionError("the check does not come to an end")
@@ -114,7 +113,7 @@ def test_a_new_row_is_found_at_once_whatever_the_index_reaches(off_topic: psycop
 
 def test_rows_far_from_all_others_are_found_after_the_check(off_topic: psycopg.Connection) -> None:
     _check_all(off_topic)
-    kept = "SELECT count(*) FROM embedline_data.page_v1_exact AS e JOIN embedline_data.page_chunk AS c USING (chunk_id)"
+    kept = f"SELECT count(*) FROM {PAGE.version(1, 'exact')} AS e JOIN {PAGE('chunk')} AS c USING (chunk_id)"
     assert scalar(off_topic, f"{kept} WHERE c.key_id > 900000") == len(OFF_TOPIC)
     # A share of the rows, not all of them.
     assert scalar(off_topic, kept) < 0.15 * ROWS
@@ -126,13 +125,13 @@ def test_a_deleted_row_leaves_the_rows_ranked_exactly(off_topic: psycopg.Connect
     off_topic.execute("DELETE FROM page WHERE id > 900000")
     assert _found(off_topic) == []
     off_topic.execute("SELECT embed_pending(1)")
-    gone = "NOT EXISTS (SELECT FROM embedline_data.page_v1 AS v WHERE v.chunk_id = e.chunk_id)"
-    assert scalar(off_topic, f"SELECT count(*) FROM embedline_data.page_v1_exact AS e WHERE {gone}") == 0
+    gone = f"NOT EXISTS (SELECT FROM {PAGE.version(1)} AS v WHERE v.chunk_id = e.chunk_id)"
+    assert scalar(off_topic, f"SELECT count(*) FROM {PAGE.version(1, 'exact')} AS e WHERE {gone}") == 0
 
 
 def test_a_writer_that_is_under_way_holds_up_the_check(off_topic: psycopg.Connection) -> None:
     with psycopg.connect(dsn_of(off_topic)) as writer:
-        writer.execute("LOCK TABLE embedline_data.page_v1 IN ROW EXCLUSIVE MODE")
+        writer.execute(f"LOCK TABLE {PAGE.version(1)} IN ROW EXCLUSIVE MODE")
         for _ in range(5):
             off_topic.execute("SELECT embed_pending(1)")
         assert scalar(off_topic, "SELECT checked_to FROM embedline.index_reach") == 0
@@ -150,7 +149,7 @@ def test_a_check_goes_on_in_a_later_transaction(off_topic: psycopg.Connection) -
 
 def test_a_vector_that_is_written_behind_the_check_is_ranked_exactly(off_topic: psycopg.Connection) -> None:
     _check_all(off_topic)
-    off_topic.execute("DELETE FROM embedline_data.page_v1_exact")
+    off_topic.execute(f"DELETE FROM {PAGE.version(1, 'exact')}")
     off_topic.execute(
         """
         CREATE OR REPLACE FUNCTION test_keep_late(chunk_ids bigint[]) RETURNS void LANGUAGE plpython3u AS $python$
@@ -162,48 +161,46 @@ def test_a_vector_that_is_written_behind_the_check_is_ranked_exactly(off_topic: 
         $python$
         """
     )
-    late = "SELECT array_agg(chunk_id) FROM embedline_data.page_chunk WHERE key_id > 900000 OR key_id < 20"
+    late = f"SELECT array_agg(chunk_id) FROM {PAGE('chunk')} WHERE key_id > 900000 OR key_id < 20"
     off_topic.execute(f"SELECT test_keep_late(({late}))")
-    waiting = "SELECT count(*) FROM embedline_data.page_v1_exact WHERE similarity IS NULL"
+    waiting = f"SELECT count(*) FROM {PAGE.version(1, 'exact')} WHERE similarity IS NULL"
     assert scalar(off_topic, waiting) == len(OFF_TOPIC) + 20
     assert _found(off_topic) == list(OFF_TOPIC)
     _check_all(off_topic)
     off_topic.execute("SELECT embed_pending(1)")
     assert scalar(off_topic, waiting) == 0
     # Only those stay that are far from the others.
-    assert (
-        len(OFF_TOPIC) <= scalar(off_topic, "SELECT count(*) FROM embedline_data.page_v1_exact") < len(OFF_TOPIC) + 20
-    )
+    assert len(OFF_TOPIC) <= scalar(off_topic, f"SELECT count(*) FROM {PAGE.version(1, 'exact')}") < len(OFF_TOPIC) + 20
     assert _found(off_topic) == list(OFF_TOPIC)
 
 
 def test_verify_finds_rows_that_search_does_not_reach(off_topic: psycopg.Connection) -> None:
     _check_all(off_topic)
-    off_topic.execute("DELETE FROM embedline_data.page_v1_exact")
+    off_topic.execute(f"DELETE FROM {PAGE.version(1, 'exact')}")
     verify = "SELECT count, repaired FROM embedline.verify('page', %s, 0) WHERE finding = 'unreachable'"
     reported = off_topic.execute(verify, (False,)).fetchone()
     assert reported is not None
     assert reported[0] > 0
     assert reported[1] == 0
-    assert scalar(off_topic, "SELECT count(*) FROM embedline_data.page_v1_exact") == 0
+    assert scalar(off_topic, f"SELECT count(*) FROM {PAGE.version(1, 'exact')}") == 0
     repaired = off_topic.execute(verify, (True,)).fetchone()
     assert repaired is not None
     assert repaired[0] == repaired[1] > 0
-    unreached = "SELECT count(*) FROM embedline_data.page_v1_exact WHERE similarity = '-Infinity'"
+    unreached = f"SELECT count(*) FROM {PAGE.version(1, 'exact')} WHERE similarity = '-Infinity'"
     assert scalar(off_topic, unreached) == repaired[0]
 
 
 def test_doctor_names_rows_that_search_does_not_reach(off_topic: psycopg.Connection) -> None:
     _check_all(off_topic)
-    off_topic.execute("DELETE FROM embedline_data.page_v1_exact")
+    off_topic.execute(f"DELETE FROM {PAGE.version(1, 'exact')}")
     off_topic.execute("SELECT count(*) FROM embedline.verify('page', false, 0)")
     with psycopg.connect(dsn_of(off_topic), autocommit=True) as connection:
-        (found,) = examine(connection, (index_reach,))
-        assert found.verdict == "warning"
-        assert found.commands == ("SELECT * FROM embedline.verify('page', repair => true);",)
-        connection.execute(found.commands[0])
-        (found,) = examine(connection, (index_reach,))
-        assert "unreachable" not in found.found
+        doctor = "SELECT severity, remedy FROM embedline.doctor() WHERE finding = 'vectors_unreachable'"
+        alert = "SELECT severity, remedy FROM embedline.alert WHERE alert = 'vectors_unreachable'"
+        remedy = "SELECT * FROM embedline.verify('page', repair => true);"
+        assert connection.execute(doctor).fetchall() == connection.execute(alert).fetchall() == [("warning", remedy)]
+        connection.execute(remedy)
+        assert connection.execute(doctor).fetchall() == connection.execute(alert).fetchall() == []
 
 
 def test_measuring_chooses_an_ef_search_and_shows_it(poor_index: psycopg.Connection) -> None:

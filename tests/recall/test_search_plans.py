@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from embedline.client.build_index import PsycopgClient, build
+from generated_names import PAGE
 from stub_provider import StubProvider
 from support import create_pipeline, scalar
 from working import create_stub_model
@@ -92,23 +93,23 @@ def filled(
     connection.execute(f"CREATE TABLE page ({definition.replace(', PRIMARY', ', body text, PRIMARY', 1)})")
     if key != "two columns":
         connection.execute("ALTER TABLE page ADD COLUMN body text")
-    create_pipeline(connection, content="body", model="narrow", index_options='{"m": 4, "ef_construction": 8}')
+    create_pipeline(connection, content="body", model="narrow", index_options='{"m": 2, "ef_construction": 4}')
     connection.execute("SELECT embed_pending(1)")
     connection.execute("ALTER TABLE page DISABLE TRIGGER USER")
     names = "tenant, id, body" if key == "two columns" else "id, body"
     connection.execute(f"INSERT INTO page ({names}) SELECT {values}, 'body' FROM generate_series(1, {rows}) AS n")
     connection.execute(
-        f"INSERT INTO embedline_data.page_chunk (chunk_id, {columns}, seq, start_offset, end_offset, content_hash, content)"
+        f"INSERT INTO {PAGE('chunk')} (chunk_id, {columns}, seq, start_offset, end_offset, content_hash, content)"
         f" SELECT n, {values}, 0, 0, 4, md5(n::text)::uuid, 'body' FROM generate_series(1, {rows}) AS n"
     )
     axes = ", ".join(f"random() + 0 * n AS x{axis}" for axis in range(DIMENSIONS))
     array = ", ".join(f"x{axis}" for axis in range(DIMENSIONS))
     connection.execute(
-        f"INSERT INTO embedline_data.page_v1 SELECT n, ARRAY[{array}]::vector"
+        f"INSERT INTO {PAGE.version(1)} SELECT n, ARRAY[{array}]::vector"
         f" FROM (SELECT n, {axes} FROM generate_series(1, {rows}) AS n) AS r"
     )
     assert build(PsycopgClient(connection), "page") is not None
-    connection.execute("ANALYZE page, embedline_data.page_chunk, embedline_data.page_v1")
+    connection.execute(f"ANALYZE page, {PAGE('chunk')}, {PAGE.version(1)}")
     checked = "INSERT INTO embedline.index_reach (version_id, checked_to) SELECT version_id, %s FROM embedline.version"
     connection.execute(checked, (rows,))
     yield Filled(connection, rows)

@@ -123,6 +123,7 @@ def test_slices_without_overlap_rebuild_the_text(
 @example(text="000ࠀ\r!0\x80\x84𐀀", tokens=8, overlap=1, prefix="")
 @example(text="0000? 0\n:00", tokens=8, overlap=4, prefix="Title\n")
 @example(text="dorw     ddddddoooooorrrrrrwwwwww\ndorw \n   ßß\r\nword word", tokens=8, overlap=1, prefix="Title\n")
+@example(text="00000\x80\x80𐀀𠀀𠀀𐀀", tokens=8, overlap=7, prefix="")
 def test_slices_with_overlap_cover_the_text_in_order(
     method: str, model: str | None, text: str, tokens: int, overlap: int, prefix: str
 ) -> None:

@@ -31,9 +31,11 @@ _VERSION_COLUMNS = f"""
            v.view::oid::bigint AS version_view_oid, v.search_precision, v.backfill_order, v.backfill_rate,
            v.version_id, v.number, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
            v.state AS version_state, {_MODEL_COLUMNS},
-           EXISTS (SELECT FROM pg_class AS t JOIN pg_index AS i ON i.indrelid = t.oid
-                   WHERE t.relname = p.name || '_v' || v.number AND t.relnamespace = 'embedline_data'::regnamespace
-                       AND NOT i.indisprimary AND i.indisvalid) AS has_index,
+           -- An aggregate, because an EXISTS may be planned as a hash of all indexes, whose states would all be asked for.
+           (SELECT coalesce(bool_or(embedline._index_state(x.relname) = 'valid'), false)
+            FROM pg_class AS t JOIN pg_index AS i ON i.indrelid = t.oid JOIN pg_class AS x ON x.oid = i.indexrelid
+            WHERE t.relname = p.name || '_v' || v.number AND t.relnamespace = 'embedline_data'::regnamespace
+                AND NOT i.indisprimary) AS has_index,
            r.version_id IS NOT NULL AS is_checked, r.checked_to, r.ef_search, r.wide_ef_search, r.far_distance,
            (SELECT jsonb_agg(jsonb_build_array(o.version_id, o.number, o.chunk_set) ORDER BY o.number)
             FROM embedline.version AS o WHERE o.pipeline_id = p.pipeline_id) AS versions,

@@ -12,6 +12,10 @@ from typing import Any
 from embedline.errors import InvalidParameter
 from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import sqlstate_of
+
+# SQLSTATE class of a text that is no interval.
+_DATA_EXCEPTION = "22"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "alert_lag_seconds": (1, 604_800),
     "alert_disk_percent": (0, 100),
 }
+# Settings that are an interval, with their defaults.
+_INTERVALS = {"dead_letter_retention": "90 days"}
 _WHOLE_NUMBERS = ("min_rows", "max_rows", "max_xmin_age")
 
 
@@ -86,8 +92,18 @@ def load_settings(session: Session) -> Settings:
 @entry_point
 def configure(session: Session, name: str, value: float | None) -> float:
     """Set one setting, or reset it to its default with NULL; return its value."""
+    return _set_number(session, name, value)
+
+
+def _set_number(session: Session, name: str, value: float | None) -> float:
+    if name in _INTERVALS:
+        raise InvalidParameter(
+            f"{name} is an interval, not a number",
+            hint=f"SELECT embedline.configure('{name}', '{_INTERVALS[name]}'); or NULL sets the default.",
+        )
     if name not in _BOUNDS:
-        raise InvalidParameter(f'there is no setting "{name}"', hint=f"Settings: {', '.join(sorted(_BOUNDS))}.")
+        known = ", ".join(sorted([*_BOUNDS, *_INTERVALS]))
+        raise InvalidParameter(f'there is no setting "{name}"', hint=f"Settings: {known}.")
     default = float(getattr(Settings(), name))
     if value is None:
         session.query("DELETE FROM embedline.setting WHERE name = $1", ["text"], name)
@@ -98,11 +114,52 @@ def configure(session: Session, name: str, value: float | None) -> float:
             f"{name} must be between {low:g} and {high:g}, not {value:g}",
             hint=f"SELECT embedline.configure('{name}', {default:g}); sets the default.",
         )
+    _store(session, name, _as_text(name, value))
+    return value
+
+
+@entry_point
+def configure_text(session: Session, name: str, value: str | None) -> str:
+    """Set one setting that is given as text, or reset it with NULL; return its value.
+
+    A number may be given as text, too.
+    """
+    if name not in _INTERVALS:
+        # An unknown name is told before a value that is no number.
+        number = _number(name, value) if name in _BOUNDS else None
+        return _as_text(name, _set_number(session, name, number))
+    value = _INTERVALS[name] if value is None else value
+    try:
+        is_negative = session.scalar("SELECT $1::interval < interval '0'", ["text"], value)
+    except session.plpy.SPIError as error:
+        if not sqlstate_of(error).startswith(_DATA_EXCEPTION):
+            raise
+        is_negative = None
+    if is_negative is not False:
+        raise InvalidParameter(
+            f"{name} must be an interval that is not negative, not {value!r}",
+            hint=f"SELECT embedline.configure('{name}', '{_INTERVALS[name]}'); sets the default.",
+        )
+    _store(session, name, value)
+    return value
+
+
+def _as_text(name: str, value: float) -> str:
+    return repr(round(value) if name in _WHOLE_NUMBERS else value)
+
+
+def _number(name: str, value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise InvalidParameter(f"{name} must be a number, not {value!r}") from None
+
+
+def _store(session: Session, name: str, value: str) -> None:
     session.query(
         "INSERT INTO embedline.setting (name, value) VALUES ($1, $2)"
         " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-        ["text", "text"],
-        name,
-        repr(round(value) if name in _WHOLE_NUMBERS else value),
-    )
-    return value
+        ["text", "text"], name, value,
+    )  # fmt: skip

@@ -98,6 +98,21 @@ def within(
             start += at
             sizes[start, end] = measure.sizes([text[start:end]])[0]
         kept.append((start, end))
+    return _without_contained(kept)
+
+
+def _without_contained(spans: Sequence[Span]) -> list[Span]:
+    """Return the spans without those that lie within a neighbour.
+
+    If spans overlap, a part that is cut from one may lie within the next.
+    """
+    kept: list[Span] = []
+    for start, end in spans:
+        if kept and end <= kept[-1][1]:
+            continue
+        while kept and start <= kept[-1][0]:
+            kept.pop()
+        kept.append((start, end))
     return kept
 
 

@@ -138,6 +138,14 @@ def _sqlstate(error: object) -> str | None:
 
 
 @dataclass(frozen=True)
+class Listener:
+    """Receive what a build tells: its progress, and the server's notices."""
+
+    report: Report | None = None
+    tell: Tell | None = None
+
+
+@dataclass(frozen=True)
 class _Plan:
     """The result of embedline._index_plan."""
 
@@ -157,19 +165,20 @@ def build(
     precision: str | None = None,
     *,
     parallel_workers: int | None = None,
-    report: Report | None = None,
-    tell: Tell | None = None,
+    listener: Listener | None = None,
 ) -> str | None:
     """Build an index of a version, and return once it is valid.
 
     Returns the statement that built it, None if there was nothing to build. Without a `version` it is the serving one.
-    A build of the same index in another session is waited for. `report` is called during the build. `tell` gets the
-    server's notices, such as that the build will be serial.
+    A build of the same index in another session is waited for. The `listener` is told the progress during the build, and
+    the server's notices, such as that the build will be serial.
 
     Raises IndexNotBuilt, SessionNotKept, and the driver's errors. SQLSTATE 55000 means that the version is not verified
     to be complete.
     """
     workers, tried, limit = parallel_workers, 0, time.monotonic() + _BUILD_SECONDS
+    listener = listener or Listener()
+    tell = listener.tell or _ignore
     statement: str | None = None
     while True:
         plan = _plan(client, pipeline, version, precision, workers)
@@ -184,12 +193,12 @@ def build(
                 time.sleep(_POLL_SECONDS)
                 continue
             for notice in plan.notices:
-                (tell or _ignore)(notice)
+                tell(notice)
             tried, statement = tried + 1, plan.statement
-            outcome = _try(client, plan, report)
+            outcome = _try(client, plan, listener.report)
         if outcome == "exhausted":
             workers = 0
-            (tell or _ignore)("the parallel build ran out of shared memory, memory or disk: it is tried again serially")
+            tell("the parallel build ran out of shared memory, memory or disk: it is tried again serially")
 
 
 def _ignore(notice: str) -> None:
@@ -278,7 +287,9 @@ def _drop(client: Client, plan: _Plan) -> None:
     A valid index, or one that another session builds, is never dropped.
     """
     query = (
-        f"SELECT 1 FROM pg_index AS i WHERE i.indexrelid = to_regclass({quote_literal(plan.index)}) AND NOT i.indisvalid"
+        "SELECT 1 FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid"
+        f" WHERE c.oid = to_regclass({quote_literal(plan.index)}) AND embedline._index_state(c.relname) = 'invalid'"
+        # While another index of the table is built, the drop would wait for that build.
         " AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.relid = i.indrelid)"
     )
     if client.execute(query):

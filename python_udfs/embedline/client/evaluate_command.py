@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
+from embedline.client import terminal
 from embedline.client.build_index import Execute, PsycopgClient
 from embedline.client.live_display import Line, shown
 from embedline.core.sql_text import quote_literal
@@ -31,9 +32,8 @@ _EVALUATE = """
         breakdown => %s::name, seed => %s::bigint, min_recall => %s::float8)
 """
 _COLUMNS = ("measure", "old", "new", "difference", "low", "high", "verdict", "detail")
+_HEAD = ("measure", "old", "new", "difference", "95 % interval", "verdict", "detail")
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "alarm": "yellow"}
-# Columns in a pipe: wide enough that no detail is wrapped.
-_PIPE_COLUMNS = 1000
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,14 @@ def print_json(rows: Sequence[dict[str, Any]], request: Request) -> None:
 def print_table(rows: Sequence[dict[str, Any]], request: Request) -> None:
     """Print the rows as a table, then the verdict and its consequence."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_COLUMNS)
-    table = Table(
-        "measure", *(escape(name) for name in ("old", "new", "difference")), "95 % interval", "verdict", "detail"
-    )
-    for row in rows:
-        if row["measure"] == "verdict":
-            continue
-        interval = "" if row["low"] is None else f"{_figure(row['low'])} to {_figure(row['high'])}"
-        table.add_row(
-            escape(row["measure"]), *(_figure(row[name]) for name in ("old", "new", "difference")), interval,
-            _coloured(row["verdict"] or ""), escape(row["detail"] or ""),
-        )  # fmt: skip
-    if table.row_count:
+    measures = [_cells(row) for row in rows if row["measure"] != "verdict"]
+    if measures and console.is_terminal:
+        table = Table(*_HEAD)
+        for *cells, verdict, detail in measures:
+            table.add_row(*map(escape, cells), _coloured(verdict), escape(detail))
         console.print(table)
+    elif measures:
+        print(terminal.table(_HEAD, measures, None))
     verdict = verdict_of(rows)
     detail = next(row["detail"] for row in rows if row["measure"] == "verdict")
     console.print(f"{escape(request.label)}: {_coloured(verdict)} ({escape(detail)})", soft_wrap=True)
@@ -148,6 +141,12 @@ def print_table(rows: Sequence[dict[str, Any]], request: Request) -> None:
         console.print(
             f"SELECT embedline.cutover({quote_literal(request.pipeline)}, {request.version});", soft_wrap=True
         )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    interval = "" if row["low"] is None else f"{_figure(row['low'])} to {_figure(row['high'])}"
+    figures = (_figure(row[name]) for name in ("old", "new", "difference"))
+    return [row["measure"], *figures, interval, row["verdict"] or "", row["detail"] or ""]
 
 
 def _coloured(verdict: str) -> str:

@@ -153,7 +153,7 @@ class WorkerDisplay:
         seconds = time.monotonic() - self._began
         if done > 0 and task.left and seconds > 0:
             rate = done / seconds
-            parts += [f"{rate:,.1f}/s" if rate < 10 else f"{rate:,.0f}/s", f"{_duration(task.left / rate)} to go"]
+            parts += [f"{rate:,.1f}/s" if rate < 10 else f"{rate:,.0f}/s", f"{duration(task.left / rate)} to go"]
         return Line(task.name, ", ".join(parts) + error, done / first if first else 1.0)
 
     def summary(self, tasks: Sequence[Task]) -> str:
@@ -162,7 +162,7 @@ class WorkerDisplay:
         rate = f" ({self._rows_embedded / seconds:,.0f} rows/s)" if self._rows_embedded and seconds > 0 else ""
         waiting = [task for task in tasks if not task.is_done]
         end = "nothing is left to embed" if not waiting else f"not done: {', '.join(task.name for task in waiting)}"
-        return f"{self._embedded} in {_duration(seconds)}{rate}; {end}"
+        return f"{self._embedded} in {duration(seconds)}{rate}; {end}"
 
 
 def troubles(execute: Execute, tasks: Sequence[Task]) -> list[str]:
@@ -197,7 +197,8 @@ def _counted(count: int, unit: str) -> str:
     return f"{count:,} {unit.removesuffix('s') if count == 1 else unit}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them, such as 3 min 20 s."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -8,6 +8,7 @@ a thirty-second of the vectors. One of a shorter prefix (Matryoshka) is as small
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from embedline.catalog.load import load_version
@@ -85,15 +86,33 @@ def ef_search(index: VectorIndex, k: int) -> int:
     return min(max(_MIN_EF_SEARCH, 2 * count if index.precision is None else count), MAX_EF_SEARCH)
 
 
+@dataclass(frozen=True)
+class RankedRelation:
+    """A relation whose rows are ranked by their vectors.
+
+    `shown` has the columns to return, name to expression.
+    """
+
+    relation: str
+    embedding: str
+    shown: Mapping[str, str]
+
+
 def ranked_rows(
-    session: Session, pipeline: Pipeline, index: VectorIndex, relation: str, embedding: str, shown: dict[str, str],
-    limit: int, *, is_exact: bool = False,
-) -> str:  # fmt: skip
+    session: Session,
+    pipeline: Pipeline,
+    index: VectorIndex,
+    ranked: RankedRelation,
+    limit: int,
+    *,
+    is_exact: bool = False,
+) -> str:
     """Return the query of the nearest `limit` rows of a relation; $1 is the vector.
 
-    Its columns are `shown` (name: expression) and distance. A shadow index finds the candidates and the whole vectors
+    Its columns are those shown, and distance. A shadow index finds the candidates and the whole vectors
     rank them. `is_exact` keeps the planner from any index.
     """
+    relation, embedding, shown = ranked.relation, ranked.embedding, ranked.shown
     schema = vector_schema(session)
     query = f"$1::{schema}.{pipeline.version.vector_type}"
     operator = own_index(pipeline, schema).operator

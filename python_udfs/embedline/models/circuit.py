@@ -8,6 +8,7 @@ from __future__ import annotations
 from embedline.catalog.load import load_all_pipelines, load_model
 from embedline.catalog.settings import load_settings
 from embedline.core.retry import circuit_seconds
+from embedline.models.pool import renew_embedders
 from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 
@@ -73,6 +74,8 @@ def resume_model(session: Session, name: str) -> int:
     """
     model_id = load_model(session, name).model_id
     session.query("DELETE FROM embedline.circuit WHERE model_id = $1", ["bigint"], model_id)
+    # Other sessions wait a second at most.
+    renew_embedders(session, model_id)
     freed = 0
     for pipeline in load_all_pipelines(session):
         if pipeline.version.model.model_id == model_id:

@@ -63,6 +63,13 @@ def embedder_for(session: Session, model: Model) -> Embedder:
     return pool[key]
 
 
+def renew_embedders(session: Session, model_id: int) -> None:
+    """Forget the pauses that answers to this session asked for."""
+    pool: dict[tuple[int, ModelConfigKey], _PooledEmbedder] = session.cache.get("embedline.embedders", {})
+    replaced: list[_PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
+    replaced += [pool.pop(key) for key in [key for key in pool if key[0] == model_id]]
+
+
 ModelConfigKey = str
 
 

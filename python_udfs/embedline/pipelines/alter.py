@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from embedline.chunking import ChunkingSpec
 from embedline.core import names
 from embedline.core.recipe import Expressions, PipelineChanges
 from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
-from embedline.pipelines.ddl.plan import CODE_VERSION, FUNCTIONS, CapturePlan, SourceExpression
+from embedline.pipelines.ddl.plan import CODE_VERSION, FUNCTIONS, CapturePlan
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import tenant_index, tenant_index_statements
 from embedline.pipelines.ddl.triggers import update_trigger_statements
@@ -27,11 +26,13 @@ from embedline.pipelines.functions import (
     rewrite_trigger_functions,
     use_row_triggers,
 )
+from embedline.pipelines.inputs import PARAMETERS, expressions_in_use, store_inputs
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.recipe_check import check_weight, next_chunking
 from embedline.pipelines.register import recipe_stamp, version_fingerprint
+from embedline.pipelines.replaced_views import refresh_views
 from embedline.pipelines.state import load_alone
-from embedline.pipelines.views import refresh_views, write_serving_function
+from embedline.pipelines.views import write_serving_function
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import data_name
@@ -41,7 +42,7 @@ from embedline.queue.backfill import delete_ranges, insert_ranges
 # Expressions that alter_pipeline may drop.
 _OPTIONAL = ("filter", "document_prefix", "tenant")
 # Suffix of the generated function of each expression.
-_FUNCTIONS = {"content": "content", "filter": "filter", "document_prefix": "prefix", "tenant": "tenant_value"}
+_FUNCTIONS = {parameter: suffix for suffix, parameter in PARAMETERS.items()}
 _STORED = """
     SELECT content_expression AS content, filter_expression AS filter, document_prefix_expression AS document_prefix,
         tenant_expression AS tenant
@@ -57,23 +58,7 @@ _STORE_CHUNKING = """
     UPDATE embedline.chunk_set SET chunking = $2, chunk_tokens = $3, chunk_overlap = $4, chunking_options = $5
     WHERE chunk_set_id = $1
 """
-_STORE_INPUTS = """
-    UPDATE embedline.pipeline AS p SET code_version = $3, input_attributes = (
-        SELECT coalesce(array_agg(a.attnum ORDER BY k.position), '{}')
-        FROM unnest($2::name[]) WITH ORDINALITY AS k (name, position)
-        JOIN pg_attribute AS a ON a.attrelid = p.source AND a.attname = k.name)
-    WHERE p.name = $1
-"""
-# The body as PostgreSQL prints it now: with the names that the columns have now.
-_BODY = """
-    SELECT pg_get_function_sqlbody(p.oid) FROM pg_proc AS p
-    WHERE p.pronamespace = 'embedline_data'::regnamespace AND p.proname = $1
-"""
-_ARGUMENT = r'source_row\.("(?:[^"]|"")*"|[^\s",()]+)'
-_COLUMN_TYPES = """
-    SELECT attname, format_type(atttypid, NULL) AS type FROM pg_attribute
-    WHERE attrelid = $1::oid AND attnum > 0 AND NOT attisdropped
-"""
+_STORE_CODE_VERSION = "UPDATE embedline.pipeline SET code_version = $2 WHERE name = $1"
 _TRIGGER = "SELECT tgenabled::text, tgattr::text AS columns FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2"
 _OUTDATED = """
     SELECT p.name FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source
@@ -187,10 +172,8 @@ def replace_functions(session: Session, plan: CapturePlan, source: Source, chang
     for row in generated_functions(session, plan.name, doomed):
         session.execute(f"DROP FUNCTION {row['signature']}")
     create_functions(session, plan, source)
-    session.query(
-        _STORE_INPUTS, ["text", "text[]", "integer"],
-        plan.name, [name for name, _ in plan.expression_columns], CODE_VERSION,
-    )  # fmt: skip
+    store_inputs(session, plan)
+    session.query(_STORE_CODE_VERSION, ["text", "integer"], plan.name, CODE_VERSION)
 
 
 def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Source]:
@@ -201,7 +184,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
     plan, source = current_plan(session, pipeline)
     expressions = expressions_in_use(session, pipeline)
     content = expressions.get("content")
-    if content is None:
+    if content is None or not _has_readers(session, pipeline):
         raise EmbedlineError(
             f'the functions of pipeline "{pipeline.name}" are not as Embedline wrote them',
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
@@ -220,31 +203,12 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
     ), source
 
 
-def expressions_in_use(session: Session, pipeline: Pipeline) -> dict[str, SourceExpression]:
-    """Return the input columns of each expression, by its function's suffix.
+def _has_readers(session: Session, pipeline: Pipeline) -> bool:
+    """Return True if the functions that read the source exist.
 
-    The names are those by which the functions that read the source call the columns.
+    They go if a column of the source is dropped with CASCADE.
     """
-    types = {row["attname"]: row["type"] for row in session.query(_COLUMN_TYPES, ["bigint"], pipeline.source_oid)}
-    reading = session.scalar(_BODY, ["text"], f"{pipeline.name}_read") or ""
-    telling = session.scalar(_BODY, ["text"], f"{pipeline.name}_tenant") or ""
-    found = {
-        suffix: _expression_in(reading, f"{pipeline.name}_{suffix}", types)
-        for suffix in ("content", "filter", "prefix")
-    } | {"tenant_value": _expression_in(telling, f"{pipeline.name}_tenant_or_null", types)}
-    return {suffix: expression for suffix, expression in found.items() if expression is not None}
-
-
-def _expression_in(body: str, function: str, types: dict[str, str]) -> SourceExpression | None:
-    """Return an expression's input columns as a function's body calls it.
-
-    None if the body does not call it.
-    """
-    call = re.search(rf'embedline_(?:data|expression)\."?{function}"?\(((?:{_ARGUMENT}(?:, )?)*)\)', body)
-    if call is None:
-        return None
-    names = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_ARGUMENT, call[1])]
-    return SourceExpression("", tuple((name, types[name]) for name in names))
+    return bool(generated_functions(session, pipeline.name, ("read",)))
 
 
 def _store(session: Session, pipeline: Pipeline, wanted: _Wanted, search_path: str | None) -> None:
@@ -307,7 +271,7 @@ def regenerate_pipelines(session: Session) -> None:
     """Regenerate the functions that another version of Embedline generated."""
     for row in session.query(_OUTDATED, ["integer"], CODE_VERSION):
         pipeline = load_pipeline(session, str(row["name"]))
-        if "content" not in expressions_in_use(session, pipeline):
+        if not _has_readers(session, pipeline):
             # They went with a column of the source; embedline.status says what to run.
             session.query(_REST, ["text"], pipeline.name)
             continue

@@ -17,12 +17,7 @@ from embedline.pipelines.functions import create_functions
 from embedline.pipelines.plan import load_source, make_plan, source_oid
 from embedline.pipelines.recipe_check import check_choices, check_version, check_weight, first_chunking
 from embedline.pipelines.register import create_version_table, grant_tables, register
-from embedline.pipelines.views import (
-    create_routing_view,
-    create_version_view,
-    shown_version,
-    write_serving_function,
-)
+from embedline.pipelines.views import create_routing_view, create_version_view, shown_version, write_serving_function
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.session import Session

@@ -9,9 +9,7 @@ from embedline.indexes.cron_jobs import forget_index_jobs
 from embedline.pipelines.ddl.plan import FUNCTIONS, TABLES, TRIGGER_FUNCTIONS
 from embedline.pipelines.ddl.search_functions import drop_search_functions
 from embedline.pipelines.functions import generated_functions
-from embedline.pipelines.views import (
-    require_droppable,
-)
+from embedline.pipelines.replaced_views import require_droppable
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.session import Session

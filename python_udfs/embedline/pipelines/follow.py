@@ -30,9 +30,11 @@ from embedline.pipelines.functions import (
 )
 from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers, current_plan
 from embedline.pipelines.register import grant_tables
-from embedline.pipelines.reshaping import Reshaping, load_source_now
+from embedline.pipelines.replaced_views import refresh_views
+from embedline.pipelines.reshaped import load_source_now
+from embedline.pipelines.reshaping import Reshaping
 from embedline.pipelines.state import load_alone
-from embedline.pipelines.views import refresh_views, write_serving_function
+from embedline.pipelines.views import write_serving_function
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait, retry_locked
 from embedline.postgres.session import Session

@@ -15,6 +15,7 @@ from embedline.core.recipe import PipelineSpec, VersionSpec
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CODE_VERSION, CapturePlan
 from embedline.pipelines.ddl.tables import version_statements
+from embedline.pipelines.inputs import store_inputs
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 
@@ -40,20 +41,19 @@ def register(
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-            (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($11) WITH ORDINALITY AS k (name, position)
-                JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
-            $7, $8, '{}', $9, $10, $12, $13, $14, $15, format('%I.%I', $16::text, $17::text),
+            '{}', $7, $8, '{}', $9, $10, $11, $12, $13, $14, format('%I.%I', $15::text, $16::text),
             (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
                 WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped)
         RETURNING pipeline_id
         """,
-        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "name[]", "text", "text",
+        ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "text", "text",
          "double precision", "integer", "text", "text"],
         plan.name, source.oid, spec.expressions.content, spec.expressions.filter, spec.search_path,
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
-        plan.capture, caller(session), [name for name, _ in plan.expression_columns],
+        plan.capture, caller(session),
         spec.expressions.document_prefix, spec.expressions.tenant, spec.weight, CODE_VERSION, source.schema, source.name,
     )  # fmt: skip
+    store_inputs(session, plan)
     session.query("SELECT embedline._resolve_attributes()")
     insert_chunk_set(session, pipeline_id, 1, chunking, model)
     column_type, distance = spec.version.column_type, spec.version.distance

@@ -12,13 +12,12 @@ import hashlib
 import ipaddress
 import json
 import os
-import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
@@ -31,6 +30,8 @@ from embedline.errors import (
     TransientProviderError,
 )
 from embedline.providers.answers import UnknownOrder
+from embedline.providers.openai_answer import is_about_encoding, read_answer
+from embedline.providers.openai_errors import never_left, redact, status_error
 from embedline.providers.options import given_bodies, request_body
 from embedline.providers.tls import no_authorities, tls_context, untrusted
 
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     import ssl
 
     import openai
-from embedline.providers.openai_answer import is_about_encoding, read_answer
-from embedline.providers.openai_errors import error_text, never_left, redact, retry_after
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -54,36 +53,8 @@ _CLOSE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.5
 # Longest seconds that a session pauses after a rate limit. A longer wait is the circuit breaker's, which can be closed.
 _LONGEST_PAUSE_SECONDS = 1.0
-# Characters of an error's body that are read.
-_READ_CHARACTERS = 4000
-_TRANSIENT = frozenset({408, 409, 425, 429})
-_REJECTED = frozenset({400, 413, 422})
 # Encodings to ask for, the compact one first; "none" sends no encoding_format at all.
 ENCODINGS = ("base64", "float", "none")
-# Statuses of gateways and overloaded servers, whatever the request is. A 500 may be about one text.
-_AWAY = frozenset({502, 503, 504})
-# Phrases for a text that is too long, some of them with status 500: vLLM, TEI, Ollama, llama.cpp, OpenAI.
-_TOO_LONG = re.compile(
-    r"context (?:length|size|window)|sequence length|too (?:long|large|many tokens)|token limit|physical batch size"
-    r"|(?:max|limit|exceed|less than|longer|at most)[^.]{0,40}\b(?:tokens|length)|tokens[^.]{0,40}(?:max|limit|exceed)",
-    re.IGNORECASE,
-)
-
-
-class _Response(Protocol):
-    """The parts of an HTTP response that are read.
-
-    The client's HTTP library is its own affair and has changed before.
-    """
-
-    @property
-    def status_code(self) -> int: ...
-
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-
-    @property
-    def text(self) -> str: ...
 
 
 class OpenAIEmbedder:
@@ -276,7 +247,7 @@ class OpenAIEmbedder:
             return response.content
         # `from None` throughout, because a report of the chain would show the request, which holds the key.
         except openai.APIStatusError as error:
-            refusal = self._status_error(error.response, key)
+            refusal = status_error(self._address, error.response, key)
             refusal.is_refusal = True
             raise refusal from None
         except (openai.APITimeoutError, TimeoutError) as error:
@@ -375,40 +346,3 @@ class OpenAIEmbedder:
             return ipaddress.ip_address(self._host).is_loopback
         except ValueError:
             return False
-
-    def _status_error(self, response: _Response, key: str | None) -> ProviderError:
-        error = self._error_of_status(response, key)
-        error.status = response.status_code
-        return error
-
-    def _error_of_status(self, response: _Response, key: str | None) -> ProviderError:
-        status = response.status_code
-        message = f"{self._address} answered with HTTP status {status}"
-        detail = redact(error_text(response.text), key) or None
-        if status == 429 and "insufficient_quota" in response.text:
-            # OpenAI reports so when the account is out of money. Waiting a second does not help.
-            hint = "Top up the provider's account, or raise its spending limit."
-            return ProviderMisconfigured(message, detail=detail, hint=hint)
-        is_too_long = status == 413 or (
-            (status in _REJECTED or status >= 500) and _TOO_LONG.search(response.text[:_READ_CHARACTERS]) is not None
-        )
-        if is_too_long:
-            rejected = InputRejected(message, detail=detail)
-            rejected.is_too_long = True
-            return rejected
-        if status in _TRANSIENT or status >= 500:
-            error = TransientProviderError(
-                message,
-                detail=detail,
-                retry_after=retry_after(response.headers),
-                throttled=status == 429,
-            )
-            error.is_gateway = status in _AWAY
-            return error
-        if status in _REJECTED:
-            return InputRejected(message, detail=detail)
-        if 300 <= status < 400:
-            hint = "Redirects are refused; register the model with the final base URL."
-            return ProviderMisconfigured(message, detail=detail, hint=hint)
-        hint = "Check the base URL, the model's name and the API key in the server's environment."
-        return ProviderMisconfigured(message, detail=detail, hint=hint)

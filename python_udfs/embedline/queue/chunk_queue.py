@@ -18,13 +18,12 @@ from embedline.core.retry import ROWS_PER_CLAIM_AFTER_CRASHES
 from embedline.postgres.claims import Claims
 from embedline.postgres.session import Session
 from embedline.queue.claim import Claim
-from embedline.queue.outbox import ClaimedRow
+from embedline.queue.outbox import ClaimedRow, Retry
 
 # Lists that one claim reads.
 _LISTS_PER_CLAIM = 64
 # Chunks of a list that the sweep of a backfill writes, and lists of one sweep.
 _SWEPT_CHUNKS, _SWEPT_LISTS = 1000, 100
-_MAX_ERROR_CHARACTERS = 500
 
 # Chunks that were written moments ago and are in flight. A version that lacks no others is up to date.
 FRESH = (
@@ -220,23 +219,11 @@ def finish(session: Session, queue_ids: Sequence[int], claims: Claims) -> None:
     )
 
 
-def requeue(
-    session: Session,
-    pipeline: Pipeline,
-    rows: Sequence[ClaimedRow],
-    delay_seconds: float,
-    *,
-    charged: bool,
-    error: str | None,
-    of_backfill: bool,
-) -> None:
-    """Queue chunks again, to be tried together after a delay.
-
-    Only a `charged` try counts towards the limit of tries.
-    """
+def requeue(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], retry: Retry) -> None:
+    """Queue chunks again, to be tried together after a delay."""
 
     def history(row: ClaimedRow) -> tuple[int, int]:
-        return row.attempts if charged else row.attempts - 1, row.crash_count
+        return retry.attempts(row), row.crash_count
 
     for (attempts, crash_count), members in groupby(sorted(rows, key=history), key=history):
         session.query(
@@ -250,9 +237,9 @@ def requeue(
             [int(row.key[0]) for row in members],
             attempts,
             crash_count,
-            of_backfill,
-            None if error is None else error[:_MAX_ERROR_CHARACTERS],
-            delay_seconds,
+            retry.of_backfill,
+            retry.message,
+            retry.delay_seconds,
         )
 
 

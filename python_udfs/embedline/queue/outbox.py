@@ -37,6 +37,29 @@ class ClaimedRow:
     crash_count: int = 0
 
 
+@dataclass(frozen=True)
+class Retry:
+    """When and how rows are tried again.
+
+    Only a `charged` try counts towards the limit of tries. A backfill is not complete before its rows (`of_backfill`) are
+    through.
+    """
+
+    delay_seconds: float
+    charged: bool
+    error: str | None
+    of_backfill: bool = False
+
+    @property
+    def message(self) -> str | None:
+        """Return the error at the length that is stored."""
+        return None if self.error is None else self.error[:_MAX_ERROR_CHARACTERS]
+
+    def attempts(self, row: ClaimedRow) -> int:
+        """Return the tries of a row that count."""
+        return row.attempts if self.charged else row.attempts - 1
+
+
 def in_flight_query(pipeline: Pipeline, live: str) -> str:
     """Return the query of the keys that living workers have in flight.
 
@@ -198,23 +221,12 @@ def finish(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], cla
 
 
 def requeue(
-    session: Session,
-    pipeline: Pipeline,
-    rows: Sequence[ClaimedRow],
-    delay_seconds: float,
-    *,
-    charged: bool,
-    error: str | None,
-    of_backfill: bool = False,
-    enqueued_at: str | None = None,
+    session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], retry: Retry, *, enqueued_at: str | None = None
 ) -> None:
     """Put rows back, to be tried again together after a delay.
 
-    Only a `charged` try counts towards the limit of tries. A backfill is not complete before its rows (`of_backfill`) are
-    through. Rows of the inbox keep the time of their change, because the vectors of deleted rows are kept for older
-    changes.
+    Rows of the inbox keep the time of their change, because the vectors of deleted rows are kept for older changes.
     """
-    message = None if error is None else error[:_MAX_ERROR_CHARACTERS]
     fresh = [row for row in rows if not row.outbox_ids]
     known = [row for row in rows if row.outbox_ids]
     count = len(pipeline.key_columns)
@@ -227,15 +239,15 @@ def requeue(
             f" FROM unnest({pipeline.key_arrays()}, ${count + 1}, ${count + 2}) AS k",
             [*pipeline.key_parameter_types, "smallint[]", "smallint[]", "double precision", "text", "boolean", "text"],
             *key_columns([row.key for row in fresh], count),
-            [row.attempts if charged else row.attempts - 1 for row in fresh],
+            [retry.attempts(row) for row in fresh],
             [row.crash_count for row in fresh],
-            delay_seconds,
-            message,
-            of_backfill,
+            retry.delay_seconds,
+            retry.message,
+            retry.of_backfill,
             enqueued_at,
         )
     if known:
-        pairs = [(i, row.attempts if charged else row.attempts - 1) for row in known for i in row.outbox_ids]
+        pairs = [(i, retry.attempts(row)) for row in known for i in row.outbox_ids]
         session.query(
             f"""
             UPDATE {pipeline.outbox} AS o SET claimed_by = NULL, attempts = g.attempts,
@@ -245,8 +257,8 @@ def requeue(
             ["bigint[]", "smallint[]", "double precision", "text"],
             [outbox_id for outbox_id, _ in pairs],
             [attempts for _, attempts in pairs],
-            delay_seconds,
-            message,
+            retry.delay_seconds,
+            retry.message,
         )
 
 

@@ -212,10 +212,8 @@ class Ranker:
             "key": key,
             "chunk": f"e.{quote_ident(names['chunk'])}",
         }
-        ranked = precision.ranked_rows(
-            self.session, self._pipeline, self._index, f"{self._view} AS e", f"e.{quote_ident(names['embedding'])}",
-            columns, limit, is_exact=is_exact,
-        )  # fmt: skip
+        view = precision.RankedRelation(f"{self._view} AS e", f"e.{quote_ident(names['embedding'])}", columns)
+        ranked = precision.ranked_rows(self.session, self._pipeline, self._index, view, limit, is_exact=is_exact)
         return f"SELECT n.*, NULL::bigint AS considered, 'index' AS source FROM ({ranked}) AS n"
 
     @staticmethod

@@ -6,9 +6,10 @@ Old dead letters are purged, and the ledger is rolled up.
 from __future__ import annotations
 
 import contextlib
-from typing import Literal
+from enum import StrEnum
 
 from embedline.catalog.load import load_pipeline
+from embedline.errors import InvalidParameter
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import NIGHTLY_LOCK
 from embedline.postgres.session import Plpy, Session, SessionCache
@@ -21,39 +22,51 @@ from embedline.worker import batch_history
 # Chunks of each pipeline that the model embeds again: one or two requests, for a pipeline of any size.
 _SAMPLE = 20
 _KEPT_DAYS = 90
+_PURGES = (
+    "DELETE FROM embedline.verification WHERE verified_at < now() - make_interval(days => $1)",
+    "DELETE FROM embedline.shadow_read WHERE read_at < now() - make_interval(days => $1)",
+    "DELETE FROM embedline.batch_hour WHERE hour < now() - make_interval(days => $1)",
+)
 
-Step = Literal["verify", "failed", "purge"]
+
+class NightlyStep(StrEnum):
+    """A step of the nightly run; its value travels through embedline._nightly_step."""
+
+    VERIFY = "verify"
+    # What follows a verification that failed, which is rolled back.
+    RECORD_FAILURE = "failed"
+    PURGE = "purge"
 
 
 @entry_point
-def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair: bool, message: str | None) -> None:
+def nightly_step(session: Session, step: str, pipeline_name: str | None, repair: bool, message: str | None) -> None:
     """Do one step of the nightly run, a transaction of its own.
 
     Only run_nightly calls it.
     """
-    if step == "verify" and pipeline_name is not None:
-        pipeline = load_pipeline(session, pipeline_name)
-        # A pipeline may be paused because its provider must not be asked.
-        verify_pipeline(session, pipeline, repair, _SAMPLE if pipeline.state == "active" else 0)
-    elif step == "failed" and pipeline_name is not None:
+    this = NightlyStep(step)
+    if this is NightlyStep.PURGE:
+        _purge(session)
+    elif pipeline_name is None:
+        raise InvalidParameter(f'step "{step}" of the nightly run is for one pipeline, which must be named')
+    elif this is NightlyStep.VERIFY:
+        _verify_and_repair(session, pipeline_name, repair)
+    else:
         note_failure(session, pipeline_name, message or "")
-    elif step == "purge":
-        purge(session, None)
-        session.query(
-            "DELETE FROM embedline.verification WHERE verified_at < now() - make_interval(days => $1)",
-            ["integer"],
-            _KEPT_DAYS,
-        )
-        session.query(
-            "DELETE FROM embedline.shadow_read WHERE read_at < now() - make_interval(days => $1)",
-            ["integer"],
-            _KEPT_DAYS,
-        )
-        session.query(
-            "DELETE FROM embedline.batch_hour WHERE hour < now() - make_interval(days => $1)", ["integer"], _KEPT_DAYS
-        )
-        batch_history.move_old(session)
-        ledger.roll_up(session)
+
+
+def _verify_and_repair(session: Session, name: str, repair: bool) -> None:
+    pipeline = load_pipeline(session, name)
+    # A pipeline may be paused because its provider must not be asked.
+    verify_pipeline(session, pipeline, repair, _SAMPLE if pipeline.state == "active" else 0)
+
+
+def _purge(session: Session) -> None:
+    purge(session, None)
+    for statement in _PURGES:
+        session.query(statement, ["integer"], _KEPT_DAYS)
+    batch_history.move_old(session)
+    ledger.roll_up(session)
 
 
 def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
@@ -72,7 +85,7 @@ def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
         plpy.commit()
         for name in names:
             _verify(plpy, name, repair)
-        _step(plpy, "purge", None, repair, None)
+        _step(plpy, NightlyStep.PURGE, None, repair, None)
         plpy.commit()
     finally:
         with contextlib.suppress(Exception):
@@ -83,17 +96,17 @@ def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
 
 def _verify(plpy: Plpy, name: str, repair: bool) -> None:
     try:
-        _step(plpy, "verify", name, repair, None)
+        _step(plpy, NightlyStep.VERIFY, name, repair, None)
         plpy.commit()
     except Exception as error:
         if sqlstate_of(error) in ENDING:
             raise
         plpy.rollback()
-        _step(plpy, "failed", name, repair, str(error))
+        _step(plpy, NightlyStep.RECORD_FAILURE, name, repair, str(error))
         plpy.commit()
         plpy.warning(f"embedline: pipeline {name} could not be verified: {error}")
 
 
-def _step(plpy: Plpy, step: Step, name: str | None, repair: bool, message: str | None) -> None:
+def _step(plpy: Plpy, step: NightlyStep, name: str | None, repair: bool, message: str | None) -> None:
     plan = plpy.prepare("SELECT embedline._nightly_step($1, $2, $3, $4)", ["text", "text", "boolean", "text"])
     plpy.execute(plan, [step, name, repair, message])

@@ -18,8 +18,9 @@ from embedline.core.processes import prepare_environment
 from embedline.errors import NotReady
 from embedline.models import circuit
 from embedline.pipelines.plan import current_plan
+from embedline.pipelines.replaced_views import LetGo, await_view, require_swappable, show_version
 from embedline.pipelines.state import load_alone
-from embedline.pipelines.views import LetGo, await_view, require_swappable, show_version, write_serving_function
+from embedline.pipelines.views import write_serving_function
 from embedline.postgres.claims import CALLERS_TRANSACTION
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import hold_source, retry_locked

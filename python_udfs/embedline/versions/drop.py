@@ -15,8 +15,8 @@ from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.search_functions import drop_search_functions
 from embedline.pipelines.functions import rewrite_trigger_functions
 from embedline.pipelines.plan import current_plan
+from embedline.pipelines.replaced_views import require_no_dependents
 from embedline.pipelines.state import load_alone
-from embedline.pipelines.views import require_no_dependents
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import retry_locked
 from embedline.postgres.session import Session

@@ -22,16 +22,13 @@ _UNFINISHED = """
         SELECT DISTINCT p.pipeline_id FROM embedline.pipeline AS p
         JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
         LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
-        LEFT JOIN pg_class AS c ON c.relnamespace = 'embedline_data'::regnamespace
-            AND c.relname = p.name || '_v' || v.number || '_embedding_idx'
-        LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
         WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL{builds})
     )
 """
 _UNFINISHED_CHECKS = _UNFINISHED.format(builds="")
 _UNFINISHED_BUILDS = _UNFINISHED.format(
     builds=""" OR v.version_id = p.serving_version_id AND v.state = 'complete' AND v.index_method <> 'none'
-        AND i.indisvalid IS DISTINCT FROM true OR EXISTS (
+        AND embedline._index_state(p.name || '_v' || v.number || '_embedding_idx') <> 'valid' OR EXISTS (
             SELECT FROM cron.job AS j WHERE j.database = current_database()
                 AND starts_with(j.jobname, 'embedline index ' || p.name || ' '))"""
 )

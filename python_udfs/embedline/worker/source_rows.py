@@ -294,10 +294,8 @@ class SourceRows:
         self, claim: Claim, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
     ) -> None:
         """Put rows into the outbox."""
-        outbox.requeue(
-            self.session, self.pipeline, rows, delay, charged=charged, error=error,
-            of_backfill=claim.range_id is not None, enqueued_at=claim.enqueued_at,
-        )  # fmt: skip
+        retry = outbox.Retry(delay, charged, error, of_backfill=claim.range_id is not None)
+        outbox.requeue(self.session, self.pipeline, rows, retry, enqueued_at=claim.enqueued_at)
 
     def _requeue_busy(self, claim: Claim, rows: Sequence[ClaimedRow]) -> None:
         if rows:

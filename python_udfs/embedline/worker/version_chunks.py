@@ -22,7 +22,7 @@ from embedline.postgres.session import Session
 from embedline.queue import chunk_queue
 from embedline.queue.claim import Claim
 from embedline.queue.dead_letters import DeadLetter
-from embedline.queue.outbox import ClaimedRow
+from embedline.queue.outbox import ClaimedRow, Retry
 from embedline.queue.signals import Asked
 from embedline.search.exact_rows import keep_late
 from embedline.worker.work_source import BUSY_SECONDS, Kind, Reading, Waiting
@@ -186,9 +186,7 @@ class VersionChunks:
         self, claim: Claim, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
     ) -> None:
         """Put chunks into a list of their own."""
-        chunk_queue.requeue(
-            self.session, self.pipeline, rows, delay, charged=charged, error=error, of_backfill=claim.of_backfill
-        )
+        chunk_queue.requeue(self.session, self.pipeline, rows, Retry(delay, charged, error, claim.of_backfill))
 
     def quarantine(self, claim: Claim, letters: Sequence[DeadLetter]) -> None:
         """Write dead letters of the version, but for chunks that are gone."""

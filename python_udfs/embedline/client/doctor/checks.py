@@ -12,10 +12,11 @@ from psycopg import sql
 
 import embedline
 from embedline.client.doctor.packages import version_number
-from embedline.client.doctor.server import Finding, Server
-from embedline.client.install import ENCODING_REMEDY
-from embedline.core.names import vector_index
+from embedline.client.doctor.server import Finding, Server, Verdict
 
+# In a cluster of another encoding template1 has that, too, and so has its locale. So template0, and a locale that takes
+# UTF8.
+_ENCODING_REMEDY = "CREATE DATABASE mydb ENCODING 'UTF8' LOCALE 'C.UTF-8' TEMPLATE template0;"
 # Bytes of shared memory that the smallest parallel index build allocates at once. With less it is built serially.
 _SMALLEST_PARALLEL_BUILD = 72 * 1024**2
 _SCHEDULED_WORKERS = """
@@ -45,9 +46,9 @@ def encoding(server: Server) -> Iterator[Finding]:
     yield Finding(
         "encoding",
         "error",
-        found,
+        f"the database has encoding {found}",
         "Embedline needs a database in UTF8, and a database keeps its encoding: make a new one, and move your data there.",
-        (ENCODING_REMEDY,),
+        (_ENCODING_REMEDY,),
     )
 
 
@@ -113,16 +114,6 @@ def _no_pg_cron(server: Server, *, is_loaded: bool) -> Finding:
     )
 
 
-def jobs(server: Server) -> Iterator[Finding]:
-    """Check that each of our scheduled jobs runs."""
-    if server.scalar("SELECT to_regprocedure('embedline._job_troubles()') IS NOT NULL") is not True:
-        return
-    for names, trouble, remedy in server.connection.execute(
-        "SELECT jobs, trouble, remedy FROM embedline._job_troubles()"
-    ):
-        yield Finding("pg_cron jobs", "error", f"{names}: {trouble}", "", tuple(str(remedy).splitlines()))
-
-
 def workers(server: Server) -> Iterator[Finding]:
     """Check that a worker embeds new rows."""
     if server.scalar("SELECT to_regclass('embedline.worker') IS NOT NULL") is not True:
@@ -152,44 +143,16 @@ def shared_memory(server: Server) -> Iterator[Finding]:
         yield Finding("shared memory", "ok", found)
 
 
-# The checks in their order; findings of the same weight are shown in it.
-_REACH = """
-    SELECT p.name, v.number, r.ef_search, r.recall, coalesce(r.recall_target, 0.99) AS target,
-        (SELECT f.finding ->> 'count' FROM embedline.verification AS o
-         CROSS JOIN LATERAL jsonb_array_elements(o.findings) AS f (finding)
-         WHERE o.pipeline_id = p.pipeline_id AND NOT o.repair AND f.finding ->> 'name' = 'unreachable'
-            AND o.verified_at = (SELECT max(n.verified_at) FROM embedline.verification AS n
-                                 WHERE n.pipeline_id = p.pipeline_id)) AS unreachable
-    FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id
-    LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
-    WHERE EXISTS (SELECT FROM embedline.versions AS s
-                  WHERE s.pipeline = p.name AND s.version = v.number AND s.index_state = 'valid')
-    ORDER BY p.name
-"""
+# Findings of the server that checks here show, too, with more of the surroundings.
+_SHOWN_HERE = ("no_worker", "old_pgvector", "version_skew", "workers_missing")
+_VERDICTS: dict[str, Verdict] = {"critical": "error", "warning": "warning", "note": "note", "ok": "ok"}
+_INSIDE = "SELECT severity, finding, subject, message, remedy FROM embedline.doctor() WHERE finding <> ALL (%s)"
 
 
-def index_reach(server: Server) -> Iterator[Finding]:
-    """Check that each serving version's index was measured and finds exact results."""
-    if not server.is_installed or server.scalar("SELECT to_regclass('embedline.index_reach')") is None:
+def inside(server: Server) -> Iterator[Finding]:
+    """Take over what the server finds about itself, its jobs, indexes and vectors."""
+    if server.scalar("SELECT to_regprocedure('embedline.doctor()') IS NOT NULL") is not True:
         return
-    for name, number, ef_search, recall, target, unreachable in server.connection.execute(_REACH).fetchall():
-        check, command = f"index of {name}", f"SELECT * FROM embedline.verify({_literal(name)}, repair => true);"
-        if unreachable is not None:
-            advice = "Search does not reach rows that exact ranking finds. A repair has them ranked exactly."
-            yield Finding(check, "warning", f"{unreachable} rows unreachable in a sample", advice, (command,))
-        elif ef_search is None:
-            advice = "Its recall is not measured yet. An idle worker does that, and each verify."
-            yield Finding(check, "note", "not measured", advice, (command,))
-        elif recall < target - 0.01:
-            advice = (
-                f"Searches find less than the {target:g} that is asked for. Build the index again with a better graph."
-            )
-            index = f'embedline_data."{vector_index(name, number)}"'
-            rebuild = (f"ALTER INDEX {index} SET (ef_construction = 400);", f"REINDEX INDEX CONCURRENTLY {index};")
-            yield Finding(check, "warning", f"recall@10 {recall:.3f} with ef_search {ef_search}", advice, rebuild)
-        else:
-            yield Finding(check, "ok", f"recall@10 {recall:.3f} with ef_search {ef_search}")
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    for severity, name, subject, message, remedy in server.connection.execute(_INSIDE, [list(_SHOWN_HERE)]).fetchall():
+        check = str(name).replace("_", " ") + ("" if subject == "server" else f": {subject}")
+        yield Finding(check, _VERDICTS[severity], str(message), "", tuple((remedy or "").splitlines()))

@@ -11,8 +11,7 @@ import psycopg
 from embedline.client.connection import Connection, server_message
 from embedline.client.doctor.checks import (
     encoding,
-    index_reach,
-    jobs,
+    inside,
     pg_cron,
     postgresql,
     role,
@@ -24,19 +23,16 @@ from embedline.client.doctor.packages import package, pgvector, plpython
 from embedline.client.doctor.server import Check, Finding, Server, Verdict
 
 _WEIGHTS: tuple[Verdict, ...] = ("error", "warning", "note", "ok")
+# What must be there before the installation, which makes these checks, too.
+REQUIREMENTS: tuple[Check, ...] = (postgresql, encoding, plpython, pgvector, package)
 CHECKS: tuple[Check, ...] = (
-    postgresql,
-    encoding,
     role,
-    plpython,
-    pgvector,
-    package,
+    *REQUIREMENTS,
     schema,
     pg_cron,
-    jobs,
     workers,
     shared_memory,
-    index_reach,
+    inside,
 )
 
 
@@ -45,9 +41,13 @@ def examine(connection: Connection, checks: Iterable[Check] = CHECKS) -> list[Fi
 
     Returns their findings, the gravest first.
     """
-    server = Server(connection)
-    found = [finding for check in checks for finding in _run(check, server)]
+    found = run_checks(Server(connection), checks)
     return sorted(found, key=lambda finding: _WEIGHTS.index(finding.verdict))
+
+
+def run_checks(server: Server, checks: Iterable[Check]) -> Iterator[Finding]:
+    """Yield the findings of checks, in their order."""
+    return (finding for check in checks for finding in _run(check, server))
 
 
 def _run(check: Check, server: Server) -> Iterator[Finding]:

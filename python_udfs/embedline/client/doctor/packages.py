@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 
 import embedline
 from embedline.client.doctor.server import Finding, Server
-from embedline.client.install import MINIMUM_PGVECTOR
 
+_MINIMUM_PGVECTOR = (0, 8, 0)
 _PGVECTOR_BUGS = (
     (
         (0, 8, 2),
@@ -42,7 +42,7 @@ def pgvector(server: Server) -> Iterator[Finding]:
         yield Finding("pgvector", "error", "missing", advice, (package,))
         return
     update = ("ALTER EXTENSION vector UPDATE;",) if installed and _is_older(installed, offered) else ()
-    if version_number(version) < MINIMUM_PGVECTOR:
+    if version_number(version) < _MINIMUM_PGVECTOR:
         advice = "Embedline needs 0.8.0 or newer: iterative scans came with it."
         yield Finding("pgvector", "error", version, advice, update)
         return
@@ -73,10 +73,11 @@ def package(server: Server) -> Iterator[Finding]:
             yield Finding("Python package", "error", found, advice)
     elif "missing" in inside:
         advice = (
-            f"The server's Python {inside['python']} looks in {', '.join(inside['path'])}."
+            f"It is interpreter {inside['python']} of {inside['prefix']}, and looks in {', '.join(inside['path'])}."
             " Have the server start with PYTHONPATH naming the folder into which the package was installed."
         )
-        yield Finding("Python package", "error", inside["missing"], advice, _python_path(server))
+        found = f"the server's Python cannot import embedline: {inside['missing']}"
+        yield Finding("Python package", "error", found, advice, _python_path(server))
 
 
 def _python_path(server: Server) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, LiteralString
 
 from embedline.client.connection import Connection
-from embedline.client.install import REQUIRED_MODULES
 
+# Packages that the server's Python imports sooner or later.
+_REQUIRED_MODULES = "import embedline, ftfy, markdown_it, numpy, semantic_text_splitter, tokenizers"
 # In the order of their urgency.
 Verdict = Literal["error", "warning", "note", "ok"]
 
@@ -83,9 +84,9 @@ class Server:
 _PROBE = f"""
 DO LANGUAGE plpython3u $python$
 import json, os, sys
-found = {{'python': sys.version.split()[0], 'path': [folder for folder in sys.path if folder]}}
+found = {{'python': sys.version.split()[0], 'prefix': sys.prefix, 'path': [folder for folder in sys.path if folder]}}
 try:
-    {REQUIRED_MODULES}
+    {_REQUIRED_MODULES}
     found['version'], found['folder'] = embedline.__version__, os.path.dirname(embedline.__file__)
 except ImportError as error:
     found['missing'] = str(error)

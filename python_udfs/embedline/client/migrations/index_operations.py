@@ -138,7 +138,8 @@ def _build(operations: Operations, operation: ops.BuildVectorIndexOp) -> None:
     logger.info("building the index of %s", label(operation))
     try:
         with reported():
-            build_index.build(client, operation.pipeline, operation.version, tell=logger.warning)
+            listener = build_index.Listener(tell=logger.warning)
+            build_index.build(client, operation.pipeline, operation.version, listener=listener)
     except EmbedlineError as error:
         raise CommandError(" HINT: ".join(filter(None, (error.message, error.hint)))) from error
     except CommandError as error:

@@ -12,8 +12,9 @@ import sys
 import psycopg
 from rich.console import Console
 
+from embedline.dev.demo.demos import DEMOS
 from embedline.dev.demo.manual import ManualNotFound
-from embedline.dev.demo.run import DEMOS, DemoFailed, run_demo
+from embedline.dev.demo.run import DemoFailed, run_demo
 from embedline.dev.demo.upgrade import run_upgrade
 
 

@@ -6,8 +6,7 @@ Every statement is its own transaction (autocommit), so no snapshot is held whil
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import psycopg
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from embedline.client.build_index import PsycopgClient, build
 from embedline.core.retrieval_metrics import recall_at_k
+from embedline.dev.demo.demos import Demo
 from embedline.dev.demo.manual import Page, manual_folder, read_index_terms, read_pages
 
 _CONTENT = r"title || E'\n\n' || body"
@@ -30,14 +30,12 @@ _STALLED_SECONDS = 600.0
 _WORKER_SECONDS = 90.0
 _VISIBLE_SECONDS = 30.0
 _LOCK_TRIES = 5
-
 _EDIT_WORD = "glimmerwrap"
 _EDIT_TEXT = (
     "The glimmerwrap gardener waters the office plants: ferns, cactuses and orchids. "
     "Its watering can is filled every second Tuesday, and the orchids are never watered at noon."
 )
 _EDIT_QUESTION = "watering the office plants, ferns, cactuses and orchids"
-
 _STATUS = "SELECT pending, backfill_complete, dead_letters, last_error, workers_alive FROM embedline.status WHERE pipeline = %s"
 _SEARCH = "SELECT key, chunk, score FROM embedline.search(%s, %s, %s, per_document => true)"
 _HAS_WORKER = "SELECT embedline._workers_alive() > 0"
@@ -45,67 +43,6 @@ _HAS_WORKER = "SELECT embedline._workers_alive() > 0"
 
 class DemoFailed(Exception):
     """The demo cannot go on."""
-
-
-@dataclass(frozen=True)
-class Demo:
-    """The differences between the models: pages and questions.
-
-    Each question stands with the pages that answer it; tests hold the search to them. `required_recall` is None if no
-    figure was promised.
-    """
-
-    model: str
-    name: str
-    page_prefix: str
-    questions: Mapping[str, tuple[str, ...]]
-    filtered_question: tuple[str, str]
-    title_pattern: str
-    edited_page: str
-    deleted_page: str
-    required_recall: float | None
-    required_visible_seconds: float | None
-
-
-DEMOS = {
-    "static-256": Demo(
-        model="static-256",
-        name="manual",
-        page_prefix="",
-        questions={
-            "recover a database to an earlier point in time from archived WAL": (
-                "continuous-archiving.html",
-                "wal-intro.html",
-            ),
-            "row-level security policies for multi-tenant tables": ("ddl-rowsecurity.html",),
-            "deadlock between two transactions": ("explicit-locking.html",),
-            "partition a large table by date range": ("ddl-partitioning.html",),
-        },
-        filtered_question=("insert a row or update it if it exists already", "sql-insert.html"),
-        title_pattern="INSERT%",
-        edited_page="storage-init.html",
-        deleted_page="sql-vacuum.html",
-        required_recall=0.70,
-        required_visible_seconds=1.0,
-    ),
-    "minilm": Demo(
-        model="minilm",
-        name="manual_commands",
-        page_prefix="sql-",
-        questions={
-            "why is my query slow, show the execution plan": ("sql-explain.html",),
-            "import a CSV file into a table": ("sql-copy.html",),
-            "receive a notification when another session sends one": ("sql-notify.html", "sql-listen.html"),
-            "restrict which rows a user can see": ("sql-createpolicy.html",),
-        },
-        filtered_question=("build an index without blocking writers", "sql-createindex.html"),
-        title_pattern="CREATE %",
-        edited_page="sql-dropuser.html",
-        deleted_page="sql-vacuum.html",
-        required_recall=None,
-        required_visible_seconds=None,
-    ),
-}
 
 
 def run_demo(dsn: str, demo: Demo, console: Console) -> list[str]:

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from embedline.client.build_index import PsycopgClient, build
 from embedline.dev.cluster.models import cut_static_model
+from embedline.dev.demo.demos import DEMOS, Demo
 from embedline.dev.demo.manual import manual_folder, read_index_terms, read_pages
-from embedline.dev.demo.run import DEMOS, Demo, DemoFailed, await_worker, build_index, drain, headline, recreate, scalar
+from embedline.dev.demo.run import DemoFailed, await_worker, build_index, drain, headline, recreate, scalar
 from embedline.dev.demo.traffic import LiveTraffic, Tally
 
 NAME, NEW_MODEL = "manual_upgrade", "minilm"

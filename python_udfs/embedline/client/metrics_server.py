@@ -1,4 +1,4 @@
-"""The command `embedline metrics`: print the metrics, or serve them to Prometheus."""
+"""Serve the metrics of a database to Prometheus."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Any
 
 import psycopg
-import typer
 
-from embedline.client.connection import Connection, connect, lines, resolve, server_message
+from embedline.client.connection import Connection, connect, lines, server_message
 from embedline.errors import EmbedlineError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -87,38 +86,6 @@ def scrape(connection: Connection) -> str:
     return str(row[0]) if row else ""
 
 
-def metrics(
-    dsn: Annotated[
-        str,
-        typer.Option(
-            envvar="EMBEDLINE_DSN",
-            default_factory=str,
-            help="Any connection string of libpq; without it PGSERVICE, PGHOST, PGDATABASE and the like count.",
-            show_default=False,
-        ),
-    ],
-    listen: Annotated[
-        str | None, typer.Option(metavar="ADDRESS:PORT", help="Serve them at /metrics, for example 127.0.0.1:9187.")
-    ] = None,
-) -> None:
-    """Print the metrics in Prometheus' text format, or serve them.
-
-    Served, a database that is away gives status 503 and embedline_up 0.
-    """
-    try:
-        resolve(dsn)
-        if listen is None:
-            with connect(dsn) as connection:
-                typer.echo(scrape(connection), nl=False)
-            return
-        address = parse_address(listen)
-    except _FAULTS as error:
-        _fail(_message(error))
-    except ValueError as error:
-        _fail(str(error))
-    _serve(dsn, address)
-
-
 def parse_address(listen: str) -> tuple[str, int]:
     """Return host and port; an address of IPv6 stands in brackets."""
     host, separator, port = listen.rpartition(":")
@@ -164,12 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing: a line for each scrape hides the others."""
 
 
-def _serve(dsn: str, address: tuple[str, int]) -> None:
-    scraper = Scraper(dsn, lambda text: typer.echo(text, err=True))
-    try:
-        server = _Server(address, scraper)
-    except OSError as error:
-        _fail(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}")
+def serve(dsn: str, address: tuple[str, int], say: Callable[[str], None]) -> None:
+    """Serve the metrics until SIGINT or SIGTERM; raises OSError if the address cannot be used."""
+    scraper = Scraper(dsn, say)
+    server = _Server(address, scraper)
 
     def end(_: int, __: FrameType | None) -> None:
         # shutdown() waits for the loop, which this thread runs.
@@ -179,7 +144,7 @@ def _serve(dsn: str, address: tuple[str, int]) -> None:
         signal.signal(number, end)
     host, port = server.server_address[:2]
     shown = f"[{host!s}]" if ":" in str(host) else str(host)
-    typer.echo(f"serving http://{shown}:{port}/metrics", err=True)
+    say(f"serving http://{shown}:{port}/metrics")
     with server:
         server.serve_forever(poll_interval=0.2)
     scraper.close()
@@ -191,8 +156,3 @@ def _message(error: object) -> str:
     if isinstance(error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedFunction):
         return "Embedline is not installed in this database, or is older\nHINT: embedline upgrade"
     return server_message(error) or str(error)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)

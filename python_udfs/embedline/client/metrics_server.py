@@ -132,7 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve(dsn: str, address: tuple[str, int], say: Callable[[str], None]) -> None:
-    """Serve the metrics until SIGINT or SIGTERM; raises OSError if the address cannot be used."""
+    """Serve the metrics until SIGINT or SIGTERM.
+
+    Raises OSError if the address cannot be used.
+    """
     scraper = Scraper(dsn, say)
     server = _Server(address, scraper)
 

@@ -2,7 +2,8 @@
 
 Watched, a worker keeps each batch, sends spans to a receiver of OTLP, and is scraped each second. Unwatched, no row of a batch
 is kept, the rounds of alerts are left out, and there is neither endpoint nor scrape. Both sides run in turn on one server; the
-switch is made in the worker's session before its CALL.
+switch is made in the worker's session before its CALL. A busy machine spreads the rates by far more than watching costs, so the
+processor time of both sessions is compared, too.
 Then scrapes are timed with 1,000,000 rows that wait, as one row of the inbox each, and with 1,000 pipelines.
 """
 
@@ -12,10 +13,10 @@ import http.server
 import statistics
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from bench_pipelines import _create
+from bench_pipelines import _create, _processor_seconds
 from harness import Bench, Figure, scalar, timed
 from workers import Session, check_count, create_pipeline, fill, recreate_source, register_stub, spread
 
@@ -50,6 +51,8 @@ def run(bench: Bench) -> None:
 def _compare(bench: Bench, session: Session, provider: StubProvider) -> None:
     model = register_stub(session, provider)
     seconds: dict[bool, list[float]] = {True: [], False: []}
+    worked: dict[bool, list[float]] = {True: [], False: []}
+    scraped: list[float] = []
     task = bench.progress.add_task("Draining", total=2 * (bench.rounds + 1))
     with _receiver() as (address, received):
         for number in range(bench.rounds + 1):
@@ -59,53 +62,59 @@ def _compare(bench: Bench, session: Session, provider: StubProvider) -> None:
                 fill(session, range(1, ROWS + 1))
                 session.execute("CHECKPOINT")
                 provider.counts()
-                elapsed = _drain(bench, watched, address)
+                elapsed, processor, scraper = _drain(bench, watched, address)
                 check_count(session, ROWS, provider.counts()["texts"], ROWS)
                 if number > 0:
                     seconds[watched].append(elapsed)
+                    worked[watched].append(processor)
+                    scraped += [scraper / elapsed * 100] if watched else []
                 bench.progress.update(task, advance=1)
     if not any("traces" in path for path in received):
         raise SystemExit("no span has arrived")
     rates = [ROWS / statistics.median(seconds[watched]) for watched in (True, False)]
     shares = [without / watched for watched, without in zip(seconds[True], seconds[False], strict=True)]
     detail = f"{rates[0]:,.0f} against {rates[1]:,.0f} rows/s; {spread(shares, '.3f')}"
+    bench.compare("processor time of the worker, watched", worked[True], worked[False])
+    bench.add(Figure("  of a scrape each second, of a core", statistics.median(scraped), "%", None, spread(scraped)))
     bench.add(Figure("rate watched, of the unwatched", statistics.median(shares), "×", SHARE, detail, at_least=True))
 
 
-def _drain(bench: Bench, watched: bool, address: str) -> float:
-    """Drain in a session of its own, which has worked before; return the seconds."""
-    with bench.connect() as session:
+def _drain(bench: Bench, watched: bool, address: str) -> tuple[float, float, float]:
+    """Drain in a session of its own, which has worked before.
+
+    Return the seconds, the processor time of the worker, and that of the scrapes.
+    """
+    with bench.connect() as session, bench.connect() as scraper:
         session.execute(_WATCHED.format(address) if watched else _UNWATCHED)
         # Imports are over before the clock starts.
         session.execute("CALL embedline.run_worker(max_seconds => 0)")
-        session.execute("SELECT embedline.metrics()")
-        with _scrapes(bench) if watched else _nothing():
-            return timed(lambda: session.execute("CALL embedline.run_worker(until_idle => true)"))
+        # So are those of the exporter's thread, which takes half a second of a core once in a session.
+        session.execute("DO LANGUAGE plpython3u $$import time; time.sleep(3)$$")
+        scraper.execute("SELECT embedline.metrics()").fetchone()
+        pids = (session.info.backend_pid, scraper.info.backend_pid)
+        before = [_processor_seconds(pid) for pid in pids]
+        with _scrapes(scraper) if watched else nullcontext():
+            elapsed = timed(lambda: session.execute("CALL embedline.run_worker(until_idle => true)"))
+        worker, scrapes = (_processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True))
+        return elapsed, worker, scrapes
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _scrapes(bench: Bench) -> Iterator[None]:
-    """Scrape each second, from a session that has scraped before."""
+def _scrapes(session: Session) -> Iterator[None]:
+    """Scrape each second."""
     ended = threading.Event()
 
-    def scrape(session: Session) -> None:
+    def scrape() -> None:
         while not ended.wait(1):
             session.execute("SELECT embedline.metrics()").fetchone()
 
-    with bench.connect() as session:
-        session.execute("SELECT embedline.metrics()").fetchone()
-        thread = threading.Thread(target=scrape, args=(session,))
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from embedline.worker import batch_history
 _SAMPLE = 20
 _KEPT_DAYS = 90
 
-Step = Literal["verify", "failed", "purge"]
+Step = Literal["verify", "failed", "quality", "purge"]
 
 
 @entry_point
@@ -37,6 +37,8 @@ def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair
         verify_pipeline(session, pipeline, repair, _SAMPLE if pipeline.state == "active" else 0)
     elif step == "failed" and pipeline_name is not None:
         note_failure(session, pipeline_name, message or "")
+    elif step == "quality" and pipeline_name is not None:
+        session.query("SELECT count(*) FROM embedline.check_quality($1, only_due => true)", ["text"], pipeline_name)
     elif step == "purge":
         purge(session, None)
         session.query(
@@ -52,6 +54,7 @@ def nightly_step(session: Session, step: Step, pipeline_name: str | None, repair
         session.query(
             "DELETE FROM embedline.batch_hour WHERE hour < now() - make_interval(days => $1)", ["integer"], _KEPT_DAYS
         )
+        session.query("SELECT embedline._purge_quality(), embedline._purge_query_samples()")
         batch_history.move_old(session)
         ledger.roll_up(session)
 
@@ -72,6 +75,7 @@ def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
         plpy.commit()
         for name in names:
             _verify(plpy, name, repair)
+            _check_quality(plpy, name, repair)
         _step(plpy, "purge", None, repair, None)
         plpy.commit()
     finally:
@@ -92,6 +96,17 @@ def _verify(plpy: Plpy, name: str, repair: bool) -> None:
         _step(plpy, "failed", name, repair, str(error))
         plpy.commit()
         plpy.warning(f"embedline: pipeline {name} could not be verified: {error}")
+
+
+def _check_quality(plpy: Plpy, name: str, repair: bool) -> None:
+    try:
+        _step(plpy, "quality", name, repair, None)
+        plpy.commit()
+    except Exception as error:
+        if sqlstate_of(error) in ENDING:
+            raise
+        plpy.rollback()
+        plpy.warning(f"embedline: the quality of pipeline {name} could not be checked: {error}")
 
 
 def _step(plpy: Plpy, step: Step, name: str | None, repair: bool, message: str | None) -> None:

@@ -15,6 +15,8 @@ AS $sql$
     SELECT a.severity, a.alert, a.subject, a.since, a.message, a.remedy FROM embedline._index_alerts() AS a
     UNION ALL
     SELECT a.severity, a.alert, a.subject, a.since, a.message, a.remedy FROM embedline._server_alerts() AS a
+    UNION ALL
+    SELECT a.severity, a.alert, a.subject, a.since, a.message, a.remedy FROM embedline._quality_alerts() AS a
 $sql$;
 
 COMMENT ON FUNCTION embedline._alert_conditions() IS 'Internal: list what is wrong now.';

@@ -33,6 +33,20 @@ TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION embedline._progress(), embedline._alert_conditions(), embedline.metrics()
 TO embedline_reader, embedline_worker;
 
+-- Quality over time: numbers are for readers. Canaries and noted queries are texts, and only administrators read them.
+GRANT SELECT ON embedline.quality, embedline.quality_baseline TO embedline_reader, embedline_worker;
+GRANT SELECT ON embedline.canary, embedline.query_sample, embedline.drift_probe, embedline.quality_check
+TO embedline_admin;
+GRANT EXECUTE ON FUNCTION embedline._note_query(bigint, text) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION embedline._quality_step(text, boolean) TO embedline_worker;
+GRANT EXECUTE ON FUNCTION
+embedline.set_canaries(text, regclass),
+embedline._store_canaries(text, jsonb),
+embedline.check_quality(text, boolean),
+embedline.accept_quality(text),
+embedline.sample_queries(text, double precision, interval)
+TO embedline_admin;
+
 -- Workers: embed, and nothing else.
 GRANT EXECUTE ON FUNCTION embedline.embed_pending(integer, text), public.embed_pending(integer, text)
 TO embedline_worker;

@@ -130,6 +130,17 @@ CREATE TABLE embedline.budget_stop (
     CONSTRAINT budget_stop_pkey PRIMARY KEY (pipeline_id)
 );
 
+CREATE TABLE embedline.canary (
+    pipeline_id bigint NOT NULL,
+    "position" integer NOT NULL,
+    query text NOT NULL,
+    grades jsonb NOT NULL,
+    baseline_recall double precision,
+    last_recall double precision,
+    CONSTRAINT canary_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT canary_pkey PRIMARY KEY (pipeline_id, "position")
+);
+
 CREATE TABLE embedline.chunk_set (
     chunk_set_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
     pipeline_id bigint NOT NULL,
@@ -189,6 +200,17 @@ CREATE TABLE embedline.dead_letter (
     CONSTRAINT dead_letter_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
     CONSTRAINT dead_letter_pkey PRIMARY KEY (dead_letter_id),
     CONSTRAINT dead_letter_stage_check CHECK ((stage = ANY (ARRAY['claim'::text, 'read'::text, 'validate'::text, 'chunk'::text, 'embed'::text, 'write'::text])))
+);
+
+CREATE TABLE embedline.drift_probe (
+    version_id bigint NOT NULL,
+    "position" integer NOT NULL,
+    probe text NOT NULL,
+    reference real[] NOT NULL,
+    fingerprint text NOT NULL,
+    referenced_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT drift_probe_pkey PRIMARY KEY (version_id, "position"),
+    CONSTRAINT drift_probe_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
 );
 
 CREATE TABLE embedline.evaluation (
@@ -348,9 +370,12 @@ CREATE TABLE embedline.pipeline (
     source_name text,
     is_resting boolean DEFAULT false NOT NULL,
     input_columns jsonb DEFAULT '{}'::jsonb NOT NULL,
+    query_sample_share double precision DEFAULT 0 NOT NULL,
+    query_retention interval DEFAULT '7 days'::interval NOT NULL,
     CONSTRAINT pipeline_capture_check CHECK ((capture = ANY (ARRAY['statement'::text, 'row'::text]))),
     CONSTRAINT pipeline_name_key UNIQUE (name),
     CONSTRAINT pipeline_pkey PRIMARY KEY (pipeline_id),
+    CONSTRAINT pipeline_query_sample_share_check CHECK (((query_sample_share >= (0)::double precision) AND (query_sample_share <= (1)::double precision))),
     CONSTRAINT pipeline_serving_version_id_fkey FOREIGN KEY (serving_version_id) REFERENCES embedline.version(version_id) ON DELETE SET NULL,
     CONSTRAINT pipeline_state_check CHECK ((state = ANY (ARRAY['active'::text, 'paused'::text]))),
     CONSTRAINT pipeline_weight_check CHECK (((weight > (0)::double precision) AND (weight < 'Infinity'::double precision)))
@@ -392,6 +417,65 @@ CREATE VIEW embedline.progress (
     tokens bigint,
     money numeric
 );
+
+CREATE VIEW embedline.quality (
+    pipeline text,
+    kind text,
+    measured_at timestamp with time zone,
+    value numeric,
+    low numeric,
+    high numeric,
+    baseline numeric,
+    verdict text,
+    queries integer,
+    version integer,
+    error text
+);
+
+CREATE TABLE embedline.quality_baseline (
+    pipeline_id bigint NOT NULL,
+    kind text NOT NULL,
+    value double precision NOT NULL,
+    set_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    accepted_by name,
+    CONSTRAINT quality_baseline_kind_check CHECK ((kind = ANY (ARRAY['canary'::text, 'reach'::text, 'fidelity'::text]))),
+    CONSTRAINT quality_baseline_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT quality_baseline_pkey PRIMARY KEY (pipeline_id, kind)
+);
+
+CREATE TABLE embedline.quality_check (
+    check_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    kind text NOT NULL,
+    measured_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    value double precision,
+    low double precision,
+    high double precision,
+    baseline double precision,
+    query_count integer DEFAULT 0 NOT NULL,
+    is_poor boolean DEFAULT false NOT NULL,
+    error text,
+    seconds real NOT NULL,
+    CONSTRAINT quality_check_kind_check CHECK ((kind = ANY (ARRAY['canary'::text, 'reach'::text, 'fidelity'::text, 'drift'::text, 'lag'::text]))),
+    CONSTRAINT quality_check_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT quality_check_pkey PRIMARY KEY (check_id),
+    CONSTRAINT quality_check_value_check CHECK (((value IS NULL) = (error IS NOT NULL))),
+    CONSTRAINT quality_check_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE TABLE embedline.quality_state (
+    pipeline_id bigint NOT NULL,
+    chunk_ids bigint[] NOT NULL,
+    CONSTRAINT quality_state_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT quality_state_pkey PRIMARY KEY (pipeline_id)
+);
+
+CREATE UNLOGGED TABLE embedline.query_sample (
+    pipeline_id bigint NOT NULL,
+    asked_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    query text NOT NULL
+) WITH (vacuum_truncate=false);
 
 CREATE TABLE embedline.rate_limit (
     model_id bigint NOT NULL,
@@ -682,6 +766,14 @@ CREATE INDEX evaluation_version_id_evaluated_at_idx ON embedline.evaluation USIN
 
 CREATE INDEX finished_batch_finished_at_idx ON embedline.finished_batch USING btree (finished_at);
 
+CREATE INDEX quality_check_last_idx ON embedline.quality_check USING btree (pipeline_id, kind, measured_at DESC);
+
+CREATE INDEX quality_check_poor_idx ON embedline.quality_check USING btree (pipeline_id, kind, measured_at DESC) WHERE is_poor;
+
+CREATE INDEX quality_check_version_id_idx ON embedline.quality_check USING btree (version_id);
+
+CREATE INDEX query_sample_asked_at_idx ON embedline.query_sample USING btree (pipeline_id, asked_at);
+
 CREATE INDEX reservation_reserved_at_idx ON embedline.reservation USING btree (reserved_at);
 
 CREATE INDEX shadow_read_version_id_read_at_idx ON embedline.shadow_read USING btree (version_id, read_at);
@@ -770,6 +862,12 @@ LANGUAGE sql VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
+CREATE FUNCTION embedline._note_query(pipeline_id bigint, query text)
+RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET lock_timeout=1ms;
+
 CREATE FUNCTION embedline._note_rate(model_name text, tokens_per_second double precision)
 RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER
@@ -813,12 +911,42 @@ LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
+CREATE FUNCTION embedline._purge_quality()
+RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._purge_query_samples()
+RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline._put_back(source_number bigint)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET quote_all_identifiers=off
 SET standard_conforming_strings=on;
+
+CREATE FUNCTION embedline._quality_alerts()
+RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
+CREATE FUNCTION embedline._quality_step(pipeline_name text, is_last boolean)
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex
+SET plan_cache_mode=force_generic_plan
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40;
 
 CREATE FUNCTION embedline._regenerate_pipelines()
 RETURNS void
@@ -855,6 +983,11 @@ LANGUAGE plpgsql VOLATILE;
 CREATE FUNCTION embedline._source_trouble(pipeline_number bigint)
 RETURNS TABLE(state text, message text, remedy text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._store_canaries(pipeline_name text, queries jsonb)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._take_away(source regclass)
@@ -900,6 +1033,11 @@ RETURNS bigint
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.accept_quality(pipeline_name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.add_embedding_version(pipeline_name text, model text, column_type text DEFAULT NULL::text, distance text DEFAULT NULL::text, index_method text DEFAULT NULL::text, index_options jsonb DEFAULT NULL::jsonb, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT NULL::integer, chunking_options jsonb DEFAULT NULL::jsonb, backfill_order text DEFAULT 'oldest_first'::text, backfill_rate integer DEFAULT NULL::integer)
 RETURNS integer
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -930,6 +1068,20 @@ CREATE FUNCTION embedline.build_vector_index(pipeline_name text, version_number 
 RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.check_quality(pipeline_name text DEFAULT NULL::text, only_due boolean DEFAULT false)
+RETURNS TABLE(pipeline text, kind text, value double precision, low double precision, high double precision, baseline double precision, queries integer, verdict text, detail text)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex
+SET plan_cache_mode=force_generic_plan
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40;
 
 CREATE FUNCTION embedline.compare_costs(pipeline_or_table text, hosted_model text DEFAULT NULL::text, own_model text DEFAULT NULL::text, machine_price_per_hour numeric DEFAULT NULL::numeric, documents_per_day numeric DEFAULT 0, bulk_share numeric DEFAULT 0, batch_discount numeric DEFAULT 0, queries_per_second numeric DEFAULT 0, tokens_per_query numeric DEFAULT 16, search_milliseconds numeric DEFAULT NULL::numeric, storage_price_per_gigabyte numeric DEFAULT NULL::numeric, price_per_million_tokens numeric DEFAULT NULL::numeric, own_tokens_per_second numeric DEFAULT NULL::numeric, content text DEFAULT NULL::text, sample_rows integer DEFAULT 1000, expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS TABLE(way text, figure text, value numeric, low numeric, high numeric, unit text, note text)
@@ -1120,6 +1272,11 @@ LANGUAGE plpython3u;
 CREATE PROCEDURE embedline.run_worker(IN max_seconds double precision DEFAULT 1200, IN pipeline_name text DEFAULT NULL::text, IN slot integer DEFAULT NULL::integer, IN until_idle boolean DEFAULT false)
 LANGUAGE plpython3u;
 
+CREATE FUNCTION embedline.sample_queries(pipeline_name text, share double precision, retention interval DEFAULT '7 days'::interval)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.schedule_nightly(at time without time zone DEFAULT '03:30:00'::time without time zone, repair boolean DEFAULT true)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1142,6 +1299,11 @@ SET hnsw.ef_search=40;
 CREATE FUNCTION embedline.set_budget(period text, pipeline text DEFAULT NULL::text, model text DEFAULT NULL::text, tokens bigint DEFAULT NULL::bigint, money numeric DEFAULT NULL::numeric)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.set_canaries(pipeline_name text, canaries regclass)
+RETURNS integer
+LANGUAGE plpython3u VOLATILE
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.set_price(model text, price_per_million_tokens numeric)

@@ -44,6 +44,7 @@ class Settings(PacingLimits):
     - `batch_retention_hours`: how long a finished batch is kept by itself; sums by the hour stay.
     - `alert_lag_seconds`, `alert_disk_percent`: limits at which `embedline.alert` warns: the age of the oldest change that
       waits, and the free share of the data directory's disk.
+    - `quality_check_hours`: the time between two checks of quality by an idle worker; 0: none.
     - `max_provider_wait_seconds`: how long a model's circuit stays open at most, even if its provider asks for a longer wait.
     """
 
@@ -57,6 +58,7 @@ class Settings(PacingLimits):
     batch_retention_hours: float = 24.0
     alert_lag_seconds: float = 60.0
     alert_disk_percent: float = 10.0
+    quality_check_hours: float = 1.0
 
 
 # Smallest and largest value of each setting.
@@ -75,6 +77,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_retention_hours": (0, 8760),
     "alert_lag_seconds": (1, 604_800),
     "alert_disk_percent": (0, 100),
+    "quality_check_hours": (0, 8760),
 }
 # Settings that are an interval, with their defaults.
 _INTERVALS = {"dead_letter_retention": "90 days"}

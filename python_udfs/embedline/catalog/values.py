@@ -150,6 +150,8 @@ class Pipeline:
     # If a worker loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the version.
     last_error: str | None = None
     is_hidden: bool = False
+    # The share of searches whose text is noted.
+    query_sample_share: float = 0.0
 
     @property
     def spec(self) -> ChunkingSpec:

@@ -51,4 +51,6 @@ def drop_pipeline(session: Session, name: str) -> None:
         *pipeline.chunk_tables,
     ]
     session.execute(f"DROP TABLE IF EXISTS {', '.join(tables)}")
+    # No foreign key leads there, because it would lock the pipeline's row with each search.
+    session.query("DELETE FROM embedline.query_sample WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
     session.query("DELETE FROM embedline.pipeline WHERE name = $1", ["text"], name)

@@ -49,6 +49,8 @@ HISTORY_LOCK = 1164798001
 # Key of the transaction lock of the session that notes since when alerts stand ("Ema1").
 # sql/functions/_note_alerts.sql repeats it.
 ALERTS_LOCK = 1164796209
+# First key of the session lock under which one session at a time checks the quality of a pipeline ("Emy1").
+QUALITY_LOCK_CLASS = 1164802353
 # First keys of the locks that tell which version a statement works on ("Emq1"), and at which step it is ("Emp1").
 VERSION_LOCK_CLASS, STEP_LOCK_CLASS = 1164800305, 1164800049
 

@@ -53,7 +53,8 @@ _ROWS_FOR_EF = 25
 class Kind:
     """Queries of one kind with their exact results.
 
-    `matrix` holds their vectors, `exact` the distances of each in order, shape (queries, 10).
+    `matrix` holds their vectors, `exact` the distances of each in order, shape (queries, 10). `recalls` are those of
+    each with the settings that were chosen.
     """
 
     name: str
@@ -61,7 +62,12 @@ class Kind:
     exact: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
     chunk_ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
     ef_search: int = MAX_EF_SEARCH
-    recall: float = 0.0
+    recalls: list[float] = field(default_factory=list)
+
+    @property
+    def recall(self) -> float:
+        """Return the mean recall, 0 before it is measured."""
+        return float(np.mean(self.recalls)) if self.recalls else 0.0
 
 
 class Measurement:
@@ -129,12 +135,10 @@ class Measurement:
         )
         served = replace(self.pipeline, version=replace(self.pipeline.version, reach=self.outcome))
         for kind in self.kinds:
-            recalls: list[float] = []
             for missed, recall in self._asked(Ranker(self.session, served, ranks_new=False), kind):
                 self.unreached |= missed
-                recalls.append(recall)
+                kind.recalls.append(recall)
                 yield
-            kind.recall = float(np.mean(recalls))
         self._store(target)
 
     def _rank_exactly(self, kinds: Sequence[Kind]) -> Iterator[None]:

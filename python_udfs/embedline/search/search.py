@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from array import array
 from typing import Any
 
@@ -84,8 +85,14 @@ def search(
         return _rank(session, pipeline, query, k, per_document, ef_search)
 
     start_exporters(session)
+    serving = load_pipeline(session, pipeline_name)
     with span("search", {"pipeline": pipeline_name}):
-        return answer(session, load_pipeline(session, pipeline_name), tenant, session_key, k, rank)
+        rows = answer(session, serving, tenant, session_key, k, rank)
+    if serving.query_sample_share and random.random() < serving.query_sample_share:
+        from embedline.search import query_samples
+
+        query_samples.note(session, serving, query)
+    return rows
 
 
 def _rank(

@@ -28,6 +28,7 @@ from embedline.core.recipe import ModelChanges
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.embedders import create_embedder
 from embedline.errors import DimensionMismatch, InvalidParameter, NotReady
+from embedline.models.document_embedding import embed_texts, lowest_cosine
 from embedline.models.pool import let_cancel_through, wait_result
 from embedline.models.register import check_directory, check_endpoint, check_limits, checked_options
 from embedline.pipelines.register import version_fingerprint
@@ -38,7 +39,6 @@ from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 from embedline.spending import ledger
-from embedline.verify import model_drift
 
 # Stored chunks that are embedded again. If one in 30 came back different, 100 would all be the same in 3 % of tries.
 _SAMPLE = 100
@@ -224,7 +224,7 @@ def _checked_fingerprint(session: Session, model: Model, info: ModelInfo, embedd
         raise InvalidParameter(
             f'the new endpoint of model "{model.config.name}" gives other vectors than those stored',
             detail=f"{len(different)} of {len(compared)} stored chunks came back otherwise: {figures}, where"
-            f" {model_drift.lowest_cosine(model.config)} is needed; for example chunk {worst.chunk_id} of pipeline"
+            f" {lowest_cosine(model.config)} is needed; for example chunk {worst.chunk_id} of pipeline"
             f' "{worst.pipeline}".',
             hint=_other_way(model.config.name, worst.pipeline),
         )
@@ -274,7 +274,7 @@ def _compare_version(session: Session, pipeline: Pipeline, embedder: Embedder, s
             f'model "{name}" may not be asked now: {grant.reason}',
             hint="SELECT * FROM embedline.budget; shows the budgets; embedline.set_budget raises one.",
         )
-    fresh = model_drift.embed_texts(session, pipeline, embedder, texts)
+    fresh = embed_texts(session, pipeline, embedder, texts)
     if grant.reservation_id is not None:
         ledger.settle(session, grant.reservation_id, None)
     stored = vectors.vectors_from_send([row["vector"] for row in rows], version.column_type)
@@ -282,7 +282,7 @@ def _compare_version(session: Session, pipeline: Pipeline, embedder: Embedder, s
     # A stored vector without a direction is a finding of verify.
     sound = np.flatnonzero(lengths[0] > 0)
     cosines = np.einsum("ij,ij->i", stored, fresh, dtype=np.float64) / np.maximum(lengths[0] * lengths[1], 1e-30)
-    is_same = cosines >= model_drift.lowest_cosine(version.model.config)
+    is_same = cosines >= lowest_cosine(version.model.config)
     if version.distance == "l2":
         is_same &= np.abs(lengths[1] - lengths[0]) <= _LENGTH_TOLERANCE * lengths[0]
     return [_Compared(pipeline.name, rows[i]["chunk_id"], float(cosines[i]), bool(is_same[i])) for i in sound]

@@ -35,6 +35,7 @@ class NightlyStep(StrEnum):
     VERIFY = "verify"
     # What follows a verification that failed, which is rolled back.
     RECORD_FAILURE = "failed"
+    QUALITY = "quality"
     PURGE = "purge"
 
 
@@ -51,6 +52,8 @@ def nightly_step(session: Session, step: str, pipeline_name: str | None, repair:
         raise InvalidParameter(f'step "{step}" of the nightly run is for one pipeline, which must be named')
     elif this is NightlyStep.VERIFY:
         _verify_and_repair(session, pipeline_name, repair)
+    elif this is NightlyStep.QUALITY:
+        session.query("SELECT count(*) FROM embedline.check_quality($1, only_due => true)", ["text"], pipeline_name)
     else:
         note_failure(session, pipeline_name, message or "")
 
@@ -65,6 +68,7 @@ def _purge(session: Session) -> None:
     purge(session, None)
     for statement in _PURGES:
         session.query(statement, ["integer"], _KEPT_DAYS)
+    session.query("SELECT embedline._purge_quality(), embedline._purge_query_samples()")
     batch_history.move_old(session)
     ledger.roll_up(session)
 
@@ -85,6 +89,7 @@ def run_nightly(plpy: Plpy, cache: SessionCache, repair: bool) -> None:
         plpy.commit()
         for name in names:
             _verify(plpy, name, repair)
+            _check_quality(plpy, name, repair)
         _step(plpy, NightlyStep.PURGE, None, repair, None)
         plpy.commit()
     finally:
@@ -105,6 +110,17 @@ def _verify(plpy: Plpy, name: str, repair: bool) -> None:
         _step(plpy, NightlyStep.RECORD_FAILURE, name, repair, str(error))
         plpy.commit()
         plpy.warning(f"embedline: pipeline {name} could not be verified: {error}")
+
+
+def _check_quality(plpy: Plpy, name: str, repair: bool) -> None:
+    try:
+        _step(plpy, NightlyStep.QUALITY, name, repair, None)
+        plpy.commit()
+    except Exception as error:
+        if sqlstate_of(error) in ENDING:
+            raise
+        plpy.rollback()
+        plpy.warning(f"embedline: the quality of pipeline {name} could not be checked: {error}")
 
 
 def _step(plpy: Plpy, step: NightlyStep, name: str | None, repair: bool, message: str | None) -> None:

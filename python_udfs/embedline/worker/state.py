@@ -63,7 +63,7 @@ class ResidentWorker:
         self._capacity, self._paces = Capacity(), Paces(settings)
         self._troubles = Troubles()
         self._report = Report(session, worker_id)
-        self._housekeeping = Housekeeping(session)
+        self._housekeeping = Housekeeping(session, pipeline_name)
         self._settings = settings
         self.batches: list[Batch] = []
         self.current: Batch | None = None
@@ -158,7 +158,8 @@ class ResidentWorker:
             return Answer.AGAIN
         if self._maintenance.is_due(started):
             self._maintain(started)
-        return Answer.AGAIN if self._maintenance.measure() else Answer.IDLE
+        has_more = self._maintenance.measure() or self._housekeeping.check_quality(started)
+        return Answer.AGAIN if has_more else Answer.IDLE
 
     def _with_room(self, sources: list[WorkSource]) -> list[WorkSource]:
         """Return the sources that can be claimed of now."""
@@ -334,6 +335,7 @@ class ResidentWorker:
         Claims that are locked now are reclaimed later, as a dead worker's.
         """
         self._limit_lock_waits(_WRITE_LOCK_TIMEOUT)
+        self._housekeeping.end()
         for source in self._sources.load_all():
             try:
                 source.release_all()

@@ -17,10 +17,12 @@ from lxml import html
 from PIL import Image, ImageStat
 from playwright.sync_api import Browser, Page, sync_playwright
 from psycopg import conninfo
+from rich.console import Console
 
 import programs
 from conftest import MakeRole
 from embedline.dev.cluster.system import BROWSERS
+from embedline.dev.demo import report as demo_report
 from reporting import MARK, furnish, vectors, write_report
 from stub_provider import StubProvider
 from support import create_pages, create_pipeline, scalar
@@ -215,6 +217,14 @@ def test_all_is_read_in_one_snapshot_that_writes_nothing(database: psycopg.Conne
     """)
     done = programs.run("embedline", "report", "--dsn", dsn_of(database), cwd=tmp_path)
     assert done.stderr.startswith("error: repeatable read on UTC")
+
+
+def test_a_demo_says_where_its_report_is(furnished: psycopg.Connection, tmp_path: Path) -> None:
+    told = io.StringIO()
+    demo_report.write_report(dsn_of(furnished), tmp_path / ".build/report.html", Console(file=told, width=40))
+    address = told.getvalue().split()[-1]
+    assert address == (tmp_path / ".build/report.html").as_uri()
+    assert _sections((tmp_path / ".build/report.html").read_text(encoding="utf-8")) == _SECTIONS
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ STATEMENT = """
         index = vector_index.find_index(session, pipeline, precision_name)
         view = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], pipeline.version.view_oid)
         shown = {"key": "e.id::text", "chunk": "e.chunk"}
-        ranked = precision.ranked_rows(session, pipeline, index, f"{view} AS e", "e.embedding", shown, 10)
+        rows = precision.RankedRelation(f"{view} AS e", "e.embedding", shown)
+        ranked = precision.ranked_rows(session, pipeline, index, rows, 10)
         statement = f"SELECT key, chunk, 1 - distance AS score FROM ({ranked}) AS n ORDER BY distance"
         return [(statement, precision.ef_search(index, 10))]
     $python$

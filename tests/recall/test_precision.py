@@ -38,7 +38,8 @@ RANKING = """
         view = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], oid)
         relation, embedding = (pipeline.vectors, pipeline.version.column) if alone else (view, "embedding")
         shown = {"key": "e.chunk_id::text", "chunk": "NULL::text"}
-        ranked = precision.ranked_rows(session, pipeline, index, f"{relation} AS e", f"e.{embedding}", shown, 10)
+        rows = precision.RankedRelation(f"{relation} AS e", f"e.{embedding}", shown)
+        ranked = precision.ranked_rows(session, pipeline, index, rows, 10)
         statement = f"SELECT key, chunk, 1 - distance AS score FROM ({ranked}) AS n ORDER BY distance"
         size = {c.name: c.bytes for c in precision.candidates(session, pipeline)}[precision_name]
         return [(statement, precision.ef_search(index, 10), size)]

@@ -137,6 +137,14 @@ def test_spending_stands_beside_its_budget(furnished: psycopg.Connection, page_p
     assert sum(float(value) for _, value in _cells(page, "Money of model stub")) > 20
 
 
+def test_recall_is_that_of_the_gate_while_there_is_no_series(page_path: Path, furnished: psycopg.Connection) -> None:
+    rows = _cells(page_path.read_text(encoding="utf-8"), "Recall@10 of page")
+    told = scalar(furnished, "SELECT evidence -> 'rows' -> 1 FROM embedline.evaluation")
+    assert told["measure"] == "index recall@10"
+    interval = f"{told['low']:.3f} to {told['high']:.3f}"
+    assert [row[1:] for row in rows] == [["of the index, real queries", "2", f"{told['new']:.3f}", interval]]
+
+
 def test_json_has_the_same_figures_and_writes_no_file(furnished: psycopg.Connection, tmp_path: Path) -> None:
     done = programs.run("embedline", "report", "--json", "--days", "7", "--dsn", dsn_of(furnished), cwd=tmp_path)
     found = json.loads(done.stdout)

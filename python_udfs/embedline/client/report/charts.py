@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from markupsafe import Markup
 
@@ -111,7 +111,9 @@ def line_chart(
     parts += [_line(line, number, x, scale, form) for number, line in enumerate(lines)]
     middle = period[0] + (period[1] - period[0]) / 2
     shown = (period[0], middle, period[1])
-    parts.append(_labels([f"{at:%d %b}" for at in shown], [x(at) for at in shown]))
+    # Of a short period three labels would be the same day.
+    step = timedelta(hours=1) if period[1] - period[0] <= timedelta(days=2) else timedelta(days=1)
+    parts.append(_labels([words.step(at, step) for at in shown], [x(at) for at in shown]))
     return _svg(caption, _HEIGHT, parts)
 
 

@@ -38,7 +38,7 @@ def tiles(report: Report) -> list[Tile]:
     money = sum(usage.money for usage in report.usage)
     tokens = sum(usage.tokens for usage in report.usage)
     worst: Tone = _TONES[report.alerts[0].severity] if grave else "good"
-    spent = ("Money spent", words.amount(money, "money")) if money else ("Tokens sent", words.compact(tokens))
+    spent = ("Money spent", words.amount(money, "money")) if money else ("Tokens metered", words.compact(tokens))
     return [
         Tile("Alerts", words.count(grave), worst),
         Tile("Pipelines", words.count(len(report.pipelines))),

@@ -35,7 +35,7 @@ _FAMILIES = (
         1.0,
     ),
     _Family("drift", "Cosine of probe texts to their stored vectors", {"drift": "lowest cosine"}, words.ratio, 1.0),
-    _Family("lag", "Indexing lag", {"lag": "from commit to searchable"}, words.seconds, None),
+    _Family("lag", "Indexing lag", {"lag": "from commit to write"}, words.seconds, None),
 )  # fmt: skip
 
 

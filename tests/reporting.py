@@ -49,12 +49,13 @@ def furnish(connection: psycopg.Connection, stub: StubProvider) -> None:
     create_pipeline(connection, content="body", model="stub")
     settle(connection)
     build(PsycopgClient(connection), "page")
-    add_version(connection, "static-256")
-    settle_versions(connection)
-    build(PsycopgClient(connection), "page", 2)
     connection.execute(
         f"CREATE TABLE canary AS SELECT body AS query, name AS key FROM page WHERE title <> '{MARK} title 0'"
     )
+    connection.execute("SELECT embedline.preview_version('page', 'static-256', 'canary', sample => 100)")
+    add_version(connection, "static-256")
+    settle_versions(connection)
+    build(PsycopgClient(connection), "page", 2)
     connection.execute("SELECT embedline.evaluate('page', 2, 'canary', breakdown => 'title')")
     cut_over(connection, 2)
     stub.behave(poison="poisoned")

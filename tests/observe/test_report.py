@@ -72,7 +72,7 @@ def _json(connection: psycopg.Connection, *options: str) -> dict[str, Any]:
 def test_no_text_no_key_and_no_vector_is_in_the_report(furnished: psycopg.Connection, page_path: Path) -> None:
     # The words are there to be found: in the source, in the queue's errors, in the evidence of the gate.
     for query in ("SELECT last_error FROM embedline.status", "SELECT string_agg(message, '') FROM embedline.dead_letter",
-                  "SELECT evidence::text FROM embedline.evaluation"):  # fmt: skip
+                  "SELECT evidence::text FROM embedline.evaluation WHERE kind = 'gate'"):  # fmt: skip
         assert MARK in str(scalar(furnished, query))
     for shown in (page_path.read_text(encoding="utf-8"), json.dumps(_json(furnished))):
         assert "EL012" in shown
@@ -107,8 +107,8 @@ def test_throughput_is_that_of_the_view(furnished: psycopg.Connection, page_path
 
 
 def test_the_evidence_has_both_models_with_their_intervals(furnished: psycopg.Connection, page_path: Path) -> None:
-    rows = {row[0]: row[1:] for row in _cells(page_path.read_text(encoding="utf-8"), "Both models")}
-    stored = scalar(furnished, "SELECT evidence -> 'rows' FROM embedline.evaluation")
+    rows = {row[0]: row[1:] for row in _cells(page_path.read_text(encoding="utf-8"), "Both models of the gate")}
+    stored = scalar(furnished, "SELECT evidence -> 'rows' FROM embedline.evaluation WHERE kind = 'gate'")
     told = {row["measure"]: row for row in stored}
     for name in ("nDCG@10", "recall@10", "MRR@10"):
         old, old_interval, new, new_interval, _, interval, _ = rows[name]
@@ -122,6 +122,15 @@ def test_the_evidence_has_both_models_with_their_intervals(furnished: psycopg.Co
     assert all(rows["vectors, size"][place].endswith("kB") for place in (0, 2))
     # Those of groups bear values of the source.
     assert not any("title" in name for name in rows)
+
+
+def test_a_preview_is_told_from_a_gate(page_path: Path) -> None:
+    page = html.fromstring(page_path.read_text(encoding="utf-8"))
+    assert [heading.text for heading in page.iter("h3") if str(heading.text).startswith("page")] == [
+        "page: version 2 (static-256) against version 1 (stub)",
+        "page: preview of static-256 beside stub",
+    ]
+    assert "understates the new model, and opens no cutover" in page.text_content()
 
 
 def test_spending_stands_beside_its_budget(furnished: psycopg.Connection, page_path: Path) -> None:
@@ -139,7 +148,7 @@ def test_spending_stands_beside_its_budget(furnished: psycopg.Connection, page_p
 
 def test_recall_is_that_of_the_gate_while_there_is_no_series(page_path: Path, furnished: psycopg.Connection) -> None:
     rows = _cells(page_path.read_text(encoding="utf-8"), "Recall@10 of page")
-    told = scalar(furnished, "SELECT evidence -> 'rows' -> 1 FROM embedline.evaluation")
+    told = scalar(furnished, "SELECT evidence -> 'rows' -> 1 FROM embedline.evaluation WHERE kind = 'gate'")
     assert told["measure"] == "index recall@10"
     interval = f"{told['low']:.3f} to {told['high']:.3f}"
     assert [row[1:] for row in rows] == [["of the index, real queries", "2", f"{told['new']:.3f}", interval]]
@@ -152,7 +161,7 @@ def test_json_has_the_same_figures_and_writes_no_file(furnished: psycopg.Connect
     assert found["scope"]["days"] == 7
     assert len(found["work"]) in (6, 7)
     assert [row["count"] for row in found["dead_letters"]] == [3, 1]
-    assert found["evaluations"][0]["baseline_model"] == "stub"
+    assert {row["kind"]: row["baseline_model"] for row in found["evaluations"]} == {"gate": "stub", "preview": "stub"}
     assert found["unreadable"] == []
 
 

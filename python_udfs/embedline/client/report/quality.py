@@ -141,7 +141,7 @@ def _evaluation(found: Evaluation, versions: dict[tuple[str, int], VersionState]
     rows = [_measure(measure) for measure in found.measures]
     if found.kind == "gate":
         rows += _sizes(found, versions)
-    table = Table("Both models", columns, rows)
+    table = Table(f"Both models of the {found.kind}", columns, rows)
     spans = [span for measure in found.measures for span in _spans(measure)]
     if not spans:
         return Group(title, sentences, [table])

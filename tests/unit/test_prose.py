@@ -51,7 +51,7 @@ def _allowed() -> Counter[tuple[str, str]]:
 
 def test_the_counts_of_faults_in_prose_only_fall() -> None:
     actual, allowed = _actual(), _allowed()
-    assert actual - allowed == Counter(), "tests/prose_faults.py PACKAGE lists the places"
+    assert actual - allowed == Counter(), ".venv/bin/python tests/prose_faults.py PATH lists the places"
     if os.environ.get("EMBEDLINE_LOWER_PROSE") == "1":
         head = [line for line in COUNTS.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         rows = [f"{name} {fault} {count}" for (name, fault), count in sorted(actual.items())]

@@ -142,7 +142,8 @@ def test_a_dead_provider_does_not_delay_another_pipeline(
         # It waits for the silence's time-out at its end; the test does not.
         worker.cancel()
         worker.error = None
-    assert max(delays) < 1.0, delays
+    # Rows that waited for the dead provider would wait for its time-out of 60 s, or for its circuit.
+    assert max(delays) < 3, delays
 
 
 def test_rows_that_fail_again_and_again_do_not_starve_new_ones(

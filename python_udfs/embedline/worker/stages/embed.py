@@ -202,7 +202,10 @@ class Embed:
 
 def _measure(batch: Batch, request: Request, answered_at: float, error: EmbedlineError | None) -> None:
     """Count an answer and its tokens, and tell exporters of the request."""
-    counted = request.future.result().tokens if error is None and request.future is not None else None
+    counted = None
+    if error is None and request.future is not None:
+        prefix = batch.pipeline.version.model.config.document_prefix
+        counted = plausible_tokens(request.future.result().tokens, list(request.texts.values()), prefix)
     tokens = request.tokens if counted is None else counted
     batch.meter.answered(answered_at, error, tokens)
 

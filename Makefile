@@ -94,8 +94,9 @@ docs: _docs-setup ## build the pages of docs/ as a site into .build/site; a warn
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --config-file .mkdocs.yml
 	@echo "  open .build/site/index.html" >&2
 
-golden: _test-setup ## write sql/README.md, and the schema and the rights in tests/golden
+golden: _test-setup ## write sql/README.md, docs/reference/metrics.md, and the schema and the rights in tests/golden
 	@PYTHONPATH=python_udfs PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.sql_index
+	@PYTHONPATH=python_udfs PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m embedline.dev.metric_index
 	@EMBEDLINE_UPDATE_GOLDEN=1 $(WITH_DSN) .venv/bin/pytest -n 0 -q tests/db/test_golden.py
 
 dsn: ## print the connection URI of the local database, and nothing else

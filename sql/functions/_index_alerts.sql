@@ -2,12 +2,16 @@
 -- SECURITY DEFINER, because a reader may not name the schema of the generated tables.
 CREATE OR REPLACE FUNCTION embedline._index_alerts()
 RETURNS TABLE (severity text, alert text, subject text, since timestamptz, message text, remedy text)
-LANGUAGE sql
+LANGUAGE plpgsql
 STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET jit = off
-AS $sql$
+AS $plpgsql$
+#variable_conflict use_column
+BEGIN
+    -- A session keeps the plan of this query; LANGUAGE sql would make it for each call, which takes 5 to 30 ms.
+    RETURN QUERY
     WITH indexes AS MATERIALIZED (SELECT i.* FROM embedline.index_progress() AS i)
 
     SELECT 'critical', 'index_invalid', i.name, NULL::timestamptz,
@@ -42,6 +46,8 @@ AS $sql$
         format('VACUUM embedline_data.%I;', t.relname)
     FROM pg_stat_all_tables AS t
     WHERE t.schemaname = 'embedline_data' AND t.n_dead_tup > 100000 AND t.n_dead_tup > 0.5 * t.n_live_tup
-$sql$;
+    ;
+END
+$plpgsql$;
 
 COMMENT ON FUNCTION embedline._index_alerts() IS 'Internal: list the troubles of indexes.';

@@ -1,6 +1,8 @@
--- Count the waiting changes in a pipeline's generated tables, for embedline.status. The cost grows with the backlog.
--- If nothing waits it takes 0.02 to 0.1 ms, because 1,000 pipelines must be shown in 0.3 s. Planning the count takes
--- 0.2 ms.
+-- Count the waiting changes in a pipeline's generated tables, for embedline.status. If nothing waits it takes 0.02 to
+-- 0.1 ms, because 1,000 pipelines must be shown in 0.3 s. Planning the count takes 0.2 ms.
+-- Up to 10,000 rows of each table are counted, which takes 3 ms; a table of 1,000,000 rows took 0.2 s. Above that the
+-- rest of the table is estimated by its size, because every scrape and every check for alerts counts. The oldest change
+-- is then the oldest of the counted ones: applications append, so those at the front are the oldest.
 CREATE OR REPLACE FUNCTION embedline._pipeline_counts(pipeline_name text)
 RETURNS TABLE (pending bigint, oldest_enqueued_at timestamptz, last_row_error text)
 LANGUAGE plpgsql
@@ -8,38 +10,60 @@ STABLE
 ROWS 1
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+-- A scan that begins in the middle of a table would not meet the oldest rows.
+SET synchronize_seqscans = off
 AS $plpgsql$
 DECLARE
+    counted_rows CONSTANT integer := 10000;
+    key_column text;
     suffix text;
-    found_count bigint := 0;
+    filled text [] := '{}';
+    relation regclass;
+    found_count bigint;
+    found_keys bigint;
+    found_oldest timestamptz;
+    found_error text;
+    first_block bigint;
+    last_block bigint;
 BEGIN
     pending := 0;
-    BEGIN
-        FOREACH suffix IN ARRAY '{inbox,outbox,claim,deleted}'::text [] LOOP
-            IF pg_relation_size(format('embedline_data.%I', pipeline_name || '_' || suffix)::regclass) > 0 THEN
-                EXECUTE format('SELECT FROM embedline_data.%I LIMIT 1', pipeline_name || '_' || suffix);
-                GET DIAGNOSTICS found_count = ROW_COUNT;
-                EXIT WHEN found_count > 0;
-            END IF;
-        END LOOP;
-        IF found_count > 0 THEN
-            EXECUTE format(
-                'SELECT q.n + i.n + d.n + c.n, least(q.oldest, i.oldest, d.oldest, c.oldest), q.error FROM ('
-                'SELECT count(*) AS n, min(o.enqueued_at) AS oldest, (array_agg(o.last_error ORDER BY o.outbox_id) '
-                'FILTER (WHERE o.last_error IS NOT NULL))[1] AS error FROM embedline_data.%1$I AS o) AS q, ('
-                'SELECT coalesce(sum(cardinality(n.%2$I)), 0)::bigint AS n, min(n.enqueued_at) AS oldest '
-                'FROM embedline_data.%3$I AS n) AS i, ('
-                'SELECT coalesce(sum(cardinality(n.%2$I)), 0)::bigint AS n, min(n.enqueued_at) AS oldest '
-                'FROM embedline_data.%4$I AS n) AS c, ('
-                'SELECT coalesce(sum(cardinality(n.%2$I)), 0)::bigint AS n, min(n.enqueued_at) AS oldest '
-                'FROM embedline_data.%5$I AS n) AS d',
-                pipeline_name || '_outbox',
-                (SELECT p.key_columns[1] FROM embedline.pipeline AS p WHERE p.name = pipeline_name),
-                pipeline_name || '_inbox',
-                pipeline_name || '_claim',
-                pipeline_name || '_deleted'
-            ) INTO pending, oldest_enqueued_at, last_row_error;
+    -- Reading a size locks nothing for longer. Most queues are empty, and need no subtransaction then.
+    FOREACH suffix IN ARRAY '{inbox,outbox,claim,deleted}'::text [] LOOP
+        IF pg_relation_size(to_regclass(format('embedline_data.%I', pipeline_name || '_' || suffix))) > 0 THEN
+            filled := filled || suffix;
         END IF;
+    END LOOP;
+    IF filled = '{}' THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    BEGIN
+        FOREACH suffix IN ARRAY filled LOOP
+            relation := format('embedline_data.%I', pipeline_name || '_' || suffix)::regclass;
+            EXECUTE format('SELECT FROM %s LIMIT 1', relation);
+            GET DIAGNOSTICS found_count = ROW_COUNT;
+            CONTINUE WHEN found_count = 0;
+            IF suffix <> 'outbox' AND key_column IS NULL THEN
+                SELECT p.key_columns[1] INTO key_column FROM embedline.pipeline AS p WHERE p.name = pipeline_name;
+            END IF;
+            EXECUTE format(
+                'SELECT count(*), sum(r.keys), min(r.enqueued_at), (array_agg(r.error) FILTER (WHERE r.error IS NOT NULL))[1], '
+                '(min(r.place)::text::point)[0], (max(r.place)::text::point)[0] FROM ('
+                'SELECT t.ctid AS place, t.enqueued_at, %s FROM %s AS t LIMIT $1) AS r',
+                CASE WHEN suffix = 'outbox' THEN '1 AS keys, t.last_error AS error'
+                    ELSE format('cardinality(t.%I) AS keys, NULL::text AS error', key_column) END,
+                relation
+            ) INTO found_count, found_keys, found_oldest, found_error, first_block, last_block USING counted_rows;
+            IF found_count = counted_rows THEN
+                -- The blocks behind those that were read, at the same density.
+                found_keys := found_keys + found_keys * greatest(
+                    pg_relation_size(relation) / current_setting('block_size')::bigint - 1 - last_block, 0
+                ) / (last_block - first_block + 1);
+            END IF;
+            pending := pending + coalesce(found_keys, 0);
+            oldest_enqueued_at := least(oldest_enqueued_at, found_oldest);
+            last_row_error := coalesce(last_row_error, found_error);
+        END LOOP;
         -- Roll the block back, because one transaction cannot hold the locks of 1,000 pipelines' tables.
         RAISE EXCEPTION USING ERRCODE = 'EL000';
     EXCEPTION

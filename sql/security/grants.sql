@@ -30,7 +30,8 @@ TO embedline_reader, embedline_worker;
 -- Readers see what the work does; the views show no text and no key.
 GRANT SELECT ON embedline.batch, embedline.throughput, embedline.progress, embedline.alert
 TO embedline_reader, embedline_worker;
-GRANT EXECUTE ON FUNCTION embedline._progress(), embedline._alert_conditions() TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION embedline._progress(), embedline._alert_conditions(), embedline.metrics()
+TO embedline_reader, embedline_worker;
 
 -- Workers: embed, and nothing else.
 GRANT EXECUTE ON FUNCTION embedline.embed_pending(integer, text), public.embed_pending(integer, text)

@@ -724,7 +724,7 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._index_alerts()
 RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
@@ -798,7 +798,8 @@ SET search_path=pg_catalog, pg_temp;
 CREATE FUNCTION embedline._pipeline_counts(pipeline_name text)
 RETURNS TABLE(pending bigint, oldest_enqueued_at timestamp with time zone, last_row_error text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER
-SET search_path=pg_catalog, pg_temp;
+SET search_path=pg_catalog, pg_temp
+SET synchronize_seqscans=off;
 
 CREATE FUNCTION embedline._progress()
 RETURNS TABLE(pipeline text, version integer, task text, phase text, done bigint, total bigint, unit text, percent numeric, rate numeric, tokens bigint, money numeric)
@@ -808,7 +809,7 @@ SET jit=off;
 
 CREATE FUNCTION embedline._provider_alerts()
 RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
@@ -838,7 +839,7 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._server_alerts()
 RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
@@ -870,7 +871,7 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._work_alerts()
 RETURNS TABLE(severity text, alert text, subject text, since timestamp with time zone, message text, remedy text)
-LANGUAGE sql STABLE SECURITY DEFINER
+LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
@@ -1046,6 +1047,12 @@ CREATE FUNCTION embedline.index_statement(pipeline_name text, version_number int
 RETURNS text
 LANGUAGE plpython3u STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.metrics()
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
 
 CREATE FUNCTION embedline.move_pipeline(name text, new_source regclass)
 RETURNS void

@@ -57,8 +57,8 @@ def _dangling_links(path: Path) -> Iterator[str]:
 
 def _dangling_mentions(path: Path, text: str) -> Iterator[str]:
     for name, anchor, section in _MENTION.findall(text):
-        # A page beside the file, from the top of the checkout, or from sql/, whose index is written by a module.
-        places = (path.parent / name, ROOT / name, ROOT / "sql" / name)
+        # A page beside the file, from the top of the checkout, or from a folder with a page that a module writes.
+        places = (path.parent / name, ROOT / name, ROOT / "sql" / name, ROOT / "docs" / "reference" / name)
         page = next((place for place in places if place.exists()), ROOT / name)
         if problem := _problem(page, anchor or None, section or None):
             yield f"{path.relative_to(ROOT)}: {problem}"

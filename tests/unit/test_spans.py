@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from embedline.postgres.spans import Attributes, record, register, span
+from embedline.observe import otlp
+from embedline.postgres import spans
+from embedline.postgres.session import Session
+from embedline.postgres.spans import Attributes, record, register, span, start_exporters
 
 
 class _Told:
@@ -64,3 +67,25 @@ def test_attributes_of_an_ended_span_are_made_only_for_an_exporter() -> None:
     record("embed", 0.5, attributes)
     remove()
     assert told.notes == ["embed took 0.5 {'model': 'm'}"]
+
+
+@pytest.fixture
+def told_to_export(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that names an endpoint, in a session that has not started exporters."""
+    monkeypatch.setattr(spans, "_is_started", False)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:1/v1/traces")
+    return monkeypatch
+
+
+def test_a_server_without_the_packages_says_so_once(told_to_export: pytest.MonkeyPatch) -> None:
+    told_to_export.setattr(otlp, "_PACKAGES", ("opentelemetry.nothing_of_that_name",))
+    # It is not asked for anything.
+    session = Session(None, {})  # type: ignore[arg-type]
+    assert "pip install 'embedline[otel]'" in (start_exporters(session) or "")
+    assert start_exporters(session) is None
+
+
+def test_opentelemetry_can_be_switched_off(told_to_export: pytest.MonkeyPatch) -> None:
+    told_to_export.setenv("OTEL_SDK_DISABLED", "true")
+    told_to_export.setattr(otlp, "start", lambda _: pytest.fail("it was started"))
+    assert start_exporters(Session(None, {})) is None  # type: ignore[arg-type]

@@ -148,6 +148,11 @@ def load_all_pipelines(session: Session) -> list[Pipeline]:
     return [pipeline_from_row(row) for row in session.query(_PIPELINE_SQL)]
 
 
+def load_models(session: Session) -> list[Model]:
+    """Return all models."""
+    return [_model_from_row(row) for row in session.query(f"SELECT {_MODEL_COLUMNS} FROM embedline.model AS m")]
+
+
 def load_model(session: Session, name: str) -> Model:
     """Return the model of that name or raise NotFound."""
     rows = session.query(f"SELECT {_MODEL_COLUMNS} FROM embedline.model AS m WHERE m.name = $1", ["text"], name)

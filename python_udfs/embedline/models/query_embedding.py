@@ -16,6 +16,7 @@ from embedline.core.embedding import EmbeddingBlock
 from embedline.errors import ModelHostUnavailable, ProviderError
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.postgres.session import Session
+from embedline.postgres.spans import Attributes, record
 
 if TYPE_CHECKING:
     from embedline.embedders.shared import SharedEmbedder
@@ -40,12 +41,22 @@ class QueryEmbedding:
     def __init__(self, session: Session, version: Version, text: str) -> None:
         """Start to embed one repaired text."""
         self._session, self._version, self._text = session, version, text
+        self._started_at = time.monotonic()
         shared = _shared(session, version, text)
         self._is_shared = shared is not None
         self._future = shared or self._own()
 
     def result(self) -> EmbeddingBlock:
         """Return the vector; the statement stays cancellable. Raises ProviderError."""
+        try:
+            block = self._result()
+        except ProviderError as error:
+            self._tell(None, type(error).__name__)
+            raise
+        self._tell(block.tokens, None)
+        return block
+
+    def _result(self) -> EmbeddingBlock:
         try:
             return self._wait()
         except ModelHostUnavailable:
@@ -54,6 +65,23 @@ class QueryEmbedding:
             _do_without(self._session)
             self._is_shared, self._future = False, self._own()
             return self._wait()
+
+    def _tell(self, tokens: int | None, error: str | None) -> None:
+        """Tell exporters of the request."""
+
+        def attributes() -> Attributes:
+            config = self._version.model.config
+            return {
+                "model": config.model,
+                "provider": config.provider,
+                "address": config.base_url,
+                "dimensions": self._version.dimensions,
+                "texts": 1,
+                "tokens": tokens,
+                "error": error,
+            }
+
+        record("embed", time.monotonic() - self._started_at, attributes)
 
     def cancel(self) -> None:
         """End the request if it has not ended, because its answer is not needed."""

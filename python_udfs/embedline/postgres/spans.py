@@ -6,14 +6,24 @@ It does nothing until an exporter registers, so the stages import no exporter an
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from embedline.postgres.session import Session
 
 # What is known of a span: names of embedline.observe.semantic_names are made of them, never a key or a text.
 Attributes = Mapping[str, object]
 _NONE: Attributes = {}
 _NO_SPAN = contextlib.nullcontext()
+# The server's environment names an endpoint of OTLP with one of these. No setting of SQL does: who may set one could have
+# the server send to any address.
+_ENDPOINTS = tuple(f"OTEL_EXPORTER_OTLP_{part}ENDPOINT" for part in ("", "TRACES_", "METRICS_"))
+# Loaded by its name, because stages import no exporter.
+_OTLP = "embedline.observe.otlp"
 
 
 class Exporter(Protocol):
@@ -27,12 +37,28 @@ class Exporter(Protocol):
 
 
 _exporters: list[Exporter] = []
+_is_started = False
 
 
 def register(exporter: Exporter) -> Callable[[], None]:
     """Have an exporter told of each span from now on; return what takes it away again."""
     _exporters.append(exporter)
     return lambda: _exporters.remove(exporter)
+
+
+def start_exporters(session: Session) -> str | None:
+    """Load the exporters that the server's environment asks for, once in each session.
+
+    Returns what is missing for that, if anything is.
+    """
+    global _is_started
+    if _is_started:
+        return None
+    _is_started = True
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or not any(map(os.environ.get, _ENDPOINTS)):
+        return None
+    trouble: str | None = importlib.import_module(_OTLP).start(session)
+    return trouble
 
 
 def span(name: str, attributes: Attributes = _NONE) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors
 from embedline.models.query_embedding import QueryEmbedding
 from embedline.postgres.entry import entry_point, require_given
 from embedline.postgres.session import Session
-from embedline.postgres.spans import span
+from embedline.postgres.spans import span, start_exporters
 from embedline.search.version_choice import answer
 
 _MAX_K = 10_000
@@ -83,7 +83,8 @@ def search(
     def rank(pipeline: Pipeline) -> list[dict[str, Any]]:
         return _rank(session, pipeline, query, k, per_document, ef_search)
 
-    with span("search"):
+    start_exporters(session)
+    with span("search", {"pipeline": pipeline_name}):
         return answer(session, load_pipeline(session, pipeline_name), tenant, session_key, k, rank)
 
 

@@ -5,6 +5,7 @@ Values only; the stages move them.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,6 +30,8 @@ from embedline.worker.work_source import WorkSource
 _LOCAL_REQUEST_ITEMS = 64
 # Bytes of memory for each value of a vector: base64 in the answer, float32 in the block and in the file.
 _BYTES_A_VALUE = 14
+# Numbers the batches of this session, so that exporters can tell which spans belong together.
+_numbers = itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -121,6 +124,7 @@ class Batch:
         version = self.pipeline.version
         return Meter(
             {
+                "batch": next(_numbers),
                 "pipeline": self.pipeline.name,
                 "version": version.number,
                 "model": version.model.config.model,

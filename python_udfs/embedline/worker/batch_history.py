@@ -7,11 +7,13 @@ so they never wait for each other. Now and then one session moves old rows into 
 from __future__ import annotations
 
 import json
+import time
 
 from embedline.catalog.settings import load_settings
 from embedline.postgres.claims import Claims
 from embedline.postgres.locks import HISTORY_LOCK
 from embedline.postgres.session import Session
+from embedline.postgres.spans import record
 from embedline.worker.batch import Batch
 from embedline.worker.meter import Stage
 
@@ -105,6 +107,7 @@ def keep(session: Session, claims: Claims, batch: Batch) -> None:
         batch.claim.enqueued_at,
         *[round(1000 * meter.seconds[stage], 3) for stage in _STAGES],
     )
+    record("batch", time.monotonic() - batch.claimed_at, lambda: meter.attributes)
     if not claims.is_resident and batch_id % _CALLERS_ROUND == 0:
         move_old(session)
 

@@ -18,6 +18,7 @@ from embedline.errors import InvalidParameter
 from embedline.postgres.entry import entry_point, in_plain_words, postgres_error
 from embedline.postgres.locks import SLOT_LOCK_CLASS, WORKER_LOCK_CLASS
 from embedline.postgres.session import Plpy, Session, SessionCache
+from embedline.postgres.spans import start_exporters
 from embedline.postgres.sqlstates import CHANGED_TABLE, ENDING, sqlstate_of
 from embedline.queue import signals
 from embedline.worker.engine import now_and_then
@@ -72,6 +73,8 @@ def worker_step(session: Session, step: str, slot: int | None, pipeline_name: st
 
 def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> Answer:
     prepare_environment()
+    if trouble := start_exporters(session):
+        session.plpy.warning(f"embedline worker: {trouble}")
     if pipeline_name is not None:
         load_active_pipelines(session, pipeline_name)
     worker_id = int(session.scalar("SELECT nextval('embedline.worker_id_seq')"))

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedline.dev.cluster import pgvector, system, virtualenv
+from embedline.dev.cluster import monitors, pgvector, system, virtualenv
 from embedline.dev.cluster.console import SetupError, run_step, say
 from embedline.dev.cluster.server import DATABASE, SUPERUSER, Cluster
 from embedline.dev.cluster.server_user import check_place, check_reachable
 from embedline.dev.cluster.settings import Settings, load_settings
 
-_CACHES = (".mypy_cache", ".pytest_cache", ".ruff_cache", ".import_linter_cache", ".hypothesis", ".build")
+_CACHES = (".mypy_cache", ".pytest_cache", ".ruff_cache", ".import_linter_cache", ".hypothesis", ".build", ".cache")
 
 
 def local_cluster(settings: Settings | None = None) -> Cluster:
@@ -74,6 +74,7 @@ def test_setup(settings: Settings) -> None:
     system.ensure_browser()
     virtualenv.ensure_tools(settings)
     virtualenv.ensure_torch(settings, os.environ.get("TORCH", ""))
+    monitors.ensure_monitors(settings)
 
 
 def up(settings: Settings) -> None:

@@ -16,7 +16,14 @@ from generated_names import BENCH
 ROWS = 50_000
 SIDES = ("bench_plain", "bench_watched")
 # The public view: what waits, wherever it is kept.
-PENDING = "SELECT pending FROM embedline.status WHERE pipeline = 'bench'"
+# Counted exactly; embedline.status estimates long queues.
+PENDING = f"""
+    SELECT (SELECT count(*) FROM {BENCH("outbox")}) + coalesce((
+        SELECT sum(cardinality(q.key_id)) FROM (
+            SELECT key_id FROM {BENCH("inbox")} UNION ALL SELECT key_id FROM {BENCH("deleted")}
+        ) AS q
+    ), 0)::bigint
+"""
 QUEUES = (
     "SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'embedline_data'::regnamespace"
     " AND relname IN ('bench_outbox', 'bench_inbox', 'bench_deleted', 'bench_hidden')"

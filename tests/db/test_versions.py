@@ -339,6 +339,18 @@ def test_an_empty_pipeline_changes_its_version_without_a_gate_and_without_a_wind
     assert assert_exact(database) == 1
 
 
+def test_the_view_of_versions_keeps_no_lock_of_their_tables(pages: psycopg.Connection) -> None:
+    """One transaction cannot hold the locks of a thousand pipelines."""
+    add_version(pages, "minilm")
+    with pages.transaction():
+        assert pages.execute("SELECT chunks FROM embedline.versions").fetchall()
+        held = (
+            "SELECT count(*) FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation"
+            " WHERE l.pid = pg_backend_pid() AND c.relnamespace = 'embedline_data'::regnamespace"
+        )
+        assert scalar(pages, held) == 0
+
+
 def test_verify_queues_what_a_version_lacks(pages: psycopg.Connection) -> None:
     add_version(pages, "static-64")
     settle_versions(pages)

@@ -14,6 +14,7 @@ from embedline.client.cli import evaluate as evaluate
 from embedline.client.cli import export_onnx as export_onnx
 from embedline.client.cli import metrics as metrics
 from embedline.client.cli import migrate as migrate
+from embedline.client.cli import report as report
 from embedline.client.cli import requeue as requeue
 from embedline.client.cli import search as search
 from embedline.client.cli import status as status

@@ -71,6 +71,7 @@ def test_setup(settings: Settings) -> None:
 
     TORCH=1 insists on torch, TORCH=0 leaves it out.
     """
+    system.ensure_browser()
     virtualenv.ensure_tools(settings)
     virtualenv.ensure_torch(settings, os.environ.get("TORCH", ""))
     monitors.ensure_monitors(settings)

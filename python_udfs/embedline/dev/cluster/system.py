@@ -6,7 +6,9 @@ Compilers are installed only if pgvector is built.
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +17,8 @@ from embedline.dev.cluster.console import SetupError, as_root, capture, run_step
 
 OLDEST_MAJOR, NEWEST_MAJOR = 15, 18
 _SERVERS = Path("/usr/lib/postgresql")
+# Browsers that the tests of pages can drive, and the packages of the same names; the first is the smaller one.
+BROWSERS = ("chromium-headless-shell", "chromium")
 _NO_MAIN_CLUSTER = Path("/etc/postgresql-common/createcluster.d/embedline.conf")
 
 
@@ -134,6 +138,25 @@ def ensure_packages(major: int) -> None:
     else:
         say(f"System packages are installed (PostgreSQL {major})")
     _ensure_manual(major)
+
+
+def ensure_browser() -> None:
+    """Install a browser for the tests of pages.
+
+    Without the rights of root, or a package, they are skipped.
+    """
+    if any(shutil.which(name) for name in BROWSERS):
+        say("A browser is installed")
+        return
+    if os.geteuid() != 0 and subprocess.run(["sh", "-c", "sudo -n true"], capture_output=True, check=False).returncode:
+        say("No browser is installed: tests of pages are skipped (as root, make test installs one)")
+        return
+    update_lists()
+    package = next((name for name in BROWSERS if candidate(name)), None)
+    if package is None:
+        say("apt knows no browser: tests of pages are skipped")
+    else:
+        install(f"Installing a browser for the tests of pages: {package}", [package])
 
 
 def _ensure_manual(major: int) -> None:

@@ -12,8 +12,10 @@ import sys
 import psycopg
 from rich.console import Console
 
+from embedline.dev.cluster.settings import load_settings
 from embedline.dev.demo.demos import DEMOS
 from embedline.dev.demo.manual import ManualNotFound
+from embedline.dev.demo.report import write_report
 from embedline.dev.demo.run import DemoFailed, run_demo
 from embedline.dev.demo.upgrade import run_upgrade
 
@@ -31,6 +33,7 @@ def main() -> int:
         return 1
     try:
         shortfalls = run_upgrade(dsn, console) if options.upgrade else run_demo(dsn, DEMOS[options.model], console)
+        write_report(dsn, load_settings().root / ".build/report.html", console)
     except (DemoFailed, ManualNotFound) as error:
         errors.print(f"error: {error}", markup=False)
         return 1

@@ -1,0 +1,1 @@
+"""Report on the pipelines of a database in one HTML file."""

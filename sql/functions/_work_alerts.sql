@@ -76,13 +76,13 @@ BEGIN
     FROM status AS t WHERE t.held_back_by IS NOT NULL GROUP BY t.held_back_by
     UNION ALL
     SELECT 'warning', 'dead_letters', p.name, min(d.created_at),
-        format('%s rows could not be embedded: %s', count(*), string_agg(DISTINCT d.error_code, ', ')),
+        format('%s could not be embedded: %s', CASE count(*) WHEN 1 THEN '1 row' ELSE count(*) || ' rows' END, string_agg(DISTINCT d.error_code, ', ')),
         format('SELECT embedline.requeue(%L);', p.name)
     FROM embedline.dead_letter AS d INNER JOIN embedline.pipeline AS p ON p.pipeline_id = d.pipeline_id
     GROUP BY p.name
     UNION ALL
     SELECT 'warning', 'dead_letters', p.name || ' version ' || v.number, min(d.created_at),
-        format('%s chunks could not be embedded: %s', count(*), string_agg(DISTINCT d.error_code, ', ')),
+        format('%s could not be embedded: %s', CASE count(*) WHEN 1 THEN '1 chunk' ELSE count(*) || ' chunks' END, string_agg(DISTINCT d.error_code, ', ')),
         format('SELECT embedline.requeue_version(%L, %s);', p.name, v.number)
     FROM embedline.version_dead_letter AS d
     INNER JOIN embedline.version AS v ON v.version_id = d.version_id

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedline.dev.cluster.console import say
-from platforms import operations
+from platforms import container, operations
 from platforms.folder import Folder, Room, copy, room
 from platforms.table import Row
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ("demo", "demo-upgrade", "test", "operations", "removal")
+STEPS = ("demo", "demo-upgrade", "test", "operations", "container", "removal")
 USERS = ("root", "sudo")
 _FAILURE_LINES = 30
 # What README asks for.
@@ -108,6 +108,8 @@ class Attempt:
             return _REMOVAL
         if step == "operations":
             return self._operations()
+        if step == "container":
+            return self._container()
         return f"make {step}"
 
     def _operations(self) -> str:
@@ -120,6 +122,17 @@ class Attempt:
         (self.room.folder.path / "srv/operations.sh").write_text(script)
         # `make setup`: its models are used and, where Debian has no package of pgvector, the one that it builds.
         return f"make setup\n{'sudo' if self.user == 'sudo' else ''} bash /srv/operations.sh"
+
+    def _container(self) -> str:
+        """Put the steps of the Containerfile into the folder, if they are for this release."""
+        text = (ROOT / container.FILE).read_text(encoding="utf-8")
+        if self.room.folder.release.get("VERSION_CODENAME") != container.release(text):
+            return f"echo 'the container is of {container.release(text)}'"
+        (self.room.folder.path / "srv/container.sh").write_text(
+            f"export PGPORT={_free_port()}\n{container.script(text)}"
+        )
+        # `make setup`: its models are used.
+        return f"make setup\n{'sudo' if self.user == 'sudo' else ''} bash /srv/container.sh"
 
     def _platform(self) -> str:
         name = self.room.folder.release["PRETTY_NAME"].replace("GNU/Linux ", "")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from platforms import operations, table
+from platforms import container, operations, table
 from platforms.table import Row
 
+ROOT = Path(__file__).resolve().parents[2]
 INSTALL = """# Install on an existing server
 
 1. Say which:
@@ -88,3 +90,16 @@ def test_a_row_takes_the_place_of_the_older_one(tmp_path: Path, monkeypatch: pyt
     table.save([again, demo], steps)
     table.save([other], steps)
     assert page.read_text(encoding="utf-8") == f"# Platforms\n\n{header}{other}{demo}{again}\nAfter.\n"
+
+
+def test_the_container_s_steps_are_read_whole() -> None:
+    text = (ROOT / container.FILE).read_text(encoding="utf-8")
+    assert container.release(text) == "trixie"
+    words = [word for word, _ in container.instructions(text)]
+    assert words[0] == "FROM"
+    assert words.count("RUN") == text.count("\nRUN ")
+    script = container.script(text)
+    assert "pip install --no-cache-dir" in script
+    assert "\\\n" not in script
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

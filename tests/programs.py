@@ -213,6 +213,8 @@ def _forked(request: dict[str, Any], descriptors: list[int], mains: Mapping[str,
         os.write(status, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
     os.close(status)
+    # A run in the background ignores it, and what it starts would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for target, descriptor in enumerate(standard):
         os.dup2(descriptor, target)
         os.close(descriptor)

@@ -8,8 +8,8 @@ import pytest
 from conftest import Connect
 from generated_names import PAGE
 from stub_provider import StubProvider
-from support import drain, scalar
-from working import create_stub_model, create_stub_pipeline, insert_rows, work_until_idle
+from support import drain, scalar, wait_until
+from working import create_stub_model, create_stub_pipeline, insert_rows, work_until_idle, working
 
 _SUMS = "sum(batches), sum(rows), sum(embedded), sum(chunks), sum(requests), sum(tokens), sum(content_bytes)"
 
@@ -95,14 +95,10 @@ def test_old_batches_move_into_sums_and_nothing_is_counted_twice(pages: psycopg.
 def test_a_worker_moves_old_batches_without_a_nightly_run(pages: psycopg.Connection) -> None:
     drain(pages)
     pages.execute("UPDATE embedline.finished_batch SET finished_at = finished_at - interval '2 days'")
-    work_until_idle(pages)
-    assert pages.execute(
-        "SELECT sum(rows), max(hour) < now() - interval '1 day' FROM embedline.throughput"
-    ).fetchone() == (
-        30,
-        True,
-    )
-    assert scalar(pages, "SELECT count(*) FROM embedline.batch") == 0
+    with working(pages):
+        wait_until(lambda: not scalar(pages, "SELECT count(*) FROM embedline.batch"), 30, "the batches are moved")
+    moved = pages.execute("SELECT sum(rows), max(hour) < now() - interval '1 day' FROM embedline.throughput").fetchone()
+    assert moved == (30, True)
 
 
 def test_progress_shows_the_backfill_and_changes_that_wait(pages: psycopg.Connection, connect: Connect) -> None:

@@ -14,8 +14,9 @@ _SECONDS = 20.0
 _COST_SHARE = 0.005
 # Seconds between two questions whether a check of quality is due, and the share of an idle worker's time for checks.
 _QUALITY_SECONDS, _QUALITY_SHARE = 30.0, 0.2
-# Seconds from a worker's start to the first such question.
-_FIRST_QUALITY_SECONDS = 2.0
+# Seconds from a worker's start to its first round and its first such question. The first round of a session plans the
+# queries of all alerts, which takes 0.1 to 0.2 s; a worker that starts has rows to claim.
+_FIRST_SECONDS, _FIRST_QUALITY_SECONDS = 5.0, 2.0
 _QUALITY_STEP = "SELECT embedline._quality_step($1, $2)"
 
 
@@ -24,7 +25,7 @@ class Housekeeping:
 
     def __init__(self, session: Session, pipeline_name: str | None) -> None:
         self._session, self._pipeline_name = session, pipeline_name
-        self._due_at = 0.0
+        self._due_at = time.monotonic() + _FIRST_SECONDS
         self._quality_due_at, self._quality_seconds = time.monotonic() + _FIRST_QUALITY_SECONDS, 0.0
 
     def do_round(self, now: float) -> None:

@@ -248,8 +248,10 @@ def _end(main: Main) -> NoReturn:
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    # A package may have kept the stream that stood when it was imported, as Alembic's Config does.
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
     os._exit(code or 0)
 
 

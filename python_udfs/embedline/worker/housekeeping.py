@@ -15,7 +15,7 @@ _COST_SHARE = 0.005
 # Seconds between two questions whether a check of quality is due, and the share of an idle worker's time for checks.
 _QUALITY_SECONDS, _QUALITY_SHARE = 30.0, 0.2
 # Seconds from a worker's start to its first round and its first such question. The first round of a session plans the
-# queries of all alerts, which takes 0.1 to 0.2 s; a worker that starts has rows to claim.
+# queries of all alerts, which takes 0.1 to 0.2 s. A worker that starts has rows to claim.
 _FIRST_SECONDS, _FIRST_QUALITY_SECONDS = 5.0, 2.0
 _QUALITY_STEP = "SELECT embedline._quality_step($1, $2)"
 

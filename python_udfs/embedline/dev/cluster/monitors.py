@@ -13,7 +13,8 @@ from embedline.dev.cluster import system
 from embedline.dev.cluster.console import as_root, run_step, say
 from embedline.dev.cluster.settings import Settings
 
-_PACKAGES = ("prometheus", "prometheus-alertmanager")
+# In Debian 12 promtool is a part of prometheus, from 13 on a package of its own.
+_PACKAGES = ("prometheus", "promtool", "prometheus-alertmanager")
 # The programs of these packages that the tests run.
 PROGRAMS = ("prometheus", "promtool", "prometheus-alertmanager", "amtool")
 
@@ -38,12 +39,13 @@ def ensure_monitors(settings: Settings) -> None:
 
 
 def _unpack(settings: Settings, target: Path) -> None:
-    if not all(system.candidate(name) for name in _PACKAGES):
+    if not system.candidate(_PACKAGES[0]):
         system.update_lists()
+    packages = [name for name in _PACKAGES if system.candidate(name)]
     downloads = settings.root / ".cache" / "downloads"
     shutil.rmtree(downloads, ignore_errors=True)
     downloads.mkdir(parents=True)
-    run_step(f"Downloading {' and '.join(_PACKAGES)}", ["apt-get", "-q", "download", *_PACKAGES], cwd=downloads)
+    run_step(f"Downloading {', '.join(packages)}", ["apt-get", "-q", "download", *packages], cwd=downloads)
     for package in sorted(downloads.glob("*.deb")):
         run_step(f"Unpacking {package.name.partition('_')[0]}", ["dpkg", "-x", str(package), str(target)])
     shutil.rmtree(downloads)

@@ -22,7 +22,7 @@ CONF
     echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
 fi
 
-# Nobody connects from outside before the schema is there.
+# No client connects from outside before the schema is there.
 "$bin/pg_ctl" --silent --wait --options "-c listen_addresses=''" start >&2
 if [ "$(psql -X -At -d postgres -v name="$database" -f - <<'SQL'
 SELECT count(*) FROM pg_database WHERE datname = :'name';

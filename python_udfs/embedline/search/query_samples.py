@@ -16,13 +16,13 @@ _MAY_NOTE = """
 def note(session: Session, pipeline: Pipeline, query: str) -> None:
     """Note the text of a search that has its answer.
 
-    A failure does not reach the caller.
+    A failure of the database does not reach the caller.
     """
     if not session.scalar(_MAY_NOTE):
         return
     try:
         with session.plpy.subtransaction():
             session.query("SELECT embedline._note_query($1, $2)", ["bigint", "text"], pipeline.pipeline_id, query)
-    except Exception as error:
+    except session.plpy.SPIError as error:
         if sqlstate_of(error) in ENDING:
             raise

@@ -74,6 +74,16 @@ AS $sql$
     FROM known AS k LEFT JOIN pace AS n ON n.version_id = k.version_id AND n.kind = 'change'
     WHERE k.pending > 0
     UNION ALL
+    -- Chunk ids have gaps, so these are shares of their range.
+    SELECT p.name, v.number, 'keywords', CASE p.state WHEN 'active' THEN 'indexing' ELSE p.state END, b.built_to, b.build_to,
+        'chunks', round(100.0 * b.built_to / greatest(b.build_to, 1), 1),
+        round((b.built_to / greatest(extract(epoch FROM clock_timestamp() - b.begun_at), 1))::numeric, 1), NULL, NULL
+    FROM embedline.keyword_build AS b
+    INNER JOIN embedline.chunk_set AS s ON s.chunk_set_id = b.chunk_set_id
+    INNER JOIN embedline.pipeline AS p ON p.pipeline_id = s.pipeline_id
+    INNER JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+    WHERE b.built_to < b.build_to
+    UNION ALL
     SELECT f.name, f.number, 'fill',
         CASE
             WHEN f.state <> 'active' THEN f.state

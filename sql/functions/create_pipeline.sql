@@ -18,6 +18,7 @@ CREATE OR REPLACE FUNCTION embedline.create_pipeline(
     tenant text DEFAULT NULL,
     weight double precision DEFAULT 1,
     chunking_options jsonb DEFAULT '{}',
+    keyword text DEFAULT NULL,
     -- Evaluated as the caller, so names in the expressions resolve as in the session.
     expression_search_path text DEFAULT current_setting('search_path')
 )
@@ -36,8 +37,9 @@ AS $python$
         "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,
         "column_type": column_type, "distance": distance, "index_method": index_method,
         "index_options": index_options, "capture": capture, "document_prefix": document_prefix, "tenant": tenant,
-        "weight": weight, "chunking_options": chunking_options, "expression_search_path": expression_search_path,
+        "weight": weight, "chunking_options": chunking_options, "keyword": keyword,
+        "expression_search_path": expression_search_path,
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text, text, double precision, jsonb, text) IS 'Watch a table; content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';
+COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text, text, double precision, jsonb, text, text) IS 'Watch a table; content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';

@@ -9,7 +9,8 @@ CREATE OR REPLACE FUNCTION embedline.evaluate(
     query_count integer DEFAULT 500,
     breakdown name DEFAULT NULL,
     seed bigint DEFAULT 0,
-    min_recall double precision DEFAULT 0.9
+    min_recall double precision DEFAULT 0.9,
+    mode text DEFAULT NULL
 )
 RETURNS TABLE (
     measure text,
@@ -35,8 +36,9 @@ SET enable_indexscan = on
 AS $python$
     from embedline.gate import evaluate
     return evaluate.evaluate(
-        plpy, GD, pipeline_name, version_number, canaries, k, margin, query_count, breakdown, seed, min_recall
+        plpy, GD, pipeline_name, version_number, canaries, k, margin, query_count, breakdown, seed, min_recall,
+        mode
     )
 $python$;
 
-COMMENT ON FUNCTION embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision) IS 'Measure a version against the serving one: recall of its index; nDCG, recall and MRR of both; latency. The verdict is pass, fail or inconclusive, and is stored as evidence for cutover.';
+COMMENT ON FUNCTION embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision, text) IS 'Measure a version against the serving one: recall of its index; nDCG, recall and MRR of both; latency. The verdict is pass, fail or inconclusive, and is stored as evidence for cutover. With mode: search by it against search as it is, as evidence for use_mode.';

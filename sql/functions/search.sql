@@ -1,4 +1,4 @@
--- Return the k nearest chunks to a text. Runs with the caller's rights: grants and row-level security of the source
+-- Return the k best chunks for a text. Runs with the caller's rights: grants and row-level security of the source
 -- decide.
 CREATE OR REPLACE FUNCTION embedline.search(
     pipeline_name text,
@@ -7,9 +7,27 @@ CREATE OR REPLACE FUNCTION embedline.search(
     per_document boolean DEFAULT false,
     ef_search integer DEFAULT NULL,
     tenant text DEFAULT NULL,
-    session_key text DEFAULT NULL
+    session_key text DEFAULT NULL,
+    mode text DEFAULT NULL,
+    semantic_weight double precision DEFAULT 1,
+    keyword_weight double precision DEFAULT 1,
+    rrf_k integer DEFAULT 60,
+    window_size integer DEFAULT NULL,
+    reranker text DEFAULT NULL,
+    filter text DEFAULT NULL,
+    explain boolean DEFAULT false,
+    -- Evaluated as the caller, so names in the filter resolve as in the session.
+    filter_search_path text DEFAULT current_setting('search_path')
 )
-RETURNS TABLE (key text, chunk text, score double precision)
+RETURNS TABLE (
+    key text,
+    chunk text,
+    score double precision,
+    semantic_rank integer,
+    keyword_rank integer,
+    chunk_start integer,
+    chunk_end integer
+)
 LANGUAGE plpython3u
 VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -21,7 +39,12 @@ SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
 AS $python$
     from embedline.search import search
-    return search.search(plpy, GD, pipeline_name, query, k, per_document, ef_search, tenant, session_key)
+    return search.search(plpy, GD, pipeline_name, tenant, session_key, {
+        "query": query, "k": k, "per_document": per_document, "ef_search": ef_search, "mode": mode,
+        "semantic_weight": semantic_weight, "keyword_weight": keyword_weight, "rrf_k": rrf_k,
+        "window_size": window_size, "reranker": reranker, "filter": filter, "explain": explain,
+        "filter_search_path": filter_search_path,
+    })
 $python$;
 
-COMMENT ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) IS 'Return key, chunk and score (higher is nearer) of the k nearest chunks, or of each source row''s best chunk with per_document => true. tenant or session_key keep a caller with one version while set_traffic shares calls.';
+COMMENT ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text, text, double precision, double precision, integer, integer, text, text, boolean, text) IS 'Return the k best chunks for a text, or each source row''s best chunk with per_document => true: by vectors, keywords (BM25) or both (mode). score: higher is better. tenant or session_key keep a caller with one version while set_traffic shares calls.';

@@ -18,7 +18,13 @@ embedline.model, embedline.pipeline, embedline.version, embedline.setting, embed
 TO embedline_reader, embedline_worker;
 GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embedline_reader, embedline_worker;
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
-GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION
+embedline.search(
+    text, text, integer, boolean, integer, text, text, text, double precision, double precision, integer, integer, text,
+    text, boolean, text
+)
+TO embedline_reader;
+GRANT SELECT ON embedline.keyword_build TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
@@ -59,10 +65,11 @@ embedline.configure(text, double precision),
 embedline.configure(text, text),
 embedline.create_pipeline(
     text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text,
-    text, text, double precision, jsonb, text
+    text, text, double precision, jsonb, text, text
 ),
 embedline.alter_pipeline(
-    text, text, text, text, text, text, integer, integer, jsonb, double precision, text [], text
+    text, text, text, text, text, text, integer, integer, jsonb, double precision, text,
+    text [], text
 ),
 embedline.drop_pipeline(text),
 embedline.pause_pipeline(text),
@@ -145,7 +152,10 @@ GRANT INSERT (
     fidelity_verdict, quality_verdict, query_source, query_count, k, margin, seed, fingerprint, evidence
 ) ON embedline.evaluation TO embedline_admin;
 GRANT EXECUTE ON FUNCTION
-embedline.evaluate(text, integer, regclass, integer, double precision, integer, name, bigint, double precision),
+embedline.evaluate(
+    text, integer, regclass, integer, double precision, integer, name, bigint, double precision, text
+),
+embedline.use_mode(text, text, integer, text),
 embedline.preview_version(text, text, regclass, integer, integer, double precision, integer, bigint),
 embedline._embed_chunks(text, text, bigint [])
 TO embedline_admin;

@@ -49,6 +49,7 @@ BENCHES = {
     "reach": "whether search finds what exact ranking finds, among 10,000 and 300,000 texts",
     "pipelines": "one pipeline and 1,000: an idle worker, the way from a commit to the view, embedline.status",
     "observe": "the drain rate while all is watched against none, and scrapes with 1,000,000 rows and 1,000 pipelines",
+    "hybrid": "the keyword index: 1,000,000 chunks, hybrid against its arms, what writing pays, bytes a chunk",
     "session": "the later searches of a session against the first ones, for each kind of key",
 }
 

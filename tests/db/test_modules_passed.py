@@ -49,7 +49,7 @@ def traced(database: psycopg.Connection) -> psycopg.Connection:
     [
         # The trigger is SQL; embed_pending takes the row from there.
         ("a changed row", "SELECT embed_pending(1)", 64),
-        ("a search", "SELECT count(*) FROM embedline.search('page', 'lava and ash %', 3)", 19),
+        ("a search", "SELECT count(*) FROM embedline.search('page', 'lava and ash %', 3)", 21),
     ],
 )
 def test_the_way_through_the_package_is_short(traced: psycopg.Connection, way: str, statement: str, most: int) -> None:

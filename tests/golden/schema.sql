@@ -234,7 +234,7 @@ CREATE TABLE embedline.evaluation (
     baseline_version_id bigint,
     baseline_fingerprint text,
     CONSTRAINT evaluation_fidelity_verdict_check CHECK ((fidelity_verdict = ANY (ARRAY['pass'::text, 'fail'::text, 'inconclusive'::text]))),
-    CONSTRAINT evaluation_kind_check CHECK ((kind = ANY (ARRAY['gate'::text, 'preview'::text]))),
+    CONSTRAINT evaluation_kind_check CHECK ((kind = ANY (ARRAY['gate'::text, 'preview'::text, 'mode'::text]))),
     CONSTRAINT evaluation_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
     CONSTRAINT evaluation_pkey PRIMARY KEY (evaluation_id),
     CONSTRAINT evaluation_quality_verdict_check CHECK ((quality_verdict = ANY (ARRAY['pass'::text, 'fail'::text, 'inconclusive'::text]))),
@@ -287,6 +287,15 @@ CREATE TABLE embedline.index_reach (
     CONSTRAINT index_reach_pkey PRIMARY KEY (version_id),
     CONSTRAINT index_reach_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE,
     CONSTRAINT index_reach_wide_ef_search_check CHECK (((wide_ef_search >= 1) AND (wide_ef_search <= 1000)))
+);
+
+CREATE TABLE embedline.keyword_build (
+    chunk_set_id bigint NOT NULL,
+    built_to bigint DEFAULT 0 NOT NULL,
+    build_to bigint NOT NULL,
+    begun_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT keyword_build_chunk_set_id_fkey FOREIGN KEY (chunk_set_id) REFERENCES embedline.chunk_set(chunk_set_id) ON DELETE CASCADE,
+    CONSTRAINT keyword_build_pkey PRIMARY KEY (chunk_set_id)
 );
 
 CREATE TABLE embedline.model (
@@ -372,6 +381,7 @@ CREATE TABLE embedline.pipeline (
     input_columns jsonb DEFAULT '{}'::jsonb NOT NULL,
     query_sample_share double precision DEFAULT 0 NOT NULL,
     query_retention interval DEFAULT '7 days'::interval NOT NULL,
+    keyword text,
     CONSTRAINT pipeline_capture_check CHECK ((capture = ANY (ARRAY['statement'::text, 'row'::text]))),
     CONSTRAINT pipeline_name_key UNIQUE (name),
     CONSTRAINT pipeline_pkey PRIMARY KEY (pipeline_id),
@@ -676,6 +686,8 @@ CREATE TABLE embedline.version (
     backfill_due_at timestamp with time zone DEFAULT now() NOT NULL,
     search_precision text,
     last_error text,
+    search_mode text DEFAULT 'vector'::text NOT NULL,
+    search_mode_reason text,
     CONSTRAINT version_backfill_order_check CHECK ((backfill_order = ANY (ARRAY['oldest_first'::text, 'newest_first'::text]))),
     CONSTRAINT version_backfill_rate_check CHECK ((backfill_rate > 0)),
     CONSTRAINT version_chunk_set_fkey FOREIGN KEY (pipeline_id, chunk_set) REFERENCES embedline.chunk_set(pipeline_id, number) DEFERRABLE INITIALLY DEFERRED,
@@ -686,6 +698,7 @@ CREATE TABLE embedline.version (
     CONSTRAINT version_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
     CONSTRAINT version_pipeline_id_number_key UNIQUE (pipeline_id, number),
     CONSTRAINT version_pkey PRIMARY KEY (version_id),
+    CONSTRAINT version_search_mode_check CHECK ((search_mode = ANY (ARRAY['vector'::text, 'keyword'::text, 'hybrid'::text]))),
     CONSTRAINT version_state_check CHECK ((state = ANY (ARRAY['backfilling'::text, 'complete'::text])))
 );
 
@@ -1053,7 +1066,7 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
-CREATE FUNCTION embedline.alter_pipeline(name text, content text DEFAULT NULL::text, filter text DEFAULT NULL::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT NULL::integer, chunking_options jsonb DEFAULT NULL::jsonb, weight double precision DEFAULT NULL::double precision, drop text[] DEFAULT '{}'::text[], expression_search_path text DEFAULT current_setting('search_path'::text))
+CREATE FUNCTION embedline.alter_pipeline(name text, content text DEFAULT NULL::text, filter text DEFAULT NULL::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT NULL::integer, chunking_options jsonb DEFAULT NULL::jsonb, weight double precision DEFAULT NULL::double precision, keyword text DEFAULT NULL::text, drop text[] DEFAULT '{}'::text[], expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
@@ -1109,7 +1122,7 @@ RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
-CREATE FUNCTION embedline.create_pipeline(name text, source regclass, content text, model text, filter text DEFAULT NULL::text, chunking text DEFAULT 'recursive'::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT 0, column_type text DEFAULT 'vector'::text, distance text DEFAULT 'cosine'::text, index_method text DEFAULT 'hnsw'::text, index_options jsonb DEFAULT '{}'::jsonb, capture text DEFAULT 'auto'::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, weight double precision DEFAULT 1, chunking_options jsonb DEFAULT '{}'::jsonb, expression_search_path text DEFAULT current_setting('search_path'::text))
+CREATE FUNCTION embedline.create_pipeline(name text, source regclass, content text, model text, filter text DEFAULT NULL::text, chunking text DEFAULT 'recursive'::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT 0, column_type text DEFAULT 'vector'::text, distance text DEFAULT 'cosine'::text, index_method text DEFAULT 'hnsw'::text, index_options jsonb DEFAULT '{}'::jsonb, capture text DEFAULT 'auto'::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, weight double precision DEFAULT 1, chunking_options jsonb DEFAULT '{}'::jsonb, keyword text DEFAULT NULL::text, expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
@@ -1173,7 +1186,7 @@ LANGUAGE plpython3u VOLATILE
 SET search_path=pg_catalog, pg_temp
 SET quote_all_identifiers=off;
 
-CREATE FUNCTION embedline.evaluate(pipeline_name text, version_number integer, canaries regclass DEFAULT NULL::regclass, k integer DEFAULT 10, margin double precision DEFAULT 0.01, query_count integer DEFAULT 500, breakdown name DEFAULT NULL::name, seed bigint DEFAULT 0, min_recall double precision DEFAULT 0.9)
+CREATE FUNCTION embedline.evaluate(pipeline_name text, version_number integer, canaries regclass DEFAULT NULL::regclass, k integer DEFAULT 10, margin double precision DEFAULT 0.01, query_count integer DEFAULT 500, breakdown name DEFAULT NULL::name, seed bigint DEFAULT 0, min_recall double precision DEFAULT 0.9, mode text DEFAULT NULL::text)
 RETURNS TABLE(measure text, old double precision, new double precision, difference double precision, low double precision, high double precision, verdict text, detail text)
 LANGUAGE plpython3u VOLATILE
 SET search_path=pg_catalog, pg_temp
@@ -1287,8 +1300,8 @@ RETURNS integer
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
-CREATE FUNCTION embedline.search(pipeline_name text, query text, k integer DEFAULT 10, per_document boolean DEFAULT false, ef_search integer DEFAULT NULL::integer, tenant text DEFAULT NULL::text, session_key text DEFAULT NULL::text)
-RETURNS TABLE(key text, chunk text, score double precision)
+CREATE FUNCTION embedline.search(pipeline_name text, query text, k integer DEFAULT 10, per_document boolean DEFAULT false, ef_search integer DEFAULT NULL::integer, tenant text DEFAULT NULL::text, session_key text DEFAULT NULL::text, mode text DEFAULT NULL::text, semantic_weight double precision DEFAULT 1, keyword_weight double precision DEFAULT 1, rrf_k integer DEFAULT 60, window_size integer DEFAULT NULL::integer, reranker text DEFAULT NULL::text, filter text DEFAULT NULL::text, explain boolean DEFAULT false, filter_search_path text DEFAULT current_setting('search_path'::text))
+RETURNS TABLE(key text, chunk text, score double precision, semantic_rank integer, keyword_rank integer, chunk_start integer, chunk_end integer)
 LANGUAGE plpython3u VOLATILE
 SET search_path=pg_catalog, pg_temp
 SET jit=off
@@ -1328,6 +1341,11 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.unschedule_workers()
 RETURNS integer
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.use_mode(pipeline_name text, mode text, version_number integer DEFAULT NULL::integer, override_reason text DEFAULT NULL::text)
+RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 

@@ -26,11 +26,11 @@ _VERSION_COLUMNS = f"""
     p.pipeline_id, p.name, p.source::oid::bigint AS source_oid, p.key_columns, p.key_types, p.view_columns,
            p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, p.altered_at::text AS altered_at,
            {_CHUNK_SET_COLUMNS},
-           p.document_prefix_expression, p.tenant_expression, p.weight, p.query_sample_share,
+           p.document_prefix_expression, p.tenant_expression, p.weight, p.query_sample_share, p.keyword,
            v.fingerprint AS version_fingerprint,
            v.vectors_valid_from::text AS vectors_valid_from, v.version_id = p.serving_version_id AS is_serving,
            v.view::oid::bigint AS version_view_oid, v.search_precision, v.backfill_order, v.backfill_rate,
-           v.version_id, v.number, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
+           v.version_id, v.number, v.search_mode, v.dimensions, v.column_type, v.distance, v.index_method, v.index_options,
            v.state AS version_state, {_MODEL_COLUMNS},
            -- An aggregate, because an EXISTS may be planned as a hash of all indexes, whose states would all be asked for.
            (SELECT coalesce(bool_or(embedline._index_state(x.relname) = 'valid'), false)
@@ -186,6 +186,7 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         backfill_rate=_number(values["backfill_rate"]),
         has_index=bool(values["has_index"]),
         reach=_reach_from_row(values),
+        search_mode=str(values["search_mode"]),
     )
     return Pipeline(
         pipeline_id=int(str(values["pipeline_id"])),
@@ -201,6 +202,7 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         tenant=_optional(values["tenant_expression"]),
         weight=float(str(values["weight"])),
         query_sample_share=float(str(values["query_sample_share"])),
+        keyword=_optional(values["keyword"]),
         metered=bool(values.get("metered")),
         state=str(values["state"]),
         generation=int(str(values["generation"])),

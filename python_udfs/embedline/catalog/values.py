@@ -84,6 +84,8 @@ class Version:
     # True if a valid index of the vectors exists; then its measured recall, None before the first check.
     has_index: bool = False
     reach: Reach | None = None
+    # What search does without a mode: vector, keyword or hybrid.
+    search_mode: str = "vector"
 
     @property
     def column(self) -> str:
@@ -152,6 +154,8 @@ class Pipeline:
     is_hidden: bool = False
     # The share of searches whose text is noted.
     query_sample_share: float = 0.0
+    # The text search configuration of the keyword index, qualified; None without one.
+    keyword: str | None = None
 
     @property
     def spec(self) -> ChunkingSpec:
@@ -208,6 +212,13 @@ class Pipeline:
     def exact(self) -> str:
         """The table of the version's vectors that every search ranks exactly."""
         return self.generated(names.version_suffix(self.version.number, "exact"))
+
+    def keyword_table(self, part: str, number: int | None = None) -> str:
+        """Return a table of the keyword index: entry, segment or page.
+
+        It is of the version's chunk set, or of the one with that number.
+        """
+        return self.generated(names.keyword_suffix(self.chunk_set.number if number is None else number, part))
 
     def search_function(self, suffix: str) -> str:
         """Return the qualified, quoted name of a function that ranks chunks.

@@ -19,6 +19,11 @@ def chunk_suffix(chunk_set: int) -> str:
     return "chunk" if chunk_set == 1 else f"chunk_{chunk_set}"
 
 
+def keyword_suffix(chunk_set: int, part: str) -> str:
+    """Return the suffix of a table of a chunk set's keyword index (keyword_page)."""
+    return f"keyword_{part}" if chunk_set == 1 else f"keyword_{chunk_set}_{part}"
+
+
 def version_suffix(number: int, part: str | None = None) -> str:
     """Return the suffix of a version's table (v2) or of a part of it (v2_exact)."""
     return f"v{number}" if part is None else f"v{number}_{part}"

@@ -114,6 +114,7 @@ class PipelineSpec:
     version: VersionSpec
     capture: str
     weight: float | None
+    keyword: str | None
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, Any]) -> Self:
@@ -129,6 +130,7 @@ class PipelineSpec:
             version=VersionSpec(given["column_type"], given["distance"], index),
             capture=given["capture"],
             weight=given["weight"],
+            keyword=given["keyword"],
         )
 
 
@@ -140,6 +142,7 @@ class PipelineChanges:
     search_path: str
     chunking: ChunkingChoice
     weight: float | None
+    keyword: str | None
     dropped: frozenset[str]
 
     @classmethod
@@ -150,6 +153,7 @@ class PipelineChanges:
             search_path=given["expression_search_path"],
             chunking=ChunkingChoice.from_parameters(given),
             weight=given["weight"],
+            keyword=given["keyword"],
             dropped=frozenset(given["drop"] or ()),
         )
 

@@ -14,6 +14,8 @@ from embedline.core import names
 from embedline.core.sql_text import quote_literal
 from embedline.documents.copy import copy_rows
 from embedline.documents.values import Document, StoredChunk
+from embedline.keywords.entries import add_entries, remove_entries
+from embedline.keywords.segments import pack_when_many
 from embedline.postgres.session import Session
 from embedline.queue.outbox import Key, key_columns
 
@@ -104,6 +106,7 @@ def apply(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, changes: Ch
     table = pipeline.chunk_table(chunk_set.number)
     if changes.removed:
         session.query(f"DELETE FROM {table} WHERE chunk_id = ANY ($1)", ["bigint[]"], changes.removed)
+        remove_entries(session, pipeline, chunk_set.number, changes.removed)
     if changes.moved:
         session.query(
             f"""
@@ -120,6 +123,9 @@ def apply(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, changes: Ch
         return np.empty(0, dtype=np.int64)
     ids = _next_chunk_ids(session, pipeline, chunk_set, len(changes.added))
     copy_rows(session, pipeline, table, ids, changes.added)
+    if pipeline.keyword is not None:
+        add_entries(session, pipeline, chunk_set.number, ids.tolist())
+        pack_when_many(session, pipeline, chunk_set.number, len(ids))
     return ids
 
 

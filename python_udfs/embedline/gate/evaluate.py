@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from embedline.catalog import progress
 from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.values import Pipeline, Version
 from embedline.core.processes import prepare_environment
 from embedline.errors import NotReady
 from embedline.gate import report, statistics
+from embedline.gate.evaluate_mode import compare_mode, evidence_of
 from embedline.gate.index_fidelity import Fidelity, measure, require_index
 from embedline.gate.options import GateOptions
 from embedline.gate.queries import QuerySet, load_queries
 from embedline.gate.report import Row
+from embedline.gate.scores import score_rankings
 from embedline.gate.statistics import FloatArray, Verdict
 from embedline.postgres.entry import entry_point, require_given
 from embedline.postgres.session import Session
@@ -57,7 +57,7 @@ class Evaluation:
     `verdicts` are the whole, the index's and the quality's.
     """
 
-    kind: Literal["gate", "preview"]
+    kind: Literal["gate", "preview", "mode"]
     verdicts: tuple[Verdict, Verdict, Verdict]
     queries: QuerySet
     options: GateOptions
@@ -81,18 +81,34 @@ class _Subject:
 @entry_point
 def evaluate(
     session: Session, pipeline_name: str, version_number: int, canaries: str | None, k: int, margin: float,
-    query_count: int, breakdown: str | None, seed: int, min_recall: float,
+    query_count: int, breakdown: str | None, seed: int, min_recall: float, mode: str | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure a version against the serving one and store the evidence.
 
-    Returns the rows that a person reads.
+    With a mode, the version's search by that mode is measured against its search as it is now. Returns the rows that a
+    person reads.
     """
     require_given(k=k, margin=margin, query_count=query_count, seed=seed, min_recall=min_recall)
     options = GateOptions(k, margin, query_count, breakdown, seed, min_recall)
     prepare_environment()
     new = load_version(session, pipeline_name, version_number)
     with progress.reported(session, "evaluate", new):
+        if mode is not None:
+            return _evaluate_mode(session, new, mode, canaries, options)
         return _evaluate(session, new, canaries, options)
+
+
+def _evaluate_mode(
+    session: Session, pipeline: Pipeline, mode: str, canaries: str | None, options: GateOptions
+) -> list[dict[str, Any]]:
+    _require_complete(session, pipeline)
+    compared = compare_mode(session, pipeline, mode, canaries, options)
+    # The index is the same on both sides.
+    verdicts: tuple[Verdict, Verdict, Verdict] = (compared.verdict, "pass", compared.verdict)
+    evidence = evidence_of(pipeline, mode, canaries, compared)
+    of_mode = Evaluation("mode", verdicts, compared.queries, options, pipeline.version.fingerprint, evidence)
+    record(session, pipeline, pipeline.version, of_mode)
+    return [row.as_dict() for row in compared.rows]
 
 
 def _evaluate(session: Session, new: Pipeline, canaries: str | None, options: GateOptions) -> list[dict[str, Any]]:
@@ -156,11 +172,6 @@ def _ask(session: Session, versions: Sequence[Pipeline], queries: QuerySet, k: i
     searches = [DocumentSearch(session, version, v, k) for version, v in zip(versions, vectors, strict=True)]
     rank_all(searches, len(queries.texts))
     return [_Subject(*parts) for parts in zip(versions, vectors, searches, strict=True)]
-
-
-def score_rankings(keys: Sequence[Sequence[str]], grades: Sequence[dict[str, float]], k: int) -> FloatArray:
-    """Return the measures of rankings, shape (queries, measures)."""
-    return np.array([statistics.score_ranking(found, wanted, k) for found, wanted in zip(keys, grades, strict=True)])
 
 
 def _compare(subjects: Sequence[_Subject], queries: QuerySet, options: GateOptions) -> tuple[Verdict, list[Row]]:

@@ -24,11 +24,12 @@ from embedline.core.tokens import plausible_tokens
 from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.gate import report, statistics
-from embedline.gate.evaluate import Evaluation, record, score_rankings
+from embedline.gate.evaluate import Evaluation, record
 from embedline.gate.model_bridge import Bridge, fit_bridge
 from embedline.gate.options import GateOptions
 from embedline.gate.queries import PROBES, QuerySet, draw_places, load_queries
 from embedline.gate.report import Row
+from embedline.gate.scores import score_rankings
 from embedline.models import circuit
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.postgres.claims import CALLERS_TRANSACTION

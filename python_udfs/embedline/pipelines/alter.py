@@ -27,6 +27,7 @@ from embedline.pipelines.functions import (
     use_row_triggers,
 )
 from embedline.pipelines.inputs import PARAMETERS, expressions_in_use, store_inputs
+from embedline.pipelines.keyword_index import known_config, set_keyword
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.recipe_check import check_weight, next_chunking
 from embedline.pipelines.register import recipe_stamp, version_fingerprint
@@ -39,8 +40,8 @@ from embedline.postgres.relations import data_name
 from embedline.postgres.session import Session
 from embedline.queue.backfill import delete_ranges, insert_ranges
 
-# Expressions that alter_pipeline may drop.
-_OPTIONAL = ("filter", "document_prefix", "tenant")
+# Parts that alter_pipeline may drop: expressions and the keyword index.
+_OPTIONAL = ("filter", "document_prefix", "tenant", "keyword")
 # Suffix of the generated function of each expression.
 _FUNCTIONS = {parameter: suffix for suffix, parameter in PARAMETERS.items()}
 _STORED = """
@@ -84,6 +85,7 @@ class _Wanted:
     expressions: Expressions
     spec: ChunkingSpec
     weight: float
+    keyword: str | None
 
 
 @entry_point
@@ -100,8 +102,9 @@ def alter_pipeline(session: Session, name: str, parameters: dict[str, Any]) -> N
     pipeline = load_alone(session, name)
     # Alterations of one pipeline follow each other. NO KEY: a worker that writes a dead letter does not wait.
     stored = Expressions(**session.query(_STORED, ["text"], name)[0])
-    current = _Wanted(stored, pipeline.spec, pipeline.weight)
-    wanted = _wanted(pipeline, current, changes)
+    current = _Wanted(stored, pipeline.spec, pipeline.weight, pipeline.keyword)
+    keyword = known_config(session, changes.keyword, changes.search_path)
+    wanted = _wanted(pipeline, current, changes, keyword)
     if wanted == current:
         session.plpy.notice(f'pipeline "{name}" is like that already: nothing has changed')
         return
@@ -113,18 +116,20 @@ def alter_pipeline(session: Session, name: str, parameters: dict[str, Any]) -> N
         )
     if changed:
         _replace_expressions(session, pipeline, changed, changes)
+    if wanted.keyword != current.keyword:
+        set_keyword(session, pipeline, *plan_in_use(session, pipeline), wanted.keyword)
     _store(session, pipeline, wanted, changes.search_path if changed else None)
     if wanted.spec != current.spec or set(changed) - {"tenant"}:
         _begin_backfill(session, pipeline, wanted)
 
 
-def _wanted(pipeline: Pipeline, current: _Wanted, changes: PipelineChanges) -> _Wanted:
+def _wanted(pipeline: Pipeline, current: _Wanted, changes: PipelineChanges, keyword: str | None) -> _Wanted:
     if unknown := changes.dropped - set(_OPTIONAL):
         raise InvalidParameter(
             f'"{sorted(unknown)[0]}" cannot be dropped from a pipeline', hint=f"Use one of {', '.join(_OPTIONAL)}."
         )
     given = changes.expressions.texts()
-    for parameter in given:
+    for parameter in (*given, *(["keyword"] if keyword else [])):
         if parameter in changes.dropped:
             raise InvalidParameter(
                 f"{parameter} is given and dropped at the same time", hint="Leave it out of drop, or of the call."
@@ -132,7 +137,8 @@ def _wanted(pipeline: Pipeline, current: _Wanted, changes: PipelineChanges) -> _
     kept = {name: text for name, text in current.expressions.texts().items() if name not in changes.dropped}
     weight = check_weight(current.weight if changes.weight is None else changes.weight)
     spec = next_chunking(changes.chunking, pipeline.spec, pipeline.version.model)
-    return _Wanted(Expressions(**{**kept, **given}), spec, weight)
+    kept_keyword = None if "keyword" in changes.dropped else current.keyword
+    return _Wanted(Expressions(**{**kept, **given}), spec, weight, keyword or kept_keyword)
 
 
 def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str], changes: PipelineChanges) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from embedline.catalog.load import load_model, load_pipeline
@@ -14,6 +15,7 @@ from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import storage_statements
 from embedline.pipelines.ddl.triggers import trigger_function_statements, trigger_statements
 from embedline.pipelines.functions import create_functions
+from embedline.pipelines.keyword_index import create_tables, known_config
 from embedline.pipelines.plan import load_source, make_plan, source_oid
 from embedline.pipelines.recipe_check import check_choices, check_version, check_weight, first_chunking
 from embedline.pipelines.register import create_version_table, grant_tables, register
@@ -47,7 +49,10 @@ def create_pipeline(session: Session, parameters: dict[str, Any]) -> str:
     for statement in storage_statements(plan):
         session.execute(statement)
     create_functions(session, plan, source)
-    pipeline_id = register(session, spec, plan, source, model, chunking)
+    keyword = known_config(session, spec.keyword, spec.search_path)
+    pipeline_id = register(session, replace(spec, keyword=keyword), plan, source, model, chunking)
+    if keyword is not None:
+        create_tables(session, plan, source, plan.chunk_sets)
     create_version_table(session, plan, 1, 1, spec.version.column_type, model.config.dimensions)
     for statement in (*trigger_function_statements(plan), *trigger_statements(plan)):
         session.execute(statement)

@@ -9,6 +9,8 @@ from embedline.indexes.cron_jobs import forget_index_jobs
 from embedline.pipelines.ddl.plan import FUNCTIONS, TABLES, TRIGGER_FUNCTIONS
 from embedline.pipelines.ddl.search_functions import drop_search_functions
 from embedline.pipelines.functions import generated_functions
+from embedline.pipelines.keyword_index import table_suffixes
+from embedline.pipelines.plan import chunk_set_numbers
 from embedline.pipelines.replaced_views import require_droppable
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
@@ -49,6 +51,7 @@ def drop_pipeline(session: Session, name: str) -> None:
     tables = [
         *(pipeline.generated(suffix) for suffix in TABLES),
         *pipeline.chunk_tables,
+        *(pipeline.generated(suffix) for suffix in table_suffixes(chunk_set_numbers(pipeline))),
     ]
     session.execute(f"DROP TABLE IF EXISTS {', '.join(tables)}")
     # No foreign key leads there, because it would lock the pipeline's row with each search.

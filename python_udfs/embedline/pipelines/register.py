@@ -37,21 +37,23 @@ def register(
         """
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
             key_attributes, input_attributes, key_columns, key_types, view_columns, capture, created_by,
-            document_prefix_expression, tenant_expression, weight, code_version, source_name, source_columns)
+            document_prefix_expression, tenant_expression, weight, code_version, source_name, source_columns,
+            keyword)
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
             '{}', $7, $8, '{}', $9, $10, $11, $12, $13, $14, format('%I.%I', $15::text, $16::text),
             (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
-                WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped)
+                WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped), $17
         RETURNING pipeline_id
         """,
         ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "text", "text",
-         "double precision", "integer", "text", "text"],
+         "double precision", "integer", "text", "text", "text"],
         plan.name, source.oid, spec.expressions.content, spec.expressions.filter, spec.search_path,
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
         plan.capture, caller(session),
         spec.expressions.document_prefix, spec.expressions.tenant, spec.weight, CODE_VERSION, source.schema, source.name,
+        spec.keyword,
     )  # fmt: skip
     store_inputs(session, plan)
     session.query("SELECT embedline._resolve_attributes()")

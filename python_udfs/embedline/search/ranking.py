@@ -53,6 +53,15 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (round(row["distance"], _DIGITS), str(row["key"]), row["chunk_id"]))
 
 
+def as_result(pipeline: Pipeline, row: Row, rank: int) -> Row:
+    """Return a ranked row as search returns it; its score is higher the nearer it is."""
+    offset = 1.0 if pipeline.version.distance == "cosine" else 0.0
+    return {
+        "key": row["key"], "chunk": row["chunk"], "score": offset - row["distance"], "semantic_rank": rank,
+        "keyword_rank": None, "chunk_start": row["chunk_start"], "chunk_end": row["chunk_end"],
+    }  # fmt: skip
+
+
 def version_view(session: Session, pipeline: Pipeline) -> str:
     """Return the qualified name of the view over the pipeline's version alone.
 
@@ -113,8 +122,8 @@ class Ranker:
     def nearest(self, vector: str, k: int, *, per_document: bool = False, how: How | None = None) -> list[Row]:
         """Return the k nearest chunks, or the best chunk of the k nearest documents.
 
-        Rows are of chunk_id, key, chunk, distance. If the best hit of a query is farther than those of usual queries,
-        it is ranked again, wider or exactly. `how` chooses one of these for all.
+        Rows are of chunk_id, key, chunk, chunk_start, chunk_end, distance. If the best hit of a query is farther than
+        those of usual queries, it is ranked again, wider or exactly. `how` chooses one of these for all.
         """
         reach = self._pipeline.version.reach
         rows = self._enough(vector, k, per_document, how or "usual")
@@ -127,11 +136,16 @@ class Ranker:
 
     def plan(self, vector: str, k: int, how: How = "usual") -> str:
         """Return the planner's plan of a ranking, as JSON."""
+        statement, types, values = self.statement_with_values(vector, k, how)
+        rows = self.session.query(f"EXPLAIN (FORMAT json) {statement}", types, *values)
+        return str(next(iter(rows[0].values())))
+
+    def statement_with_values(self, vector: str, k: int, how: How = "usual") -> tuple[str, list[str], list[object]]:
+        """Return the query for the k nearest chunks with its parameters."""
         after = self._after() if how != "exact" else None
         types = [self._vector_type, "bigint"] if after is not None else [self._vector_type]
-        values = [vector, after] if after is not None else [vector]
-        rows = self.session.query(f"EXPLAIN (FORMAT json) {self.statement(k + _SPARE, how)}", types, *values)
-        return str(next(iter(rows[0].values())))
+        values: list[object] = [vector, after] if after is not None else [vector]
+        return self.statement(k + _SPARE, how), types, values
 
     def _enough(self, vector: str, k: int, per_document: bool, how: How) -> list[Row]:
         limit = k * OVERFETCH if per_document else k
@@ -210,7 +224,7 @@ class Ranker:
         columns = {
             "chunk_id": f"e.{quote_ident(names['chunk_id'])}",
             "key": key,
-            "chunk": f"e.{quote_ident(names['chunk'])}",
+            **{name: f"e.{quote_ident(names[name])}" for name in ("chunk", "chunk_start", "chunk_end")},
         }
         view = precision.RankedRelation(f"{self._view} AS e", f"e.{quote_ident(names['embedding'])}", columns)
         ranked = precision.ranked_rows(self.session, self._pipeline, self._index, view, limit, is_exact=is_exact)

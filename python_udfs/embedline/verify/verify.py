@@ -30,6 +30,7 @@ from embedline.verify.checks import (
     require_source,
 )
 from embedline.verify.findings import Finding, merge, note
+from embedline.verify.keyword_checks import keywords
 from embedline.verify.vector_checks import foreign, unreachable, vectors
 
 
@@ -83,6 +84,7 @@ def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: 
     if found is not None and found.is_finding:
         findings.append(foreign(session, pipeline, found, repair))
     findings += unreachable(session, pipeline, repair)
+    findings += keywords(session, pipeline, repair)
     merged = merge(findings)
     note(session, pipeline, repair, merged)
     return merged

@@ -17,6 +17,7 @@ from embedline.pipelines.alter import restart_ranges
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import chunk_set_statements
 from embedline.pipelines.functions import rewrite_trigger_functions
+from embedline.pipelines.keyword_index import create_tables
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.recipe_check import check_version, next_chunking
 from embedline.pipelines.register import (
@@ -67,6 +68,8 @@ def add_embedding_version(session: Session, name: str, parameters: dict[str, Any
         plan = replace(plan, chunk_sets=(*plan.chunk_sets, set_number))
         for statement in chunk_set_statements(plan, set_number):
             session.execute(statement)
+        if pipeline.keyword is not None:
+            create_tables(session, plan, source, [set_number])
         insert_chunk_set(session, pipeline.pipeline_id, set_number, chunking, model)
         rewrite_trigger_functions(session, plan)
     retry_locked(

@@ -14,6 +14,7 @@ from embedline.indexes.cron_jobs import forget_index_jobs
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.search_functions import drop_search_functions
 from embedline.pipelines.functions import rewrite_trigger_functions
+from embedline.pipelines.keyword_index import drop_tables
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.replaced_views import require_no_dependents
 from embedline.pipelines.state import load_alone
@@ -110,3 +111,4 @@ def _drop_tables(session: Session, doomed: Pipeline, plan: CapturePlan, source: 
     session.execute(f"DROP TABLE IF EXISTS {doomed.vectors}")
     if is_last:
         session.execute(f"DROP TABLE IF EXISTS {doomed.chunk}")
+        drop_tables(session, doomed, [doomed.chunk_set.number])

@@ -8,6 +8,7 @@ from embedline.catalog.values import Pipeline
 from embedline.core import names
 from embedline.indexes.build import build_settings, job, schedule_build
 from embedline.indexes.definitions import VectorIndex, index_state, load_indexes, own_index
+from embedline.keywords import build
 from embedline.postgres.cron import has_cron, unschedule
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
@@ -22,7 +23,9 @@ _UNFINISHED = """
         SELECT DISTINCT p.pipeline_id FROM embedline.pipeline AS p
         JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id
         LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
-        WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL{builds})
+        WHERE p.state = 'active' AND NOT p.is_resting AND ($1 IS NULL OR p.name = $1) AND (r.pending_to IS NOT NULL
+            OR EXISTS (SELECT FROM embedline.keyword_build AS b JOIN embedline.chunk_set AS s ON s.chunk_set_id = b.chunk_set_id
+                WHERE s.pipeline_id = p.pipeline_id AND b.built_to < b.build_to){builds})
     )
 """
 _UNFINISHED_CHECKS = _UNFINISHED.format(builds="")
@@ -71,6 +74,8 @@ def maintain_isolated(session: Session, pipeline: Pipeline) -> None:
     """Maintain a pipeline's indexes; if that fails the other pipelines go on."""
     isolate_failure(session, pipeline, lambda: maintain(session, pipeline))
     isolate_failure(session, pipeline, lambda: exact_rows.maintain(session, pipeline))
+    if pipeline.keyword is not None:
+        isolate_failure(session, pipeline, lambda: build.maintain(session, pipeline))
 
 
 def _maintain_index(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from embedline.catalog.health import isolate_failure
 from embedline.catalog.values import WorkKey
+from embedline.keywords.build import build
 from embedline.models.query_embedding import keep_warm
 from embedline.postgres.session import Session
 from embedline.queue import signals
@@ -44,6 +45,8 @@ class Maintenance:
         # The measurement of an index that is under way, and the versions that this worker has measured.
         self._measuring: tuple[WorkSource, Iterator[None]] | None = None
         self._seen_versions: set[int] = set()
+        # Pipelines whose chunks may wait for their first entry in the keyword index.
+        self._unindexed: dict[WorkKey, WorkSource] = {}
 
     def touch(self, source: WorkSource) -> None:
         """Note that a source's pipeline is written to."""
@@ -102,9 +105,13 @@ class Maintenance:
             source.maintain()
             if self._is_unmeasured(source):
                 self._unmeasured.append(source)
+            if source.pipeline.keyword is not None:
+                self._unindexed[source.key] = source
         self._touched -= set(due)
         if due:
             self._visit_at = now + _ROUND_COST * (time.monotonic() - started) / len(due)
+        # Under steady writes an index must be complete one day, too.
+        self.index_words()
         keep_warm(self._session, providers)
 
     def measure(self) -> bool:
@@ -124,6 +131,17 @@ class Maintenance:
         if not isolate_failure(self._session, source.pipeline, lambda: _advance(steps)):
             self._measuring = None
         return self._measuring is not None
+
+    def index_words(self) -> bool:
+        """Take a step of building a keyword index; return True if there are more."""
+        if not self._unindexed:
+            return False
+        key, source = next(iter(self._unindexed.items()))
+        self._asking(source)
+        pipeline = source.pipeline
+        if not isolate_failure(self._session, pipeline, lambda: build(self._session, pipeline, _MEASURE_SECONDS)):
+            del self._unindexed[key]
+        return bool(self._unindexed)
 
     def _is_unmeasured(self, source: WorkSource) -> bool:
         version = source.pipeline.version

@@ -158,8 +158,8 @@ class ResidentWorker:
             return Answer.AGAIN
         if self._maintenance.is_due(started):
             self._maintain(started)
-        has_more = self._maintenance.measure() or self._housekeeping.check_quality(started)
-        return Answer.AGAIN if has_more else Answer.IDLE
+        has_more = self._maintenance.index_words() or self._maintenance.measure()
+        return Answer.AGAIN if has_more or self._housekeeping.check_quality(started) else Answer.IDLE
 
     def _with_room(self, sources: list[WorkSource]) -> list[WorkSource]:
         """Return the sources that can be claimed of now."""

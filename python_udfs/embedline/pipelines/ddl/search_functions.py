@@ -20,6 +20,7 @@ from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
 from embedline.core import names
 from embedline.core.sql_text import quote_ident
+from embedline.pipelines.ddl import keyword_tables
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.view import is_shown
 from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
@@ -30,7 +31,10 @@ _INLINE_BYTES = 8000
 # Rows of the table of exact ones that may be gone from the version since the last check, among the nearest.
 _GONE = 200
 SUFFIXES = ("nearest", "search", "beside", "ranked")
-_RETURNS = "TABLE (chunk_id bigint, key text, chunk text, distance double precision, considered bigint)"
+_RETURNS = (
+    "TABLE (chunk_id bigint, key text, chunk text, chunk_start integer, chunk_end integer,"
+    " distance double precision, considered bigint)"
+)
 
 
 def exact_table_statements(pipeline: Pipeline, schema: str) -> list[str]:
@@ -116,7 +120,7 @@ def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: st
     return f"""CREATE OR REPLACE FUNCTION {pipeline.search_function(suffix)}({parameters})
         RETURNS {_RETURNS} LANGUAGE sql STABLE PARALLEL SAFE
         BEGIN ATOMIC
-            SELECT n.chunk_id, {shown}, c.content, n.distance, n.considered FROM ({ranking}) AS n
+            SELECT n.chunk_id, {shown}, c.content, c.start_offset, c.end_offset, n.distance, n.considered FROM ({ranking}) AS n
             JOIN {pipeline.chunk} AS c ON c.chunk_id OPERATOR(pg_catalog.=) n.chunk_id
             JOIN {plan.rows} AS s ON {join} WHERE {is_shown(plan, "c")};
         END"""
@@ -132,10 +136,11 @@ def create_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
     for statement in (
         *(exact_table_statements(pipeline, schema) if is_new else ()),
         *function_statements(plan, pipeline, schema),
+        *(keyword_tables.function_statements(plan, pipeline) if pipeline.keyword else ()),
     ):
         session.execute(statement)
     grantees = f"embedline_reader, {quote_ident(source.owner)}"
-    functions = ", ".join(pipeline.search_function(suffix) for suffix in SUFFIXES)
+    functions = _functions(pipeline)
     session.execute(f"REVOKE ALL ON FUNCTION {functions} FROM public")
     session.execute(f"GRANT SELECT ON {pipeline.exact} TO {grantees}")
     session.execute(f"GRANT EXECUTE ON FUNCTION {functions} TO {grantees}")
@@ -144,9 +149,13 @@ def create_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
 
 def revoke_search_functions(session: Session, pipeline: Pipeline, role: str) -> None:
     """Revoke the rank functions from the owner that the source had before."""
-    functions = ", ".join(pipeline.search_function(suffix) for suffix in SUFFIXES)
-    session.execute(f"REVOKE ALL ON FUNCTION {functions} FROM {quote_ident(role)}")
+    session.execute(f"REVOKE ALL ON FUNCTION {_functions(pipeline)} FROM {quote_ident(role)}")
     session.execute(f"REVOKE ALL ON {pipeline.exact} FROM {quote_ident(role)}")
+
+
+def _functions(pipeline: Pipeline) -> str:
+    suffixes = (*SUFFIXES, *(keyword_tables.FUNCTIONS if pipeline.keyword else ()))
+    return ", ".join(pipeline.search_function(suffix) for suffix in suffixes)
 
 
 def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
@@ -154,6 +163,17 @@ def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
 
     They go before the tables, which their bodies name.
     """
+    drop_keyword_functions(session, pipeline)
+    _drop(session, ranking_names(pipeline))
+    session.execute(f"DROP TABLE IF EXISTS {pipeline.exact}")
+
+
+def drop_keyword_functions(session: Session, pipeline: Pipeline) -> None:
+    """Drop the functions that rank the version's chunks by keywords."""
+    _drop(session, [_name(pipeline, suffix) for suffix in keyword_tables.FUNCTIONS])
+
+
+def _drop(session: Session, functions: list[str]) -> None:
     rows = session.query(
         """
         SELECT p.oid::regprocedure::text AS signature FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
@@ -161,8 +181,7 @@ def drop_search_functions(session: Session, pipeline: Pipeline) -> None:
         """,
         ["text", "text[]"],
         SEARCH_SCHEMA,
-        ranking_names(pipeline),
+        functions,
     )
     for row in rows:
         session.execute(f"DROP FUNCTION {row['signature']}")
-    session.execute(f"DROP TABLE IF EXISTS {pipeline.exact}")

@@ -19,8 +19,8 @@ from embedline.catalog.rights import require_control
 from embedline.catalog.values import Model, Pipeline
 from embedline.core import vectors
 from embedline.core.processes import prepare_environment
+from embedline.core.request_tokens import plausible_tokens
 from embedline.core.sql_text import quote_ident
-from embedline.core.tokens import plausible_tokens
 from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.gate import report, statistics

@@ -20,6 +20,11 @@ GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embed
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
 GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION
+embedline.rerank(text, text, text []),
+embedline._reserve_rerank(text, bigint, bigint),
+embedline._settle_rerank(bigint, bigint)
+TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),

@@ -128,7 +128,10 @@ class Endpoint:
                 raise
 
     async def _answered(self, key: str | None, answer: Awaitable[T]) -> T:
-        """Return the client's answer. Raises ProviderError, without the key, for any failure."""
+        """Return the client's answer.
+
+        Raises ProviderError, without the key, for any failure.
+        """
         import openai
 
         try:

@@ -148,6 +148,26 @@ def test_a_used_up_budget_stops_the_call_before_it_is_sent(database: psycopg.Con
     assert stub.counts().get("requests", 0) == 0
 
 
+def test_readers_cannot_lower_what_was_spent(
+    database: psycopg.Connection, stub: StubProvider, connect: Connect, make_role: MakeRole
+) -> None:
+    create_reranker(database, stub)
+    database.execute(
+        "INSERT INTO embedline.reservation (model_id, pipeline_id, requests, tokens) VALUES (1, 1, 1, 500)"
+    )
+    reader = connect(make_role("embedline_reader"))
+    reader.execute("SELECT embedline._reserve_rerank('jina', NULL, 100)")
+    reader.execute("SELECT embedline._reserve_rerank('jina', NULL, -100)")
+    for amount in (-1000, 7):
+        # The second amount comes too late for those that the first has settled.
+        query = "SELECT embedline._settle_rerank(r, %s) FROM generate_series(1, 10) AS r"
+        reader.execute(query, (amount,))
+    tokens = database.execute(
+        "SELECT pipeline_id, tokens FROM embedline.reservation ORDER BY 1, reservation_id"
+    ).fetchall()
+    assert tokens == [(0, 0), (0, 0), (1, 500)]
+
+
 def test_a_rate_limit_refuses_at_once(database: psycopg.Connection, stub: StubProvider) -> None:
     create_reranker(database, stub)
     database.execute("SELECT embedline.set_rate_limit('jina', requests_per_minute => 1)")

@@ -12,6 +12,11 @@ from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 from embedline.spending import ledger
 
+_IS_RERANKING = """
+    SELECT EXISTS (SELECT FROM embedline.reservation AS r JOIN embedline.model AS m ON m.model_id = r.model_id
+        WHERE r.reservation_id = $1 AND m.task = 'rerank')
+"""
+
 
 @entry_point
 def reserve_rerank(session: Session, model_name: str, pipeline_id: int | None, amount: int) -> dict[str, Any]:
@@ -35,5 +40,9 @@ def reserve_rerank(session: Session, model_name: str, pipeline_id: int | None, a
 
 @entry_point
 def settle_rerank(session: Session, reservation_id: int, amount: int | None) -> None:
-    """Correct a reservation to the provider's count; NULL keeps the estimate."""
-    ledger.settle(session, reservation_id, amount)
+    """Correct a reservation to the provider's count; NULL keeps the estimate.
+
+    Readers may call this, so it leaves the reservations of vectors alone, and takes no negative count.
+    """
+    if session.scalar(_IS_RERANKING, ["bigint"], reservation_id):
+        ledger.settle(session, reservation_id, None if amount is None else max(amount, 0))

@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stub_rerank import rerank_answer, texts_of
+
 _VECTORS = 4096
 FAULTS = ("429", "500", "timeout", "short", "nan")
 # What a rule may answer besides a status: wrong vectors for the texts that it matches, wrong answers as a whole.
@@ -68,6 +70,8 @@ class StubProvider:
         assert self._process.stdout is not None
         self._base = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
         self.url = f"{self._base}/v1"
+        # Of the endpoints that rerank, by form.
+        self.rerank_urls = {"tei": self._base, "cohere": f"{self._base}/v2", "jina": self.url, "vllm": self.url}
 
     def behave(self, **behaviour: Any) -> None:
         """Set `latency` (s), `fault_share` (0 to 1), `faults` (of FAULTS), `poison` (texts with it are answered 400), `moved`.
@@ -79,7 +83,8 @@ class StubProvider:
         holds, "latency": s, "status", "headers", "body"} or with "answer" in place of the status: "nan", "inf" or "zero" as the
         vectors of the texts that
         match, "few" or "more" vectors, "reversed" order, "narrow" vectors, lists of "floats", "html", a body that is "cut",
-        "silence", a connection that is "closed" without an answer.
+        "silence", a connection that is "closed" without an answer. A request to rerank has wrong answers of its own, see
+        tests/stub_rerank.py; `most_texts` is what it may hold.
         """
         self._call("/behave", json.dumps(behaviour).encode())
 
@@ -96,6 +101,11 @@ class StubProvider:
     def asked(self) -> list[Asked]:
         """Return the requests that came since the last call, in that order."""
         return [Asked(*row) for row in json.loads(self._call("/asked"))]
+
+    def last_rerank(self) -> dict[str, Any]:
+        """Return the body of the last request to rerank."""
+        found: dict[str, Any] = json.loads(self._call("/last_rerank"))
+        return found
 
     def forget(self) -> None:
         """Begin to count anew."""
@@ -136,6 +146,7 @@ class _Server:
         self.texts: Counter[str] = Counter()
         self.asked: list[list[Any]] = []
         self.in_flight = 0
+        self.last_rerank: dict[str, Any] = {}
         self.random = random.Random(1)
 
     async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -180,6 +191,10 @@ class _Server:
             return 200, json.dumps(asked).encode(), b""
         if path == "/in_flight":
             return 200, json.dumps(sum(texts for _, texts, _, status in self.asked if status is None)).encode(), b""
+        if path == "/last_rerank":
+            return 200, json.dumps(self.last_rerank).encode(), b""
+        if path.endswith("/rerank"):
+            return await self.rerank(path, json.loads(body))
         if path.startswith("/elsewhere"):
             self.counts["elsewhere"] += 1
         inputs = json.loads(body)["input"]
@@ -187,6 +202,18 @@ class _Server:
         self.asked.append(request)
         request[-1], answer, extra = await self.embed(inputs)
         return request[-1], answer, extra
+
+    async def rerank(self, path: str, given: dict[str, Any]) -> tuple[int, bytes, bytes]:
+        self.last_rerank, texts = given, texts_of(given)
+        self.counts["requests"] += 1
+        self.counts["texts"] += len(texts)
+        await asyncio.sleep(self.behaviour.get("latency", 0))
+        if len(texts) > self.behaviour.get("most_texts", len(texts)):
+            return 413, b'{"error": "batch size > maximum allowed batch size", "error_type": "Validation"}', b""
+        rule = self.rule_for(texts)
+        if rule and ("status" in rule or rule["answer"] in ("silence", "closed", "html")):
+            return await self.answer_by(rule, texts, self.texts)
+        return *rerank_answer(path, given, rule["answer"] if rule else None), b""
 
     async def embed(self, texts: Sequence[str]) -> tuple[int, bytes, bytes]:
         self.counts["requests"] += 1

@@ -151,3 +151,9 @@ class ModelHostUnavailable(TransientProviderError):
     """The model host did not start or went away."""
 
     sqlstate = "EL015"
+
+
+class InvalidScores(ProviderError):
+    """The reranker's answer is not one usable score for each text."""
+
+    sqlstate = "EL016"

@@ -1,4 +1,4 @@
--- Register an embedding model: probe it once and store its dimensions and limits. Superusers only.
+-- Register a model that embeds, or a reranker: probe it once and store its dimensions and limits. Superusers only.
 CREATE OR REPLACE FUNCTION embedline.create_model(
     name text,
     provider text,
@@ -14,7 +14,8 @@ CREATE OR REPLACE FUNCTION embedline.create_model(
     concurrency integer DEFAULT 8,
     timeout_seconds double precision DEFAULT 60,
     options jsonb DEFAULT '{}',
-    price_per_million_tokens numeric DEFAULT NULL
+    price_per_million_tokens numeric DEFAULT NULL,
+    task text DEFAULT 'embed'
 )
 RETURNS text
 LANGUAGE plpython3u
@@ -28,8 +29,8 @@ AS $python$
         "api_key_env": api_key_env, "revision": revision, "document_prefix": document_prefix,
         "query_prefix": query_prefix, "max_batch_items": max_batch_items, "max_batch_tokens": max_batch_tokens,
         "concurrency": concurrency, "timeout_seconds": timeout_seconds, "options": options,
-        "price_per_million_tokens": price_per_million_tokens,
+        "price_per_million_tokens": price_per_million_tokens, "task": task,
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.create_model(text, text, text, integer, text, text, text, text, text, integer, integer, integer, double precision, jsonb, numeric) IS 'Register an embedding model (provider sentence-transformers or openai). Probes it once and returns its name.';
+COMMENT ON FUNCTION embedline.create_model(text, text, text, integer, text, text, text, text, text, integer, integer, integer, double precision, jsonb, numeric, text) IS 'Register a model that embeds or, with task rerank, a reranker. Probes it once and returns its name.';

@@ -26,6 +26,11 @@ embedline.search(
 TO embedline_reader;
 GRANT SELECT ON embedline.keyword_build TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION
+embedline.rerank(text, text, text []),
+embedline._reserve_rerank(text, bigint, bigint),
+embedline._settle_rerank(bigint, bigint)
+TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),

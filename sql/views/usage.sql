@@ -3,7 +3,7 @@ CREATE OR REPLACE VIEW embedline.usage AS
 SELECT
     u.day,
     coalesce(m.name, 'model ' || u.model_id || ', dropped') AS model,
-    coalesce(p.name, 'pipeline ' || u.pipeline_id || ', dropped') AS pipeline,
+    CASE WHEN u.pipeline_id <> 0 THEN coalesce(p.name, 'pipeline ' || u.pipeline_id || ', dropped') END AS pipeline,
     sum(u.requests)::bigint AS requests,
     sum(u.tokens)::bigint AS tokens,
     sum(u.reserved_tokens)::bigint AS reserved_tokens,
@@ -34,5 +34,6 @@ LEFT JOIN embedline.pipeline AS p ON u.pipeline_id = p.pipeline_id
 GROUP BY u.day, u.model_id, u.pipeline_id, m.name, p.name;
 
 COMMENT ON VIEW embedline.usage IS 'Requests, tokens and money by day (UTC), model and pipeline. Queries of embedline.search are not among them.';
+COMMENT ON COLUMN embedline.usage.pipeline IS 'NULL: embedline.rerank was called for none';
 COMMENT ON COLUMN embedline.usage.tokens IS 'As the provider counted them, or as estimated if it did not';
 COMMENT ON COLUMN embedline.usage.reserved_tokens IS 'Those of these tokens whose requests are not answered';

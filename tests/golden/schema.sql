@@ -304,7 +304,7 @@ CREATE TABLE embedline.model (
     provider text NOT NULL,
     model text NOT NULL,
     revision text,
-    dimensions integer NOT NULL,
+    dimensions integer,
     max_tokens integer,
     tokenizer text,
     base_url text,
@@ -325,6 +325,7 @@ CREATE TABLE embedline.model (
     text_size_refused integer,
     learned jsonb DEFAULT '{}'::jsonb NOT NULL,
     probed_fingerprint text,
+    task text DEFAULT 'embed'::text NOT NULL,
     CONSTRAINT model_batch_items_check CHECK ((batch_items > 0)),
     CONSTRAINT model_batch_items_refused_check CHECK ((batch_items_refused > batch_items)),
     CONSTRAINT model_concurrency_check CHECK (((concurrency >= 1) AND (concurrency <= 256))),
@@ -335,6 +336,7 @@ CREATE TABLE embedline.model (
     CONSTRAINT model_name_key UNIQUE (name),
     CONSTRAINT model_pkey PRIMARY KEY (model_id),
     CONSTRAINT model_price_per_million_tokens_check CHECK ((price_per_million_tokens >= (0)::numeric)),
+    CONSTRAINT model_task_check CHECK ((((task = 'embed'::text) AND (dimensions IS NOT NULL)) OR ((task = 'rerank'::text) AND (dimensions IS NULL)))),
     CONSTRAINT model_text_size_refused_check CHECK ((text_size_refused > 0)),
     CONSTRAINT model_timeout_seconds_check CHECK ((timeout_seconds > (0)::double precision))
 );
@@ -968,6 +970,11 @@ SET search_path=pg_catalog, pg_temp
 SET quote_all_identifiers=off
 SET standard_conforming_strings=on;
 
+CREATE FUNCTION embedline._reserve_rerank(model_name text, pipeline_id bigint, amount bigint, OUT reservation_id bigint, OUT wait_seconds double precision, OUT reason text)
+RETURNS record
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline._resolve_attributes()
 RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -987,6 +994,11 @@ SET jit=off;
 CREATE FUNCTION embedline._server_facts()
 RETURNS TABLE(disk_free_bytes bigint, disk_bytes bigint, memory_bytes bigint, package_version text, scheduled_workers bigint)
 LANGUAGE plpython3u STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._settle_rerank(reservation_id bigint, amount bigint)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._signal_work()
@@ -1117,7 +1129,7 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
-CREATE FUNCTION embedline.create_model(name text, provider text, model text, dimensions integer DEFAULT NULL::integer, base_url text DEFAULT NULL::text, api_key_env text DEFAULT NULL::text, revision text DEFAULT NULL::text, document_prefix text DEFAULT ''::text, query_prefix text DEFAULT ''::text, max_batch_items integer DEFAULT 2048, max_batch_tokens integer DEFAULT 300000, concurrency integer DEFAULT 8, timeout_seconds double precision DEFAULT 60, options jsonb DEFAULT '{}'::jsonb, price_per_million_tokens numeric DEFAULT NULL::numeric)
+CREATE FUNCTION embedline.create_model(name text, provider text, model text, dimensions integer DEFAULT NULL::integer, base_url text DEFAULT NULL::text, api_key_env text DEFAULT NULL::text, revision text DEFAULT NULL::text, document_prefix text DEFAULT ''::text, query_prefix text DEFAULT ''::text, max_batch_items integer DEFAULT 2048, max_batch_tokens integer DEFAULT 300000, concurrency integer DEFAULT 8, timeout_seconds double precision DEFAULT 60, options jsonb DEFAULT '{}'::jsonb, price_per_million_tokens numeric DEFAULT NULL::numeric, task text DEFAULT 'embed'::text)
 RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
@@ -1261,6 +1273,11 @@ SET bytea_output=hex;
 CREATE FUNCTION embedline.requeue_version(pipeline_name text, version_number integer)
 RETURNS bigint
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.rerank(model text, query text, texts text[])
+RETURNS double precision[]
+LANGUAGE plpython3u VOLATILE
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.resume_model(name text)

@@ -12,7 +12,7 @@ from pytest_postgresql.executors import NoopExecutor
 
 from application import PIPELINE, Application
 from conftest import cloned_database, dbname_of
-from support import create_pipeline, scalar, settle
+from support import MODELS, create_pipeline, scalar, settle
 
 _NOTHING = "No new upgrade operations detected"
 
@@ -108,6 +108,18 @@ def test_a_table_and_its_pipeline_come_in_one_revision(application: Application,
     for direction in (("upgrade", "head"), ("downgrade", "-1"), ("upgrade", "head")):
         application.alembic(*direction)
     assert scalar(database, "SELECT count(*) FROM embedline.pipeline") == 1
+
+
+def test_a_declared_reranker_is_registered_although_no_pipeline_uses_it(
+    application: Application, database: psycopg.Connection
+) -> None:
+    reranker = f'provider = "sentence-transformers"\nmodel = "{MODELS / "reranker"}"\ntask = "rerank"\n'
+    application.declare(f"{PIPELINE}\n[models.reranker]\n{reranker}")
+    (revision,) = application.autogenerate("rerank")
+    assert "task='rerank'" in revision
+    application.alembic("upgrade", "head")
+    assert scalar(database, "SELECT task FROM embedline.model WHERE name = 'reranker'") == "rerank"
+    assert _NOTHING in application.alembic("check")
 
 
 def test_a_changed_model_becomes_a_chain_of_four_revisions(

@@ -41,6 +41,6 @@ def test_down_and_up_again_with_spending_in_it(database_dsn: str, database: psyc
     database.execute(_OLD_CREATE_MODEL)
     command.upgrade(alembic_config(database_dsn), "head")
     (signature,) = scalar(database, _SIGNATURES)
-    assert signature.endswith("jsonb,numeric)")
+    assert signature.endswith("jsonb,numeric,text)")
     assert scalar(database, "SELECT count(*) FROM embedline.budget") == 0
     assert scalar(database, "SELECT count(*) FROM embedline.model WHERE price_per_million_tokens IS NULL") == 2

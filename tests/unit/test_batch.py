@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from embedline.chunking import Chunk
 from embedline.chunking.chunk import content_digest
-from embedline.core.tokens import likely_tokens, most_tokens, plausible_tokens
+from embedline.core.request_tokens import likely_tokens, most_tokens, plausible_tokens
 from embedline.documents.values import Document
 from embedline.queue.outbox import ClaimedRow
 from embedline.worker.batch import Unit, pack, request_items, unit_of

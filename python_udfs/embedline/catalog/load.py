@@ -9,14 +9,14 @@ from embedline.catalog.values import ChunkSet, Model, Pipeline, Reach, Version
 from embedline.chunking import ChunkingSpec
 from embedline.core.embedding import ModelConfig
 from embedline.core.json_values import as_list, as_mapping
-from embedline.errors import NotFound
+from embedline.errors import InvalidParameter, NotFound
 from embedline.postgres.session import Session
 
 _MODEL_COLUMNS = """
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
     m.base_url, m.api_key_env, m.document_prefix, m.query_prefix, m.max_batch_items,
     m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.learned, m.fingerprint AS model_fingerprint,
-    m.probed_fingerprint, m.batch_items, m.batch_items_refused, m.text_size_refused
+    m.probed_fingerprint, m.task, m.batch_items, m.batch_items_refused, m.text_size_refused
 """
 _CHUNK_SET_COLUMNS = """
     s.number AS chunk_set, s.chunk_set_id, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options
@@ -165,6 +165,35 @@ def load_model(session: Session, name: str) -> Model:
     return _model_from_row(rows[0])
 
 
+def load_embedding_model(session: Session, name: str) -> Model:
+    """Return the model of that name, which makes vectors.
+
+    Raises NotFound, or InvalidParameter for a reranker.
+    """
+    model = load_model(session, name)
+    if model.config.task != "embed":
+        raise InvalidParameter(
+            f'model "{name}" is a reranker and makes no vectors',
+            hint="SELECT name FROM embedline.model WHERE task = 'embed'; lists the models of pipelines.",
+        )
+    return model
+
+
+def load_reranker(session: Session, name: str) -> Model:
+    """Return the reranker of that name.
+
+    Raises NotFound, or InvalidParameter for a model that makes vectors.
+    """
+    model = load_model(session, name)
+    if model.config.task != "rerank":
+        raise InvalidParameter(
+            f'model "{name}" makes vectors and is no reranker',
+            hint="SELECT name FROM embedline.model WHERE task = 'rerank'; lists the rerankers;"
+            " embedline.create_model(…, task => 'rerank') adds one.",
+        )
+    return model
+
+
 def pipeline_from_row(row: dict[str, object]) -> Pipeline:
     """Return the pipeline of a row of the catalogue query."""
     values = dict(row)
@@ -256,7 +285,7 @@ def _model_from_row(row: dict[str, object]) -> Model:
         name=str(row["model_name"]),
         provider=str(row["provider"]),
         model=str(row["model"]),
-        dimensions=int(str(row["model_dimensions"])),
+        dimensions=_number(row["model_dimensions"]),
         revision=_optional(row["revision"]),
         base_url=_optional(row["base_url"]),
         api_key_env=_optional(row["api_key_env"]),
@@ -268,6 +297,7 @@ def _model_from_row(row: dict[str, object]) -> Model:
         timeout_seconds=float(str(row["timeout_seconds"])),
         options=as_mapping(row["options"]),
         learned=as_mapping(row["learned"]),
+        task="rerank" if row["task"] == "rerank" else "embed",
     )
     max_tokens = row["max_tokens"]
     return Model(

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["document", "query"]
+# Work of a model: vectors of texts, or scores of pairs of a query and a text.
+Task = Literal["embed", "rerank"]
+TASKS: tuple[Task, ...] = ("embed", "rerank")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class ModelConfig:
     concurrency: int = 8
     timeout_seconds: float = 60.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    task: Task = "embed"
     # Deviations from OpenAI's interface that earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
     learned: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,9 +63,9 @@ class EmbeddingBlock:
 class ModelInfo:
     """The facts that probing a model tells.
 
-    `max_tokens` is the longest text in the model's own tokens, special tokens already taken off; None if unknown.
-    `tokenizer_path` is a Hugging Face tokenizer.json that the server can read; None if the tokens are not known
-    offline.
+    `dimensions` is 0 for a reranker, which returns scores. `max_tokens` is the longest text in the model's own tokens,
+    special tokens already taken off; None if unknown. `tokenizer_path` is a Hugging Face tokenizer.json that the server
+    can read; None if the tokens are not known offline.
     """
 
     dimensions: int

@@ -226,6 +226,7 @@ class ModelSpec:
     name: str
     provider: str
     model: str
+    task: str
     dimensions: int | None
     revision: str | None
     base_url: str | None

@@ -5,47 +5,11 @@ Each estimate has a margin of its own, for the use that it has.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-
-# Most bytes per token in a provider's count that is believed. The usual tokenizers have about four, and hardly ever 64.
-_LONGEST_TOKEN_BYTES = 64
-# Tokens per text that a count may have above one per byte, because a server may add an instruction of its own or
-# padding.
-_ADDED_TOKENS = 512
-
-
-def most_tokens(text: str) -> int:
-    """Return the tokens by which requests are packed: two bytes of UTF-8 per token.
-
-    This is an upper estimate. English has about four bytes per token; Chinese, at three bytes a character, has two to
-    three.
-    """
-    return (len(text) if text.isascii() else len(text.encode())) // 2 + 1
-
-
-def likely_tokens(text: str) -> int:
-    """Return the tokens to reserve before a call: three bytes of UTF-8 per token.
-
-    The estimate is on the safe side.
-    """
-    return (len(text) if text.isascii() else len(text.encode())) // 3 + 1
-
-
-def plausible_tokens(counted: int | None, texts: Collection[str], prefix: str) -> int | None:
-    """Return a provider's count of tokens, None if the texts cannot have that many.
-
-    `texts` were each sent with `prefix`. A count that is too small or too large for their bytes is refused.
-    """
-    size = sum(len(text.encode()) for text in texts) + len(texts) * len(prefix.encode())
-    fewest = max(len(texts), size // _LONGEST_TOKEN_BYTES)
-    most = size + len(texts) * _ADDED_TOKENS
-    return counted if counted is not None and fewest <= counted <= most else None
 
 
 # Characters per token if the model's tokenizer is not known. English averages four in the vocabularies of OpenAI's

@@ -1,4 +1,4 @@
-"""Embed with local models through the model host, a process of its own.
+"""Ask local models through the model host, a process of its own.
 
 Runs inside a PostgreSQL backend. A session's first search pays for this module, so it imports neither numpy nor torch.
 All I/O is in one daemon thread. It starts with every signal blocked, because PostgreSQL's handlers belong to the main
@@ -25,7 +25,15 @@ from typing import Any
 
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.core.processes import start_thread
-from embedline.errors import DimensionMismatch, InputRejected, InvalidVectors, ModelHostUnavailable, ProviderError
+from embedline.core.reranking import RerankScores
+from embedline.errors import (
+    DimensionMismatch,
+    InputRejected,
+    InvalidScores,
+    InvalidVectors,
+    ModelHostUnavailable,
+    ProviderError,
+)
 from embedline.model_host.host_settings import HostSettings, settings_of
 from embedline.model_host.launcher import connect_or_start, log_tail
 from embedline.model_host.place import Owner, prepare_place
@@ -65,7 +73,7 @@ class _Link:
 
 
 class LocalEmbedder:
-    """Embed with a sentence-transformers model in the server's model host.
+    """Embed or rerank with a sentence-transformers model in the server's model host.
 
     The host belongs to `owner_pid`, by default the parent process. The parent of a backend is the postmaster.
     """
@@ -101,15 +109,15 @@ class LocalEmbedder:
             future.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
             return future
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
-        try:
-            lengths, payload = pack_texts([prefix + text for text in texts])
-            self._start(
-                {"op": "embed", "kind": kind, "lengths": lengths}, payload, future, self._block_reader(len(texts))
-            )
-        except UnicodeEncodeError:
-            future.set_exception(InputRejected("a text holds characters that UTF-8 cannot express"))
-        except ProtocolError as error:
-            future.set_exception(InputRejected("the texts are too large for one request", detail=str(error)))
+        given = [prefix + text for text in texts]
+        self._send({"op": "embed", "kind": kind}, given, future, self._block_reader(len(texts)))
+        return future
+
+    def submit_rerank(self, query: str, texts: Sequence[str]) -> Future[RerankScores]:
+        """Start scoring the texts for the query; the future raises ProviderError."""
+        given = [self._config.query_prefix + query, *[self._config.document_prefix + text for text in texts]]
+        future: Future[RerankScores] = Future()
+        self._send({"op": "rerank"}, given, future, scores_reader(len(texts)))
         return future
 
     def probe(self) -> Future[ModelInfo]:
@@ -130,6 +138,21 @@ class LocalEmbedder:
         if self._thread is None or not self._thread.is_alive():
             self._wake_reader.close()
             self._wake_writer.close()
+
+    def _send(
+        self, header: dict[str, Any], texts: Sequence[str], future: Future[Any], read: Callable[[Frame], object]
+    ) -> None:
+        """Start a request with texts.
+
+        The future raises InputRejected for texts that cannot be sent.
+        """
+        try:
+            lengths, payload = pack_texts(texts)
+            self._start({**header, "lengths": lengths}, payload, future, read)
+        except UnicodeEncodeError:
+            future.set_exception(InputRejected("a text holds characters that UTF-8 cannot express"))
+        except ProtocolError as error:
+            future.set_exception(InputRejected("the texts are too large for one request", detail=str(error)))
 
     def _start(
         self, header: dict[str, Any], payload: bytes, future: Future[Any], read: Callable[[Frame], object]
@@ -329,6 +352,18 @@ class LocalEmbedder:
             return EmbeddingBlock(count, dimensions, frame.payload)
 
         return read
+
+
+def scores_reader(count: int) -> Callable[[Frame], RerankScores]:
+    """Return the reader of an answer with one score for each of `count` texts."""
+
+    def read(frame: Frame) -> RerankScores:
+        got, width = int(frame.header["count"]), int(frame.header["dimensions"])
+        if (got, width) != (count, 1) or len(frame.payload) != 4 * count:
+            raise InvalidScores("the model host did not return one score for each text")
+        return RerankScores(count, frame.payload, frame.header.get("units"))
+
+    return read
 
 
 def _take_all(calls: deque[_Call]) -> list[_Call]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from embedline.core.embedding import EmbeddingBlock, ModelConfig
-from embedline.embedders.local import LocalEmbedder
+from embedline.core.reranking import RerankScores
+from embedline.embedders.local import LocalEmbedder, scores_reader
 from embedline.errors import InputRejected
 from embedline.model_host.host_settings import remote_settings
 from embedline.model_host.protocol import ProtocolError, pack_texts
@@ -43,6 +45,16 @@ class SharedEmbedder(LocalEmbedder):
             self._start(header, payload, future, self._block_reader(1))
         except (UnicodeEncodeError, ProtocolError) as error:
             future.set_exception(InputRejected("the query cannot be sent", detail=type(error).__name__))
+        return future
+
+    def submit_shared_rerank(self, config: ModelConfig, query: str, texts: Sequence[str]) -> Future[RerankScores]:
+        """Start scoring; the future raises the model's own errors.
+
+        ModelHostUnavailable means that there is no host, and says nothing about the provider.
+        """
+        future: Future[RerankScores] = Future()
+        given = json.dumps(dataclasses.asdict(config), sort_keys=True)
+        self._send({"op": "rerank", "config": given}, [query, *texts], future, scores_reader(len(texts)))
         return future
 
     def ping(self) -> Future[None]:

@@ -31,7 +31,7 @@ _MODELS = """
     SELECT m.name, m.provider, m.tokenizer, m.price_per_million_tokens AS price,
         r.tokens_per_second, r.origin
     FROM embedline.model AS m LEFT JOIN embedline._measured_rates() AS r ON r.model_id = m.model_id
-    ORDER BY m.name
+    WHERE m.task = 'embed' ORDER BY m.name
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from embedline.catalog.load import load_model, load_pipeline
+from embedline.catalog.load import load_embedding_model, load_pipeline
 from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
@@ -80,7 +80,7 @@ def find_plan(
             f'"{subject}" is a table without a pipeline: its content and its model must be named',
             hint=f"SELECT * FROM embedline.estimate({quote_literal(subject).strip()}, 'small', $$title || body$$);",
         )
-    model = load_model(session, model_name)
+    model = load_embedding_model(session, model_name)
     require_single_expression(content, "content")
     tokens = min(_DEFAULT_CHUNK_TOKENS, model.max_tokens or _DEFAULT_CHUNK_TOKENS)
     table = Subject(found[0]["source"], int(found[0]["source_oid"]), content, search_path=search_path)
@@ -99,7 +99,7 @@ def _table(session: Session, subject: str) -> list[dict[str, Any]]:
 def _pipeline_plan(session: Session, name: str, row: dict[str, Any], model_name: str | None) -> tuple[Plan, Model]:
     pipeline = load_pipeline(session, name)
     version = pipeline.version
-    model = version.model if model_name is None else load_model(session, model_name)
+    model = version.model if model_name is None else load_embedding_model(session, model_name)
     expressions = _expressions(session, pipeline)
     return Plan(
         subject=Subject(

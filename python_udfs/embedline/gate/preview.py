@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from embedline.catalog import progress
-from embedline.catalog.load import load_model, load_pipeline
+from embedline.catalog.load import load_embedding_model, load_pipeline
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Model, Pipeline
 from embedline.core import vectors
 from embedline.core.processes import prepare_environment
+from embedline.core.request_tokens import plausible_tokens
 from embedline.core.sql_text import quote_ident
-from embedline.core.tokens import plausible_tokens
 from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
 from embedline.gate import report, statistics
@@ -72,7 +72,7 @@ def preview_version(
             f"sample must be between {low} and {high}, not {sample}", hint="3000 chunks make a good bridge."
         )
     prepare_environment()
-    pipeline, model = load_pipeline(session, pipeline_name), load_model(session, model_name)
+    pipeline, model = load_pipeline(session, pipeline_name), load_embedding_model(session, model_name)
     with progress.reported(session, "preview_version", pipeline):
         progress.report(session, "reading the queries", 0, None)
         queries = load_queries(session, [pipeline], canaries, query_count, None, seed)
@@ -183,7 +183,7 @@ def embed_chunks(session: Session, name: str, model_name: str, chunk_ids: Sequen
     """
     require_control(session, name)
     prepare_environment()
-    model = load_model(session, model_name)
+    model = load_embedding_model(session, model_name)
     pipeline = _with_model(load_pipeline(session, name), model)
     if circuit.is_open(session, model.model_id):
         raise NotReady(f'model "{model_name}" is unavailable for now', hint="SELECT * FROM embedline.circuit;")

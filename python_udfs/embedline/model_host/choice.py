@@ -32,6 +32,22 @@ def choose_backend(directory: str) -> str:
     return "static" if static_modules(directory) is not None else "torch"
 
 
+# Where the graph of a cross-encoder lies; the second place is that of models on the hub.
+RERANK_GRAPHS = ("model.onnx", os.path.join("onnx", "model.onnx"))
+
+
+def rerank_backend(directory: str) -> str:
+    """Return "onnx" for a directory with a graph and a tokenizer, else "torch"."""
+    return "onnx" if rerank_graph(directory) is not None else "torch"
+
+
+def rerank_graph(directory: str) -> str | None:
+    """Return the path of a reranker's graph, None if the directory has none."""
+    paths = [os.path.join(directory, name) for name in RERANK_GRAPHS]
+    has_tokenizer = os.path.isfile(os.path.join(directory, "tokenizer.json"))
+    return next((path for path in paths if has_tokenizer and os.path.isfile(path)), None)
+
+
 def static_modules(directory: str) -> tuple[str, bool] | None:
     """Return the folder of a static model's table, None for another model.
 

@@ -13,7 +13,7 @@ from typing import Any
 import embedline
 from embedline.core.embedding import ModelConfig
 from embedline.errors import InvalidParameter
-from embedline.model_host.choice import choose_backend
+from embedline.model_host.choice import choose_backend, rerank_backend
 from embedline.model_host.protocol import PROTOCOL_VERSION
 from embedline.providers.options import Option, check_options
 
@@ -75,6 +75,12 @@ class HostSettings:
     memory_limit_mb: int = 4096
     idle_seconds: float = 900.0
     start_seconds: float = START_SECONDS
+    task: str = "embed"
+
+    @property
+    def reranks(self) -> bool:
+        """Return True if the model scores pairs of a query and a text."""
+        return self.task == "rerank"
 
     @property
     def is_remote(self) -> bool:
@@ -91,7 +97,7 @@ class HostSettings:
         Two configs that differ only in other settings share one host.
         """
         identity = [PROTOCOL_VERSION, embedline.__version__, self.model, self.revision, self.backend]
-        identity += [self.device, self.precision]
+        identity += [self.device, self.precision, *([self.task] if self.reranks else [])]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
@@ -126,6 +132,13 @@ def settings_of(config: ModelConfig) -> HostSettings:
     check_options(config.name, given, _OPTIONS)
     # "auto" spells out the default, so that both share one host.
     fields = {name: given[name] for name in given if name != "max_tokens" and given[name] != "auto"}
+    if config.task == "rerank":
+        fields |= {"task": config.task, "backend": fields.get("backend") or rerank_backend(config.model)}
+        if fields["backend"] == "onnx" and "precision" in fields:
+            raise InvalidParameter(
+                f'option "precision" of model "{config.name}": the graph of a reranker is used as it is',
+                hint="Leave the option out, and give a directory whose model.onnx has the precision that you want.",
+            )
     fields.setdefault("backend", _backend_of(config.model, fields))
     backend, precision = fields["backend"], fields.get("precision", "float32")
     offered = PRECISIONS.get(backend, ("float32",))

@@ -24,6 +24,7 @@ ANSWER_SECONDS = 8.0
 # Statuses of a proxy that cannot reach the hub.
 _GATEWAY_ERRORS = (502, 503, 504)
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_GRAPH_FILES = ["*.json", "onnx/model.onnx", "model.onnx"]
 # Other forms of the same weights, in folders of their own.
 _OTHER_FORMS = ["onnx/*", "openvino/*"]
 
@@ -63,12 +64,17 @@ def chosen_directory(settings: HostSettings) -> str | None:
     return snapshot(settings)
 
 
-def snapshot(settings: HostSettings) -> str:
-    """Return the directory of a model's files on this machine; fetch missing ones."""
+def snapshot(settings: HostSettings, *, with_graph: bool = False) -> str:
+    """Return the directory of a model's files on this machine; fetch missing ones.
+
+    `with_graph` takes the model's graph for onnxruntime in place of its weights.
+    """
     if os.path.isdir(settings.model):
         return settings.model
     from huggingface_hub import snapshot_download
 
+    if with_graph:
+        return str(snapshot_download(settings.model, revision=settings.revision, allow_patterns=_GRAPH_FILES))
     return str(
         snapshot_download(
             settings.model, revision=settings.revision, allow_patterns=_FILES, ignore_patterns=_OTHER_FORMS

@@ -11,11 +11,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from embedline.core.reranking import Pair
 from embedline.errors import InputRejected, ProviderError, ProviderMisconfigured
 from embedline.model_host import hub, onnx_export
 from embedline.model_host.faults import describe, is_device_fault, is_out_of_memory, load_error
 from embedline.model_host.onnx_backend import OnnxBackend, check_precision
 from embedline.model_host.prepared import RECIPE, read_manifest
+from embedline.model_host.rerank_backends import load_reranker
 from embedline.model_host.slicing import SliceTuner
 from embedline.model_host.static_backend import StaticBackend
 from embedline.model_host.torch_backend import load_torch
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from embedline.model_host.host_settings import HostSettings
-    from embedline.model_host.scheduler import SliceLimits
+    from embedline.model_host.scheduler import Item, SliceLimits
 
 
 class Backend(Protocol):
@@ -42,10 +44,10 @@ class Backend(Protocol):
     @property
     def max_tokens(self) -> int | None: ...
 
-    def forward(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def forward(self, texts: Sequence[Any]) -> NDArray[np.float32]:
         """Return float32 rows of shape (len(texts), dimensions), not normalised.
 
-        Raises the library's own errors.
+        A reranker takes pairs in place of texts, and its rows have one value. Raises the library's own errors.
         """
 
     def free_memory(self) -> None:
@@ -63,14 +65,20 @@ class LoadedModel:
         self._backend = backend
         self._slices = SliceTuner(backend.slice_characters)
         # The first pass is slow. It also shows the true width.
-        self.dimensions = int(backend.forward(["warm up"]).shape[1])
+        first = Pair("warm", "up") if settings.reranks else "warm up"
+        self.dimensions = int(backend.forward([first]).shape[1])
+        if settings.reranks and self.dimensions != 1:
+            raise ProviderMisconfigured(
+                f'model "{settings.model}" is no reranker: it returns {self.dimensions} values for a pair',
+                hint="Give a cross-encoder with one label, for example cross-encoder/ms-marco-MiniLM-L6-v2.",
+            )
 
     @property
     def limits(self) -> SliceLimits:
         """Return the limits of the next slice."""
         return self._slices.limits
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[Item]) -> NDArray[np.float32]:
         """Return float32 rows of shape (len(texts), dimensions), not normalised.
 
         A lack of memory halves the texts until they fit, and later slices stay as small. Raises InputRejected for texts
@@ -105,7 +113,7 @@ class LoadedModel:
     def describe(self, tokenizer_path: str) -> dict[str, Any]:
         """Return the fields of ModelInfo; writes the tokenizer to tokenizer_path."""
         return {
-            "dimensions": self.dimensions,
+            "dimensions": 0 if self._settings.reranks else self.dimensions,
             "max_tokens": self._backend.max_tokens,
             "tokenizer_path": self._save_tokenizer(tokenizer_path),
             "fingerprint": self._fingerprint(),
@@ -134,7 +142,9 @@ class LoadedModel:
             "precision": self._settings.precision,
             "dimensions": self.dimensions,
         }
-        if self._settings.backend == "onnx":
+        if self._settings.reranks:
+            identity["task"] = self._settings.task
+        elif self._settings.backend == "onnx":
             identity["recipe"] = RECIPE
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -156,6 +166,8 @@ def load_model(settings: HostSettings) -> LoadedModel:
         )
     try:
         hub.require_hub(settings)
+        if settings.reranks:
+            return LoadedModel(settings, load_reranker(settings))
         directory = settings.model
         if settings.backend == "auto":
             static = hub.chosen_directory(settings)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _CPU_CHARACTERS, _ACCELERATOR_CHARACTERS = 2048, 262_144
-_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
 class OnnxBackend:
@@ -38,7 +38,7 @@ class OnnxBackend:
 
         self.max_tokens = manifest.max_tokens
         self._tokenizer = Tokenizer.from_file(os.path.join(directory, TOKENIZER))
-        self._session = _session(os.path.join(directory, GRAPH), device)
+        self._session = open_session(os.path.join(directory, GRAPH), device)
         self._inputs = [item.name for item in self._session.get_inputs()]
         on_cpu = self._session.get_providers()[0] == "CPUExecutionProvider"
         self.slice_characters = _CPU_CHARACTERS if on_cpu else _ACCELERATOR_CHARACTERS
@@ -65,10 +65,10 @@ class OnnxBackend:
 def _matrix(encodings: list[Encoding], name: str) -> NDArray[np.int64]:
     import numpy as np
 
-    return np.array([getattr(encoding, _FIELDS[name]) for encoding in encodings], dtype=np.int64)
+    return np.array([getattr(encoding, FIELDS[name]) for encoding in encodings], dtype=np.int64)
 
 
-def _session(graph: str, device: str | None) -> Any:
+def open_session(graph: str, device: str | None) -> Any:
     import onnxruntime
 
     offered = onnxruntime.get_available_providers()

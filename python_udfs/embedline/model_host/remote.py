@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeAlias
 
 from embedline.core.embedding import EmbeddingBlock, ModelConfig
 from embedline.errors import ProviderError
@@ -22,6 +23,7 @@ from embedline.model_host.protocol import Frame, ProtocolError, unpack_texts
 from embedline.model_host.query_cache import QueryCache, cache_key
 from embedline.model_host.wire_errors import error_fields
 from embedline.providers.openai_compatible import OpenAIEmbedder
+from embedline.providers.rerank_endpoint import RerankEndpoint
 
 # Queries of one model that may be in flight at a time, of all sessions together. A session alone has one.
 _MAX_QUERIES = 256
@@ -31,6 +33,8 @@ _MAX_MODELS = 32
 _IDLE_CONNECTION_SECONDS = 55.0
 # Seconds for which one query's rate limit holds for others. A provider may ask for a day and be well at once.
 _LONGEST_PAUSE_SECONDS = 5.0
+# Header and payload of an answer.
+_Answer: TypeAlias = tuple[dict[str, Any], bytes]
 
 
 class QueryEmbedder(OpenAIEmbedder):
@@ -45,13 +49,19 @@ class QueryEmbedder(OpenAIEmbedder):
             self._resume_at = min(self._resume_at, time.monotonic() + _LONGEST_PAUSE_SECONDS)
 
 
+class QueryReranker(RerankEndpoint):
+    """A provider's client for the scores of many sessions."""
+
+    idle_connection_seconds = _IDLE_CONNECTION_SECONDS
+
+
 class RemoteHost(HostProcess):
     """The one host of all remote models of a server."""
 
     def __init__(self, place: HostPlace, settings: HostSettings, owner: Owner) -> None:
         super().__init__(place, settings, owner)
         self.cache = QueryCache()
-        self._embedders: OrderedDict[str, QueryEmbedder] = OrderedDict()
+        self._clients: OrderedDict[str, QueryEmbedder | QueryReranker] = OrderedDict()
         self._imports = threading.Thread(target=_import_client, name="embedline-imports", daemon=True)
 
     def begin(self) -> None:
@@ -73,21 +83,21 @@ class RemoteHost(HostProcess):
         """Return True, because each request has a timeout of its own."""
         return True
 
-    def embedder(self, config: str) -> QueryEmbedder:
+    def client(self, config: str) -> QueryEmbedder | QueryReranker:
         """Return the client of a model, given as JSON.
 
         Raises ProviderError, or ProtocolError if the JSON is not a model.
         """
-        found = self._embedders.pop(config, None)
+        found = self._clients.pop(config, None)
         if found is None:
             try:
-                fields = json.loads(config)
-                found = QueryEmbedder(ModelConfig(**fields | {"concurrency": _MAX_QUERIES}))
+                given = ModelConfig(**json.loads(config) | {"concurrency": _MAX_QUERIES})
             except (TypeError, ValueError) as error:
                 raise ProtocolError("the request's model is not one") from error
-        self._embedders[config] = found
-        if len(self._embedders) > _MAX_MODELS:
-            _, oldest = self._embedders.popitem(last=False)
+            found = QueryReranker(given) if given.task == "rerank" else QueryEmbedder(given)
+        self._clients[config] = found
+        if len(self._clients) > _MAX_MODELS:
+            _, oldest = self._clients.popitem(last=False)
             # In a thread of its own, because `close` waits for the client's thread.
             threading.Thread(target=oldest.close, name="embedline-close", daemon=True).start()
         return found
@@ -102,20 +112,25 @@ class RemoteConnection(HostConnection):
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def perform(self, operation: object, number: int, frame: Frame) -> None:
-        """Begin the embedding of a query."""
+        """Begin the embedding of a query, or the scoring of its texts."""
         config, identity = frame.header.get("config"), frame.header.get("identity")
-        if operation != "embed" or not isinstance(config, str) or not isinstance(identity, str):
-            raise ProtocolError("the request's operation is unknown")
         texts = unpack_texts(frame.header.get("lengths"), frame.payload)
-        if len(texts) != 1:
-            raise ProtocolError("the request is not one query")
+        if not isinstance(config, str) or operation not in ("embed", "rerank"):
+            raise ProtocolError("the request's operation is unknown")
         try:
-            embedder = self._host.embedder(config)
+            client = self._host.client(config)
         except ProviderError as error:
             self.answer(number, error_fields(error))
             return
-        task = self._host.loop.create_task(self._embed(number, embedder, identity, texts[0]))
-        self._tasks[number] = task
+        if operation == "rerank" and isinstance(client, QueryReranker) and len(texts) > 1:
+            answer = self._scores(client, texts)
+        elif (
+            operation == "embed" and isinstance(client, QueryEmbedder) and len(texts) == 1 and isinstance(identity, str)
+        ):
+            answer = self._vector(client, identity, texts[0])
+        else:
+            raise ProtocolError("the request does not fit the model")
+        self._tasks[number] = self._host.loop.create_task(self._answer(number, answer))
 
     def cancel(self, number: int) -> bool:
         """End a request."""
@@ -135,12 +150,11 @@ class RemoteConnection(HostConnection):
         """Return True if a query of that number is under way."""
         return number in self._tasks
 
-    async def _embed(self, number: int, embedder: QueryEmbedder, identity: str, text: str) -> None:
+    async def _answer(self, number: int, asked: Coroutine[Any, Any, _Answer]) -> None:
         fields: dict[str, Any]
         payload = b""
         try:
-            block = await self._vector(embedder, identity, text)
-            fields, payload = {"count": block.count, "dimensions": block.dimensions}, block.data
+            fields, payload = await asked
         except ProviderError as error:
             fields = error_fields(error)
         except Exception as error:
@@ -149,14 +163,17 @@ class RemoteConnection(HostConnection):
         if self._tasks.pop(number, None) is not None:
             self.answer(number, fields, payload)
 
-    async def _vector(self, embedder: QueryEmbedder, identity: str, text: str) -> EmbeddingBlock:
+    async def _vector(self, embedder: QueryEmbedder, identity: str, text: str) -> _Answer:
         key = cache_key(identity, text)
-        known = self._host.cache.get(key, time.monotonic())
-        if known is not None:
-            return known
-        block = await asyncio.wrap_future(embedder.submit([text], "query"))
-        self._host.cache.put(key, block, time.monotonic())
-        return block
+        block = self._host.cache.get(key, time.monotonic())
+        if block is None:
+            block = await asyncio.wrap_future(embedder.submit([text], "query"))
+            self._host.cache.put(key, block, time.monotonic())
+        return {"count": block.count, "dimensions": block.dimensions}, block.data
+
+    async def _scores(self, reranker: QueryReranker, texts: list[str]) -> _Answer:
+        scores = await asyncio.wrap_future(reranker.submit_rerank(texts[0], texts[1:]))
+        return {"count": scores.count, "dimensions": 1, "units": scores.units}, scores.data
 
 
 def _import_client() -> None:

@@ -10,14 +10,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from embedline.core.embedding import Kind
+    from embedline.core.reranking import Pair
     from embedline.errors import ProviderError
+
+# One text, or for a reranker one pair; both have a length in characters.
+Item: TypeAlias = "str | Pair"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Request:
     """
 
     def __init__(
-        self, kind: Kind, texts: Sequence[str], deliver: Callable[[NDArray[np.float32] | ProviderError], None]
+        self, kind: Kind, texts: Sequence[Item], deliver: Callable[[NDArray[np.float32] | ProviderError], None]
     ) -> None:
         self.kind = kind
         self.texts = texts

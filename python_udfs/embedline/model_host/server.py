@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from embedline.core.reranking import Pair
 from embedline.errors import InputRejected, ModelHostUnavailable, ProviderError
 from embedline.model_host.faults import describe
 from embedline.model_host.host_settings import HostSettings
@@ -23,6 +24,9 @@ from embedline.model_host.wire_errors import error_fields
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from embedline.core.embedding import Kind
+    from embedline.model_host.scheduler import Item
 
 # Seconds that a host that cannot load its model stays, to report the error to its connections.
 _FAREWELL_SECONDS = 1.0
@@ -164,9 +168,13 @@ class Connection(HostConnection):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def perform(self, operation: object, number: int, frame: Frame) -> None:
-        """Begin an embedding or a probe."""
+        """Begin an embedding, a scoring or a probe."""
+        if (operation == "rerank") != self._host.settings.reranks and operation in ("embed", "rerank"):
+            raise ProtocolError("the request is not of the model's task")
         if operation == "embed":
             self._embed(number, frame)
+        elif operation == "rerank":
+            self._rerank(number, frame)
         elif operation == "probe":
             task = asyncio.get_running_loop().create_task(self._probe(number))
             self._tasks.add(task)
@@ -200,6 +208,17 @@ class Connection(HostConnection):
         texts = unpack_texts(frame.header.get("lengths"), frame.payload)
         if not texts:
             raise ProtocolError("the request has no texts")
+        self._enqueue(number, kind, texts)
+
+    def _rerank(self, number: int, frame: Frame) -> None:
+        """Begin to score pairs; the first text is the query of all others."""
+        query, *texts = unpack_texts(frame.header.get("lengths"), frame.payload) or [""]
+        if not texts:
+            raise ProtocolError("the request has no texts")
+        # A person waits for the scores, as for a query's vector.
+        self._enqueue(number, "query", [Pair(query, text) for text in texts])
+
+    def _enqueue(self, number: int, kind: Kind, items: Sequence[Item]) -> None:
         if self._host.failure is not None:
             self.answer(number, error_fields(self._host.failure))
             return
@@ -207,7 +226,7 @@ class Connection(HostConnection):
         def deliver(result: NDArray[np.float32] | ProviderError) -> None:
             self._host.call_soon(self._finish, number, result)
 
-        request = Request(kind, texts, deliver)
+        request = Request(kind, items, deliver)
         self._requests[number] = request
         self._host.scheduler.put(request)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from embedline.model_host.choice import RERANK_GRAPHS
 from embedline.model_host.prepared import read_manifest
 
 if TYPE_CHECKING:
@@ -25,13 +26,21 @@ def weights_identity(settings: HostSettings) -> str:
 
         snapshot = snapshot_download(settings.model, revision=settings.revision, local_files_only=True)
         return f"{settings.model}@{os.path.basename(snapshot)}"
+    if settings.reranks and settings.backend == "onnx":
+        return _directory_identity(settings.model, _graph_files(settings.model))
     manifest = read_manifest(settings.model)
     return manifest.weights if manifest is not None else _directory_identity(settings.model)
 
 
-def _directory_identity(directory: str) -> str:
+def _graph_files(directory: str) -> Iterable[str]:
+    """Return the files that decide the scores of a cross-encoder's graph."""
+    names = (*RERANK_GRAPHS, "tokenizer.json", "tokenizer_config.json", "config.json")
+    return {name for name in names if os.path.isfile(os.path.join(directory, name))}
+
+
+def _directory_identity(directory: str, files: Iterable[str] | None = None) -> str:
     digest = hashlib.sha256()
-    for relative in sorted(_identity_files(directory)):
+    for relative in sorted(_identity_files(directory) if files is None else files):
         with open(os.path.join(directory, relative), "rb") as file:
             digest.update(f"{relative}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from embedline.catalog.values import Version
 from embedline.core.embedding import EmbeddingBlock
+from embedline.embedders import RERANK_PROVIDERS
 from embedline.errors import ModelHostUnavailable, ProviderError
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.postgres.session import Session
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from embedline.embedders.shared import SharedEmbedder
 
 # Providers whose clients take long to import and hold connections that are worth sharing.
-_SHARED_PROVIDERS = ("openai",)
+_SHARED_PROVIDERS = ("openai", *RERANK_PROVIDERS)
 # Seconds for which a session asks providers itself after the host did not start, before it tries to start the host
 # again.
 _RESPITE_SECONDS = 60.0
@@ -62,7 +63,7 @@ class QueryEmbedding:
         except ModelHostUnavailable:
             if not self._is_shared:
                 raise
-            _do_without(self._session)
+            do_without_host(self._session)
             self._is_shared, self._future = False, self._own()
             return self._wait()
 
@@ -134,19 +135,32 @@ def _host(session: Session) -> SharedEmbedder:
     return host
 
 
+def shared_host(session: Session, provider: str) -> SharedEmbedder | None:
+    """Return the client of the host of remote models.
+
+    None if the session has to ask the provider itself.
+    """
+    if provider not in _SHARED_PROVIDERS or time.monotonic() < session.cache.get(_UNUSABLE_UNTIL, 0.0):
+        return None
+    try:
+        return _host(session)
+    except (ProviderError, OSError):
+        # For example because others can use the socket's directory.
+        do_without_host(session)
+        return None
+
+
 def _shared(session: Session, version: Version, text: str) -> Future[EmbeddingBlock] | None:
     """Start the query at the host of remote models.
 
     Returns None if the session has to ask the provider itself.
     """
     config = version.model.config
-    if config.provider not in _SHARED_PROVIDERS or time.monotonic() < session.cache.get(_UNUSABLE_UNTIL, 0.0):
-        return None
+    host = shared_host(session, config.provider)
     try:
-        return _host(session).submit_query(config, _stamp(version), text)
+        return None if host is None else host.submit_query(config, _stamp(version), text)
     except (ProviderError, OSError):
-        # For example because others can use the socket's directory.
-        _do_without(session)
+        do_without_host(session)
         return None
 
 
@@ -158,5 +172,6 @@ def _stamp(version: Version) -> str:
     return f"{version.model.fingerprint} {version.vectors_valid_from or ''}"
 
 
-def _do_without(session: Session) -> None:
+def do_without_host(session: Session) -> None:
+    """Have the session ask providers itself for a while."""
     session.cache[_UNUSABLE_UNTIL] = time.monotonic() + _RESPITE_SECONDS

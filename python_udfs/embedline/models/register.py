@@ -1,4 +1,4 @@
-"""Register embedding models."""
+"""Register models: those that embed, and rerankers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from embedline.catalog.rights import require_superuser
 from embedline.core.embedding import ModelConfig, ModelInfo
 from embedline.core.prices import check_price
 from embedline.core.recipe import ModelSpec, RequestLimits
-from embedline.embedders import create_embedder, known_options
+from embedline.embedders import check_task, create_embedder, known_options
 from embedline.errors import AlreadyExists, DimensionMismatch, InvalidParameter, NotFound
 from embedline.models.pool import let_cancel_through, wait_result
 from embedline.models.query_embedding import warm_up
+from embedline.models.reranking import probe_reranker
 from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 from embedline.providers.options import check_options
@@ -33,15 +34,15 @@ _LIMITS = {
 INSERT_MODEL = """
     INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
         api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
-        options, fingerprint, price_per_million_tokens, learned)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+        options, fingerprint, price_per_million_tokens, learned, task)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
 """
 INSERT_TYPES = (
     ["text"] * 4
     + ["integer"] * 2
     + ["text"] * 5
     + ["integer"] * 3
-    + ["double precision", "jsonb", "text", "numeric", "jsonb"]
+    + ["double precision", "jsonb", "text", "numeric", "jsonb", "text"]
 )
 
 
@@ -70,10 +71,10 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
     session.query(
         INSERT_MODEL,
         INSERT_TYPES,
-        config.name, config.provider, config.model, config.revision, info.dimensions, max_tokens, tokenizer,
+        config.name, config.provider, config.model, config.revision, info.dimensions or None, max_tokens, tokenizer,
         config.base_url, config.api_key_env, config.document_prefix, config.query_prefix, config.max_batch_items,
         config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
-        info.fingerprint, price, json.dumps(dict(info.learned)),
+        info.fingerprint, price, json.dumps(dict(info.learned)), config.task,
     )  # fmt: skip
     warm_up(session, config.provider)
     return config.name
@@ -104,7 +105,12 @@ def drop_model(session: Session, name: str) -> None:
 
 
 def probe(session: Session, config: ModelConfig) -> ModelInfo:
-    """Ask the model for its dimensions and limits; the statement can be cancelled."""
+    """Ask the model for its dimensions and limits; the statement can be cancelled.
+
+    A reranker scores a few pairs.
+    """
+    if config.task == "rerank":
+        return probe_reranker(session, config)
     embedder = create_embedder(config)
     try:
         return wait_result(embedder.probe(), let_cancel_through(session))
@@ -181,6 +187,9 @@ def check_directory(provider: str, model: str) -> None:
 
 
 def _validated_config(session: Session, spec: ModelSpec) -> ModelConfig:
+    check_task(spec.provider, spec.task)
+    if spec.task == "rerank" and spec.dimensions is not None:
+        raise InvalidParameter("a reranker has no dimensions", hint="Leave dimensions out.")
     for required, value in (("name", spec.name), ("provider", spec.provider), ("model", spec.model)):
         if not value:
             raise InvalidParameter(f"{required} must not be empty")
@@ -195,5 +204,6 @@ def _validated_config(session: Session, spec: ModelSpec) -> ModelConfig:
     return ModelConfig(
         name=spec.name, provider=spec.provider, model=spec.model, dimensions=spec.dimensions, revision=spec.revision,
         base_url=spec.base_url, api_key_env=spec.api_key_env, document_prefix=spec.document_prefix,
-        query_prefix=spec.query_prefix, options=options, **asdict(spec.limits),
+        query_prefix=spec.query_prefix, options=options, task="rerank" if spec.task == "rerank" else "embed",
+        **asdict(spec.limits),
     )  # fmt: skip

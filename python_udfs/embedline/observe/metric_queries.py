@@ -175,9 +175,10 @@ _MONEY = """
         SELECT r.pipeline_id, r.model_id, r.tokens * r.price / 1000000 FROM embedline.reservation AS r, today AS t
         WHERE r.reserved_at >= t.starts_at
     ) AS u
-    INNER JOIN embedline.pipeline AS p ON p.pipeline_id = u.pipeline_id
+    LEFT JOIN embedline.pipeline AS p ON p.pipeline_id = u.pipeline_id
     INNER JOIN embedline.model AS m ON m.model_id = u.model_id
-    WHERE u.money IS NOT NULL GROUP BY p.name, m.name ORDER BY 1, 2
+    -- 0 stands for a reranking without a pipeline; another id without a row is that of a dropped pipeline.
+    WHERE u.money IS NOT NULL AND (p.pipeline_id IS NOT NULL OR u.pipeline_id = 0) GROUP BY p.name, m.name ORDER BY 1, 2
 """
 _BUDGETS = """
     SELECT CASE WHEN b.scope = 'pipeline' THEN b.name END AS pipeline, CASE WHEN b.scope = 'model' THEN b.name END AS model,

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from embedline.catalog.load import load_model, load_pipeline
+from embedline.catalog.load import load_embedding_model, load_pipeline
 from embedline.catalog.rights import caller
 from embedline.core import names
 from embedline.core.recipe import PipelineSpec
@@ -39,7 +39,7 @@ def create_pipeline(session: Session, parameters: dict[str, Any]) -> str:
     name = _validated_name(session, spec.name)
     role = caller(session)
     source = load_source(session, source_oid(session, spec.source), role)
-    model = load_model(session, spec.model)
+    model = load_embedding_model(session, spec.model)
     check_version(spec.version, model)
     check_choices({"capture": spec.capture})
     check_weight(spec.weight)

@@ -80,6 +80,10 @@ OPENAI_OPTIONS = {
     "query_body": _body('{"query_body": {"input_type": "query"}}'),
 }
 
+RERANK_OPTIONS = {name: OPENAI_OPTIONS[name] for name in ("max_tokens", "key_header", "ca_file")} | {
+    "extra_body": _body('{"extra_body": {"raw_scores": true}}'),
+}
+
 
 def check_options(model: str, given: Mapping[str, Any], known: Mapping[str, Option] | Collection[str]) -> None:
     """Raise InvalidParameter for an unknown option or a value that does not fit.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from embedline.catalog.values import Pipeline
 from embedline.errors import InvalidParameter
+from embedline.models.reranking import Reranking
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 from embedline.search import query_vector
@@ -36,7 +37,7 @@ def rank(session: Session, pipeline: Pipeline, request: SearchRequest) -> list[R
     wanted = request.k if request.reranker is None else max(request.k, request.reranked)
     rows = _enough(arms, request, wanted)
     if request.reranker is not None:
-        rows = _reranked(session, request, rows)
+        rows = _reranked(session, pipeline, request, rows)
     return [
         {
             name: row.get(name)
@@ -171,15 +172,14 @@ def _enough(arms: _Arms, request: SearchRequest, wanted: int) -> list[Row]:
         window *= _MORE
 
 
-def _reranked(session: Session, request: SearchRequest, rows: list[Row]) -> list[Row]:
+def _reranked(session: Session, pipeline: Pipeline, request: SearchRequest, rows: list[Row]) -> list[Row]:
     """Return the rows in the order of a reranker, whose score they get."""
-    from embedline.models.reranking import rerank_texts
-
     read = rows[: request.reranked]
     if not read:
         return []
-    scores = rerank_texts(session, str(request.reranker), request.query or "", [str(row["chunk"]) for row in read])
-    for row, score in zip(read, scores, strict=True):
+    texts = [str(row["chunk"]) for row in read]
+    pending = Reranking(session, str(request.reranker), request.query or "", texts, pipeline.pipeline_id)
+    for row, score in zip(read, pending.result(), strict=True):
         row["score"] = score
     return sorted(read, key=lambda row: (-row["score"], str(row["key"]), row["chunk_id"]))
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from embedline.catalog.values import Pipeline
-from embedline.postgres.claims import Claims
+from embedline.errors import NotReady
+from embedline.postgres.claims import CALLERS_TRANSACTION, Claims
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import LEDGER_LOCK_CLASS, live_workers
 from embedline.postgres.session import Session
@@ -32,6 +33,8 @@ from embedline.spending.rate_limits import RateState
 _RESERVE_LOCK, _ROLL_UP_LOCK = 0, 1
 # Reservations after which a worker rolls the ledger up. About two minutes and this many rows remain.
 _ROLL_UP_EVERY = 500
+# Stands in the ledger for "no pipeline"; the ids of pipelines begin at 1.
+NO_PIPELINE = 0
 _UNMETERED = "embedline.unmetered_pipelines"
 
 _METER = """
@@ -94,6 +97,25 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Payer:
+    """The model and the pipeline that a request counts towards.
+
+    `pipeline_id` is NO_PIPELINE if the model is asked for no pipeline.
+    """
+
+    model_id: int
+    model_name: str
+    pipeline_id: int = NO_PIPELINE
+    pipeline_name: str = ""
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> Payer:
+        """Return the payer of a version's vectors."""
+        model = pipeline.version.model
+        return cls(model.model_id, model.config.name, pipeline.pipeline_id, pipeline.name)
+
+
+@dataclass(frozen=True)
 class _Meter:
     price: Decimal | None
     capped: bool
@@ -110,19 +132,43 @@ def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], claims:
     A request is granted whole or not at all, and none after one that is not. The resident worker commits after it and
     only then sends, so that a crash never sends a request that is not in the ledger.
     """
-    meter = _load_meter(session, pipeline) if tokens and not _known_unmetered(session, pipeline) else None
+    payer = Payer.of(pipeline)
+    meter = _load_meter(session, payer) if tokens and not _known_unmetered(session, payer) else None
     if meter is None:
         return Grant(len(tokens), None, None, None)
+    return _reserve(session, payer, meter, tokens, claims)
+
+
+def reserve_scores(session: Session, payer: Payer, amount: int) -> Grant:
+    """Reserve the requests of one reranking, which are granted together or not at all.
+
+    Nothing is written in a read-only transaction. Raises NotReady there if a budget or a rate limit applies, because the
+    call could not be counted.
+    """
+    meter = _load_meter(session, payer)
+    if meter is None:
+        return Grant(1, None, None, None)
+    if session.scalar("SELECT current_setting('transaction_read_only')::boolean"):
+        if meter.limited:
+            raise NotReady(
+                f'model "{payer.model_name}" has a budget or a rate limit, and a read-only transaction cannot count',
+                hint="Rerank in a transaction that may write, or without a reranker.",
+            )
+        return Grant(1, None, None, None)
+    return _reserve(session, payer, meter, [amount], CALLERS_TRANSACTION)
+
+
+def _reserve(session: Session, payer: Payer, meter: _Meter, tokens: Sequence[int], claims: Claims) -> Grant:
     if not meter.limited:
-        return Grant(len(tokens), _append(session, pipeline, meter, tokens, claims), None, None)
+        return Grant(len(tokens), _append(session, payer, meter, tokens, claims), None, None)
     with claims.serialised(session, LEDGER_LOCK_CLASS, _RESERVE_LOCK):
-        grant, stopped = _decide(session, pipeline, meter, tokens)
+        grant, stopped = _decide(session, payer, meter, tokens)
         if stopped and claims.is_resident:
             # embed_pending reports and ends; only a worker would claim the same rows again and again.
-            note_stop(session, pipeline.pipeline_id, tokens[grant.count])
+            note_stop(session, payer.pipeline_id, tokens[grant.count])
         if not grant.count:
             return grant
-        reservation_id = _append(session, pipeline, meter, tokens[: grant.count], claims)
+        reservation_id = _append(session, payer, meter, tokens[: grant.count], claims)
         return Grant(grant.count, reservation_id, grant.wait_seconds, grant.reason)
 
 
@@ -136,12 +182,13 @@ def settle(session: Session, reservation_id: int, tokens_used: int | None) -> No
 
 def blocked_until(session: Session, pipeline: Pipeline) -> float | None:
     """Return the seconds for which claims of this pipeline are useless, None if none."""
-    meter = _load_meter(session, pipeline)
+    payer = Payer.of(pipeline)
+    meter = _load_meter(session, payer)
     if meter is None or not meter.limited:
         return None
-    waits = [cap.seconds for cap in _load_caps(session, pipeline, meter) if cap.is_exhausted(meter.price)]
+    waits = [cap.seconds for cap in _load_caps(session, payer, meter) if cap.is_exhausted(meter.price)]
     # Tried with the smallest possible request. A larger one may have to wait although this one passes.
-    _, wait, _ = _load_rates(session, pipeline, meter).admit([1])
+    _, wait, _ = _load_rates(session, payer, meter).admit([1])
     if wait is not None:
         waits.append(wait)
     return max(waits, default=None)
@@ -152,11 +199,12 @@ def tokens_left(session: Session, pipeline: Pipeline) -> int | None:
 
     A minute's limit counts, too. None if nothing limits it. A larger request could never be granted by its budgets.
     """
-    meter = None if _known_unmetered(session, pipeline) else _load_meter(session, pipeline)
+    payer = Payer.of(pipeline)
+    meter = None if _known_unmetered(session, payer) else _load_meter(session, payer)
     if meter is None or not meter.limited:
         return None
-    left = [cap.tokens_left(meter.price) for cap in _load_caps(session, pipeline, meter)]
-    window = _load_rates(session, pipeline, meter).tokens
+    left = [cap.tokens_left(meter.price) for cap in _load_caps(session, payer, meter)]
+    window = _load_rates(session, payer, meter).tokens
     if window is not None:
         left.append(window.limit)
     tightest = min(left, default=float("inf"))
@@ -183,58 +231,56 @@ def roll_up(session: Session) -> int:
     return int(session.scalar(_ROLL_UP, ["integer[]"], live_workers(session))) if alone else 0
 
 
-def _load_meter(session: Session, pipeline: Pipeline) -> _Meter | None:
+def _load_meter(session: Session, payer: Payer) -> _Meter | None:
     """Return the price and limits of the pipeline, None if it needs no ledger.
 
     None holds until the pipeline's next claim.
     """
-    model_id = pipeline.version.model.model_id
-    row = session.query(_METER, ["bigint", "bigint"], pipeline.pipeline_id, model_id)[0]
+    model_id = payer.model_id
+    row = session.query(_METER, ["bigint", "bigint"], payer.pipeline_id, model_id)[0]
     unmetered: set[tuple[int, int]] = session.cache.setdefault(_UNMETERED, set())
     if not row["metered"]:
-        unmetered.add((pipeline.pipeline_id, model_id))
+        unmetered.add((payer.pipeline_id, model_id))
         return None
-    unmetered.discard((pipeline.pipeline_id, model_id))
+    unmetered.discard((payer.pipeline_id, model_id))
     return _Meter(row["price"], row["capped"], row["rated"])
 
 
-def _known_unmetered(session: Session, pipeline: Pipeline) -> bool:
+def _known_unmetered(session: Session, payer: Payer) -> bool:
     # Keyed by model, too, because the versions of one pipeline may have free and paid models.
     unmetered: set[tuple[int, int]] = session.cache.get(_UNMETERED, set())
-    return (pipeline.pipeline_id, pipeline.version.model.model_id) in unmetered
+    return (payer.pipeline_id, payer.model_id) in unmetered
 
 
-def _load_caps(session: Session, pipeline: Pipeline, meter: _Meter) -> list[Cap]:
+def _load_caps(session: Session, payer: Payer, meter: _Meter) -> list[Cap]:
     if not meter.capped:
         return []
-    return load_caps(session, pipeline.pipeline_id, pipeline.name, pipeline.version.model.config.name)
+    return load_caps(session, payer.pipeline_id, payer.pipeline_name, payer.model_name)
 
 
-def _load_rates(session: Session, pipeline: Pipeline, meter: _Meter) -> RateState:
-    return (
-        rate_limits.load_rate_state(session, pipeline.version.model.model_id) if meter.rated else RateState(None, None)
-    )
+def _load_rates(session: Session, payer: Payer, meter: _Meter) -> RateState:
+    return rate_limits.load_rate_state(session, payer.model_id) if meter.rated else RateState(None, None)
 
 
-def _decide(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequence[int]) -> tuple[Grant, bool]:
+def _decide(session: Session, payer: Payer, meter: _Meter, tokens: Sequence[int]) -> tuple[Grant, bool]:
     """Return the requests that budgets and rate limits grant.
 
     The second value is True if a budget stops the rest.
     """
-    affordable, cap = admit(_load_caps(session, pipeline, meter), meter.price, tokens)
-    count, wait, reason = _load_rates(session, pipeline, meter).admit(tokens[:affordable])
+    affordable, cap = admit(_load_caps(session, payer, meter), meter.price, tokens)
+    count, wait, reason = _load_rates(session, payer, meter).admit(tokens[:affordable])
     if count < affordable or cap is None:
         return Grant(count, None, wait, reason), False
     return Grant(count, None, cap.seconds, cap.reason(meter.price, sum(tokens[:count]), tokens[count])), True
 
 
-def _append(session: Session, pipeline: Pipeline, meter: _Meter, tokens: Sequence[int], claims: Claims) -> int:
+def _append(session: Session, payer: Payer, meter: _Meter, tokens: Sequence[int], claims: Claims) -> int:
     reservation_id = int(
         session.scalar(
             _RESERVE,
             ["bigint", "bigint", "integer", "integer", "bigint", "numeric"],
-            pipeline.version.model.model_id,
-            pipeline.pipeline_id,
+            payer.model_id,
+            payer.pipeline_id,
             claims.worker_id,
             len(tokens),
             sum(tokens),

@@ -30,7 +30,7 @@ from embedline.embedders import create_embedder
 from embedline.errors import DimensionMismatch, InvalidParameter, NotReady
 from embedline.models.document_embedding import embed_texts, lowest_cosine
 from embedline.models.pool import let_cancel_through, wait_result
-from embedline.models.register import check_directory, check_endpoint, check_limits, checked_options
+from embedline.models.register import check_directory, check_endpoint, check_limits, checked_options, probe
 from embedline.pipelines.register import version_fingerprint
 from embedline.pipelines.state import load_alone
 from embedline.postgres.claims import CALLERS_TRANSACTION
@@ -156,7 +156,7 @@ def _wanted_options(model: Model, given: str) -> dict[str, Any]:
     """Return the model's options with those given; null takes one away."""
     config = model.config
     changes = checked_options(config.name, config.provider, given)
-    for option in _DECISIVE_OPTIONS:
+    for option in _DECISIVE_OPTIONS if config.task == "embed" else ():
         if option in changes and changes[option] != config.options.get(option):
             raise InvalidParameter(
                 f'option "{option}" of model "{config.name}" decides its vectors and cannot be altered',
@@ -170,6 +170,11 @@ def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
 
     Raises if it cannot take the place of the old one.
     """
+    if config.task == "rerank":
+        # No score is stored, so nothing has to be compared.
+        info = probe(session, config)
+        _store_probed(session, model, info.fingerprint, info)
+        return
     # What the endpoint before was like says nothing about this one.
     embedder = create_embedder(replace(config, learned={}))
     try:
@@ -183,6 +188,10 @@ def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
         raise DimensionMismatch(message, detail=error.detail, hint=_other_way(config.name, None)) from None
     finally:
         embedder.close()
+    _store_probed(session, model, fingerprint, info)
+
+
+def _store_probed(session: Session, model: Model, fingerprint: str, info: ModelInfo) -> None:
     session.query(
         _STORE_PROBED,
         ["bigint", "text", "text", "jsonb"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from embedline.catalog.load import load_model, load_version, load_versions
+from embedline.catalog.load import load_embedding_model, load_version, load_versions
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import ChunkingSpec
@@ -54,7 +54,7 @@ def add_embedding_version(session: Session, name: str, parameters: dict[str, Any
     choice = VersionChoice.from_parameters(parameters)
     require_control(session, name)
     check_backfill(choice.backfill)
-    model = load_model(session, choice.model)
+    model = load_embedding_model(session, choice.model)
     pipeline = load_alone(session, name)
     spec = _version_spec(session, pipeline, model, choice)
     check_version(spec, model)

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from embedline.catalog.values import Pipeline
 from embedline.core.embedding import EmbeddingBlock
-from embedline.core.tokens import likely_tokens, most_tokens
+from embedline.core.request_tokens import likely_tokens, most_tokens
 from embedline.documents.readability import Readability
 from embedline.documents.values import Document, Vector
 from embedline.errors import EmbedlineError

@@ -84,7 +84,7 @@ def compare(connection: Connection, declaration: Declaration) -> Changes:
 
 
 def _new_models(declaration: Declaration, catalogue: Catalogue) -> list[CreateModelOp]:
-    """Return the unregistered models that a declared pipeline uses.
+    """Return the unregistered models that a declared pipeline uses, and the rerankers.
 
     Others are not proposed: a contract forgets a model that is no longer used, though the file may keep it.
     """
@@ -92,7 +92,7 @@ def _new_models(declaration: Declaration, catalogue: Catalogue) -> list[CreateMo
     used = {declared.create.model for declared in declaration.pipelines.values()}
     for name, declared in declaration.models.items():
         stored = catalogue.models.get(name)
-        if stored is None and name not in used:
+        if stored is None and name not in used and declared.task != "rerank":
             logger.info("model %r is registered when a pipeline asks for it", name)
             continue
         if stored is None:

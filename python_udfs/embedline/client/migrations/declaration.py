@@ -28,6 +28,7 @@ _VALUES = {
     "column_type": ("vector", "halfvec"),
     "distance": ("cosine", "inner_product", "l2"),
     "index_method": ("hnsw", "none"),
+    "task": ("embed", "rerank"),
     "capture": ("auto", "statement", "row"),
     "backfill_order": ("oldest_first", "newest_first"),
 }

@@ -186,7 +186,10 @@ def _ensure_models(settings: Settings) -> None:
     for name in sources:
         digest.update((settings.source / "embedline" / name).read_bytes())
     fingerprint = digest.hexdigest() + "\n"
-    made = ("static-256/modules.json", "minilm/embedline.json", "all-MiniLM-L6-v2/modules.json")
+    made = (
+        "static-256/modules.json", "minilm/embedline.json", "all-MiniLM-L6-v2/modules.json", "bge-small/embedline.json",
+        "reranker/model.onnx",
+    )  # fmt: skip
     if (
         stamp.is_file()
         and stamp.read_text() == fingerprint

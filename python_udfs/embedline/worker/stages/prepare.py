@@ -10,9 +10,10 @@ from embedline.catalog.values import ChunkSet
 from embedline.chunking.chunk import Chunker
 from embedline.chunking.factory import make_chunker
 from embedline.chunking.halves import cut_chunks, halves
+from embedline.core.request_tokens import likely_tokens
 from embedline.core.retry import MAX_CRASHES
 from embedline.core.text import repair_text
-from embedline.core.tokens import estimated_size, likely_tokens
+from embedline.core.tokens import estimated_size
 from embedline.documents.readability import Readability, mark_unreadable, readability
 from embedline.documents.values import NO_VECTOR, Document, Vector
 from embedline.errors import ProviderError, UnusableText

@@ -32,10 +32,11 @@ class CreateModelOp(PipelineOperation):
     timeout_seconds: float | None = None
     options: Options | None = None
     price_per_million_tokens: float | None = None
+    task: str | None = None
 
     @classmethod
     def create_model(cls, operations: Operations, name: str, provider: str, model: str, **options: Any) -> Any:
-        """Register a model that pipelines can embed with."""
+        """Register a model that pipelines can embed with, or a reranker."""
         return operations.invoke(cls(name, provider, model, **options))
 
     def reverse(self) -> DropModelOp:

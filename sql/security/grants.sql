@@ -20,6 +20,11 @@ GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embed
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
 GRANT EXECUTE ON FUNCTION embedline.search(text, text, integer, boolean, integer, text, text) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
+
+-- The state of a row. The inner function is run by generated functions alone: readers cannot name its schema.
+REVOKE ALL ON FUNCTION embedline_data._row_state(text, integer, text []) FROM public;
+GRANT EXECUTE ON FUNCTION embedline.state(text, text, integer) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION embedline_data._row_state(text, integer, text []) TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),
@@ -45,6 +50,14 @@ embedline._store_canaries(text, jsonb),
 embedline.check_quality(text, boolean),
 embedline.accept_quality(text),
 embedline.sample_queries(text, double precision, interval)
+TO embedline_admin;
+
+-- Vectors from outside: the owner of a source lends them to its pipeline.
+GRANT EXECUTE ON FUNCTION
+embedline.add_loan(text, integer, uuid [], bytea []),
+embedline.end_loan(text, integer),
+embedline.check_vectors(text, integer, text [], bytea []),
+embedline.sample_chunks(text, integer)
 TO embedline_admin;
 
 -- Workers: embed, and nothing else.

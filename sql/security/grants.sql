@@ -31,6 +31,11 @@ embedline.rerank(text, text, text []),
 embedline._reserve_rerank(text, bigint, bigint),
 embedline._settle_rerank(bigint, bigint)
 TO embedline_reader;
+
+-- The state of a row. The inner function is run by generated functions alone: readers cannot name its schema.
+REVOKE ALL ON FUNCTION embedline_data._row_state(text, integer, text []) FROM public;
+GRANT EXECUTE ON FUNCTION embedline.state(text, text, integer) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION embedline_data._row_state(text, integer, text []) TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),
@@ -56,6 +61,14 @@ embedline._store_canaries(text, jsonb),
 embedline.check_quality(text, boolean),
 embedline.accept_quality(text),
 embedline.sample_queries(text, double precision, interval)
+TO embedline_admin;
+
+-- Vectors from outside: the owner of a source lends them to its pipeline.
+GRANT EXECUTE ON FUNCTION
+embedline.add_loan(text, integer, uuid [], bytea []),
+embedline.end_loan(text, integer),
+embedline.check_vectors(text, integer, text [], bytea []),
+embedline.sample_chunks(text, integer)
 TO embedline_admin;
 
 -- Workers: embed, and nothing else.

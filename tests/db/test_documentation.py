@@ -116,12 +116,12 @@ class _Psql:
         self.close()
 
 
-def _sh(dsn: str, commands: str) -> str:
-    """Run commands in a shell that finds `embedline`, and return all that they show."""
+def _sh(dsn: str, commands: str, folder: str) -> str:
+    """Run commands in a shell that finds `embedline`, in a folder; return all that they show."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", commands],
-        cwd="/",
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -148,8 +148,9 @@ class _Page:
     def run(self) -> int:
         """Run the page's examples and compare, or write, what they print; return their number."""
         text = self.path.read_text(encoding="utf-8")
-        with _Psql(self.dsn, self.stub.url if self.stub else "") as psql:
-            shown = [(step, self._run_step(step, psql)) for step in _STEP.finditer(text)]
+        # Outside the checkout; the files that examples write are gone with it.
+        with _Psql(self.dsn, self.stub.url if self.stub else "") as psql, tempfile.TemporaryDirectory() as folder:
+            shown = [(step, self._run_step(step, psql, folder)) for step in _STEP.finditer(text)]
         examples = [(step, output) for step, output in shown if output is not None]
         if os.environ.get("EMBEDLINE_UPDATE_DOCS"):
             for step, output in reversed(examples):
@@ -161,7 +162,7 @@ class _Page:
                 self._compare(step, output)
         return len(examples)
 
-    def _run_step(self, step: re.Match[str], psql: _Psql) -> str | None:
+    def _run_step(self, step: re.Match[str], psql: _Psql, folder: str) -> str | None:
         """Run a step; return its output if the page shows it."""
         if step["provider"] is not None:
             assert self.stub is not None
@@ -172,7 +173,7 @@ class _Page:
             assert "ERROR" not in output, f"{self.path.name}: {output}"
             return None
         if step["language"] == "sh":
-            return _sh(self.dsn, step["statements"]) if step["runs"] else None
+            return _sh(self.dsn, step["statements"], folder) if step["runs"] else None
         return self._in_psql(psql, _unindented(step, "statements"))
 
     def _in_psql(self, psql: _Psql, statements: str) -> str:

@@ -1,6 +1,6 @@
 """Reuse known vectors of the same text.
 
-They are of this or another version, or kept of a deleted row.
+They are of this or another version, kept of a deleted row, or lent from outside.
 """
 
 from __future__ import annotations
@@ -11,9 +11,17 @@ from embedline.catalog.load import load_versions
 from embedline.catalog.values import ChunkSet, Pipeline
 from embedline.core import vectors
 from embedline.core.sql_text import quote_ident
-from embedline.documents.values import Vector
+from embedline.documents.loans import borrow
+from embedline.documents.values import Document, Vector
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
+
+
+def known_vectors(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> dict[bytes, Vector]:
+    """Return the vectors of documents' chunks that need no model, by digest."""
+    chunks = {chunk.digest: chunk for document in documents for chunk in document.chunks}
+    found = lend_vectors(session, pipeline, list(chunks))
+    return borrow(session, pipeline, [chunk for digest, chunk in chunks.items() if digest not in found]) | found
 
 
 def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:

@@ -12,6 +12,7 @@ from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
+from embedline.core.fingerprint import recipe_stamp
 from embedline.core.recipe import Expressions, PipelineChanges
 from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
 from embedline.pipelines.ddl.plan import CODE_VERSION, FUNCTIONS, CapturePlan
@@ -30,7 +31,7 @@ from embedline.pipelines.inputs import PARAMETERS, expressions_in_use, store_inp
 from embedline.pipelines.keyword_index import known_config, set_keyword
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.recipe_check import check_weight, next_chunking
-from embedline.pipelines.register import recipe_stamp, version_fingerprint
+from embedline.pipelines.register import version_fingerprint
 from embedline.pipelines.replaced_views import refresh_views
 from embedline.pipelines.state import load_alone
 from embedline.pipelines.views import write_serving_function

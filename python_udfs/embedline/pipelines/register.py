@@ -10,7 +10,7 @@ from embedline.catalog.rights import caller
 from embedline.catalog.source import Source
 from embedline.catalog.values import Model
 from embedline.chunking import ChunkingSpec
-from embedline.core.fingerprint import recipe_fingerprint
+from embedline.core.fingerprint import recipe_fingerprint, recipe_stamp
 from embedline.core.recipe import PipelineSpec, VersionSpec
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CODE_VERSION, CapturePlan
@@ -115,15 +115,6 @@ def insert_version(session: Session, pipeline_id: int, version: NewVersion) -> i
             version.fingerprint,
         )
     )
-
-
-def recipe_stamp(fingerprints: Sequence[str]) -> int:
-    """Return the stamp of documents chunked as these fingerprints ask for.
-
-    It is an integer of PostgreSQL.
-    """
-    text = fingerprints[0] if len(fingerprints) == 1 else recipe_fingerprint({"fingerprints": list(fingerprints)})
-    return int.from_bytes(bytes.fromhex(text[:8]), "big", signed=True)
 
 
 def version_fingerprint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from embedline.catalog.health import MAX_ERROR_CHARACTERS, record_error
 from embedline.catalog.keys import from_json, json_names, key_json
@@ -104,6 +105,18 @@ def forget_dead_letters(session: Session, pipeline: Pipeline, keys: Sequence[Key
             pipeline.pipeline_id,
             [key_json(pipeline, key) for key in keys],
         )
+
+
+def letter_of(session: Session, pipeline: Pipeline, key: Sequence[str]) -> dict[str, Any] | None:
+    """Return message and time of a row's dead letter, None if it has none."""
+    found = session.query(
+        f"SELECT message, created_at::text AS since FROM embedline.dead_letter"
+        f" WHERE pipeline_id = $1 AND {_digest('key')} = {_digest('$2')}",
+        ["bigint", "jsonb"],
+        pipeline.pipeline_id,
+        key_json(pipeline, key),
+    )
+    return found[0] if found else None
 
 
 @entry_point

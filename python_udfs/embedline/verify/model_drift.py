@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
+import numpy.typing as npt
 
 from embedline.catalog import keys
 from embedline.catalog.values import Pipeline
@@ -102,24 +103,12 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
     chosen = read_and_release(session, choose)
     if not chosen:
         return Drift()
-    if circuit.is_open(session, model.model_id):
-        return Drift(error=f'model "{model.config.name}" is unavailable for now')
-    texts = [str(row["text"]) for row in chosen]
-    # A token has about four characters; two are on the safe side. The probe is one short text.
-    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], CALLERS_TRANSACTION)
-    if not grant.count:
-        return Drift(error=grant.reason)
     try:
-        embedder = embedder_for(session, model)
-        info = wait_result(embedder.probe(), let_cancel_through(session))
-        fresh = embed_texts(session, pipeline, embedder, texts)
+        fresh, fingerprint = embed_fresh(session, pipeline, [str(row["text"]) for row in chosen])
     except ProviderError as error:
         return Drift(error=str(error))
-    finally:
-        if grant.reservation_id is not None:
-            ledger.settle(session, grant.reservation_id, None)
     stored = vectors.vectors_from_send([row["vector"] for row in chosen], pipeline.version.column_type)
-    cosines = np.einsum("ij,ij->i", vectors.normalise(stored).astype(np.float64), vectors.normalise(fresh))
+    cosines = cosines_of(stored, fresh)
     usable = fresh if pipeline.version.distance == "l2" else vectors.normalise(fresh)
     lowest = lowest_cosine(model.config)
     foreign = tuple(
@@ -129,8 +118,37 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
         for i, row in enumerate(chosen)
         if cosines[i] < lowest
     )
-    changed = info.fingerprint if info.fingerprint != (model.probed_fingerprint or model.fingerprint) else None
+    changed = fingerprint if fingerprint != (model.probed_fingerprint or model.fingerprint) else None
     return Drift(len(chosen), foreign, changed)
+
+
+def embed_fresh(session: Session, pipeline: Pipeline, texts: Sequence[str]) -> tuple[vectors.FloatMatrix, str]:
+    """Return the vectors that the model gives texts now, and its present fingerprint.
+
+    Raises ProviderError if the model cannot be asked, also because of a budget.
+    """
+    model = pipeline.version.model
+    if circuit.is_open(session, model.model_id):
+        raise ProviderError(f'model "{model.config.name}" is unavailable for now')
+    # A token has about four characters; two are on the safe side. The probe is one short text.
+    grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], CALLERS_TRANSACTION)
+    if not grant.count:
+        raise ProviderError(grant.reason)
+    try:
+        embedder = embedder_for(session, model)
+        info = wait_result(embedder.probe(), let_cancel_through(session))
+        return embed_texts(session, pipeline, embedder, texts), info.fingerprint
+    finally:
+        if grant.reservation_id is not None:
+            ledger.settle(session, grant.reservation_id, None)
+
+
+def cosines_of(stored: vectors.FloatMatrix, fresh: vectors.FloatMatrix) -> npt.NDArray[np.float64]:
+    """Return the cosine of each row of two matrices."""
+    found: npt.NDArray[np.float64] = np.einsum(
+        "ij,ij->i", vectors.normalise(stored).astype(np.float64), vectors.normalise(fresh)
+    )
+    return found
 
 
 def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def _purge(session: Session) -> None:
     purge(session, None)
     for statement in _PURGES:
         session.query(statement, ["integer"], _KEPT_DAYS)
-    session.query("SELECT embedline._purge_quality(), embedline._purge_query_samples()")
+    session.query("SELECT embedline._purge_quality(), embedline._purge_query_samples(), embedline._purge_loans()")
     batch_history.move_old(session)
     ledger.roll_up(session)
 

@@ -10,6 +10,7 @@ from embedline.catalog.rights import require_control
 from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
+from embedline.core.fingerprint import recipe_stamp
 from embedline.core.recipe import ChunkingChoice, IndexSpec, VersionChoice, VersionSpec
 from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import AlreadyExists
@@ -26,7 +27,6 @@ from embedline.pipelines.register import (
     grant_tables,
     insert_chunk_set,
     insert_version,
-    recipe_stamp,
     version_fingerprint,
 )
 from embedline.pipelines.state import load_alone

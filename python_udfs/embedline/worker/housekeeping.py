@@ -41,6 +41,7 @@ class Housekeeping:
                 self._session.query("SELECT embedline._note_alerts()")
                 batch_history.move_old(self._session)
                 self._session.query("SELECT embedline._purge_query_samples()")
+                self._session.query("SELECT embedline._purge_loans()")
         except self._session.plpy.SPIError as error:
             if sqlstate_of(error) in ENDING:
                 raise

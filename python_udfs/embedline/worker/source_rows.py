@@ -17,7 +17,7 @@ from embedline.documents import deletions
 from embedline.documents.keys import queued_anew, take_documents
 from embedline.documents.read import can_hold_source, likely_row_bytes, read_rows, still_current
 from embedline.documents.remove import remove_absent
-from embedline.documents.reuse import lend_vectors
+from embedline.documents.reuse import known_vectors
 from embedline.documents.values import Document, ReadRow, Vector
 from embedline.documents.write import write_documents
 from embedline.postgres.claims import Claims
@@ -252,8 +252,7 @@ class SourceRows:
 
     def known_vectors(self, documents: Sequence[Document]) -> dict[bytes, Vector]:
         """Return the vectors that are stored of the same chunks anywhere in the pipeline."""
-        digests = list(dict.fromkeys(chunk.digest for document in documents for chunk in document.chunks))
-        return lend_vectors(self.session, self.pipeline, digests)
+        return known_vectors(self.session, self.pipeline, documents)
 
     def write(self, claim: Claim, documents: Sequence[Document], vectors: Mapping[bytes, Vector]) -> list[int]:
         """Write chunks, vectors and state of documents whose rows have not changed."""

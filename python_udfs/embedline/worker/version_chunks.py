@@ -14,7 +14,7 @@ from embedline.catalog import health, keys
 from embedline.catalog.values import Pipeline, WorkKey
 from embedline.chunking import Chunk
 from embedline.documents.copy import copy_vectors, stacked
-from embedline.documents.reuse import lend_vectors
+from embedline.documents.reuse import known_vectors
 from embedline.documents.values import Document, Vector
 from embedline.postgres.claims import Claims
 from embedline.postgres.locks import live_workers
@@ -121,8 +121,7 @@ class VersionChunks:
 
     def known_vectors(self, documents: Sequence[Document]) -> dict[bytes, Vector]:
         """Return the vectors that are stored of the same chunks anywhere in the pipeline."""
-        digests = list(dict.fromkeys(chunk.digest for document in documents for chunk in document.chunks))
-        return lend_vectors(self.session, self.pipeline, digests)
+        return known_vectors(self.session, self.pipeline, documents)
 
     def write(self, claim: Claim, documents: Sequence[Document], vectors: Mapping[bytes, Vector]) -> list[int]:
         """Write the vectors of chunks that are still there and lack one.

@@ -6,12 +6,15 @@ The entry point of the script is `app`.
 
 from __future__ import annotations
 
+from embedline.client.cli import adopt as adopt
 from embedline.client.cli import alerts as alerts
 from embedline.client.cli import build_index as build_index
 from embedline.client.cli import doctor as doctor
 from embedline.client.cli import estimate as estimate
 from embedline.client.cli import evaluate as evaluate
+from embedline.client.cli import export as export
 from embedline.client.cli import export_onnx as export_onnx
+from embedline.client.cli import import_vectors as import_vectors
 from embedline.client.cli import metrics as metrics
 from embedline.client.cli import migrate as migrate
 from embedline.client.cli import report as report

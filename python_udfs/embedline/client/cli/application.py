@@ -26,6 +26,7 @@ EXIT_STOPPED = 130
 INT4 = 2**31 - 1
 # Headings of the list of commands.
 OBSERVE, OPERATE, UPGRADE, INSTALL = "Observe", "Operate", "Change the model", "Install"
+TRANSFER = "Take vectors in and out"
 # Set to 1, an unexpected error is shown with its traceback.
 _TRACEBACK = "EMBEDLINE_TRACEBACK"
 _NO_DATABASE = "Name another database with --dsn or EMBEDLINE_DSN; embedline COMMAND --help shows the forms."

@@ -4,6 +4,8 @@
     embedline_search.<pipeline>_v<n>_beside(query, row_limit, after, newest)    exactly, what the index may not reach
     embedline_search.<pipeline>_v<n>_search(query, row_limit, after, newest)    both of these, the best of them
     embedline_search.<pipeline>_v<n>_ranked(query, row_limit)                    exactly, all
+    embedline_search.<pipeline>_v<n>_state(key)                                  whether searches find a row as it is now
+    embedline_search.<pipeline>_v<n>_stored()                                    hash and prefix of each chunk, for an export
     embedline_data.<pipeline>_v<n>_exact                                         copies of vectors that are far from all others
 
 They rank a version's table alone and join only the best rows with their source. So no estimate of a join can lead the
@@ -22,6 +24,7 @@ from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl import keyword_tables
 from embedline.pipelines.ddl.plan import CapturePlan
+from embedline.pipelines.ddl.row_functions import row_function_statements
 from embedline.pipelines.ddl.view import is_shown
 from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
 from embedline.postgres.session import Session
@@ -30,7 +33,7 @@ from embedline.postgres.session import Session
 _INLINE_BYTES = 8000
 # Rows of the table of exact ones that may be gone from the version since the last check, among the nearest.
 _GONE = 200
-SUFFIXES = ("nearest", "search", "beside", "ranked")
+SUFFIXES = ("nearest", "search", "beside", "ranked", "state", "stored")
 _RETURNS = (
     "TABLE (chunk_id bigint, key text, chunk text, chunk_start integer, chunk_end integer,"
     " distance double precision, considered bigint)"
@@ -137,6 +140,7 @@ def create_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
         *(exact_table_statements(pipeline, schema) if is_new else ()),
         *function_statements(plan, pipeline, schema),
         *(keyword_tables.function_statements(plan, pipeline) if pipeline.keyword else ()),
+        *row_function_statements(plan, pipeline),
     ):
         session.execute(statement)
     grantees = f"embedline_reader, {quote_ident(source.owner)}"

@@ -1,0 +1,1 @@
+"""Vectors out of a database, and into a pipeline."""

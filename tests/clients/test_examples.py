@@ -14,7 +14,7 @@ import pytest
 from support import ROOT
 
 _HOW_TO = ROOT / "docs" / "how-to"
-_PAGES = ("use-langchain",)
+_PAGES = ("use-langchain", "use-sqlalchemy")
 _LINES = 30
 _SETUP = re.compile(r"^<!-- run\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
 _EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```\n", re.MULTILINE | re.DOTALL)

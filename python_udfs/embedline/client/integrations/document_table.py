@@ -39,7 +39,7 @@ _EMBED = "SELECT embedline.embed_pending(%(rows)s, %(name)s) AS embedded"
 class NotEmbedded(EmbedlineError):
     """Documents are stored, but have no vectors, so no search finds them yet."""
 
-    sqlstate = "EL034"
+    sqlstate = "EL050"
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import conninfo
 
+from conftest import MakeRole
 from support import ROOT
 
 _HOW_TO = ROOT / "docs" / "how-to"
-_PAGES = ("use-langchain", "use-sqlalchemy")
+_PAGES = ("use-langchain", "use-sqlalchemy", "use-mcp")
+# The page's program logs in as a role in embedline_reader.
+_FOR_READERS = ("use-mcp",)
 _LINES = 30
 _SETUP = re.compile(r"^<!-- run\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
 _EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -22,11 +26,21 @@ _EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```\n", re.MULTI
 
 @pytest.mark.parametrize("page", _PAGES)
 def test_an_example_prints_what_its_page_says(
-    page: str, database: psycopg.Connection, database_dsn: str, tmp_path: Path
+    page: str,
+    database: psycopg.Connection,
+    database_dsn: str,
+    make_role: MakeRole,
+    role_passwords: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     text = (_HOW_TO / f"{page}.md").read_text(encoding="utf-8")
     for statements in _SETUP.findall(text):
         database.execute(statements.encode())
+    if page in _FOR_READERS:
+        role = make_role("embedline_reader")
+        database.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}".encode())
+        database_dsn = conninfo.make_conninfo(database_dsn, user=role, password=role_passwords[role])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     examples = _EXAMPLE.findall(text)
     assert examples
     for program, printed in examples:
@@ -35,7 +49,7 @@ def test_an_example_prints_what_its_page_says(
         script.write_text(program, encoding="utf-8")
         done = subprocess.run(
             [sys.executable, script],
-            env={**os.environ, "EMBEDLINE_DSN": database_dsn},
+            env={**os.environ, "EMBEDLINE_DSN": database_dsn, "PATH": path},
             capture_output=True,
             text=True,
             timeout=60,

@@ -12,6 +12,7 @@ from embedline.client.cli import doctor as doctor
 from embedline.client.cli import estimate as estimate
 from embedline.client.cli import evaluate as evaluate
 from embedline.client.cli import export_onnx as export_onnx
+from embedline.client.cli import mcp as mcp
 from embedline.client.cli import metrics as metrics
 from embedline.client.cli import migrate as migrate
 from embedline.client.cli import report as report

@@ -26,7 +26,7 @@ class Database:
 
     def __init__(self, connection: str | Pool) -> None:
         self._is_own = isinstance(connection, str)
-        self._pool = _pool(connection) if isinstance(connection, str) else connection
+        self._pool = make_pool(connection) if isinstance(connection, str) else connection
 
     def rows(self, statement: str, parameters: dict[str, Any] | None = None) -> list[Row]:
         """Run one statement in a transaction of its own; return its rows by column.
@@ -57,7 +57,8 @@ class Database:
         self.close()
 
 
-def _pool(dsn: str) -> Pool:
+def make_pool(dsn: str) -> Pool:
+    """Return a pool that opens no connection before one is needed."""
     # Nothing is prepared on the server: behind PgBouncer the next statement may run in another session.
     settings = {"fallback_application_name": "embedline", "client_encoding": "utf8", "prepare_threshold": None}
     return ConnectionPool(resolve(dsn), min_size=0, max_size=_MOST_CONNECTIONS, open=True, kwargs=settings)

@@ -16,7 +16,7 @@ from conftest import MakeRole
 from support import ROOT
 
 _HOW_TO = ROOT / "docs" / "how-to"
-_PAGES = ("use-langchain", "use-sqlalchemy", "use-mcp")
+_PAGES = ("use-langchain", "use-llamaindex", "use-sqlalchemy", "use-mcp")
 # The page's program logs in as a role in embedline_reader.
 _FOR_READERS = ("use-mcp",)
 _LINES = 30

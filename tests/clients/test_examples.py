@@ -16,12 +16,12 @@ from conftest import MakeRole
 from support import ROOT
 
 _HOW_TO = ROOT / "docs" / "how-to"
-_PAGES = ("use-langchain", "use-llamaindex", "use-sqlalchemy", "use-mcp")
+_PAGES = ("use-langchain", "use-llamaindex", "use-sqlalchemy", "use-django", "use-mcp")
 # The page's program logs in as a role in embedline_reader.
 _FOR_READERS = ("use-mcp",)
 _LINES = 30
 _SETUP = re.compile(r"^<!-- run\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
-_EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+_EXAMPLE = re.compile(r"^```python\n((?:(?!```)[^\n]*\n)+)```\n\n```text\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", _PAGES)

@@ -26,18 +26,12 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, declared_attr, mapped_column
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
+from embedline.client.integrations.read_only import ReadOnlyView
 from embedline.client.integrations.search_call import OPTIONS
-from embedline.errors import EmbedlineError
 
 __all__ = ["Embedding", "PipelineView", "ReadOnlyView", "search"]
 
 _OPERATORS = {"cosine": "<=>", "inner_product": "<#>", "l2": "<->"}
-
-
-class ReadOnlyView(EmbedlineError):
-    """A routing view is read only: write to the source table."""
-
-    sqlstate = "EL051"
 
 
 class Embedding(UserDefinedType[str]):

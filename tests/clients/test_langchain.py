@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from langchain_core.documents import Document
+from langchain_core.load import dumpd
 from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
+from psycopg import conninfo
 
 from embedline.client.integrations.document_table import NotEmbedded
 from embedline.client.integrations.langchain import EmbedlineRetriever, EmbedlineVectorStore
@@ -152,3 +155,9 @@ def test_a_retriever_returns_chunks_with_their_keys_and_passes_options_on(
     assert all(set(document.metadata) >= {"score"} and document.id for document in found)
     with pytest.raises(TypeError, match=r"embedline\.search has no argument drop"):
         retriever_of_pages.invoke("violins", drop=True)
+
+
+def test_a_trace_shows_no_password(retriever_of_pages: EmbedlineRetriever) -> None:
+    password = conninfo.conninfo_to_dict(retriever_of_pages.connection)["password"]
+    assert str(password) not in repr(retriever_of_pages)
+    assert str(password) not in json.dumps(dumpd(retriever_of_pages))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from mcp import Client
@@ -81,6 +82,9 @@ async def test_an_assistant_searches_over_http_on_loopback(login: str) -> None:
         wait_until(lambda: _answers(port), what="the server answers")
         async with Client(f"http://127.0.0.1:{port}/mcp") as client:
             await _tour(client)
+        # A page that a browser loaded under another name is not let in.
+        strange = httpx.post(f"http://127.0.0.1:{port}/mcp", json={}, headers={"Host": f"evil.example:{port}"})
+        assert strange.status_code == 421
     finally:
         process.terminate()
         process.communicate(20)
@@ -155,6 +159,15 @@ async def test_a_search_whose_text_cannot_be_noted_is_answered(reader: Reader, d
     async with Client(make_server(reader)) as client:
         assert len(await _call(client, "search", pipeline="page", query="violins", k=3)) == 3
     assert scalar(database, "SELECT count(*) FROM embedline.query_sample") == 0
+
+
+async def test_sessions_that_the_server_ended_are_replaced(reader: Reader, database: psycopg.Connection) -> None:
+    async with Client(make_server(reader)) as client:
+        await _call(client, "search", pipeline="page", query="violins", k=1)
+        ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = %s"
+        role = reader.rows("SELECT current_user::text AS name", {})[0]["name"]
+        assert scalar(database, ended, (role,)) > 0
+        assert len(await _call(client, "search", pipeline="page", query="violins", k=1)) == 1
 
 
 async def test_documents_of_any_key_are_read_and_cut(reader: Reader, database: psycopg.Connection) -> None:

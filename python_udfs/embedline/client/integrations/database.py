@@ -58,7 +58,17 @@ class Database:
 
 
 def make_pool(dsn: str) -> Pool:
-    """Return a pool that opens no connection before one is needed."""
+    """Return a pool that opens no connection before one is needed.
+
+    A connection is tried before it is used, because after a restart of the server the next call has to succeed.
+    """
     # Nothing is prepared on the server: behind PgBouncer the next statement may run in another session.
     settings = {"fallback_application_name": "embedline", "client_encoding": "utf8", "prepare_threshold": None}
-    return ConnectionPool(resolve(dsn), min_size=0, max_size=_MOST_CONNECTIONS, open=True, kwargs=settings)
+    return ConnectionPool(
+        resolve(dsn),
+        min_size=0,
+        max_size=_MOST_CONNECTIONS,
+        open=True,
+        check=ConnectionPool.check_connection,
+        kwargs=settings,
+    )

@@ -35,8 +35,8 @@ class EmbedlineRetriever(BaseRetriever):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    connection: Any
-    """A connection string of libpq, or a psycopg_pool.ConnectionPool of the application's."""
+    connection: Any = Field(repr=False, exclude=True)
+    """A connection string of libpq, or a psycopg_pool.ConnectionPool of the application's. Traces never show it."""
     pipeline: str
     k: int = Field(default=10, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)

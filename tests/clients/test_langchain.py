@@ -104,6 +104,17 @@ def test_a_filtered_search_finds_k_documents_beside_one_of_many_chunks(store: Em
     assert [found[0].id, *sorted(document.id or "" for document in found[1:])] == ["long", "1", "2"]
 
 
+def test_documents_that_are_unlike_each_other_are_preferred_by_mmr(store: EmbedlineVectorStore) -> None:
+    store.add_texts(
+        ["Bake the bread in the oven.", "Bake the bread in the hot oven.", "Bread is made of flour and water."],
+        [{"kept": True}] * 3,
+        ids=["oven", "hot oven", "flour"],
+    )
+    retriever = store.as_retriever(search_type="mmr", search_kwargs={"k": 2, "lambda_mult": 0.1})
+    assert {found.id for found in retriever.invoke("bake bread in the oven")} > {"flour"}
+    assert store.max_marginal_relevance_search("bread", filter={"kept": False}) == []
+
+
 def test_an_id_written_twice_in_one_call_keeps_the_last_text(store: EmbedlineVectorStore) -> None:
     assert store.add_texts(["first", "second"], ids=["1", "1"]) == ["1", "1"]
     assert [found.page_content for found in store.get_by_ids(["1"])] == ["second"]

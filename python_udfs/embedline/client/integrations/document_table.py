@@ -169,6 +169,21 @@ class DocumentTable:
                 return list(best.values())[:k]
             limit *= 2
 
+    def vectors(self, query: str, ids: Sequence[str]) -> tuple[list[float], dict[str, list[float]]]:
+        """Return the vector of a text, and for each document one of its own.
+
+        That is the vector of the chunk that is nearest to the text.
+        """
+        found = self._database.rows(
+            "WITH asked AS MATERIALIZED (SELECT embedline.embed_query(%(pipeline)s, %(query)s) AS vector)"
+            " SELECT DISTINCT ON (v.id) v.id, v.embedding::text AS vector, (SELECT vector FROM asked)::text AS asked"
+            f" FROM {self._view} AS v WHERE v.id = ANY(%(ids)s::text[])"
+            " ORDER BY v.id, v.embedding <=> (SELECT vector FROM asked)",
+            {"pipeline": self.name, "query": query, "ids": list(ids)},
+        )
+        asked = json.loads(found[0]["asked"]) if found else []
+        return asked, {row["id"]: json.loads(row["vector"]) for row in found}
+
 
 def create_document_table(database: Database, name: str, model: str, options: Mapping[str, Any]) -> None:
     """Create a table and a pipeline of its name over it, each unless it is there.

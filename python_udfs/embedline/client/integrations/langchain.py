@@ -16,6 +16,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from embedline.client.integrations import document_table
@@ -166,6 +167,25 @@ class EmbedlineVectorStore(VectorStore):
         condition = metadata_has(filter) if filter else None
         found = self._documents.nearest(query, k, condition, kwargs)
         return [(_of_row(row), float(row["score"])) for row in found]
+
+    def max_marginal_relevance_search(
+        self, query: str, k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **kwargs: Any
+    ) -> list[Document]:
+        """Return documents that are near to a text and unlike each other.
+
+        They are chosen of the `fetch_k` nearest. `lambda_mult` is 1 for the nearest, 0 for the most different ones.
+        """
+        import numpy
+
+        nearest = self.similarity_search(query, fetch_k, **kwargs)
+        asked, vectors = self._documents.vectors(query, [found.id for found in nearest if found.id])
+        # A document that was deleted in between has no vector any more.
+        kept = [found for found in nearest if found.id in vectors]
+        if not kept:
+            return []
+        of_kept = [vectors[found.id or ""] for found in kept]
+        chosen = maximal_marginal_relevance(numpy.array(asked), of_kept, lambda_mult=lambda_mult, k=k)
+        return [kept[place] for place in chosen]
 
     def _select_relevance_score_fn(self) -> Any:
         # Scores of `search` are similarities already, not distances.

@@ -13,6 +13,7 @@ from langchain_core.load import dumpd
 from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
 from psycopg import conninfo
 
+from conftest import MakeRole
 from embedline.client.integrations.document_table import NotEmbedded
 from embedline.client.integrations.langchain import EmbedlineRetriever, EmbedlineVectorStore
 from support import create_pages, create_pipeline, drain
@@ -137,6 +138,31 @@ def test_a_store_that_does_not_wait_leaves_the_work_to_others(
     finally:
         with_others.close()
         waiting.close()
+
+
+def test_each_role_needs_the_rights_that_the_page_names(
+    database: psycopg.Connection, database_dsn: str, make_role: MakeRole, role_passwords: dict[str, str]
+) -> None:
+    EmbedlineVectorStore.create(database_dsn, "notes", "static-256").close()
+    for wait, memberships in (("none", ["embedline_reader"]), ("embed", ["embedline_reader", "embedline_worker"])):
+        role = make_role(*memberships)
+        database.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON notes TO {role}".encode())
+        dsn = conninfo.make_conninfo(database_dsn, user=role, password=role_passwords[role])
+        store = EmbedlineVectorStore(dsn, "notes", wait=wait)
+        try:
+            store.add_texts(["bread"], ids=["1"])
+            drain(database)
+            assert [found.id for found in store.similarity_search("bread")] == ["1"]
+            store.delete(["1"])
+        finally:
+            store.close()
+
+
+def test_a_store_opens_its_own_kind_of_table_alone(pages: psycopg.Connection) -> None:
+    with pytest.raises(LookupError, match='there is no pipeline "nothing"'):
+        EmbedlineVectorStore(_dsn(pages), "nothing")
+    with pytest.raises(ValueError, match='the source of pipeline "page" has no columns id, content, metadata'):
+        EmbedlineVectorStore(_dsn(pages), "page")
 
 
 def test_a_document_that_cannot_be_embedded_is_told(store: EmbedlineVectorStore) -> None:

@@ -30,8 +30,11 @@ _POLL_SECONDS = 0.05
 _BATCH_ROWS = 1000
 
 _PIPELINE = """
-    SELECT p.routing_view::text AS view, p.source::text AS source FROM embedline.pipeline AS p WHERE p.name = %(name)s
+    SELECT p.routing_view::text AS view, p.source::text AS source,
+        (SELECT array_agg(a.attname::text) FROM pg_attribute AS a WHERE a.attrelid = p.source AND a.attnum > 0) AS columns
+    FROM embedline.pipeline AS p WHERE p.name = %(name)s
 """
+_COLUMNS = ("id", "content", "metadata")
 _STATUS = "SELECT pending, last_error FROM embedline.status WHERE pipeline = %(name)s"
 _EMBED = "SELECT embedline.embed_pending(%(rows)s, %(name)s) AS embedded"
 
@@ -55,10 +58,15 @@ class DocumentTable:
     """The table (id text, content text, metadata jsonb) that a pipeline watches."""
 
     def __init__(self, database: Database, name: str, *, wait: Wait = "embed", wait_seconds: float = 60.0) -> None:
-        """Open the table of a pipeline. Raises LookupError if there is none."""
+        """Open the table of a pipeline.
+
+        Raises LookupError if there is none, and ValueError if its source is another kind of table.
+        """
         found = database.rows(_PIPELINE, {"name": name})
         if not found or found[0]["view"] is None:
             raise LookupError(f'there is no pipeline "{name}"; create() makes one')
+        if not set(_COLUMNS) <= set(found[0]["columns"]):
+            raise ValueError(f'the source of pipeline "{name}" has no columns {", ".join(_COLUMNS)}: use a retriever')
         self.name, self._database = name, database
         # As PostgreSQL writes them: quoted, and with their schema if the search_path lacks it.
         self._table, self._view = _escaped(found[0]["source"]), _escaped(found[0]["view"])
@@ -183,6 +191,15 @@ class DocumentTable:
         )
         asked = json.loads(found[0]["asked"]) if found else []
         return asked, {row["id"]: json.loads(row["vector"]) for row in found}
+
+
+def open_document_table(database: Database, name: str, wait: Wait, wait_seconds: float) -> DocumentTable:
+    """Open the table of a pipeline, as DocumentTable does; close the database if that fails."""
+    try:
+        return DocumentTable(database, name, wait=wait, wait_seconds=wait_seconds)
+    except BaseException:
+        database.close()
+        raise
 
 
 def create_document_table(database: Database, name: str, model: str, options: Mapping[str, Any]) -> None:

@@ -21,7 +21,12 @@ from pydantic import ConfigDict, Field, PrivateAttr
 
 from embedline.client.integrations import document_table
 from embedline.client.integrations.database import Database, Pool, Row
-from embedline.client.integrations.document_table import DocumentTable, Wait, create_document_table, metadata_has
+from embedline.client.integrations.document_table import (
+    Wait,
+    create_document_table,
+    metadata_has,
+    open_document_table,
+)
 from embedline.client.integrations.search_call import search_call, shown
 
 __all__ = ["EmbedlineRetriever", "EmbedlineVectorStore"]
@@ -83,7 +88,7 @@ class EmbedlineVectorStore(VectorStore):
         Raises LookupError if there is none.
         """
         self._database = Database(connection)
-        self._documents = DocumentTable(self._database, name, wait=wait, wait_seconds=wait_seconds)
+        self._documents = open_document_table(self._database, name, wait, wait_seconds)
 
     @classmethod
     def create(

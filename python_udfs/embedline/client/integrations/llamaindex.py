@@ -38,6 +38,7 @@ from embedline.client.integrations.document_table import (
     Wait,
     create_document_table,
     document_of,
+    open_document_table,
 )
 from embedline.client.integrations.llamaindex_filters import condition_of, is_one_of
 from embedline.client.integrations.search_call import search_call, shown
@@ -119,7 +120,7 @@ class EmbedlineVectorStore(BasePydanticVectorStore):
         """
         super().__init__(name=name, wait=wait, wait_seconds=wait_seconds)  # type: ignore[call-arg]
         self._database = Database(connection)
-        self._nodes = DocumentTable(self._database, name, wait=wait, wait_seconds=wait_seconds)
+        self._nodes = open_document_table(self._database, name, wait, wait_seconds)
 
     @classmethod
     def create(

@@ -194,7 +194,7 @@ class DocumentTable:
 
 
 def open_document_table(database: Database, name: str, wait: Wait, wait_seconds: float) -> DocumentTable:
-    """Open the table of a pipeline, as DocumentTable does; close the database if that fails."""
+    """Open the table of a pipeline, and close the database if that fails."""
     try:
         return DocumentTable(database, name, wait=wait, wait_seconds=wait_seconds)
     except BaseException:

@@ -26,7 +26,7 @@ RULES = ROOT / "ops" / "prometheus" / "alerts.yml"
 
 def program(name: str) -> str:
     """Return the path of one of Debian's programs."""
-    path = monitors.folder(load_settings()) / name
+    path = monitors.program(load_settings(), name)
     assert path.exists(), f"{path} is missing: run make _test-setup"
     return str(path)
 

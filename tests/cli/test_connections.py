@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import pwd
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -19,10 +15,9 @@ from psycopg import conninfo
 import programs
 from embedline.client import connection
 from embedline.client.connection import NoDatabaseNamed
-from embedline.dev.cluster.server_user import as_server_user, server_user
-from support import ROOT, create_pages, create_pipeline, free_port, scalar, settle, wait_until
+from pooler import pooled
+from support import ROOT, create_pages, create_pipeline, free_port, scalar, settle
 
-_PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 _COMMAND = ["embedline"]
 _ALEMBIC = ["alembic", "upgrade", "head"]
 
@@ -120,39 +115,8 @@ def test_an_empty_connection_string_needs_a_variable_of_libpq(monkeypatch: pytes
 @pytest.fixture
 def pool(database: psycopg.Connection, database_dsn: str) -> Iterator[str]:
     """URI of a PgBouncer in transaction mode in front of the test's database."""
-    if _PGBOUNCER is None:
-        pytest.skip("PgBouncer is not installed: apt-get install pgbouncer")
-    parts, port = conninfo.conninfo_to_dict(database_dsn), free_port()
-    folder = Path(tempfile.mkdtemp(prefix="embedline-pool-"))
-    (folder / "users").write_text(f'"{parts["user"]}" "{parts["password"]}"\n')
-    (folder / "ini").write_text(
-        f"[databases]\n{parts['dbname']} = host={parts['host']} port={parts['port']}\n[pgbouncer]\npool_mode = transaction\n"
-        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = plain\nauth_file = {folder}/users\n"
-        "default_pool_size = 3\nserver_tls_sslmode = disable\n"
-    )
-    if os.geteuid() == 0:
-        user: pwd.struct_passwd = server_user()
-        for path in (folder, *folder.iterdir()):
-            os.chown(path, user.pw_uid, user.pw_gid)
-    process: subprocess.Popen[Any] = subprocess.Popen(
-        as_server_user([_PGBOUNCER, "-q", str(folder / "ini")]), stderr=subprocess.DEVNULL
-    )
-    dsn = f"postgresql://{parts['user']}:{parts['password']}@127.0.0.1:{port}/{parts['dbname']}"
-
-    def answers() -> bool:
-        try:
-            psycopg.connect(dsn).close()
-        except psycopg.OperationalError:
-            return False
-        return True
-
-    try:
-        wait_until(answers, 20, "PgBouncer answers")
+    with pooled(database_dsn) as dsn:
         yield dsn
-    finally:
-        process.terminate()
-        process.wait()
-        shutil.rmtree(folder)
 
 
 def test_every_command_works_through_a_pool(database: psycopg.Connection, pool: str) -> None:
@@ -162,6 +126,9 @@ def test_every_command_works_through_a_pool(database: psycopg.Connection, pool: 
     _run(_ALEMBIC, EMBEDLINE_DSN=pool)
     _run([*_COMMAND, "worker", "--until-idle", "--dsn", pool])
     assert "page" in _run([*_COMMAND, "status", "--dsn", pool]).stdout
+    refused = _run([*_COMMAND, "worker", "--dsn", pool], check=False)
+    assert refused.returncode == 1
+    assert "Connect a worker to the server itself" in refused.stderr
     _run([*_COMMAND, "status", "--json", "--dsn", pool])
     _run([*_COMMAND, "verify", "page", "--dsn", pool])
     assert "PostgreSQL" in _run([*_COMMAND, "doctor", "--dsn", pool]).stdout

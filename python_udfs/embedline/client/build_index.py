@@ -205,12 +205,12 @@ def _ignore(notice: str) -> None:
     """Drop a notice if the caller wants none."""
 
 
-def _require_own_session(client: Client, pipeline: str, version: int | None) -> None:
-    """Raise SessionNotKept behind a pool in transaction mode.
+def is_behind_pool(client: Client) -> bool:
+    """Return True behind a pool in transaction mode.
 
     Such a pool would give the session, with our settings and our lock, to other clients. It gives a second connection
-    the session that the first one used last, or then gives the first one another. The check must not fail the build if
-    there is no free connection for it.
+    the session that the first one used last, or then gives the first one another. The check must not fail if there is
+    no free connection for it.
     """
     shared = False
     with contextlib.suppress(Exception), client.another() as execute:
@@ -219,7 +219,12 @@ def _require_own_session(client: Client, pipeline: str, version: int | None) -> 
         # Checked only if the second has another session: with a single session in the pool the first would wait for it.
         shared = execute(_BACKEND)[0][0] == mine or client.execute(_BACKEND)[0][0] != mine
         execute("ROLLBACK")
-    if shared:
+    return shared
+
+
+def _require_own_session(client: Client, pipeline: str, version: int | None) -> None:
+    """Raise SessionNotKept behind a pool in transaction mode."""
+    if is_behind_pool(client):
         arguments = quote_literal(pipeline) + ("" if version is None else f", {version}")
         raise SessionNotKept(
             hint="Connect to the server itself instead of the pool, or have pg_cron build it:"

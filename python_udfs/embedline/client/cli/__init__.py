@@ -15,6 +15,7 @@ from embedline.client.cli import evaluate as evaluate
 from embedline.client.cli import export as export
 from embedline.client.cli import export_onnx as export_onnx
 from embedline.client.cli import import_vectors as import_vectors
+from embedline.client.cli import mcp as mcp
 from embedline.client.cli import metrics as metrics
 from embedline.client.cli import migrate as migrate
 from embedline.client.cli import report as report

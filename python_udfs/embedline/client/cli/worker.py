@@ -8,7 +8,7 @@ import psycopg
 import typer
 from rich.console import Console
 
-from embedline.client.build_index import PsycopgClient
+from embedline.client.build_index import PsycopgClient, SessionNotKept, is_behind_pool
 from embedline.client.cli.application import EXIT_FAILED, OPERATE, Dsn, app, session
 from embedline.client.live_display import shown
 from embedline.client.worker_display import WorkerDisplay, troubles
@@ -29,6 +29,13 @@ def worker(
     display, console = WorkerDisplay(pipeline), Console(stderr=True, highlight=False)
     with session(dsn) as connection:
         client = PsycopgClient(connection)
+        if not until_idle and is_behind_pool(client):
+            # It would hold one of the pool's connections while it runs. A time limit of the pool would end this command,
+            # but not the worker in the server. A supervisor would then start another one beside it.
+            raise SessionNotKept(
+                hint="Connect a worker to the server itself, past the pool."
+                " With --until-idle it runs through the pool, because it ends."
+            )
         with shown(client, display.look, console, lines=until_idle) as tell:
 
             def hear(notice: psycopg.errors.Diagnostic) -> None:

@@ -298,6 +298,31 @@ CREATE TABLE embedline.keyword_build (
     CONSTRAINT keyword_build_pkey PRIMARY KEY (chunk_set_id)
 );
 
+CREATE TABLE embedline.loan (
+    version_id bigint NOT NULL,
+    begun_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    CONSTRAINT loan_pkey PRIMARY KEY (version_id),
+    CONSTRAINT loan_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE TABLE embedline.loan_taken (
+    loan_taken_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    version_id bigint NOT NULL,
+    lent_hash uuid NOT NULL,
+    chunk_hash uuid NOT NULL,
+    CONSTRAINT loan_taken_pkey PRIMARY KEY (loan_taken_id),
+    CONSTRAINT loan_taken_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.loan(version_id) ON DELETE CASCADE
+);
+
+CREATE TABLE embedline.loan_vector (
+    version_id bigint NOT NULL,
+    content_hash uuid NOT NULL,
+    vector bytea NOT NULL,
+    CONSTRAINT loan_vector_pkey PRIMARY KEY (version_id, content_hash),
+    CONSTRAINT loan_vector_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.loan(version_id) ON DELETE CASCADE
+);
+
 CREATE TABLE embedline.model (
     model_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
     name text NOT NULL,
@@ -781,6 +806,8 @@ CREATE INDEX evaluation_version_id_evaluated_at_idx ON embedline.evaluation USIN
 
 CREATE INDEX finished_batch_finished_at_idx ON embedline.finished_batch USING btree (finished_at);
 
+CREATE INDEX loan_taken_version_id_idx ON embedline.loan_taken USING btree (version_id);
+
 CREATE INDEX quality_check_last_idx ON embedline.quality_check USING btree (pipeline_id, kind, measured_at DESC);
 
 CREATE INDEX quality_check_poor_idx ON embedline.quality_check USING btree (pipeline_id, kind, measured_at DESC) WHERE is_poor;
@@ -926,6 +953,11 @@ LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
+CREATE FUNCTION embedline._purge_loans()
+RETURNS void
+LANGUAGE sql VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline._purge_quality()
 RETURNS void
 LANGUAGE sql VOLATILE SECURITY DEFINER
@@ -1068,6 +1100,11 @@ RETURNS integer
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.add_loan(pipeline_name text, version integer, content_hashes uuid[], vectors bytea[])
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.add_precision_index(pipeline_name text, version_number integer, kind text, dimensions integer DEFAULT NULL::integer, oversampling real DEFAULT 4)
 RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1107,6 +1144,11 @@ SET bytea_output=hex
 SET plan_cache_mode=force_generic_plan
 SET hnsw.iterative_scan=strict_order
 SET hnsw.ef_search=40;
+
+CREATE FUNCTION embedline.check_vectors(pipeline_name text, version integer, texts text[], vectors bytea[])
+RETURNS TABLE(compared integer, of_another_model integer, lowest_cosine double precision, required_cosine double precision)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.compare_costs(pipeline_or_table text, hosted_model text DEFAULT NULL::text, own_model text DEFAULT NULL::text, machine_price_per_hour numeric DEFAULT NULL::numeric, documents_per_day numeric DEFAULT 0, bulk_share numeric DEFAULT 0, batch_discount numeric DEFAULT 0, queries_per_second numeric DEFAULT 0, tokens_per_query numeric DEFAULT 16, search_milliseconds numeric DEFAULT NULL::numeric, storage_price_per_gigabyte numeric DEFAULT NULL::numeric, price_per_million_tokens numeric DEFAULT NULL::numeric, own_tokens_per_second numeric DEFAULT NULL::numeric, content text DEFAULT NULL::text, sample_rows integer DEFAULT 1000, expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS TABLE(way text, figure text, value numeric, low numeric, high numeric, unit text, note text)
@@ -1190,6 +1232,11 @@ SET bytea_output=hex;
 CREATE FUNCTION embedline.embed_query(pipeline_name text, query text)
 RETURNS public.vector
 LANGUAGE plpython3u STABLE
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.end_loan(pipeline_name text, version integer DEFAULT NULL::integer)
+RETURNS TABLE(lent bigint, taken bigint, chunks bigint, lent_chunks bigint)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.estimate(pipeline_or_table text, model text DEFAULT NULL::text, content text DEFAULT NULL::text, sample_rows integer DEFAULT 1000, expression_search_path text DEFAULT current_setting('search_path'::text))
@@ -1302,6 +1349,12 @@ LANGUAGE plpython3u;
 CREATE PROCEDURE embedline.run_worker(IN max_seconds double precision DEFAULT 1200, IN pipeline_name text DEFAULT NULL::text, IN slot integer DEFAULT NULL::integer, IN until_idle boolean DEFAULT false)
 LANGUAGE plpython3u;
 
+CREATE FUNCTION embedline.sample_chunks(pipeline_name text, sample_rows integer DEFAULT 1000)
+RETURNS TABLE(chunk text, prefix text)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off;
+
 CREATE FUNCTION embedline.sample_queries(pipeline_name text, share double precision, retention interval DEFAULT '7 days'::interval)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1356,6 +1409,13 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.state(pipeline_name text, key text, version integer DEFAULT NULL::integer)
+RETURNS TABLE(state text, since timestamp with time zone, reason text)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET extra_float_digits=1;
+
 CREATE FUNCTION embedline.unschedule_workers()
 RETURNS integer
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1381,6 +1441,12 @@ SET DateStyle=ISO
 SET TimeZone=UTC
 SET IntervalStyle=postgres
 SET bytea_output=hex;
+
+CREATE FUNCTION embedline_data._row_state(pipeline_name text, version_number integer, key_texts text[])
+RETURNS TABLE(state text, since timestamp with time zone, reason text)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
 
 CREATE FUNCTION public.embed_pending(max_rows integer DEFAULT 1000, pipeline_name text DEFAULT NULL::text)
 RETURNS integer

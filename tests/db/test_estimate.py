@@ -58,6 +58,10 @@ def test_a_sample_holds_the_truth_in_its_interval(documents: psycopg.Connection,
         # Narrow enough to be of use.
         assert high - low < 0.5 * float(value)
     assert "counted by the model's tokenizer" in exact["tokens"][4]
+    words = scalar(documents, "SELECT avg(length(to_tsvector('english', body))) FROM document WHERE body IS NOT NULL")
+    assert float(exact["keyword index"][0]) == pytest.approx(
+        float(exact["chunks"][0] * words) * 4 / 2**20, rel=0.5, abs=0.1
+    )
     again = estimate(documents, "document", "static-256", "body", sample_rows=sample_rows)
     assert again["tokens"] == sampled["tokens"]
 

@@ -17,6 +17,7 @@ from embedline.core.processes import prepare_environment
 from embedline.core.sql_text import quote_literal
 from embedline.estimate.estimators import Amount
 from embedline.estimate.figures import Figure, sizes
+from embedline.estimate.keyword_size import keyword_figures
 from embedline.estimate.measure import (
     COMPARED_TEXTS,
     Measured,
@@ -47,6 +48,7 @@ def estimate(
     known = speeds(session)
     own = with_speed(session, known[model.config.name], model, measured)
     figures = [*_amounts(plan, own, measured), *sizes(plan, model, measured, session.server_version)]
+    figures += keyword_figures(session, plan, measured)
     tokens = measured.sample.total(measured.tokens)
     figures += _cost(own, tokens, "")
     if plan.pipeline is not None and model_name is None:

@@ -277,6 +277,44 @@ def test_a_repeatable_read_transaction_embeds_beside_a_packing(page: psycopg.Con
     assert [row[0] for row in searching(page, "page", "zebras", mode="keyword")] == ["901"]
 
 
+def test_no_writer_waits_for_a_packing(page: psycopg.Connection, connect: Connect) -> None:
+    other = connect()
+    other.execute("SET lock_timeout = '5s'")
+    with page.transaction():
+        _pack(page)
+        other.execute("UPDATE page SET body = 'about zebras' WHERE id = 5")
+        other.execute("INSERT INTO page (id, title, body) VALUES (903, 'New', 'zebras')")
+        drain(other)
+        assert {row[0] for row in searching(other, "page", "zebras", mode="keyword")} == {"5", "903"}
+    assert {row[0] for row in searching(page, "page", "zebras", mode="keyword")} == {"5", "903"}
+    assert "5" not in {row[0] for row in searching(page, "page", "bread", 100, mode="keyword")}
+
+
+def test_a_new_owner_of_the_source_searches_by_keywords(
+    page: psycopg.Connection, connect: Connect, make_role: MakeRole
+) -> None:
+    owner = make_role()
+    page.execute(f"GRANT USAGE ON SCHEMA embedline TO {owner}")
+    page.execute(f"ALTER TABLE page OWNER TO {owner}")
+    drain(page)
+    page.execute("SELECT embedline.refresh_pipeline('page')")
+    page.execute(f"GRANT embedline_reader TO {owner}")
+    assert searching(connect(owner), "page", "violins", mode="hybrid")
+    tables = scalar(
+        page,
+        "SELECT count(*) FROM pg_class WHERE relname ~ '^page_keyword_(entry|segment|page)$'"
+        " AND has_table_privilege(%s, oid, 'SELECT')",
+        (owner,),
+    )
+    assert tables == 3
+
+
+def test_other_keywords_end_a_mode_that_was_set(page: psycopg.Connection) -> None:
+    page.execute("SELECT embedline.use_mode('page', 'hybrid', override_reason => 'a trial')")
+    page.execute("SELECT embedline.alter_pipeline('page', keyword => 'simple')")
+    assert searching(page, "page", "violins") == searching(page, "page", "violins", mode="vector")
+
+
 def test_verify_finds_and_mends_what_the_index_lacks(page: psycopg.Connection) -> None:
     _pack(page)
     page.execute("INSERT INTO page (id, title, body) VALUES (902, 'New', 'zebras')")

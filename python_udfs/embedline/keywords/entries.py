@@ -32,11 +32,17 @@ def add_entries(session: Session, pipeline: Pipeline, chunk_set: int, chunk_ids:
 def remove_entries(session: Session, pipeline: Pipeline, chunk_set: int, chunk_ids: Sequence[int]) -> None:
     """Remove the words of chunks that are removed.
 
-    What is in a segment stays there until the segment is packed again, and is shown no more.
+    What is in a segment stays there until the segment is packed again, and is shown no more. So does an entry that another
+    transaction is packing: no writer waits for it.
     """
     if pipeline.keyword is not None and chunk_ids:
         table = pipeline.keyword_table("entry", chunk_set)
-        session.query(f"DELETE FROM {table} WHERE chunk_id = ANY ($1)", ["bigint[]"], list(chunk_ids))
+        session.query(
+            f"DELETE FROM {table} WHERE chunk_id IN"
+            f" (SELECT e.chunk_id FROM {table} AS e WHERE e.chunk_id = ANY ($1) FOR UPDATE SKIP LOCKED)",
+            ["bigint[]"],
+            list(chunk_ids),
+        )
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class Packing:
             f"""
             SELECT string_agg(e.head, ''::bytea) AS heads,
                 string_agg(e.words, ''::bytea) AS words, string_agg(e.counts, ''::bytea) AS counts
-            FROM (SELECT * FROM {self._entry} ORDER BY chunk_id LIMIT {MAX_CHUNKS}) AS e
+            FROM (SELECT * FROM {self._entry} ORDER BY chunk_id LIMIT {MAX_CHUNKS} FOR UPDATE SKIP LOCKED) AS e
             """
         )[0]
         if row["heads"] is None:

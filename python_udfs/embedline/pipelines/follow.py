@@ -28,6 +28,7 @@ from embedline.pipelines.functions import (
     rewrite_trigger_functions,
     use_row_triggers,
 )
+from embedline.pipelines.keyword_index import table_suffixes
 from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers, current_plan
 from embedline.pipelines.register import grant_tables
 from embedline.pipelines.replaced_views import refresh_views
@@ -211,6 +212,7 @@ def _give_to_owner(session: Session, pipeline: Pipeline, before: str) -> None:
     replace_functions(session, plan, source, [])
     suffixes = ["hidden", *(names.chunk_suffix(number) for number in chunk_set_numbers(pipeline))]
     suffixes += [names.version_suffix(number) for _, number, _ in pipeline.versions]
+    suffixes += table_suffixes(chunk_set_numbers(pipeline)) if pipeline.keyword else []
     grant_tables(session, plan, source, suffixes)
     _write_search_functions(session, pipeline, plan, source)
     if before == source.owner:

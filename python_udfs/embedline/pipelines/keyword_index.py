@@ -31,7 +31,10 @@ _FORGET = """
     DELETE FROM embedline.keyword_build AS b USING embedline.chunk_set AS s
     WHERE s.chunk_set_id = b.chunk_set_id AND s.pipeline_id = $1
 """
-_FORGET_MODES = "UPDATE embedline.version SET search_mode = 'vector' WHERE pipeline_id = $1"
+_FORGET_MODES = """
+    UPDATE embedline.version SET search_mode = 'vector' WHERE pipeline_id = $1 AND search_mode <> 'vector'
+    RETURNING number
+"""
 
 
 def known_config(session: Session, name: str | None, search_path: str) -> str | None:
@@ -89,8 +92,13 @@ def set_keyword(session: Session, pipeline: Pipeline, plan: CapturePlan, source:
     drop_tables(session, pipeline, numbers)
     session.query(_FORGET, ["bigint"], pipeline.pipeline_id)
     session.query(_STORE, ["bigint", "text"], pipeline.pipeline_id, config)
+    if session.query(_FORGET_MODES, ["bigint"], pipeline.pipeline_id):
+        # Their evidence is of the index before, and the next one is not complete for a while.
+        session.plpy.notice(
+            f'searches of pipeline "{pipeline.name}" rank by vectors alone from now on',
+            hint="Evaluate a mode with the new keywords, then SELECT embedline.use_mode(…).",
+        )
     if config is None:
-        session.query(_FORGET_MODES, ["bigint"], pipeline.pipeline_id)
         return
     create_tables(session, plan, source, numbers)
     for version in load_versions(session, pipeline.name):

@@ -26,6 +26,7 @@ from embedline.pipelines.ddl.triggers import trigger_statements
 from embedline.pipelines.expressions import deparse_again
 from embedline.pipelines.functions import rewrite_trigger_functions
 from embedline.pipelines.inputs import PARAMETERS, Input, load_inputs, store_inputs
+from embedline.pipelines.keyword_index import table_suffixes
 from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers
 from embedline.pipelines.register import grant_tables
 from embedline.pipelines.replaced_views import attributes_by_name
@@ -262,6 +263,7 @@ class ReshapedPipeline:
         plan, pipeline = self.plan, self.pipeline
         suffixes = [names.chunk_suffix(number) for number in plan.chunk_sets]
         suffixes += [names.version_suffix(number) for _, number, _ in pipeline.versions]
+        suffixes += table_suffixes(plan.chunk_sets) if pipeline.keyword else []
         grant_tables(self.session, plan, self.source, suffixes)
         before = self.stored["owner"]
         if before is None or before == self.source.owner:

@@ -194,6 +194,39 @@ def test_a_retriever_returns_chunks_with_their_keys_and_passes_options_on(
         retriever_of_pages.invoke("violins", drop=True)
 
 
+def test_a_retriever_searches_by_words_and_by_meaning(module_database: psycopg.Connection) -> None:
+    create_pages(module_database, 20, table="worded")
+    module_database.execute(
+        "SELECT embedline.create_pipeline('worded', 'worded', 'title || body', 'static-256', keyword => 'english')"
+    )
+    drain(module_database)
+    retriever = EmbedlineRetriever(connection=_dsn(module_database), pipeline="worded", mode="keyword", k=2)
+    try:
+        (found,) = retriever.invoke("number 17", filter="id > 7", k=1)
+        assert (found.id, found.metadata["keyword_rank"], "semantic_rank" in found.metadata) == ("17", 1, False)
+        (both, *_) = retriever.invoke("number 17", mode="hybrid", semantic_weight=0, rrf_k=1)
+        assert (both.id, both.metadata["keyword_rank"], both.metadata["score"]) == ("17", 1, 0.5)
+        assert "semantic_rank" in both.metadata
+    finally:
+        retriever.close()
+
+
+def test_a_store_with_keywords_finds_words_among_what_the_filter_accepts(module_database: psycopg.Connection) -> None:
+    store = EmbedlineVectorStore.create(_dsn(module_database), "worded_notes", "static-256", keyword="english")
+    try:
+        store.add_texts(
+            ["Error EX4711 stops the pump.", "The pump was repaired.", "Error EX4711 again."],
+            [{"lang": "en"}, {"lang": "en"}, {"lang": "it's %s"}],
+            ids=["1", "2", "3"],
+        )
+        assert [found.id for found in store.similarity_search("EX4711", mode="keyword", filter={"lang": "en"})] == ["1"]
+        for mode in ("keyword", "hybrid"):
+            found = store.similarity_search("EX4711", mode=mode, filter={"lang": "it's %s"}, keyword_weight=2)
+            assert [document.id for document in found] == ["3"]
+    finally:
+        store.close()
+
+
 def test_a_trace_shows_no_password(retriever_of_pages: EmbedlineRetriever) -> None:
     password = conninfo.conninfo_to_dict(retriever_of_pages.connection)["password"]
     assert str(password) not in repr(retriever_of_pages)

@@ -17,6 +17,7 @@ from psycopg.types.json import Jsonb
 
 from embedline.client.integrations.database import Database, Row
 from embedline.client.integrations.search_call import search_call
+from embedline.core.expression import require_single_expression
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import EmbedlineError
 
@@ -143,39 +144,18 @@ class DocumentTable:
     def nearest(self, query: str, k: int, condition: str | None, options: Mapping[str, Any]) -> list[Row]:
         """Return the documents whose best chunks are nearest to a text.
 
-        A row has the columns of `search`, too. `condition` is an SQL condition over the table's columns. Together
-        with options it needs a server whose `search` has the argument `filter`.
+        A row has the columns of `search`, too. `condition` is an SQL condition over the table's columns. If the
+        options have a filter as well, a document passes both.
         """
-        if condition is not None and not options:
-            return self._nearest_in_view(query, k, condition)
-        asked = {"per_document": True, **options}
-        if condition is not None:
-            asked["filter"] = condition
+        conditions = [found for found in (condition, options.get("filter")) if found is not None]
+        # Each alone, because one with a closing parenthesis too many would get round the other.
+        both = " AND ".join(f"({require_single_expression(found, 'filter')})" for found in conditions) or None
+        asked = {"per_document": True, **options, "filter": both}
         return self._database.rows(
             f"SELECT t.id, t.content, t.metadata, s.* FROM {search_call(asked)} WITH ORDINALITY AS s"
             f" JOIN {self._table} AS t ON t.id = s.key ORDER BY s.ordinality",
             {"pipeline": self.name, "query": query, "k": k, **asked},
         )
-
-    def _nearest_in_view(self, query: str, k: int, condition: str) -> list[Row]:
-        """Rank in the routing view, where a condition is planned with its selectivity."""
-        # A scalar subquery is run once, before the index is scanned; a join with the vector would lose the index.
-        statement = (
-            "WITH asked AS MATERIALIZED (SELECT embedline.embed_query(%(pipeline)s, %(query)s) AS vector)"
-            " SELECT id, content, metadata, chunk, 1 - (embedding <=> (SELECT vector FROM asked)) AS score"
-            f" FROM {self._view} WHERE {_escaped(condition)}"
-            " ORDER BY embedding <=> (SELECT vector FROM asked) LIMIT %(limit)s"
-        )
-        limit = k
-        while True:
-            found = self._database.rows(statement, {"pipeline": self.name, "query": query, "limit": limit})
-            best: dict[str, Row] = {}
-            for row in found:
-                best.setdefault(row["id"], row)
-            # A document with several chunks among the nearest takes the places of others.
-            if len(best) >= k or len(found) < limit:
-                return list(best.values())[:k]
-            limit *= 2
 
     def vectors(self, query: str, ids: Sequence[str]) -> tuple[list[float], dict[str, list[float]]]:
         """Return the vector of a text, and for each document one of its own.

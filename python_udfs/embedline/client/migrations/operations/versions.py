@@ -209,3 +209,31 @@ class RollbackEmbeddingVersionOp(PipelineOperation):
     def reverse(self) -> CutoverEmbeddingVersionOp:
         """Let the version serve again."""
         return CutoverEmbeddingVersionOp(self.pipeline, self.version)
+
+
+@Operations.register_operation("use_mode")
+@dataclass(eq=False)
+class UseModeOp(PipelineOperation):
+    """Have searches of a version use a mode; as embedline.evaluate and embedline.use_mode."""
+
+    operation: ClassVar[str] = "use_mode"
+    pipeline: str
+    version: int
+    mode: str
+    canaries: str | None = None
+    k: int | None = None
+    margin: float | None = None
+    override_reason: str | None = None
+    mode_before: str = "vector"
+
+    @classmethod
+    def use_mode(cls, operations: Operations, pipeline: str, *, version: int, mode: str, **options: Any) -> Any:
+        """Compare the mode by the canaries, and have searches use it if it passes.
+
+        Without canaries a pass must be stored, or `override_reason` be given.
+        """
+        return operations.invoke(cls(pipeline, version, mode, **options))
+
+    def reverse(self) -> UseModeOp:
+        """Use the mode of before, that of the vectors unless the operation names another."""
+        return UseModeOp(self.pipeline, self.version, self.mode_before, mode_before=self.mode)

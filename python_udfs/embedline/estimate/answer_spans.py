@@ -25,29 +25,34 @@ class Place:
     span: Span
 
 
-# The answers of one query: in which documents, and where in them. None is the whole document.
-Answers = Mapping[int, Span | None]
+# The answers of one query: in which documents, and where in them. An empty list is the whole document.
+Answers = Mapping[int, Sequence[Span]]
 
 
 def found_share(best: Sequence[Place], answers: Answers) -> float:
     """Return the share of a query's answers that its best chunks have, from 0 to 1.
 
-    Of an answer with a place it is the share of its characters, because an answer may lie across two chunks. One
-    without is had by any chunk of its document.
+    Of answers with places it is the share of their characters, because an answer may lie across two chunks. Any chunk
+    of a document has an answer without a place. Documents count alike.
     """
-    return sum(_share_of(best, document, span) for document, span in answers.items()) / len(answers)
+    return sum(_share_of(best, document, places) for document, places in answers.items()) / len(answers)
 
 
-def _share_of(best: Sequence[Place], document: int, answer: Span | None) -> float:
+def _share_of(best: Sequence[Place], document: int, places: Sequence[Span]) -> float:
     spans = sorted(place.span for place in best if place.document == document)
-    if answer is None:
+    if not places:
         return float(bool(spans))
+    return sum(_covered(spans, place) for place in places) / sum(end - start for start, end in places)
+
+
+def _covered(spans: Sequence[Span], answer: Span) -> int:
+    """Return how many characters of an answer the spans, in order, have."""
     covered, reached = 0, answer[0]
     for start, end in spans:
         left, right = max(start, reached), min(end, answer[1])
         covered += max(right - left, 0)
         reached = max(reached, right)
-    return covered / (answer[1] - answer[0])
+    return covered
 
 
 def joined(pieces: Sequence[tuple[int, str]]) -> str | None:

@@ -1,4 +1,6 @@
-"""Compare chunkings on a sample of a pipeline's own rows, by queries whose answers are known.
+"""Compare chunkings on a sample of a pipeline's rows.
+
+Queries whose answers are known are asked.
 
 The sample has the rows that answer the queries, and random ones beside them. Each chunking cuts the same contents; the
 pipeline's model embeds the chunks, and exact search ranks them. Contents are put together from stored chunks, through the
@@ -19,6 +21,7 @@ from embedline.catalog.load import load_pipeline
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
 from embedline.chunking import ChunkingSpec
+from embedline.chunking.chunk import Span
 from embedline.core import vectors
 from embedline.core.prices import TOKENS_PER_PRICE
 from embedline.core.processes import prepare_environment
@@ -167,16 +170,14 @@ def _questions(session: Session, queries: QuerySet, sample: _Sample, canaries: s
     answers: list[Answers] = []
     lost = 0
     for text, grades in zip(queries.texts, queries.grades, strict=True):
-        places: dict[int, tuple[int, int] | None] = {}
+        places: dict[int, list[Span]] = {}
         for key in grades:
-            answer = given.get((text, key))
-            start = (
-                -1 if key not in number_of else 0 if answer is None else sample.contents[number_of[key]].find(answer)
-            )
-            if start < 0:
-                lost += 1
-            else:
-                places[number_of[key]] = None if answer is None else (start, start + len(answer))
+            content = sample.contents[number_of[key]] if key in number_of else ""
+            wanted = given.get((text, key), [])
+            found = [(start, start + len(a)) for a in wanted if (start := content.find(a)) >= 0]
+            lost += len(wanted) - len(found)
+            if found or (content and not wanted):
+                places[number_of[key]] = found
         if places:
             texts.append(text)
             answers.append(places)
@@ -185,24 +186,25 @@ def _questions(session: Session, queries: QuerySet, sample: _Sample, canaries: s
             f"no answer of {canaries} stands in a row of the sample",
             hint="An answer is a part of the row's content, letter for letter; NULL counts the whole row.",
         )
-    with_span = sum(any(span for span in places.values()) for places in answers)
+    with_span = sum(any(places.values()) for places in answers)
     note = f"{len(texts)} queries, {with_span} with an answer's place"
     return _Questions(texts, answers, f"{note}; {lost} answers are not in their rows and left out" if lost else note)
 
 
-def _given_answers(session: Session, canaries: str) -> dict[tuple[str, str], str]:
+def _given_answers(session: Session, canaries: str) -> dict[tuple[str, str], list[str]]:
+    """Return the answers that stand in the table, by query and key."""
     if not session.scalar(_HAS_ANSWER, ["text"], canaries):
         return {}
     rows = session.execute(
-        f"SELECT query::text, key::text, answer::text FROM {canaries} WHERE answer IS NOT NULL ORDER BY 1, 2, 3"
+        f"SELECT DISTINCT query::text, key::text, answer::text FROM {canaries} WHERE answer IS NOT NULL ORDER BY 1, 2, 3"
     )
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         try:
             answer = repair_text(str(row["answer"])).strip()
         except UnusableText as error:
             raise InvalidParameter(f"an answer in {canaries} has no text in it", hint="Leave it NULL.") from error
-        found.setdefault((repair_text(str(row["query"])), str(row["key"])), answer)
+        found.setdefault((repair_text(str(row["query"])), str(row["key"])), []).append(answer)
     return found
 
 

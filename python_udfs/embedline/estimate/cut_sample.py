@@ -93,7 +93,9 @@ def chunkings(pipeline: Pipeline, specs: Any) -> list[ChunkingSpec]:
 def embed_chunkings(
     session: Session, name: str, specs: Any, chunk_ids: Sequence[int], contents: Sequence[str], is_cut_only: bool
 ) -> list[dict[str, Any]]:
-    """Return the chunks of repaired contents by each chunking, with tokens and vectors.
+    """Return the chunks of repaired contents by each chunking.
+
+    They have tokens and vectors.
 
     `chunk_ids` names a stored chunk of each content, whose prefix the new ones get. Vectors are float32, as the
     pipeline would store them. With `is_cut_only` there are none, and nothing is sent. Raises NotReady if budgets or
@@ -182,7 +184,10 @@ def _batches(pipeline: Pipeline, texts: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _reserve(session: Session, pipeline: Pipeline, cuts: Sequence[_Cut], contents: Sequence[str]) -> int | None:
-    """Reserve all requests, or raise NotReady; return the reservation if there is a ledger."""
+    """Reserve all requests, or raise NotReady.
+
+    Returns the reservation if there is a ledger.
+    """
     costs = [sum(map(likely_tokens, batch)) for cut in cuts for batch in _batches(pipeline, cut.texts)]
     # Sentences are embedded to find the cuts, which costs as much again.
     costs += [likely_tokens(content) for cut in cuts if cut.sentences for content in contents]
@@ -196,9 +201,9 @@ def _reserve(session: Session, pipeline: Pipeline, cuts: Sequence[_Cut], content
 
 
 def _embed(session: Session, pipeline: Pipeline, texts: Sequence[str]) -> tuple[FloatMatrix, int | None]:
-    """Return vectors as the pipeline would store them, and the tokens that the provider told.
+    """Return vectors as the pipeline would store them, and their tokens.
 
-    A vector without a direction is all zeros.
+    Tokens are None if the provider does not tell. A vector without a direction is all zeros.
     """
     version, breathe = pipeline.version, let_cancel_through(session)
     if not texts:

@@ -227,7 +227,10 @@ def rollback_embedding_version(operations: Operations, operation: ops.RollbackEm
 
 @Operations.implementation_for(ops.UseModeOp)
 def use_mode(operations: Operations, operation: ops.UseModeOp) -> None:
-    """Evaluate the mode if there are canaries, then use it; each commits at once, so the evidence stays."""
+    """Evaluate the mode if there are canaries, then use it.
+
+    Each commits at once, so the evidence stays.
+    """
     arguments = {**names(operation), "mode": operation.mode}
     statement = call("use_mode", {**arguments, "override_reason": operation.override_reason})
     is_measured = operation.canaries is not None and operation.override_reason is None and operation.mode != "vector"

@@ -214,7 +214,10 @@ class RollbackEmbeddingVersionOp(PipelineOperation):
 @Operations.register_operation("use_mode")
 @dataclass(eq=False)
 class UseModeOp(PipelineOperation):
-    """Have searches of a version use a mode; as embedline.evaluate and embedline.use_mode."""
+    """Have searches of a version use a mode.
+
+    As embedline.evaluate and embedline.use_mode.
+    """
 
     operation: ClassVar[str] = "use_mode"
     pipeline: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -16,7 +17,7 @@ from psycopg import conninfo
 from conftest import MakeRole
 from embedline.client.integrations.document_table import NotEmbedded
 from embedline.client.integrations.langchain import EmbedlineRetriever, EmbedlineVectorStore
-from support import create_pages, create_pipeline, drain
+from support import create_pages, create_pipeline, drain, scalar, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,23 @@ def test_a_store_that_does_not_wait_leaves_the_work_to_others(
         assert {found.id for found in store.similarity_search("bread")} == {"1", "2"}
     finally:
         with_others.close()
+        waiting.close()
+
+
+def test_a_store_waits_for_its_own_documents_alone(
+    store: EmbedlineVectorStore, module_database: psycopg.Connection
+) -> None:
+    drain(module_database)
+    waiting = EmbedlineVectorStore(_dsn(module_database), "notes", wait="worker", wait_seconds=30)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            added = pool.submit(waiting.add_texts, ["bread"], ids=["own"])
+            wait_until(lambda: scalar(module_database, "SELECT pending FROM embedline.status WHERE pipeline = 'notes'"))
+            module_database.execute("INSERT INTO notes (id, content) VALUES ('other', 'dough')")
+            assert scalar(module_database, "SELECT embedline.embed_pending(1, 'notes')") == 1
+            assert added.result(30) == ["own"]
+        assert scalar(module_database, "SELECT pending FROM embedline.status WHERE pipeline = 'notes'") == 1
+    finally:
         waiting.close()
 
 

@@ -8,8 +8,11 @@ from psycopg import errors
 
 from conftest import Connect, MakeRole
 from embedline.client.build_index import PsycopgClient, build
+from embedline.core.names import vector_index
+from generated_names import PAGE
 from support import create_pages, create_pipeline, drain, scalar, searching
 
+INDEX = vector_index("page", 1)
 MODES = ("vector", "keyword", "hybrid")
 QUESTION = "Body number about violins"
 
@@ -71,7 +74,7 @@ def test_policies_and_filters_hold_together(
     [
         "(SELECT count(*) FROM secret) >= 0",
         "EXISTS (SELECT FROM embedline.dead_letter)",
-        "EXISTS (SELECT FROM embedline_data.page_chunk)",
+        f"EXISTS (SELECT FROM {PAGE('chunk')})",
         "pg_read_file('/etc/passwd') IS NOT NULL",
         "lo_import('/etc/passwd') > 0",
         "views IN (SELECT embedline.embed_pending(1))",
@@ -127,9 +130,9 @@ def test_the_plan_shows_how_a_filter_is_applied(database: psycopg.Connection) ->
     few, many = plan("views < 50"), plan("views > 500")
     assert few.startswith("vector:")
     assert "\nkeyword:" in few
-    assert "page_v1_embedding_idx" not in few
-    assert "page_v1_embedding_idx" in many
-    assert "page_v1_embedding_idx" in plan(None)
+    assert INDEX not in few
+    assert INDEX in many
+    assert INDEX in plan(None)
     # As many as asked for come through the index, too; and where it gives too few, all are ranked exactly.
     assert len(searching(database, "page", QUESTION, 50, filter="views > 500")) == 50
     assert len(searching(database, "page", QUESTION, 10, filter="views > 500 AND body LIKE '%6999 %'")) == 1

@@ -67,8 +67,9 @@ def test_entries_score_as_the_formula_says() -> None:
     )
     words = b"".join(int(n).to_bytes(8, "big", signed=True) for n in (3, -8, 3, 5))
     entries = Entries.from_bytes(heads, words, bytes([2, 2, 1, 1]))
-    assert entries.frequencies(np.array([5, 3, 99])).tolist() == [1, 2, 0]
-    scores = entries.scores({3: 0.5, 5: 1.0}, mean_length=3.0)
+    matches = entries.matching(np.array([5, 3, 99]))
+    assert matches.frequencies(3).tolist() == [1, 2, 0]
+    scores = matches.scores(np.array([1.0, 0.5, 9.0]), mean_length=3.0)
     saturation = [1.2 * (0.25 + 0.75 * length / 3) for length in (4, 2)]
     assert scores.tolist() == pytest.approx([
         0.5 * 2 * 2.2 / (2 + saturation[0]), (0.5 + 1.0) * 2.2 / (1 + saturation[1]),

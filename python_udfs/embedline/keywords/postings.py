@@ -15,7 +15,7 @@ words without stop words.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -210,16 +210,16 @@ def add_scores(scores: npt.NDArray[np.float32], found: WordList, factor: float) 
 
 @dataclass(frozen=True)
 class Entries:
-    """The words of chunks that are in no segment yet.
+    """The words of chunks that are in no segment yet, one chunk after the other.
 
-    `places` gives the chunk of each word, as a place in `chunk_ids`.
+    `numbers` has the number of different words of each chunk.
     """
 
     chunk_ids: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
     words: Words
-    counts: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.uint8]
 
     @classmethod
     def from_bytes(cls, heads: bytes, words: bytes, counts: bytes) -> Entries:
@@ -229,28 +229,49 @@ class Entries:
         each.
         """
         head = np.frombuffer(heads, dtype=[("chunk_id", ">i8"), ("length", ">i4"), ("words", ">i4")])
-        numbers = head["words"].astype(np.int64)
-        return cls(
-            head["chunk_id"].astype(np.int64), head["length"].astype(np.int64),
-            np.frombuffer(words, dtype=">i8").astype(np.int64), np.frombuffer(counts, dtype=np.uint8).astype(np.int64),
-            np.repeat(np.arange(len(head)), numbers),
-        )  # fmt: skip
+        ids, lengths, numbers = (head[name].astype(np.int64) for name in ("chunk_id", "length", "words"))
+        hashes = np.frombuffer(words, dtype=">i8").astype(np.int64)
+        return cls(ids, lengths, numbers, hashes, np.frombuffer(counts, dtype=np.uint8))
 
-    def frequencies(self, asked: Words) -> npt.NDArray[np.int64]:
-        """Return in how many of the chunks each of the words stands."""
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """Return the chunk of each word, as a place in `chunk_ids`."""
+        return np.repeat(np.arange(len(self.numbers)), self.numbers)
+
+    def matching(self, asked: Words) -> EntryMatches:
+        """Return where the words of a query stand, all of them different."""
         order = np.argsort(asked)
-        place = np.minimum(np.searchsorted(asked[order], self.words), len(asked) - 1)
-        hit = asked[order][place] == self.words
-        tally = np.zeros(len(asked), dtype=np.int64)
-        np.add.at(tally, order[place[hit]], 1)
+        ordered = asked[order]
+        # The lowest byte rules out nearly all words, so few of them are looked up.
+        is_possible = np.zeros(256, dtype=bool)
+        is_possible[asked.astype(np.uint8)] = True
+        candidates = np.flatnonzero(is_possible[self.words.astype(np.uint8)])
+        place = np.minimum(np.searchsorted(ordered, self.words[candidates]), len(ordered) - 1)
+        hit = ordered[place] == self.words[candidates]
+        found = candidates[hit]
+        chunks = np.searchsorted(np.cumsum(self.numbers), found, side="right")
+        return EntryMatches(self, order[place[hit]], chunks, self.counts[found].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class EntryMatches:
+    """The words of a query in entries: arrays of one length.
+
+    `asked` are places in the query's words, `chunks` places in the entries' chunks.
+    """
+
+    entries: Entries
+    asked: npt.NDArray[np.int64]
+    chunks: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+    def frequencies(self, words: int) -> npt.NDArray[np.int64]:
+        """Return in how many chunks each of so many words of the query stands."""
+        tally: npt.NDArray[np.int64] = np.bincount(self.asked, minlength=words).astype(np.int64)
         return tally
 
-    def scores(self, factors: Mapping[int, float], mean_length: float) -> npt.NDArray[np.float32]:
+    def scores(self, factors: npt.NDArray[np.float64], mean_length: float) -> npt.NDArray[np.float32]:
         """Return the score of each chunk; `factors` are n * idf of the query's words."""
-        asked = np.array(sorted(factors), dtype=np.int64)
-        place = np.minimum(np.searchsorted(asked, self.words), len(asked) - 1)
-        hit = asked[place] == self.words
-        chunk = self.places[hit]
-        parts = weights_of(self.counts[hit], self.lengths[chunk], mean_length)
-        parts *= np.array([factors[int(word)] for word in asked])[place[hit]]
-        return np.bincount(chunk, weights=parts, minlength=len(self.chunk_ids)).astype(np.float32)
+        parts = weights_of(self.counts, self.entries.lengths[self.chunks], mean_length) * factors[self.asked]
+        summed = np.bincount(self.chunks, weights=parts, minlength=len(self.entries.chunk_ids))
+        return summed.astype(np.float32)

@@ -95,7 +95,7 @@ class Packing:
         self._session.cache.pop(_WRITTEN + self._entry, None)
         row = self._session.query(
             f"""
-            SELECT string_agg(int8send(e.chunk_id) || int4send(e.length) || int4send(length(e.counts)), ''::bytea) AS heads,
+            SELECT string_agg(e.head, ''::bytea) AS heads,
                 string_agg(e.words, ''::bytea) AS words, string_agg(e.counts, ''::bytea) AS counts
             FROM (SELECT * FROM {self._entry} ORDER BY chunk_id LIMIT {MAX_CHUNKS}) AS e
             """
@@ -103,7 +103,9 @@ class Packing:
         if row["heads"] is None:
             return False
         entries = Entries.from_bytes(row["heads"], row["words"], row["counts"])
-        found = _Chunks(entries.chunk_ids, entries.lengths, Postings(entries.words, entries.places, entries.counts))
+        found = _Chunks(
+            entries.chunk_ids, entries.lengths, Postings(entries.words, entries.places, entries.counts.astype(np.int64))
+        )
         self._write(found.only(self._exist(found.ids)), self.mean_length())
         self._session.query(
             f"DELETE FROM {self._entry} WHERE chunk_id = ANY ($1)", ["bigint[]"], entries.chunk_ids.tolist()

@@ -95,22 +95,21 @@ class KeywordRanker:
                 lists[row["segment_id"]][row["word"]] = found
         segments = [_Segment(i, heads[i]["chunk_count"], lists[i]) for i in sorted(heads)]
         entries = Entries.from_bytes(head["heads"] or b"", head["postings"] or b"", head["counts"] or b"")
-        asked = np.array(list(words), dtype=np.int64)
-        df = np.array([sum(s.lists[w].chunk_count for s in segments if w in s.lists) for w in words], dtype=np.int64)
-        read = df.copy()
-        df += entries.frequencies(asked)
+        matches = entries.matching(np.array(list(words), dtype=np.int64))
+        read = np.array([sum(s.lists[w].chunk_count for s in segments if w in s.lists) for w in words], dtype=np.int64)
         chunks = head["chunk_count"] + sum(segment.chunks for segment in segments)
         length = (head["total_length"] or 0) + sum(row["total_length"] for row in heads.values())
-        factors = dict(zip(words, (postings.idf(chunks, df) * np.array(list(words.values()))).tolist(), strict=True))
-        kept = _within_bounds(dict(zip(words, read.tolist(), strict=True)), factors)
+        factors = postings.idf(chunks, read + matches.frequencies(len(words))) * np.array(list(words.values()))
+        factors[~_within_bounds(read, factors)] = 0
+        factor_of = dict(zip(words, factors.tolist(), strict=True))
         of_segments = []
         for segment in segments:
             scores = np.zeros(segment.chunks, dtype=np.float32)
             for word, found in segment.lists.items():
-                if word in kept:
-                    postings.add_scores(scores, found, factors[word])
+                if factor_of[word] > 0:
+                    postings.add_scores(scores, found, factor_of[word])
             of_segments.append(scores)
-        of_entries = entries.scores({word: factors[word] for word in kept}, length / max(chunks, 1))
+        of_entries = matches.scores(factors, length / max(chunks, 1))
         return _Scores([s.segment_id for s in segments], of_segments, entries.chunk_ids, of_entries)
 
     def _show(self, scores: _Scores, k: int) -> list[Row] | None:
@@ -162,15 +161,15 @@ def require_index(session: Session, pipeline: Pipeline) -> None:
         )
 
 
-def _within_bounds(read: dict[int, int], factors: dict[int, float]) -> set[int]:
-    """Return the words that are ranked, the rarest first."""
-    kept: set[int] = set()
-    total = 0
-    for word in sorted(read, key=lambda w: factors[w], reverse=True):
-        total += read[word]
-        if kept and total > _MOST_POSTINGS:
-            break
-        kept.add(word)
+def _within_bounds(read: npt.NDArray[np.int64], factors: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which of the words are ranked, the rarest first.
+
+    `read` are the postings of each in segments.
+    """
+    order = np.argsort(-factors, kind="stable")
+    kept = np.empty(len(read), dtype=bool)
+    kept[order] = np.cumsum(read[order]) <= _MOST_POSTINGS
+    kept[order[0]] = True
     return kept
 
 

@@ -41,7 +41,9 @@ def table_statements(plan: CapturePlan, number: int) -> list[str]:
             chunk_id bigint NOT NULL CONSTRAINT {constraint["entry"]} PRIMARY KEY,
             length integer NOT NULL,
             words bytea NOT NULL,
-            counts bytea NOT NULL
+            counts bytea NOT NULL,
+            head bytea NOT NULL
+                GENERATED ALWAYS AS (int8send(chunk_id) || int4send(length) || int4send(length(counts))) STORED
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
             autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 20000)""",
         f"ALTER TABLE {entry} ALTER COLUMN words SET STORAGE EXTERNAL, ALTER COLUMN counts SET STORAGE EXTERNAL",
@@ -49,6 +51,7 @@ def table_statements(plan: CapturePlan, number: int) -> list[str]:
         f"COMMENT ON COLUMN {entry}.length IS 'Words of the chunk without stop words'",
         f"COMMENT ON COLUMN {entry}.words IS 'Hash of each different word, 8 bytes each'",
         f"COMMENT ON COLUMN {entry}.counts IS 'How often the chunk has the word, one byte each'",
+        f"COMMENT ON COLUMN {entry}.head IS 'Id, length and number of different words, in 16 bytes, for reading many at once'",
         f"""CREATE TABLE {segment} (
             segment_id bigint GENERATED ALWAYS AS IDENTITY CONSTRAINT {constraint["segment"]} PRIMARY KEY,
             chunk_count integer NOT NULL,
@@ -112,7 +115,7 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline) -> list[str]:
             ) AS p WHERE p.last_word >= w.word
             UNION ALL
             SELECT NULL, NULL, count(*)::integer, sum(e.length)::bigint, NULL,
-                string_agg(int8send(e.chunk_id) || int4send(e.length) || int4send(length(e.counts)), ''::bytea),
+                string_agg(e.head, ''::bytea),
                 string_agg(e.words, ''::bytea), string_agg(e.counts, ''::bytea)
             FROM {entry} AS e;
         END""",

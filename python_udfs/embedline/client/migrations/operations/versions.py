@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from alembic.operations import Operations
@@ -239,4 +239,4 @@ class UseModeOp(PipelineOperation):
 
     def reverse(self) -> UseModeOp:
         """Use the mode of before, that of the vectors unless the operation names another."""
-        return UseModeOp(self.pipeline, self.version, self.mode_before, mode_before=self.mode)
+        return replace(self, mode=self.mode_before, mode_before=self.mode)

@@ -1,4 +1,4 @@
--- List each evaluate or preview_version that runs now, with its step and progress. Reads only locks.
+-- List each evaluate, preview_version or compare_chunkings that runs now, with its step and progress. Reads only locks.
 -- SECURITY DEFINER, because the start of another role's statement is hidden from all but superusers.
 CREATE OR REPLACE FUNCTION embedline.evaluation_progress(pipeline_name text DEFAULT NULL)
 RETURNS TABLE (
@@ -19,4 +19,4 @@ AS $python$
     return progress.evaluation_progress(plpy, GD, pipeline_name)
 $python$;
 
-COMMENT ON FUNCTION embedline.evaluation_progress(text) IS 'List each evaluate and preview_version that runs now, with its step and progress.';
+COMMENT ON FUNCTION embedline.evaluation_progress(text) IS 'List each evaluate, preview_version and compare_chunkings that runs now, with its step and progress.';

@@ -175,5 +175,7 @@ embedline.evaluate(
 ),
 embedline.use_mode(text, text, integer, text),
 embedline.preview_version(text, text, regclass, integer, integer, double precision, integer, bigint),
-embedline._embed_chunks(text, text, bigint [])
+embedline._embed_chunks(text, text, bigint []),
+embedline.compare_chunkings(text, jsonb, regclass, integer, integer, bigint, boolean),
+embedline._embed_chunkings(text, jsonb, bigint [], text [], boolean)
 TO embedline_admin;

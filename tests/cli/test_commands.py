@@ -35,7 +35,7 @@ def pages(database: psycopg.Connection) -> psycopg.Connection:
     """A pipeline over 20 embedded pages, one of them with a long text in Japanese."""
     create_pages(database, 20)
     database.execute("UPDATE page SET body = repeat('川は海へ流れる。', 30) || E'\\n\\x1b[31mred' WHERE id = 3")
-    create_pipeline(database, index_method="none")
+    create_pipeline(database, index_method="none", keyword="english")
     settle(database)
     return database
 
@@ -147,6 +147,23 @@ def test_search_for_programs_has_the_whole_text(pages: psycopg.Connection, datab
     (row,) = json.loads(done.stdout)
     assert row["key"] == "3"
     assert row["chunk"].count("川") > 10
+
+
+def test_search_by_both_shows_the_ranks_filters_and_explains(pages: psycopg.Connection, database_dsn: str) -> None:
+    asked = ["search", "page", "number 5 about rockets", "--mode", "hybrid", "--filter", "id % 2 = 1"]
+    done = run(database_dsn, *asked)
+    head, *rows = done.stdout.splitlines()
+    assert (done.returncode, head.split()) == (0, ["score", "semantic", "keyword", "key", "text"])
+    assert rows[0].split()[2:4] == ["1", "5"]
+    assert {int(row.split()[3]) % 2 for row in rows} == {1}
+    (best, *_) = json.loads(run(database_dsn, *asked, "--json").stdout)
+    assert (best["keyword_rank"], best["key"], best["chunk_start"]) == (1, "5", 0)
+    plan = run(database_dsn, *asked, "--explain").stdout
+    assert plan.startswith("vector:\n")
+    assert "\nkeyword:\n" in plan
+    refused = run(database_dsn, "search", "page", "rockets", "--reranker", "static-256")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "is no reranker" in refused.stderr
 
 
 @pytest.mark.parametrize("columns", [80, 30])

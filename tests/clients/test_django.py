@@ -34,5 +34,5 @@ def test_a_project_s_tests_pass_in_django_s_runner(server_dsn: str, template_ser
     assert done.returncode == 0, done.stderr
     ran = re.search(r"^Ran (\d+) tests", done.stderr, re.MULTILINE)
     assert ran is not None
-    assert int(ran.group(1)) == 9
+    assert int(ran.group(1)) == 10
     assert "OK" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -16,7 +17,7 @@ from psycopg import conninfo
 from conftest import MakeRole
 from embedline.client.integrations.document_table import NotEmbedded
 from embedline.client.integrations.langchain import EmbedlineRetriever, EmbedlineVectorStore
-from support import create_pages, create_pipeline, drain
+from support import create_pages, create_pipeline, drain, scalar, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,23 @@ def test_a_store_that_does_not_wait_leaves_the_work_to_others(
         waiting.close()
 
 
+def test_a_store_waits_for_its_own_documents_alone(
+    store: EmbedlineVectorStore, module_database: psycopg.Connection
+) -> None:
+    drain(module_database)
+    waiting = EmbedlineVectorStore(_dsn(module_database), "notes", wait="worker", wait_seconds=30)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            added = pool.submit(waiting.add_texts, ["bread"], ids=["own"])
+            wait_until(lambda: scalar(module_database, "SELECT pending FROM embedline.status WHERE pipeline = 'notes'"))
+            module_database.execute("INSERT INTO notes (id, content) VALUES ('other', 'dough')")
+            assert scalar(module_database, "SELECT embedline.embed_pending(1, 'notes')") == 1
+            assert added.result(30) == ["own"]
+        assert scalar(module_database, "SELECT pending FROM embedline.status WHERE pipeline = 'notes'") == 1
+    finally:
+        waiting.close()
+
+
 def test_each_role_needs_the_rights_that_the_page_names(
     database: psycopg.Connection, database_dsn: str, make_role: MakeRole, role_passwords: dict[str, str]
 ) -> None:
@@ -192,6 +210,39 @@ def test_a_retriever_returns_chunks_with_their_keys_and_passes_options_on(
     assert all(set(document.metadata) >= {"score"} and document.id for document in found)
     with pytest.raises(TypeError, match=r"embedline\.search has no argument drop"):
         retriever_of_pages.invoke("violins", drop=True)
+
+
+def test_a_retriever_searches_by_words_and_by_meaning(module_database: psycopg.Connection) -> None:
+    create_pages(module_database, 20, table="worded")
+    module_database.execute(
+        "SELECT embedline.create_pipeline('worded', 'worded', 'title || body', 'static-256', keyword => 'english')"
+    )
+    drain(module_database)
+    retriever = EmbedlineRetriever(connection=_dsn(module_database), pipeline="worded", mode="keyword", k=2)
+    try:
+        (found,) = retriever.invoke("number 17", filter="id > 7", k=1)
+        assert (found.id, found.metadata["keyword_rank"], "semantic_rank" in found.metadata) == ("17", 1, False)
+        (both, *_) = retriever.invoke("number 17", mode="hybrid", semantic_weight=0, rrf_k=1)
+        assert (both.id, both.metadata["keyword_rank"], both.metadata["score"]) == ("17", 1, 0.5)
+        assert "semantic_rank" in both.metadata
+    finally:
+        retriever.close()
+
+
+def test_a_store_with_keywords_finds_words_among_what_the_filter_accepts(module_database: psycopg.Connection) -> None:
+    store = EmbedlineVectorStore.create(_dsn(module_database), "worded_notes", "static-256", keyword="english")
+    try:
+        store.add_texts(
+            ["Error EX4711 stops the pump.", "The pump was repaired.", "Error EX4711 again."],
+            [{"lang": "en"}, {"lang": "en"}, {"lang": "it's %s"}],
+            ids=["1", "2", "3"],
+        )
+        assert [found.id for found in store.similarity_search("EX4711", mode="keyword", filter={"lang": "en"})] == ["1"]
+        for mode in ("keyword", "hybrid"):
+            found = store.similarity_search("EX4711", mode=mode, filter={"lang": "it's %s"}, keyword_weight=2)
+            assert [document.id for document in found] == ["3"]
+    finally:
+        store.close()
 
 
 def test_a_trace_shows_no_password(retriever_of_pages: EmbedlineRetriever) -> None:

@@ -22,6 +22,7 @@ from llama_index.core.vector_stores.types import (
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
 from embedline.client.integrations.llamaindex import EmbedlineRetriever, EmbedlineVectorStore
+from embedline.errors import InvalidParameter
 from support import create_pages, create_pipeline, drain
 
 _METADATA = {
@@ -166,6 +167,33 @@ def test_a_query_that_the_database_cannot_answer_is_refused(store: EmbedlineVect
         store.query(VectorStoreQuery(query_str="bread", mode=VectorStoreQueryMode.MMR))
     with pytest.raises(TypeError, match="filter operator in takes a list"):
         store.get_nodes(filters=MetadataFilters(filters=[MetadataFilter(key="n", value=1, operator=FilterOperator.IN)]))
+
+
+def test_hybrid_queries_weigh_words_and_meaning_by_alpha(module_database: psycopg.Connection) -> None:
+    store = EmbedlineVectorStore.create(_dsn(module_database), "worded", "static-256", keyword="english")
+    try:
+        store.add([_node("code", "EX4711", lang="en"), _node("bread", "Bake the bread.", lang="en")])
+        store.add([_node("other", "EX4711 and bread", lang="de")])
+        english = MetadataFilters(filters=[MetadataFilter(key="lang", value="en")])
+        # The words are of one node, the meaning is nearer to the other.
+        text = "EX4711 flour, yeast, dough and a loaf in the oven"
+        for alpha, first in ((1.0, "bread"), (0.0, "code")):
+            asked = {"mode": VectorStoreQueryMode.HYBRID, "filters": english, "alpha": alpha, "similarity_top_k": 9}
+            assert _ids(store, text, **asked) == sorted(["bread", "code"], key=lambda id_: id_ != first)
+        assert _ids(store, text, mode=VectorStoreQueryMode.HYBRID, filters=english, hybrid_top_k=1, alpha=0.1) == [
+            "code"
+        ]
+        assert _ids(store, text, mode=VectorStoreQueryMode.TEXT_SEARCH, filters=english) == ["code"]
+        found = store.query(
+            VectorStoreQuery(query_str=text, filters=english, similarity_top_k=9), mode="keyword", filter="id <> 'code'"
+        )
+        assert found.ids == []
+        with pytest.raises(InvalidParameter, match="filter is not a single SQL expression"):
+            store.query(VectorStoreQuery(query_str=text, filters=english), filter="true) OR (true")
+        with pytest.raises(ValueError, match="alpha is 2, not between 0 and 1"):
+            store.query(VectorStoreQuery(query_str=text, mode=VectorStoreQueryMode.HYBRID, alpha=2))
+    finally:
+        store.close()
 
 
 async def test_a_retriever_over_any_pipeline(module_database: psycopg.Connection) -> None:

@@ -27,7 +27,7 @@ from support import create_pages, create_pipeline, free_port, scalar, settle, wa
 def login(database: psycopg.Connection, database_dsn: str, make_role: MakeRole, role_passwords: dict[str, str]) -> str:
     """URI of a role in embedline_reader that may read the table of a pipeline of twenty pages."""
     create_pages(database, 20)
-    create_pipeline(database)
+    create_pipeline(database, keyword="english")
     settle(database)
     role = make_role("embedline_reader")
     database.execute(f"GRANT SELECT ON page TO {role}".encode())
@@ -107,6 +107,19 @@ def test_the_command_refuses_an_address_beyond_loopback() -> None:
     done = command_line.run("postgresql:///nowhere", "mcp", "--listen", "0.0.0.0:8765")
     assert done.returncode == 2
     assert "only a loopback address" in done.stderr
+
+
+async def test_an_assistant_chooses_words_or_meaning(reader: Reader) -> None:
+    async with Client(make_server(reader)) as client:
+        (pipeline,) = await _call(client, "list_pipelines")
+        assert pipeline["keywords"] == "pg_catalog.english"
+        asked = {"pipeline": "page", "query": "number 17", "k": 1}
+        (words,) = await _call(client, "search", mode="keyword", **asked)
+        assert (words["key"], words["keyword_rank"], "semantic_rank" in words) == ("17", 1, False)
+        (both,) = await _call(client, "search", mode="hybrid", **asked)
+        assert {"semantic_rank", "keyword_rank", "chunk_start"} <= set(both)
+        with pytest.raises(LookupError, match="mode"):
+            await _call(client, "search", mode="guess", **asked)
 
 
 async def test_a_text_is_never_taken_for_sql(reader: Reader, database: psycopg.Connection) -> None:

@@ -44,7 +44,7 @@ def engine(module_database: psycopg.Connection) -> Iterator[sa.Engine]:
     """An engine for a database with two pipelines over 300 pages, one with an index."""
     connection = module_database
     create_pages(connection, 300)
-    create_pipeline(connection)
+    create_pipeline(connection, keyword="english")
     create_pages(connection, 20, "half")
     create_pipeline(connection, "half", "half", column_type="halfvec", distance="inner_product")
     settle(connection)
@@ -89,6 +89,16 @@ def test_the_nearest_chunks_are_those_of_search(session: Session) -> None:
     assert [score for _, score in rows] == pytest.approx([score for _, score in ranked], abs=1e-5)
     with pytest.raises(TypeError, match="has no argument pipeline_name"):
         search("page", "mountains", pipeline_name="other")
+
+
+def test_search_ranks_by_words_and_filters(session: Session) -> None:
+    found = search("page", "number 17", k=1, mode="keyword", filter="id > 9")
+    assert session.execute(sa.select(found.c.key, found.c.semantic_rank, found.c.keyword_rank)).all() == [
+        ("17", None, 1)
+    ]
+    both = search("page", "number 17", mode="hybrid", semantic_weight=0.5, keyword_weight=2.0)
+    ranks = session.execute(sa.select(both.c.semantic_rank, both.c.keyword_rank)).all()
+    assert all(any(pair) for pair in ranks)
 
 
 def test_nearest_uses_the_index(session: Session) -> None:

@@ -840,6 +840,12 @@ LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
+CREATE FUNCTION embedline._embed_chunkings(pipeline_name text, specs jsonb, chunk_ids bigint[], contents text[], is_cut_only boolean)
+RETURNS TABLE(spec integer, document integer, chunk_start integer, chunk_end integer, tokens integer, vector bytea)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
+
 CREATE FUNCTION embedline._embed_chunks(pipeline_name text, model text, chunk_ids bigint[])
 RETURNS TABLE(chunk_id bigint, vector bytea)
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1149,6 +1155,12 @@ CREATE FUNCTION embedline.check_vectors(pipeline_name text, version integer, tex
 RETURNS TABLE(compared integer, of_another_model integer, lowest_cosine double precision, required_cosine double precision)
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.compare_chunkings(pipeline_name text, specs jsonb, canaries regclass, k integer DEFAULT 5, sample_rows integer DEFAULT 1000, seed bigint DEFAULT 0, estimate_only boolean DEFAULT false)
+RETURNS TABLE(chunking text, recall double precision, difference double precision, low double precision, high double precision, chunks integer, mean_tokens double precision, mean_characters double precision, tokens bigint, money numeric, detail text)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off;
 
 CREATE FUNCTION embedline.compare_costs(pipeline_or_table text, hosted_model text DEFAULT NULL::text, own_model text DEFAULT NULL::text, machine_price_per_hour numeric DEFAULT NULL::numeric, documents_per_day numeric DEFAULT 0, bulk_share numeric DEFAULT 0, batch_discount numeric DEFAULT 0, queries_per_second numeric DEFAULT 0, tokens_per_query numeric DEFAULT 16, search_milliseconds numeric DEFAULT NULL::numeric, storage_price_per_gigabyte numeric DEFAULT NULL::numeric, price_per_million_tokens numeric DEFAULT NULL::numeric, own_tokens_per_second numeric DEFAULT NULL::numeric, content text DEFAULT NULL::text, sample_rows integer DEFAULT 1000, expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS TABLE(way text, figure text, value numeric, low numeric, high numeric, unit text, note text)

@@ -180,6 +180,29 @@ def test_changed_expressions_are_altered_in_place(application: Application, data
     assert stored == ("title || ': ' || body", "live")
 
 
+def test_a_declared_keyword_index_comes_changes_and_goes(
+    application: Application, database: psycopg.Connection
+) -> None:
+    application.declare(PIPELINE + 'keyword = "English"\n')
+    (revision,) = application.autogenerate("watch articles")
+    assert "keyword='English'" in revision
+    application.alembic("upgrade", "head")
+    for name in ("English", "english", "pg_catalog.english"):
+        application.declare(f'{PIPELINE}keyword = "{name}"\n')
+        assert _NOTHING in application.alembic("check")
+    application.declare(PIPELINE + 'keyword = "simple"\n')
+    (revision,) = application.autogenerate("words as they are")
+    assert "op.alter_pipeline('article', keyword='simple')" in revision
+    assert "op.alter_pipeline('article', keyword='english')" in revision
+    application.declare(PIPELINE)
+    application.alembic("upgrade", "head")
+    (revision,) = application.autogenerate("no words")
+    assert "op.alter_pipeline('article', drop=['keyword'])" in revision
+    application.alembic("upgrade", "head")
+    application.alembic("downgrade", "-2")
+    assert scalar(database, "SELECT keyword FROM embedline.pipeline") == "pg_catalog.english"
+
+
 def test_a_pipeline_is_dropped_only_where_the_file_says_so(
     application: Application, database: psycopg.Connection
 ) -> None:

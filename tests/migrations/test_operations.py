@@ -291,6 +291,57 @@ def test_the_gate_runs_once_as_a_part_of_the_upgrade(application: Application, d
     assert gates == [("pass", "canary", 10 * ROWS)]
 
 
+def _by_hand(application: Application, upgrade: str, downgrade: str) -> None:
+    """Write a revision with these statements."""
+    before = set(application.revisions())
+    application.alembic("revision", "-m", "by hand")
+    (path,) = set(application.revisions()) - before
+    for name, statement in (("Upgrade", upgrade), ("Downgrade", downgrade)):
+        application.rewrite(path, f'"""{name} schema."""\n    pass', f'"""{name} schema."""\n    {statement}')
+
+
+def test_a_mode_is_used_after_its_evaluation_and_undone(application: Application, database: psycopg.Connection) -> None:
+    database.execute(
+        "CREATE TABLE canary AS SELECT title || ' ' || body || ' ' || word AS query, id::text AS key"
+        " FROM article, unnest('{about,find,show,read,why,how,where,when,who,what}'::text[]) AS word"
+    )
+    _by_hand(
+        application, "op.alter_pipeline('article', keyword='english')", "op.alter_pipeline('article', drop=['keyword'])"
+    )
+    _by_hand(
+        application, "op.use_mode('article', version=1, mode='hybrid', canaries='canary')",
+        "op.use_mode('article', version=1, mode='vector')",
+    )  # fmt: skip
+    refused = application.alembic("upgrade", "head", fails=True)
+    assert "the keyword index of pipeline" in refused
+    _work(application.dsn)
+    for _ in range(2):
+        application.alembic("upgrade", "head")
+        assert scalar(database, "SELECT search_mode FROM embedline.version") == "hybrid"
+    evidence = database.execute("SELECT kind, verdict, evidence ->> 'mode' FROM embedline.evaluation").fetchall()
+    assert evidence == [("mode", "pass", "hybrid")]
+    application.alembic("downgrade", "-2")
+    modes = database.execute(
+        "SELECT search_mode, keyword FROM embedline.version JOIN embedline.pipeline USING (pipeline_id)"
+    )
+    assert modes.fetchall() == [("vector", None)]
+
+
+def test_a_mode_in_a_history_is_set_before_there_are_rows(
+    application: Application, database: psycopg.Connection
+) -> None:
+    database.execute("TRUNCATE article")
+    _work(application.dsn)
+    _by_hand(
+        application,
+        "op.alter_pipeline('article', keyword='english'); op.use_mode('article', version=1, mode='keyword', canaries='none')",
+        "op.use_mode('article', version=1, mode='vector')",
+    )
+    application.alembic("upgrade", "head")
+    stored = database.execute("SELECT search_mode, search_mode_reason FROM embedline.version").fetchall()
+    assert stored == [("keyword", "set by a migration before there were rows")]
+
+
 def test_an_inconclusive_gate_stops_the_upgrade_and_stays_as_evidence(
     application: Application, database: psycopg.Connection
 ) -> None:

@@ -105,6 +105,15 @@ def test_a_cutover_commits_at_once_in_a_script() -> None:
     assert sorted(parts, key=rendered.index) == parts
 
 
+def test_a_mode_is_measured_before_it_is_used_in_a_script() -> None:
+    rendered = _rendered(lambda op: op.use_mode("docs", version=2, mode="hybrid", canaries="canary"))  # type: ignore[attr-defined]
+    parts = ["COMMIT;", "canaries => 'canary'::regclass, mode => 'hybrid'", "embedline.use_mode(", "BEGIN;"]
+    assert sorted(parts, key=rendered.index) == parts
+    undone = _rendered(lambda op: op.invoke(ops.UseModeOp("docs", 2, "hybrid", canaries="canary").reverse()))
+    assert "evaluate" not in undone
+    assert "mode => 'vector'" in undone
+
+
 def test_an_override_does_not_run_the_gate() -> None:
     rendered = _rendered(lambda op: op.cutover_embedding_version("docs", version=2, override_reason="it's urgent"))  # type: ignore[attr-defined]
     assert "evaluate" not in rendered
@@ -118,7 +127,9 @@ def test_the_downgrade_of_a_contract_says_what_to_run() -> None:
 
 _EVERY = [
     ops.CreateModelOp("m", "openai", "text-embedding-3-small", dimensions=256, options={"a": 1}),
-    ops.CreatePipelineOp("docs", "docs", "title || E'\\n' || body", "m", chunk_tokens=128, index_options={"m": 8}),
+    ops.CreatePipelineOp(
+        "docs", "docs", "title || E'\\n' || body", "m", chunk_tokens=128, index_options={"m": 8}, keyword="simple"
+    ),
     ops.AlterPipelineOp("docs", content="body", drop=("filter",), before={"content": "title", "filter": "live"}),
     ops.MovePipelineOp("docs", "public.docs_2", "public.docs"),
     ops.AlterSourceOp("docs", "ALTER TABLE docs DROP COLUMN a", "ALTER TABLE docs ADD COLUMN a text"),
@@ -126,6 +137,7 @@ _EVERY = [
     ops.DropEmbeddingVersionOp("docs", 1, model="m"),
     ops.BuildVectorIndexOp("docs", 2, wait_seconds=30),
     ops.CutoverEmbeddingVersionOp("docs", 2, canaries="canary"),
+    ops.UseModeOp("docs", 2, "hybrid", canaries="canary", mode_before="keyword"),
 ]
 
 

@@ -18,7 +18,7 @@ from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import STEP_LOCK_CLASS, VERSION_LOCK_CLASS
 from embedline.postgres.session import Session
 
-Task = Literal["evaluate", "preview_version"]
+Task = Literal["evaluate", "preview_version", "compare_chunkings"]
 Step = Literal[
     "reading the queries",
     "embedding the queries",

@@ -192,7 +192,7 @@ def _find_keys(
 ) -> dict[str, _Found]:
     """Return the given keys that a version has, each as search spells it."""
     pipeline = versions[0]
-    parts = [_key_parts(pipeline, key, table) for key in given]
+    parts = [key_parts(pipeline, key, table) for key in given]
     found: dict[str, _Found] = {}
     for version in versions:
         try:
@@ -212,7 +212,8 @@ def _find_keys(
     return found
 
 
-def _key_parts(pipeline: Pipeline, key: str, table: str) -> list[str]:
+def key_parts(pipeline: Pipeline, key: str, table: str) -> list[str]:
+    """Return the texts of a key's columns; `table` is where it stands, for an error."""
     if len(pipeline.key_columns) == 1:
         return [key]
     try:

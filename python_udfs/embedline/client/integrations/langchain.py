@@ -35,8 +35,9 @@ __all__ = ["EmbedlineRetriever", "EmbedlineVectorStore"]
 class EmbedlineRetriever(BaseRetriever):
     """The nearest chunks of a pipeline to a text.
 
-    A document's text is the chunk, its id the key of the source row, and its metadata has the score. `options` are
-    further arguments of `embedline.search`, such as `per_document` or `tenant`; `invoke` takes the same, and `k`.
+    A document's text is the chunk, its id the key of the source row, and its metadata has the score and the ranks.
+    `mode` is "vector", "keyword" or "hybrid"; without it the pipeline's. `options` are further arguments of
+    `embedline.search`, such as `per_document` or `filter`; `invoke` takes all of these.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -45,6 +46,7 @@ class EmbedlineRetriever(BaseRetriever):
     """A connection string of libpq, or a psycopg_pool.ConnectionPool of the application's. Traces never show it."""
     pipeline: str
     k: int = Field(default=10, ge=1)
+    mode: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     _database: Database = PrivateAttr()
 
@@ -56,7 +58,7 @@ class EmbedlineRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **options: Any
     ) -> list[Document]:
-        asked = {**self.options, **options}
+        asked = {"mode": self.mode, **self.options, **options}
         found = self._database.rows(
             f"SELECT * FROM {search_call(asked)}",
             {"pipeline": self.pipeline, "query": query, "k": self.k if k is None else k, **asked},
@@ -167,7 +169,7 @@ class EmbedlineVectorStore(VectorStore):
         """Return the nearest documents with their scores, higher for nearer.
 
         The score is the cosine unless `mode` says otherwise. `filter` is what a document's metadata must have.
-        Further arguments are those of `embedline.search`.
+        Further arguments are those of `embedline.search`, such as `mode`, `semantic_weight` or `reranker`.
         """
         condition = metadata_has(filter) if filter else None
         found = self._documents.nearest(query, k, condition, kwargs)

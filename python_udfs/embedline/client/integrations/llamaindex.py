@@ -201,21 +201,17 @@ class EmbedlineVectorStore(BasePydanticVectorStore):
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """Return the nodes that are nearest to a query's text.
 
-        Further arguments are those of `embedline.search`.
+        Further arguments are those of `embedline.search`; they come before what the query says.
         Raises ValueError for a query without a text, and for a mode that `search` has not.
         """
         if query.query_str is None:
             raise ValueError("the model of the pipeline embeds the query: pass query_str")
         if query.mode not in _MODES:
             raise ValueError(f"query mode {query.mode.value} is none of {', '.join(mode.value for mode in _MODES)}")
-        options = dict(kwargs)
-        if mode := _MODES[query.mode]:
-            options["mode"] = mode
-            if query.alpha is not None and mode == "hybrid":
-                options |= {"semantic_weight": query.alpha, "keyword_weight": 1 - query.alpha}
-        top = (
-            query.hybrid_top_k or query.similarity_top_k if options.get("mode") == "hybrid" else query.similarity_top_k
-        )
+        options = {**_mode_of(query), **kwargs}
+        top = query.similarity_top_k
+        if options.get("mode") == "hybrid":
+            top = query.hybrid_top_k or top
         found = self._nodes.nearest(query.query_str, top, _condition(query), options)
         return VectorStoreQueryResult(
             nodes=[_node(document_of(row)) for row in found],
@@ -230,6 +226,21 @@ class EmbedlineVectorStore(BasePydanticVectorStore):
     def close(self) -> None:
         """Close the pool if it was made from a connection string."""
         self._database.close()
+
+
+def _mode_of(query: VectorStoreQuery) -> dict[str, Any]:
+    """Return the mode of a query and its weights.
+
+    An alpha of 1 is the vectors alone, 0 the words alone.
+    """
+    mode = _MODES[query.mode]
+    if mode is None:
+        return {}
+    if mode != "hybrid" or query.alpha is None:
+        return {"mode": mode}
+    if not 0 <= query.alpha <= 1:
+        raise ValueError(f"alpha is {query.alpha:g}, not between 0 and 1")
+    return {"mode": mode, "semantic_weight": query.alpha, "keyword_weight": 1 - query.alpha}
 
 
 def _condition(query: VectorStoreQuery) -> str | None:

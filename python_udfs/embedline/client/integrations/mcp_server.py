@@ -10,7 +10,7 @@ import ipaddress
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psycopg
 from mcp.server.mcpserver import MCPServer
@@ -44,6 +44,7 @@ _LOGIN = """
 """
 _PIPELINES = """
     SELECT s.pipeline, s.source, s.model, s.state, s.pending, s.backfill_percent::float8 AS backfill_percent,
+        p.keyword AS keywords,
         (SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute AS a
          WHERE a.attrelid = p.source AND a.attnum > 0 AND NOT a.attisdropped) AS columns
     FROM embedline.status AS s JOIN embedline.pipeline AS p ON p.name = s.pipeline
@@ -185,10 +186,14 @@ def make_server(reader: Reader) -> MCPServer[Any]:
         k: Annotated[int, Field(ge=1, le=MOST_RESULTS, description="Results at most.")] = 10,
         per_document: Annotated[bool, Field(description="Only the best chunk of each row.")] = False,
         mode: Annotated[
-            str | None, Field(description="vector, keyword or hybrid; without it as the pipeline is set.")
+            Literal["vector", "keyword", "hybrid"] | None,
+            Field(
+                description="vector ranks by meaning, keyword by exact words such as names and codes, hybrid by both."
+                " keyword and hybrid need a pipeline with keywords. Without it as the pipeline is set."
+            ),
         ] = None,
     ) -> list[dict[str, Any]]:
-        """Search a pipeline by meaning.
+        """Search a pipeline by meaning, by words, or by both.
 
         Return chunks of text, best first, with the keys of their rows.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ _PIPELINES = """
     SELECT jsonb_agg(jsonb_build_object('name', p.name, 'source', p.source::oid::regclass::text,
         'source_oid', p.source::oid::bigint, 'content', p.content_expression, 'filter', p.filter_expression,
         'document_prefix', p.document_prefix_expression, 'tenant', p.tenant_expression, 'weight', p.weight,
-        'capture', p.capture, 'versions', (
+        'capture', p.capture, 'keyword', p.keyword::regconfig::text, 'keyword_names', jsonb_build_array(
+            p.keyword, p.keyword::regconfig::text), 'versions', (
             SELECT jsonb_agg(jsonb_build_object('number', v.number, 'serving', v.version_id = p.serving_version_id,
                 'model', m.name, 'column_type', v.column_type, 'distance', v.distance, 'index_method', v.index_method,
                 'index_options', v.index_options, 'chunking', s.chunking, 'chunk_tokens', s.chunk_tokens,
@@ -43,6 +44,14 @@ class StoredPipeline:
     def next_number(self) -> int:
         """Return the number that embedline.add_embedding_version gives next."""
         return 1 + max(int(version["number"]) for version in self.versions)
+
+
+def is_configuration(named: str, names: Collection[str | None]) -> bool:
+    """Return True if a text names a text search configuration that has these names.
+
+    The database has the qualified name and the one along the search_path. A text is folded as an identifier is.
+    """
+    return (named if '"' in named else named.lower()) in names
 
 
 @dataclass(frozen=True)

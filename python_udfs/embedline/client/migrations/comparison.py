@@ -12,7 +12,13 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from embedline.client.migrations.catalogue import Catalogue, StoredPipeline, is_installed, read_catalogue
+from embedline.client.migrations.catalogue import (
+    Catalogue,
+    StoredPipeline,
+    is_configuration,
+    is_installed,
+    read_catalogue,
+)
 from embedline.client.migrations.chain import Upgrade
 from embedline.client.migrations.declaration import Declaration, DeclaredPipeline
 from embedline.client.migrations.operations import (
@@ -34,9 +40,9 @@ RECIPE = (
     "model", "column_type", "distance", "chunking", "chunk_tokens", "chunk_overlap", "chunking_options",
 )  # fmt: skip
 # A change of one of these concerns the rows one by one: embedline.alter_pipeline.
-ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight")
+ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight", "keyword")
 # The options that embedline.alter_pipeline's drop can remove.
-_OPTIONAL = ("filter", "document_prefix", "tenant")
+_OPTIONAL = ("filter", "document_prefix", "tenant", "keyword")
 # The text of a table's name as SplitIdentifierString of varlena.c reads it. From PostgreSQL 16 on to_regclass returns NULL
 # for any other text, as for a table that does not exist yet; before, it raises an error.
 _NAME = r'(?:"(?:[^"]|"")*"|[^."\s][^.\s]*)'
@@ -191,7 +197,7 @@ def _alteration(declared: DeclaredPipeline, stored: StoredPipeline) -> list[Alte
     changed: dict[str, Any] = {}
     before: dict[str, Any] = {}
     for name, value in declared.create.written().items():
-        if name in ALTERABLE and not _same(stored.values[name], value):
+        if name in ALTERABLE and not _is_as_declared(stored, name, value):
             changed[name], before[name] = value, stored.values[name]
     # An optional expression that the file no longer has must be dropped; content cannot be.
     drop = tuple(
@@ -202,6 +208,12 @@ def _alteration(declared: DeclaredPipeline, stored: StoredPipeline) -> list[Alte
         return []
     logger.info("Detected changed %s of pipeline %r", ", ".join(before), stored.name)
     return [AlterPipelineOp(stored.name, **changed, drop=drop, before=before)]
+
+
+def _is_as_declared(stored: StoredPipeline, name: str, value: Any) -> bool:
+    if name == "keyword":
+        return is_configuration(value, stored.values["keyword_names"])
+    return _same(stored.values[name], value)
 
 
 def _upgrade(declared: DeclaredPipeline, stored: StoredPipeline, catalogue: Catalogue) -> list[Upgrade]:

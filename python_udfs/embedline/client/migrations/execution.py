@@ -27,7 +27,7 @@ _VERSION = """
     SELECT jsonb_build_object('model', m.name, 'column_type', v.column_type, 'distance', v.distance,
         'index_method', v.index_method, 'index_options', v.index_options, 'chunking', s.chunking,
         'chunk_tokens', s.chunk_tokens, 'chunk_overlap', s.chunk_overlap, 'chunking_options', s.chunking_options,
-        'serving', v.version_id = p.serving_version_id, 'state', v.state)
+        'serving', v.version_id = p.serving_version_id, 'state', v.state, 'search_mode', v.search_mode)
     FROM embedline.version AS v JOIN embedline.pipeline AS p USING (pipeline_id) JOIN embedline.model AS m USING (model_id)
     JOIN embedline.chunk_set AS s ON s.pipeline_id = p.pipeline_id AND s.number = v.chunk_set
     WHERE p.name = :pipeline AND v.number = :version

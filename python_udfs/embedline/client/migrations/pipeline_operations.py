@@ -12,12 +12,13 @@ from __future__ import annotations
 from alembic.operations import Operations
 
 from embedline.client.migrations import operations as ops
-from embedline.client.migrations.catalogue import is_installed
+from embedline.client.migrations.catalogue import is_configuration, is_installed
 from embedline.client.migrations.execution import MODEL, is_offline, look, require_installed, require_same, run, scalar
 from embedline.client.migrations.statements import Cast, call, literal
 
 _PIPELINE = """
-    SELECT to_jsonb(p) || jsonb_build_object('source', p.source::oid = to_regclass(:source), 'model', m.name,
+    SELECT to_jsonb(p) || jsonb_build_object('keyword_names', jsonb_build_array(p.keyword, p.keyword::regconfig::text),
+        'source', p.source::oid = to_regclass(:source), 'model', m.name,
         'content', p.content_expression, 'filter', p.filter_expression, 'tenant', p.tenant_expression,
         'document_prefix', p.document_prefix_expression, 'column_type', v.column_type, 'distance', v.distance,
         'index_method', v.index_method, 'index_options', v.index_options, 'chunking', s.chunking,
@@ -58,6 +59,9 @@ def create_pipeline(operations: Operations, operation: ops.CreatePipelineOp) -> 
         require_installed(operations)
         existing = look(operations, _PIPELINE, name=operation.name, source=operation.source)
         if existing is not None:
+            names = existing["keyword_names"]
+            if operation.keyword is not None and is_configuration(operation.keyword, names):
+                existing["keyword"] = operation.keyword
             hint = f"SELECT embedline.drop_pipeline({literal(operation.name)}) removes it, with its vectors."
             require_same(f'pipeline "{operation.name}"', {**arguments, "source": True}, existing, hint)
             return

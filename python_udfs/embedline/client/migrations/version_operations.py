@@ -34,6 +34,8 @@ _NEXT_NUMBER = """
 """
 _GATE = "SELECT v.gate FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
 
+_IS_EMPTY = "SELECT v.chunks = 0 FROM embedline.versions AS v WHERE v.pipeline = :pipeline AND v.version = :version"
+
 
 @Operations.implementation_for(ops.AddEmbeddingVersionOp)
 def add_embedding_version(operations: Operations, operation: ops.AddEmbeddingVersionOp) -> None:
@@ -158,9 +160,9 @@ def cutover_embedding_version(operations: Operations, operation: ops.CutoverEmbe
         run(operations, statement)
 
 
-def _evaluation(operation: ops.CutoverEmbeddingVersionOp) -> str:
+def _evaluation(operation: ops.CutoverEmbeddingVersionOp | ops.UseModeOp) -> str:
     canaries = None if operation.canaries is None else Cast(operation.canaries, "regclass")
-    settings = {"k": operation.k, "margin": operation.margin, "query_count": operation.query_count}
+    settings = {name: getattr(operation, name, None) for name in ("k", "margin", "query_count", "mode")}
     return call_rows("evaluate", {**names(operation), "canaries": canaries, **settings})
 
 
@@ -169,8 +171,12 @@ def _pass_gate(operations: Operations, operation: ops.CutoverEmbeddingVersionOp)
 
     The result is stored, and embedline.cutover decides by it.
     """
-    if scalar(operations, _GATE, pipeline=operation.pipeline, version=operation.version) == "pass":
-        return
+    if scalar(operations, _GATE, pipeline=operation.pipeline, version=operation.version) != "pass":
+        _measure(operations, operation)
+
+
+def _measure(operations: Operations, operation: ops.CutoverEmbeddingVersionOp | ops.UseModeOp) -> None:
+    """Evaluate, and log what was measured."""
     with reported(), _notices_logged(operations):
         rows = operations.get_bind().exec_driver_sql(_evaluation(operation), execution_options={"no_parameters": True})
         for row in rows.mappings():
@@ -217,3 +223,35 @@ def rollback_embedding_version(operations: Operations, operation: ops.RollbackEm
         version = None if is_offline(operations) else stored_version(operations, operation)
         if is_offline(operations) or (version is not None and version["serving"]):
             run(operations, call("rollback", {"pipeline_name": operation.pipeline}))
+
+
+@Operations.implementation_for(ops.UseModeOp)
+def use_mode(operations: Operations, operation: ops.UseModeOp) -> None:
+    """Evaluate the mode if there are canaries, then use it.
+
+    Each commits at once, so the evidence stays.
+    """
+    arguments = {**names(operation), "mode": operation.mode}
+    statement = call("use_mode", {**arguments, "override_reason": operation.override_reason})
+    is_measured = operation.canaries is not None and operation.override_reason is None and operation.mode != "vector"
+    with committed_at_once(operations, operation):
+        if is_offline(operations):
+            if is_measured:
+                run(operations, _evaluation(operation))
+            run(operations, statement)
+            return
+        version = stored_version(operations, operation)
+        if version is None:
+            raise no_version(operation)
+        if version["search_mode"] == operation.mode:
+            logger.info("%s is searched by mode %s already", label(operation), operation.mode)
+            return
+        if operation.mode != "vector" and scalar(
+            operations, _IS_EMPTY, pipeline=operation.pipeline, version=operation.version
+        ):
+            # A database that is built from its history has no rows to measure.
+            reason = operation.override_reason or "set by a migration before there were rows"
+            statement = call("use_mode", {**arguments, "override_reason": reason})
+        elif is_measured:
+            _measure(operations, operation)
+        run(operations, statement)

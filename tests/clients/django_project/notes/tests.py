@@ -62,6 +62,11 @@ class SearchTests(TestCase):
         with self.assertRaisesMessage(TypeError, "has no argument drop"):
             search("notes", "bread", drop=True)
 
+    def test_search_ranks_by_words_and_filters(self):
+        found = search("notes", "bread", mode="keyword", filter="title = 'Bread'")
+        self.assertEqual([(row["semantic_rank"], row["keyword_rank"]) for row in found], [(None, 1)])
+        self.assertEqual(search("notes", "zebra", mode="keyword"), [])
+
     def test_the_model_is_read_only(self):
         chunk = NoteChunk.objects.first()
         for write in (

@@ -23,6 +23,7 @@ from embedline.client.migrations.operations.versions import (
     DropVectorIndexOp,
     RestoreEmbeddingVersionOp,
     RollbackEmbeddingVersionOp,
+    UseModeOp,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "PipelineOperation",
     "RestoreEmbeddingVersionOp",
     "RollbackEmbeddingVersionOp",
+    "UseModeOp",
 ]

@@ -91,6 +91,7 @@ class CreatePipelineOp(PipelineOperation):
     document_prefix: str | None = None
     tenant: str | None = None
     weight: float | None = None
+    keyword: str | None = None
     expression_search_path: str | None = None
 
     @classmethod
@@ -148,13 +149,14 @@ class AlterPipelineOp(PipelineOperation):
     document_prefix: str | None = None
     tenant: str | None = None
     weight: float | None = None
+    keyword: str | None = None
     drop: Sequence[str] = ()
     expression_search_path: str | None = None
     before: Options = field(default_factory=dict)
 
     @classmethod
     def alter_pipeline(cls, operations: Operations, name: str, **options: Any) -> Any:
-        """Change a pipeline's expressions or weight.
+        """Change a pipeline's expressions, weight or keyword index.
 
         None keeps a value; drop=["filter"] removes an optional one.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from alembic.operations import Operations
@@ -209,3 +209,34 @@ class RollbackEmbeddingVersionOp(PipelineOperation):
     def reverse(self) -> CutoverEmbeddingVersionOp:
         """Let the version serve again."""
         return CutoverEmbeddingVersionOp(self.pipeline, self.version)
+
+
+@Operations.register_operation("use_mode")
+@dataclass(eq=False)
+class UseModeOp(PipelineOperation):
+    """Have searches of a version use a mode.
+
+    As embedline.evaluate and embedline.use_mode.
+    """
+
+    operation: ClassVar[str] = "use_mode"
+    pipeline: str
+    version: int
+    mode: str
+    canaries: str | None = None
+    k: int | None = None
+    margin: float | None = None
+    override_reason: str | None = None
+    mode_before: str = "vector"
+
+    @classmethod
+    def use_mode(cls, operations: Operations, pipeline: str, *, version: int, mode: str, **options: Any) -> Any:
+        """Compare the mode by the canaries, and have searches use it if it passes.
+
+        Without canaries a pass must be stored, or `override_reason` be given.
+        """
+        return operations.invoke(cls(pipeline, version, mode, **options))
+
+    def reverse(self) -> UseModeOp:
+        """Use the mode of before, that of the vectors unless the operation names another."""
+        return replace(self, mode=self.mode_before, mode_before=self.mode)

@@ -18,9 +18,9 @@ from embedline.keywords.postings import MAX_CHUNKS, Entries, Postings
 from embedline.postgres.locks import KEYWORD_LOCK_CLASS
 from embedline.postgres.session import Session
 
-# Entries that are packed at least. So many are read by each search, in 3 ms.
-LEAST_ENTRIES = 2048
-# Segments of fewer chunks than the first number are packed together once there are as many as the second. They have 2,048
+# Entries that are packed at least. Each search reads those that wait.
+LEAST_ENTRIES = 1024
+# Segments of fewer chunks than the first number are packed together once there are as many as the second. They have 1,024
 # chunks, then some 16,000, then 65,536. So each word is written three times.
 _TIERS = ((MAX_CHUNKS // 8, 8), (MAX_CHUNKS * 3 // 4, 4))
 # A segment is packed again if more of its chunks are gone than this, or the mean length has changed by more.

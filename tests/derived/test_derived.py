@@ -12,7 +12,7 @@ import pytest
 from psycopg import errors
 
 from conftest import Connect, MakeRole
-from generated_names import PAGE
+from generated_names import PAGE, derived
 from small_models import register_static
 from support import create_pages, create_pipeline, drain, scalar, wait_until
 from upgrading import add_version, cut_over, settle_versions
@@ -185,14 +185,46 @@ def test_workers_keep_vectors_true_under_concurrent_writes(page: psycopg.Connect
             _change(first, chances[0])
             _change(second, chances[1])
 
-        def is_true() -> bool:
-            if scalar(page, "SELECT sum(pending) FROM embedline.status") or scalar(page, WAITING):
-                return False
-            wanted, found = expected(page), stored(page)
-            return found.keys() == wanted.keys() and all(np.allclose(found[k], wanted[k], atol=1e-5) for k in wanted)
-
-        wait_until(is_true, 30, "all vectors are the means")
+        wait_until(lambda: is_true(page), 30, "all vectors are the means")
     assert scalar(page, "SELECT last_error FROM embedline.derived_status") is None
+
+
+def is_true(connection: psycopg.Connection, version: int = 1) -> bool:
+    """Return True if nothing waits and all vectors are the means."""
+    if scalar(connection, "SELECT sum(pending) FROM embedline.status") or scalar(connection, WAITING):
+        return False
+    wanted, found = expected(connection, version), stored(connection)
+    return found.keys() == wanted.keys() and all(np.allclose(found[key], wanted[key], atol=1e-5) for key in wanted)
+
+
+def test_a_cutover_and_a_rollback_under_writes_keep_vectors_true(page: psycopg.Connection, connect: Connect) -> None:
+    page.execute(
+        "INSERT INTO event (reader, page, stars) SELECT g % 50, 1 + g % 60, 1 + g % 5 FROM generate_series(1, 400) AS g"
+    )
+    derive(page)
+    drain(page)
+    chance = random.Random(3)
+
+    def cut() -> bool:
+        for _ in range(3):
+            _change(page, chance)
+        try:
+            cut_over(page, number)
+        except errors.ObjectNotInPrerequisiteState:
+            return False
+        return True
+
+    with working(page, count=2):
+        number = add_version(page, register_static(page, SMALL_DIMENSIONS))
+        wait_until(cut, 40, "the version serves")
+        # No reader lacks a vector at any time, whatever waits.
+        assert len(stored(page)) >= 40
+        for _ in range(20):
+            _change(page, chance)
+        wait_until(lambda: is_true(page, number), 30, "all vectors are the means of the new version")
+        page.execute("SELECT embedline.rollback('page')")
+        assert len(stored(page)) >= 40
+        wait_until(lambda: is_true(page, 1), 30, "all vectors are the means of the old version")
 
 
 def test_a_reader_sees_subjects_of_events_that_it_may_read(
@@ -204,6 +236,10 @@ def test_a_reader_sees_subjects_of_events_that_it_may_read(
     reader = make_role("embedline_reader")
     with connect(reader) as stranger, pytest.raises(errors.InsufficientPrivilege):
         stored(stranger)
+    page.execute(
+        "CREATE FUNCTION leak(vector) RETURNS boolean LANGUAGE plpgsql COST 0.0001"
+        " AS 'BEGIN RAISE NOTICE ''told''; RETURN true; END'"
+    )
     page.execute(f"GRANT SELECT ON page, event TO {reader}")
     page.execute("ALTER TABLE event ENABLE ROW LEVEL SECURITY; ALTER TABLE page ENABLE ROW LEVEL SECURITY")
     page.execute(f"CREATE POLICY mine ON event TO {reader} USING (reader = 2)")
@@ -214,6 +250,11 @@ def test_a_reader_sees_subjects_of_events_that_it_may_read(
         assert stored(caller).keys() == {2}
         assert {int(row[0]) % 5 for row in nearest(caller, 2, 8)} == {0}
         assert not nearest(caller, 3, 8)
+        told: list[str] = []
+        caller.add_notice_handler(lambda notice: told.append(str(notice.message_primary)))
+        caller.execute("SET enable_nestloop = off")
+        caller.execute("SELECT count(*) FROM readers_derived WHERE leak(embedding)")
+        assert len(told) == 1
     # What workers compute knows all events.
     assert_true(page)
 
@@ -364,9 +405,12 @@ def test_a_partitioned_table_of_events(page: psycopg.Connection) -> None:
     page.execute("INSERT INTO event VALUES (1, 1, 1), (2, 2, 1); INSERT INTO event_2 VALUES (3, 3, 1)")
     drain(page)
     assert stored(page).keys() == {1, 2, 3}
-    page.execute("UPDATE event SET reader = 1 WHERE reader = 2; TRUNCATE event_2")
+    page.execute("UPDATE event SET reader = 1 WHERE reader = 2; DELETE FROM event_2")
     drain(page)
-    assert scalar(page, "SELECT item_count FROM readers_derived") == 2
+    assert page.execute("SELECT subject, item_count FROM readers_derived").fetchall() == [(1, 2)]
+    page.execute("TRUNCATE event")
+    drain(page)
+    assert scalar(page, "SELECT subjects FROM embedline.derived_status") == 0
 
 
 def test_verify_finds_and_mends_what_triggers_did_not_see(page: psycopg.Connection) -> None:
@@ -385,6 +429,30 @@ def test_verify_finds_and_mends_what_triggers_did_not_see(page: psycopg.Connecti
     assert page.execute(found, (True,)).fetchall() == [(3, 3)]
     drain(page)
     assert_true(page)
+
+
+def test_dropped_events_stop_neither_verify_nor_a_cutover(page: psycopg.Connection) -> None:
+    derive(page)
+    drain(page)
+    page.execute("DROP TABLE event CASCADE")
+    number = add_version(page, register_static(page, SMALL_DIMENSIONS))
+    settle_versions(page)
+    cut_over(page, number)
+    assert not page.execute("SELECT * FROM embedline.verify('page', sample => 0)").fetchall()
+    page.execute("SELECT embedline.drop_derived('readers')")
+    assert scalar(page, "SELECT count(*) FROM pg_class WHERE relname ~ 'readers_derived'") == 0
+
+
+def test_verify_tells_why_it_could_not_compare(page: psycopg.Connection, make_role: MakeRole) -> None:
+    page.execute("INSERT INTO event (reader, page, stars) VALUES (1, 1, 1)")
+    derive(page)
+    drain(page)
+    owner = make_role()
+    page.execute(f"ALTER TABLE event OWNER TO {owner}; ALTER FUNCTION {derived('readers', 'all')}() OWNER TO {owner}")
+    page.execute("ALTER TABLE event ENABLE ROW LEVEL SECURITY; ALTER TABLE event FORCE ROW LEVEL SECURITY")
+    found = page.execute("SELECT count, example::text FROM embedline.verify('page', sample => 0)").fetchall()
+    assert [row[0] for row in found] == [None]
+    assert "row-level security" in found[0][1]
 
 
 def test_what_waits_is_shown(page: psycopg.Connection) -> None:
@@ -455,4 +523,11 @@ def test_only_the_owner_of_the_events_derives_from_them(
         drain(page)
         assert stored(caller).keys() == {1}
         assert nearest(caller, 1, 1)[0][0] == "1"
+    other = make_role("embedline_admin")
+    page.execute(f"GRANT USAGE, CREATE ON SCHEMA public TO {other}; ALTER TABLE event OWNER TO {other}")
+    page.execute(f"GRANT SELECT ON page TO {other}; INSERT INTO event (reader, page, stars) VALUES (2, 2, 1)")
+    drain(page)
+    with connect(other) as caller:
+        assert stored(caller).keys() == {1, 2}
+        assert nearest(caller, 2, 1)[0][0] == "2"
         caller.execute("SELECT embedline.drop_derived('readers')")

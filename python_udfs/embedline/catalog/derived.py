@@ -18,11 +18,12 @@ _DERIVED = """
     FROM embedline.derived AS d JOIN embedline.pipeline AS p ON p.pipeline_id = d.pipeline_id
 """
 _BY_NAME = f"{_DERIVED} WHERE d.name = $1"
-_OF_PIPELINE = f"{_DERIVED} WHERE p.name = $1 ORDER BY d.derived_id"
-# Of tables of events that are there, and of pipelines that are not paused: what workers serve.
+_EVERY_OF_PIPELINE = f"{_DERIVED} WHERE p.name = $1 ORDER BY d.derived_id"
+# Of tables of events that are there: DROP TABLE ... CASCADE takes our functions along.
+_IS_THERE = "EXISTS (SELECT FROM pg_class AS c WHERE c.oid = d.events)"
+_OF_PIPELINE = f"{_DERIVED} WHERE p.name = $1 AND {_IS_THERE} ORDER BY d.derived_id"
 _ACTIVE = f"""
-    {_DERIVED} WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1)
-        AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = d.events) ORDER BY d.derived_id
+    {_DERIVED} WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND {_IS_THERE} ORDER BY d.derived_id
 """
 
 
@@ -69,8 +70,13 @@ def load_derived(session: Session, name: str) -> Derived:
 
 
 def derived_of(session: Session, pipeline: str) -> list[Derived]:
-    """Return the derived vectors of a pipeline."""
+    """Return the derived vectors of a pipeline whose events are there."""
     return [_derived(row) for row in session.query(_OF_PIPELINE, ["text"], pipeline)]
+
+
+def every_derived_of(session: Session, pipeline: str) -> list[Derived]:
+    """Return the derived vectors of a pipeline, also of events that were dropped."""
+    return [_derived(row) for row in session.query(_EVERY_OF_PIPELINE, ["text"], pipeline)]
 
 
 def active_derived(session: Session, pipeline: str | None) -> list[Derived]:

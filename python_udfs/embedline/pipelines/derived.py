@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from embedline.catalog.derived import Derived, derived_of, load_derived
+from embedline.catalog.derived import Derived, every_derived_of, load_derived
 from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.rights import caller, require_control
 from embedline.catalog.source import Source
@@ -24,6 +24,8 @@ from embedline.postgres.locks import bound_lock_wait, hold_source
 from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
 from embedline.postgres.session import Session
 
+# A barrier, because a function in a caller's condition would be handed the vectors of subjects that are not shown.
+_OPTIONS = "security_invoker = true, security_barrier = true"
 # As names of pipelines: 40 and the longest generated suffix ("_derived_of_v123_subject_fkey") stay within 63 bytes.
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,29}\Z")
 _COLUMNS = """
@@ -45,6 +47,11 @@ _READ_COLUMNS = """
     SELECT a.attname FROM pg_depend AS d JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
     WHERE d.classid = 'pg_proc'::regclass AND d.objid = to_regprocedure($1) AND d.refclassid = 'pg_class'::regclass
         AND d.refobjid = $2::oid AND d.refobjsubid > 0
+"""
+# The role that the functions run as, if the events have another owner.
+_FORMER_OWNER = """
+    SELECT pg_get_userbyid(p.proowner) FROM pg_proc AS p, pg_class AS c
+    WHERE p.oid = to_regprocedure($1) AND c.oid = $2::oid AND p.proowner <> c.relowner
 """
 _STORE_NAMES = """
     UPDATE embedline.derived SET event_columns = $2, subject_expression = $3, item_expression = $4,
@@ -184,17 +191,53 @@ def _known_as(session: Session, derived: Derived, numbers: dict[str, int]) -> di
 
 
 def _create_readers(session: Session, plan: DerivedPlan) -> None:
-    derived, owner = plan.derived, quote_ident(plan.events.owner)
+    derived = plan.derived
     for statement in (*ddl.reader_statements(plan), ddl.seen_statement(plan)):
         session.execute(statement)
-    for part in ddl.READERS:
-        arguments = {"read": f"{derived.subject_type}[]", "of_items": "text[]", "all": ""}[part]
-        signature = f"{derived.generated(part)}({arguments})"
+    for signature in _readers(derived):
         session.execute(f"REVOKE ALL ON FUNCTION {signature} FROM public")
-        session.execute(f"ALTER FUNCTION {signature} OWNER TO {owner}")
+        session.execute(f"ALTER FUNCTION {signature} OWNER TO {quote_ident(plan.events.owner)}")
     _grant_function(session, plan, derived.search_function("seen"))
-    session.execute(f"GRANT SELECT ON {derived.generated('subject')} TO embedline_reader, {owner}")
+    _grant_tables(session, plan, [derived.generated("subject")])
+
+
+def _readers(derived: Derived) -> list[str]:
+    """Return the signatures of the functions that run as the owner of the events."""
+    arguments = {"read": f"{derived.subject_type}[]", "of_items": "text[]", "all": ""}
+    return [f"{derived.generated(part)}({arguments[part]})" for part in ddl.READERS]
+
+
+def _grant_tables(session: Session, plan: DerivedPlan, tables: list[str]) -> None:
+    owner = quote_ident(plan.events.owner)
+    session.execute(f"GRANT SELECT ON {', '.join(tables)} TO embedline_reader, {owner}")
     session.execute(f"GRANT USAGE ON SCHEMA {SEARCH_SCHEMA} TO {owner}")
+
+
+def follow_owner(session: Session, derived: Derived) -> None:
+    """Give what reads the events to their owner, if they have another one by now."""
+    former = session.scalar(_FORMER_OWNER, ["text", "bigint"], _readers(derived)[0], derived.events_oid)
+    if former is None:
+        return
+    plan, owner = plan_of(session, derived), quote_ident(str(former))
+    numbers = [n for _, n, _ in load_pipeline(session, derived.pipeline).versions if has_version(session, derived, n)]
+    tables = [derived.generated("subject"), *(derived.vectors(number) for number in numbers)]
+    functions = [derived.search_function(part) for part in ("seen", *map(names.derived_version, numbers))]
+    session.execute(f"REVOKE ALL ON {', '.join(tables)} FROM {owner}")
+    for function in functions:
+        session.execute(f"REVOKE ALL ON FUNCTION {function}({derived.subject_type}) FROM {owner}")
+        _grant_function(session, plan, function)
+    _grant_tables(session, plan, tables)
+    for signature in _readers(derived):
+        session.execute(f"ALTER FUNCTION {signature} OWNER TO {quote_ident(plan.events.owner)}")
+    view = _view(session, derived)
+    if view is not None:
+        session.execute(f"ALTER VIEW {view} OWNER TO {quote_ident(plan.events.owner)}")
+
+
+def _view(session: Session, derived: Derived) -> str | None:
+    """Return the qualified name of the view, None if it is gone."""
+    name = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], derived.view_oid)
+    return None if name is None else str(name)
 
 
 def _grant_function(session: Session, plan: DerivedPlan, function: str) -> None:
@@ -240,9 +283,9 @@ def add_version(session: Session, derived: Derived, pipeline: Pipeline) -> None:
         *ddl.version_statements(derived, number, vector_type),
         *ddl.item_trigger_statements(derived, pipeline.chunk, pipeline.vectors),
         ddl.vector_function_statement(plan, number, f"{schema}.vector"),
-        f"GRANT SELECT ON {derived.vectors(number)} TO embedline_reader, {quote_ident(plan.events.owner)}",
     ):
         session.execute(statement)
+    _grant_tables(session, plan, [derived.vectors(number)])
     _grant_function(session, plan, derived.search_function(names.derived_version(number)))
 
 
@@ -262,7 +305,7 @@ def _create_view(session: Session, plan: DerivedPlan, pipeline: Pipeline) -> str
     if session.scalar("SELECT to_regclass($1) IS NOT NULL", ["text"], view):
         raise AlreadyExists(f"{view} exists already", hint="Choose another name: the view is <name>_derived.")
     query = ddl.view_query(plan, pipeline.version.number, f"{vector_schema(session)}.vector")
-    session.execute(f"CREATE VIEW {view} WITH (security_invoker = true) AS {query}")
+    session.execute(f"CREATE VIEW {view} WITH ({_OPTIONS}) AS {query}")
     session.execute(f"ALTER VIEW {view} OWNER TO {quote_ident(events.owner)}")
     comment = f"Embedline: vectors of the subjects of {events.qualified}, derived from pipeline {derived.pipeline}"
     session.execute(f"COMMENT ON VIEW {view} IS {quote_literal(comment)}")
@@ -279,11 +322,11 @@ def show_statements(session: Session, derived: Derived, pipeline: Pipeline) -> l
 
     It takes ACCESS EXCLUSIVE on the view. None if the view is gone.
     """
-    view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], derived.view_oid)
+    view = _view(session, derived)
     if view is None:
         return []
     query = ddl.view_query(plan_of(session, derived), pipeline.version.number, f"{vector_schema(session)}.vector")
-    return [f"CREATE OR REPLACE VIEW {view} WITH (security_invoker = true) AS {query}"]
+    return [f"CREATE OR REPLACE VIEW {view} WITH ({_OPTIONS}) AS {query}"]
 
 
 @entry_point
@@ -323,7 +366,7 @@ def remove(session: Session, derived: Derived) -> None:
     notes = [names.derived(derived.name, f"note_{event}") for event in (*ddl.EVENTS, "items")]
     for row in session.query(_TRIGGERS, ["text[]"], notes):
         session.execute(row["statement"])
-    view = session.scalar("SELECT oid::regclass::text FROM pg_class WHERE oid = $1::oid", ["bigint"], derived.view_oid)
+    view = _view(session, derived)
     if view is not None:
         session.execute(f"DROP VIEW {view}")
     functions = [*notes, *(names.derived(derived.name, part) for part in (*ddl.READERS, "seen"))]
@@ -337,13 +380,13 @@ def remove(session: Session, derived: Derived) -> None:
 
 def remove_all(session: Session, pipeline: str) -> None:
     """Drop the derived vectors of a pipeline that is dropped."""
-    for derived in derived_of(session, pipeline):
+    for derived in every_derived_of(session, pipeline):
         remove(session, derived)
 
 
 def remove_version(session: Session, pipeline: Pipeline) -> None:
     """Drop the derived vectors of a version that is dropped."""
-    for derived in derived_of(session, pipeline.name):
+    for derived in every_derived_of(session, pipeline.name):
         number = pipeline.version.number
         function = derived.search_function(names.derived_version(number))
         session.execute(f"DROP FUNCTION IF EXISTS {function}({derived.subject_type})")

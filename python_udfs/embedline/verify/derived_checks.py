@@ -11,6 +11,7 @@ from embedline.core import vectors
 from embedline.documents import derived as means
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import ENDING, sqlstate_of
 from embedline.verify.findings import Finding
 from embedline.worker import derivation
 
@@ -28,7 +29,15 @@ def derived(session: Session, pipeline: Pipeline, repair: bool) -> list[Finding]
     """
     findings = []
     for one in derived_of(session, pipeline.name):
-        stale = _stale(session, one, pipeline)
+        try:
+            with session.plpy.subtransaction():
+                stale = _stale(session, one, pipeline)
+        except session.plpy.SPIError as error:
+            if sqlstate_of(error) in ENDING or sqlstate_of(error)[:2] == "40":
+                raise
+            # For example an expression that fails, or policies that hide events from their owner.
+            findings.append(Finding("stale_derived", None, 0, {"derived": one.name, "error": str(error)}))
+            continue
         if stale:
             if repair:
                 means.put_back(session, one, stale)

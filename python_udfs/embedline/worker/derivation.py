@@ -116,6 +116,7 @@ def advance(session: Session, derived: Derived) -> bool:
         return False
     events = session.scalar("SELECT $1::oid::regclass::text", ["bigint"], derived.events_oid)
     session.execute(f"LOCK TABLE {events} IN ACCESS SHARE MODE NOWAIT")
+    objects.follow_owner(session, derived)
     added = objects.versions_to_add(session, derived)
     for version in added:
         add_version(session, derived, version)

@@ -150,13 +150,12 @@ def note_function_statements(plan: DerivedPlan) -> list[str]:
         f"({plan.expressions['subject'].text})::{plan.derived.subject_type}",
     )
     everything = f"INSERT INTO {dirty} (subjects) VALUES (NULL);"
-    is_plain = [name for name, _ in plan.expressions["subject"].columns] == [
-        plan.expressions["subject"].text.strip("()").strip('"')
-    ]
+    inputs = [name for name, _ in plan.expressions["subject"].columns]
+    is_plain = inputs == [plan.expressions["subject"].text.strip("()").strip('"')]
     columns = " AND ".join(
         f"EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = to_regclass({quote_literal(plan.events.qualified)})"
         f" AND a.attnum = {plan.numbers[name]} AND a.attname = {quote_literal(name)} AND NOT a.attisdropped)"
-        for name, _ in plan.expressions["subject"].columns
+        for name in inputs
     )
     bodies = {
         event: _guarded(columns, statement, everything, is_plain=is_plain)
@@ -194,16 +193,27 @@ def _noting(plan: DerivedPlan, dirty: str, subject: str) -> dict[str, str]:
         )
 
     def of_row(row: str) -> str:
-        return f"SELECT {subject} AS subject FROM (SELECT {row}.*) AS embedline_row"
+        return f"(SELECT {subject} FROM (SELECT {row}.*) AS embedline_row)"
+
+    def note_row(row: str) -> str:
+        return (
+            f"INSERT INTO {dirty} (subjects) SELECT ARRAY[r.subject] FROM (SELECT {of_row(row)} AS subject) AS r"
+            " WHERE r.subject IS NOT NULL;"
+        )
 
     if uses_row_triggers(plan.events):
-        changes = {"insert": note(of_row("NEW")), "delete": note(of_row("OLD"))}
+        changes = {"insert": note_row("NEW"), "delete": note_row("OLD")}
     else:
         changes = {
             event: note(f"SELECT {subject} AS subject FROM {rows}")
             for event, rows in (("insert", "new_rows"), ("delete", "old_rows"))
         }
-    return {**changes, "update": note(f"{of_row('OLD')} UNION ALL {of_row('NEW')}")}
+    changes["update"] = (
+        f"INSERT INTO {dirty} (subjects) SELECT CASE WHEN r.old = r.new THEN ARRAY[r.new]"
+        " ELSE array_remove(ARRAY[r.old, r.new], NULL) END"
+        f" FROM (SELECT {of_row('OLD')} AS old, {of_row('NEW')} AS new) AS r WHERE r.old IS NOT NULL OR r.new IS NOT NULL;"
+    )
+    return changes
 
 
 def _guarded(columns: str, statement: str, everything: str, *, is_plain: bool) -> str:

@@ -24,7 +24,7 @@ from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 from embedline.queue.outbox import key_columns
 
-# Rows of the queues that one transaction takes: each has up to 100 subjects or items.
+# Rows of the queue of items that one transaction takes; each has up to 100 items.
 _ROWS = 20
 # Events of several subjects are read together up to this number of subjects.
 _SUBJECTS = 500
@@ -70,9 +70,17 @@ def take_subjects(session: Session, derived: Derived) -> list[str] | None:
     The rest of a queue's row goes back, so that the subjects of one call stay few.
     """
     dirty = derived.generated("dirty")
+    # A row has one subject, or a hundred: as many rows as make up the number wanted.
+    count = session.scalar(
+        "SELECT count(*) FROM (SELECT sum(cardinality(q.subjects)) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)"
+        f" AS before FROM (SELECT d.subjects FROM {dirty} AS d LIMIT {_SUBJECTS}) AS q) AS r"
+        f" WHERE coalesce(r.before, 0) < {_SUBJECTS}"
+    )
     rows = session.query(
-        f"DELETE FROM {dirty} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {dirty} LIMIT {_ROWS} FOR UPDATE SKIP LOCKED))"
-        " RETURNING subjects::text[] AS subjects"
+        f"DELETE FROM {dirty} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {dirty} LIMIT $1 FOR UPDATE SKIP LOCKED))"
+        " RETURNING subjects::text[] AS subjects",
+        ["bigint"],
+        count,
     )
     taken = list(dict.fromkeys(subject for row in rows for subject in row["subjects"] or ()))
     is_all = any(row["subjects"] is None for row in rows)

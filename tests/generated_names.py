@@ -46,3 +46,8 @@ class Generated:
 PAGE = Generated("page")
 MINE = Generated("mine")
 BENCH = Generated("bench")
+
+
+def derived(name: str, part: str) -> str:
+    """Return the qualified name of a table or function of derived vectors, such as readers_derived_dirty."""
+    return qualified(names.derived(name, part))

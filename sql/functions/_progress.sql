@@ -102,6 +102,12 @@ AS $sql$
         WHERE s.pipeline = f.name AND s.model = f.model AND s.day >= (f.created_at AT TIME ZONE 'UTC')::date
     ) AS u
     UNION ALL
+    SELECT s.pipeline, v.number, 'derived ' || s.name, coalesce(s.last_error, 'computing'), NULL, s.waiting, 'subjects', NULL, NULL, NULL, NULL
+    FROM embedline.derived_status AS s
+    INNER JOIN embedline.pipeline AS p ON p.name = s.pipeline
+    INNER JOIN embedline.version AS v ON v.version_id = p.serving_version_id
+    WHERE s.waiting > 0
+    UNION ALL
     SELECT i.pipeline, i.version, 'index', i.name || coalesce(': ' || i.phase, ''), NULL, NULL, NULL,
         round(i.percent::numeric, 1), NULL, NULL, NULL
     FROM embedline.index_progress() AS i WHERE i.state = 'building'

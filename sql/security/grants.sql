@@ -37,6 +37,15 @@ REVOKE ALL ON FUNCTION embedline_data._row_state(text, integer, text []) FROM pu
 GRANT EXECUTE ON FUNCTION embedline.state(text, text, integer) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION embedline_data._row_state(text, integer, text []) TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
+
+-- Derived vectors: their searches run with the caller's rights on the events and on the source.
+GRANT SELECT ON embedline.derived, embedline.derived_status TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION embedline._derived_counts(text) TO embedline_reader, embedline_worker;
+GRANT EXECUTE ON FUNCTION embedline.search_derived(text, text, integer, boolean, boolean) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION
+embedline.create_derived(text, text, regclass, text, text, text, text, interval, text),
+embedline.drop_derived(text)
+TO embedline_admin;
 GRANT EXECUTE ON FUNCTION
 embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),
 embedline._index_state(text), embedline._source_trouble(bigint),

@@ -16,7 +16,7 @@ SELECT
 FROM embedline._progress() AS w
 ORDER BY w.pipeline, w.version, w.task;
 
-COMMENT ON VIEW embedline.progress IS 'One row per task under way: backfill, changes, keywords, fill (of a new version), index, evaluate, preview_version, compare_chunkings.';
+COMMENT ON VIEW embedline.progress IS 'One row per task under way: backfill, changes, keywords, fill (of a new version), derived vectors, index, evaluate, preview_version, compare_chunkings.';
 COMMENT ON COLUMN embedline.progress.phase IS 'The step of the task, or what holds it back';
 COMMENT ON COLUMN embedline.progress.total IS 'Of backfill and fill an estimate by the table''s statistics';
 COMMENT ON COLUMN embedline.progress.rate IS 'Units a second over the last minute; NULL if nothing was done';

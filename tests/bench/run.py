@@ -52,6 +52,7 @@ BENCHES = {
     "hybrid": "the keyword index: 1,000,000 chunks, hybrid against its arms, what writing pays, bytes a chunk",
     "quality": "recall by vectors, keywords and both on labelled queries, with intervals",
     "filter": "recall of filtered searches at 0.1, 1, 10 and 50 % of 100,000 rows",
+    "derived": "what derived vectors add to writes of events, and subjects computed a second",
     "session": "the later searches of a session against the first ones, for each kind of key",
 }
 

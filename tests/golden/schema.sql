@@ -202,6 +202,45 @@ CREATE TABLE embedline.dead_letter (
     CONSTRAINT dead_letter_stage_check CHECK ((stage = ANY (ARRAY['claim'::text, 'read'::text, 'validate'::text, 'chunk'::text, 'embed'::text, 'write'::text])))
 );
 
+CREATE TABLE embedline.derived (
+    derived_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    name text NOT NULL,
+    pipeline_id bigint NOT NULL,
+    events regclass NOT NULL,
+    event_columns jsonb NOT NULL,
+    subject_expression text NOT NULL,
+    item_expression text NOT NULL,
+    weight_expression text,
+    at_expression text,
+    expression_search_path text NOT NULL,
+    subject_type text NOT NULL,
+    item_type text NOT NULL,
+    half_life interval,
+    derived_view regclass,
+    created_by name NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    swept_at timestamp with time zone,
+    last_error text,
+    last_error_at timestamp with time zone,
+    CONSTRAINT derived_half_life_check CHECK ((((half_life > '00:00:00'::interval) AND (at_expression IS NOT NULL)) OR (half_life IS NULL))),
+    CONSTRAINT derived_name_key UNIQUE (name),
+    CONSTRAINT derived_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id),
+    CONSTRAINT derived_pkey PRIMARY KEY (derived_id)
+);
+
+CREATE VIEW embedline.derived_status (
+    name text,
+    pipeline text,
+    events regclass,
+    view regclass,
+    half_life interval,
+    subjects bigint,
+    waiting bigint,
+    oldest_enqueued_at timestamp with time zone,
+    last_error text,
+    last_error_at timestamp with time zone
+);
+
 CREATE TABLE embedline.drift_probe (
     version_id bigint NOT NULL,
     "position" integer NOT NULL,
@@ -802,6 +841,8 @@ CREATE INDEX backfill_range_open_idx ON embedline.backfill_range USING btree (pi
 
 CREATE INDEX cutover_pipeline_id_idx ON embedline.cutover USING btree (pipeline_id, cutover_id);
 
+CREATE INDEX derived_pipeline_id_idx ON embedline.derived USING btree (pipeline_id);
+
 CREATE INDEX evaluation_version_id_evaluated_at_idx ON embedline.evaluation USING btree (version_id, evaluated_at);
 
 CREATE INDEX finished_batch_finished_at_idx ON embedline.finished_batch USING btree (finished_at);
@@ -839,6 +880,11 @@ RETURNS TABLE(severity text, alert text, subject text, since timestamp with time
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
+
+CREATE FUNCTION embedline._derived_counts(derived_name text)
+RETURNS TABLE(subjects bigint, waiting bigint, oldest_enqueued_at timestamp with time zone)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._embed_chunkings(pipeline_name text, specs jsonb, chunk_ids bigint[], contents text[], is_cut_only boolean)
 RETURNS TABLE(spec integer, document integer, chunk_start integer, chunk_end integer, tokens integer, vector bytea)
@@ -1183,6 +1229,13 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.create_derived(name text, pipeline text, events regclass, subject text, item_key text, weight text DEFAULT NULL::text, at text DEFAULT NULL::text, half_life interval DEFAULT NULL::interval, expression_search_path text DEFAULT current_setting('search_path'::text))
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET quote_all_identifiers=off
+SET standard_conforming_strings=on;
+
 CREATE FUNCTION embedline.create_model(name text, provider text, model text, dimensions integer DEFAULT NULL::integer, base_url text DEFAULT NULL::text, api_key_env text DEFAULT NULL::text, revision text DEFAULT NULL::text, document_prefix text DEFAULT ''::text, query_prefix text DEFAULT ''::text, max_batch_items integer DEFAULT 2048, max_batch_tokens integer DEFAULT 300000, concurrency integer DEFAULT 8, timeout_seconds double precision DEFAULT 60, options jsonb DEFAULT '{}'::jsonb, price_per_million_tokens numeric DEFAULT NULL::numeric, task text DEFAULT 'embed'::text)
 RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1207,6 +1260,11 @@ LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.drop_budget(pipeline text DEFAULT NULL::text, model text DEFAULT NULL::text, period text DEFAULT NULL::text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.drop_derived(name text)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
@@ -1384,6 +1442,15 @@ SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.search(pipeline_name text, query text, k integer DEFAULT 10, per_document boolean DEFAULT false, ef_search integer DEFAULT NULL::integer, tenant text DEFAULT NULL::text, session_key text DEFAULT NULL::text, mode text DEFAULT NULL::text, semantic_weight double precision DEFAULT 1, keyword_weight double precision DEFAULT 1, rrf_k integer DEFAULT 60, window_size integer DEFAULT NULL::integer, reranker text DEFAULT NULL::text, filter text DEFAULT NULL::text, explain boolean DEFAULT false, filter_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS TABLE(key text, chunk text, score double precision, semantic_rank integer, keyword_rank integer, chunk_start integer, chunk_end integer)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET plan_cache_mode=force_generic_plan
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40;
+
+CREATE FUNCTION embedline.search_derived(name text, subject text, k integer DEFAULT 10, leave_out_seen boolean DEFAULT false, per_document boolean DEFAULT true)
+RETURNS TABLE(key text, chunk text, score double precision, chunk_start integer, chunk_end integer)
 LANGUAGE plpython3u VOLATILE
 SET search_path=pg_catalog, pg_temp
 SET jit=off

@@ -67,3 +67,23 @@ def index_job(pipeline: str, number: int, precision: str | None = None) -> str:
 def index_jobs(pipeline: str) -> str:
     """Return how the names of all index jobs of a pipeline begin."""
     return f"embedline index {pipeline} "
+
+
+def derived(name: str, part: str) -> str:
+    """Return the name of an object of derived vectors (readers_derived_dirty)."""
+    return generated(name, f"derived_{part}")
+
+
+def derived_version(number: int) -> str:
+    """Return the part of the derived vectors' table of a version (of_v2)."""
+    return f"of_v{number}"
+
+
+def derived_view(name: str) -> str:
+    """Return the name of the view over the derived vectors of the serving version."""
+    return generated(name, "derived")
+
+
+def derived_trigger(name: str, event: str) -> str:
+    """Return the name of a trigger of derived vectors on events, chunks or vectors."""
+    return f"embedline_{name}_derived_{event}"

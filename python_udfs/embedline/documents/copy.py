@@ -91,6 +91,12 @@ def copy_vectors(
         )
 
 
+def copy_matrix(session: Session, table: str, ids: npt.NDArray[np.int64], matrix: vectors.FloatMatrix) -> None:
+    """Write rows (id, vector) into a table of these two columns with COPY BINARY."""
+    with _server_file(vectors.copy_binary(ids, matrix, "vector")) as path, foreign_keys_by_index(session):
+        session.execute(f"COPY {table} FROM {quote_literal(path)} WITH (FORMAT binary)")
+
+
 @contextmanager
 def _server_file(data: bytes | bytearray) -> Iterator[str]:
     """Hold `data` in a file in memory that no other process can open.

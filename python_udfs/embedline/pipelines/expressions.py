@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import dataclass
 
 from embedline.catalog.source import Source
 from embedline.core.expression import require_single_expression
@@ -41,6 +42,57 @@ _VOLATILE = """
 """
 
 
+# A function or a domain of the expression that is no part of PostgreSQL.
+_FOREIGN = """
+    SELECT coalesce(p.oid::regprocedure::text, format_type(m[2]::oid, NULL)) AS name
+    FROM pg_constraint AS c,
+        regexp_matches(c.conbin::text, ':(?:funcid|opfuncid) (\\d+)|COERCETODOMAIN .*?:resulttype (\\d+)', 'g') AS m
+    LEFT JOIN pg_proc AS p ON p.oid = m[1]::oid
+    WHERE c.conrelid = $1::regclass AND c.contype = 'c'
+        AND (m[2] IS NOT NULL OR p.pronamespace <> 'pg_catalog'::regnamespace) LIMIT 1
+"""
+
+
+@dataclass
+class _Reading:
+    """How to read an expression: the names that it knows columns by, by those of now.
+
+    Of a value its type is found, too, and the first function or type in it that is no part of PostgreSQL.
+    """
+
+    known_as: dict[str, str]
+    is_value: bool = False
+    type: str = ""
+    foreign: str | None = None
+
+
+def deparsed_value(
+    session: Session, source: Source, expression: str, parameter: str, search_path: str, known_as: dict[str, str]
+) -> tuple[SourceExpression, str]:
+    """Return an expression that any role may evaluate, and its type.
+
+    It uses functions and types of PostgreSQL alone, so it runs no code of its owner's.
+    """
+    reading = _Reading(known_as, is_value=True)
+    found = _deparse(session, source, expression, parameter, search_path, reading)
+    if reading.foreign is not None:
+        raise InvalidParameter(
+            f"{parameter} uses {reading.foreign}, which is no part of PostgreSQL",
+            hint="Put its result into a column, for example a generated one, and name that.",
+        )
+    return found, reading.type
+
+
+def _type_of(session: Session, source: Source, table: str, text: str) -> str:
+    session.execute(f"CREATE TABLE {table}_type AS SELECT ({text}) AS value FROM {source.qualified} LIMIT 0")
+    found = session.scalar(
+        "SELECT format_type(atttypid, NULL) FROM pg_attribute WHERE attrelid = $1::regclass AND attname = 'value'",
+        ["text"],
+        f"{table}_type",
+    )
+    return str(found)
+
+
 def deparsed(
     session: Session, source: Source, expressions: Expressions, search_path: str
 ) -> dict[str, SourceExpression]:
@@ -63,7 +115,7 @@ def deparse_again(
 
     `known_as` maps the current names to those that it uses.
     """
-    return _deparse(session, source, expression, parameter, search_path, known_as)
+    return _deparse(session, source, expression, parameter, search_path, _Reading(known_as))
 
 
 def _rename_columns(session: Session, table: str, known_as: dict[str, str]) -> list[tuple[str, str]]:
@@ -91,7 +143,7 @@ def _deparse(
     expression: str,
     parameter: str,
     search_path: str,
-    known_as: dict[str, str] | None = None,
+    reading: _Reading | None = None,
 ) -> SourceExpression:
     """Let PostgreSQL resolve an expression with the caller's search_path.
 
@@ -103,6 +155,9 @@ def _deparse(
     require_single_expression(expression, parameter)
     # IS TRUE takes a boolean only; anything can be the text of a content.
     cast, test = ("", " IS TRUE") if parameter == "filter" else ("::pg_catalog.text", " IS NULL")
+    reading = reading or _Reading({})
+    if reading.is_value:
+        cast = ""
     text, columns, volatile = "", [], None
     try:
         # Rolled back: nothing stays of the table, nor of what the user's functions did.
@@ -110,7 +165,7 @@ def _deparse(
             table = f"{create_scratch_schema(session, source.owner)}.source"
             session.execute(f"CREATE TABLE {table} (LIKE {source.qualified})")
             session.execute(f"ALTER TABLE {table} OWNER TO {quote_ident(source.owner)}")
-            undo = _rename_columns(session, table, known_as or {})
+            undo = _rename_columns(session, table, reading.known_as)
             check = f"ALTER TABLE {table} ADD CHECK ((\n{expression}\n){cast}{test})"
             run_as_owner(session, source.owner, check, search_path)
             for before, after in undo:
@@ -118,6 +173,9 @@ def _deparse(
             text = str(session.scalar(_EXPRESSION, ["text"], table)).removeprefix("(").removesuffix(f"{test})")
             columns = session.query(_INPUT_COLUMNS, ["text"], table)
             volatile = session.scalar(_VOLATILE, ["text"], table)
+            if reading.is_value:
+                reading.foreign = session.scalar(_FOREIGN, ["text"], table)
+                reading.type = "" if reading.foreign or volatile else _type_of(session, source, table, text)
             raise Undone
     except Exception as error:
         state = sqlstate_of(error)

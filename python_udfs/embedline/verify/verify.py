@@ -29,6 +29,7 @@ from embedline.verify.checks import (
     other_versions,
     require_source,
 )
+from embedline.verify.derived_checks import derived
 from embedline.verify.findings import Finding, merge, note
 from embedline.verify.keyword_checks import keywords
 from embedline.verify.vector_checks import foreign, unreachable, vectors
@@ -85,6 +86,7 @@ def verify_pipeline(session: Session, pipeline: Pipeline, repair: bool, sample: 
         findings.append(foreign(session, pipeline, found, repair))
     findings += unreachable(session, pipeline, repair)
     findings += keywords(session, pipeline, repair)
+    findings += derived(session, pipeline, repair)
     merged = merge(findings)
     note(session, pipeline, repair, merged)
     return merged

@@ -26,6 +26,7 @@ from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import hold_source, retry_locked
 from embedline.postgres.session import Session
 from embedline.queue import chunk_queue, coverage
+from embedline.versions.derived import fill, require_derived, showing
 from embedline.worker.batch import Batch
 from embedline.worker.engine import Engine
 from embedline.worker.version_chunks import VersionChunks
@@ -90,6 +91,7 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
     coverage.require_index(session, target)
     evaluation_id, override_reason = _require_gate(session, target, override_reason)
     require_swappable(session, target)
+    require_derived(session, target, _CUTOVER_SECONDS)
     _require_no_older_snapshot(session, target)
     await_view(session, target)
     # From here on a TRUNCATE waits for this transaction, and every other writer behind it: whatever may take long is done.
@@ -122,6 +124,7 @@ def rollback(session: Session, name: str) -> int:
         )
     target = load_version(session, name, number)
     require_swappable(session, target)
+    fill(session, target, _ROLLBACK_SECONDS)
     await_view(session, target)
     hold_source(session, target.source_oid)
     left = _catch_up(session, target, _ROLLBACK_SECONDS)
@@ -241,7 +244,7 @@ def _swap(
             session.query(f"DELETE FROM {table} WHERE version_id = $1", ["bigint"], target.version.version_id)
     write_serving_function(session, plan, target.version.number)
     started = time.monotonic()
-    show = partial(show_version, session, target, plan, source)
+    show = showing(session, target, partial(show_version, session, target, plan, source))
     retry_locked(session, show, "the routing view", _SWAP_SECONDS)
     session.query(
         "UPDATE embedline.cutover SET swap_seconds = $2 WHERE cutover_id = $1",

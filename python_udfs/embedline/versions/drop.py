@@ -11,6 +11,7 @@ from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
 from embedline.errors import NotReady
 from embedline.indexes.cron_jobs import forget_index_jobs
+from embedline.pipelines import derived
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.search_functions import drop_search_functions
 from embedline.pipelines.functions import rewrite_trigger_functions
@@ -107,6 +108,7 @@ def _drop_tables(session: Session, doomed: Pipeline, plan: CapturePlan, source: 
     if is_last:
         kept = tuple(number for number in plan.chunk_sets if number != doomed.chunk_set.number)
         rewrite_trigger_functions(session, replace(plan, chunk_sets=kept))
+    derived.remove_version(session, doomed)
     drop_search_functions(session, doomed)
     session.execute(f"DROP TABLE IF EXISTS {doomed.vectors}")
     if is_last:

@@ -21,6 +21,7 @@ from embedline.postgres.sqlstates import ENDING, sqlstate_of
 from embedline.queue import inbox, signals
 from embedline.worker.batch import Batch
 from embedline.worker.claim import Claimant
+from embedline.worker.derivation import derive_all
 from embedline.worker.engine import Engine
 from embedline.worker.fairness import Turns
 from embedline.worker.index_maintenance import unfinished
@@ -56,6 +57,7 @@ def embed_pending(session: Session, max_rows: int, pipeline_name: str | None) ->
         # Another pipeline's backlog keeps no backfill open. If the sweep that closes one finds rows, they are next.
         is_through = not run.close_backfills() or not is_drained
     run.clear_signals()
+    derive_all(session, pipeline_name)
     sources = run.all_sources()
     for source in run.to_maintain(sources):
         source.maintain()

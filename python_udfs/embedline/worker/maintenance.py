@@ -12,6 +12,7 @@ from embedline.models.query_embedding import keep_warm
 from embedline.postgres.session import Session
 from embedline.queue import signals
 from embedline.search.index_recall import Measurement
+from embedline.worker.derivation import Derivation
 from embedline.worker.index_maintenance import unfinished
 from embedline.worker.work_source import WorkSource
 
@@ -47,6 +48,7 @@ class Maintenance:
         self._seen_versions: set[int] = set()
         # Pipelines whose chunks may wait for their first entry in the keyword index.
         self._unindexed: dict[WorkKey, WorkSource] = {}
+        self._derivation = Derivation(session, pipeline_name)
 
     def touch(self, source: WorkSource) -> None:
         """Note that a source's pipeline is written to."""
@@ -142,6 +144,17 @@ class Maintenance:
         if not isolate_failure(self._session, pipeline, lambda: build(self._session, pipeline, _MEASURE_SECONDS)):
             del self._unindexed[key]
         return bool(self._unindexed)
+
+    def derive(self) -> bool:
+        """Compute some derived vectors that wait; return True if there were any."""
+        return self._derivation.step()
+
+    def derive_overdue(self, now: float) -> bool:
+        """Compute some derived vectors that cannot wait for an idle worker.
+
+        Return True if there were any.
+        """
+        return self._derivation.is_overdue(now) and self._derivation.step()
 
     def _is_unmeasured(self, source: WorkSource) -> bool:
         version = source.pipeline.version

@@ -52,9 +52,8 @@ class ResidentWorker:
         self.worker_id = worker_id
         self._session = session
         self._pipeline_name = pipeline_name
-        claims = WorkerClaims(worker_id)
         settings = load_settings(session)
-        self._claims = claims
+        self._claims = claims = WorkerClaims(worker_id)
         self._sources = WorkSources(session, claims)
         self._candidates = Candidates(self._sources)
         self._engine = Engine(session, claims, _PATIENCE_SECONDS)
@@ -127,6 +126,8 @@ class ResidentWorker:
             signals.note_dead_workers(self._session)
             return Answer.AGAIN
         started = time.monotonic()
+        if self._maintenance.derive_overdue(started):
+            return Answer.AGAIN
         awake = [key for key in asked.keys if not self._troubles.is_asleep(key)]
         is_through = self._candidates.choose(awake, self.claimant.order, self._with_room)
         if self._maintenance.is_overdue(started):
@@ -158,7 +159,7 @@ class ResidentWorker:
             return Answer.AGAIN
         if self._maintenance.is_due(started):
             self._maintain(started)
-        has_more = self._maintenance.index_words() or self._maintenance.measure()
+        has_more = self._maintenance.derive() or self._maintenance.index_words() or self._maintenance.measure()
         return Answer.AGAIN if has_more or self._housekeeping.check_quality(started) else Answer.IDLE
 
     def _with_room(self, sources: list[WorkSource]) -> list[WorkSource]:

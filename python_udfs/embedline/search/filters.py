@@ -23,12 +23,9 @@ from embedline.search.ranking import Ranker, Row, in_order, newest_rows, version
 
 # Chunks that are ranked exactly: 10,000 of 384 dimensions take 10 to 20 ms.
 _FEW = 10_000
-# Candidates of the index beyond those wanted: of nearest rows that a filter thins out, the later ones count, too.
-_EF_FACTOR = 4
 _SPARE = 10
-_SCAN = """
-    SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', 'strict_order', true),
-        set_config('hnsw.max_scan_tuples', '1000000', true), set_config('hnsw.scan_mem_multiplier', '16', true)
+_LIMITS = """
+    SELECT set_config('hnsw.max_scan_tuples', '1000000', true), set_config('hnsw.scan_mem_multiplier', '16', true)
 """
 
 
@@ -75,7 +72,8 @@ class FilteredRows:
         """Return the k nearest chunks, as Ranker.nearest does."""
         if self._are_few():
             return self._exactly(vector, k)
-        self._session.query(_SCAN, ["text"], str(min(max(_EF_FACTOR * k, ranker.ef_search(k)), 1000)))
+        self._session.query(_LIMITS)
+        ranker.prepare_filtered(k)
         types = [f"{vector_schema(self._session)}.{self._pipeline.version.column_type}"]
         found = self.run(self.statement(k, is_exact=False), types, vector)
         if len(found) < k:

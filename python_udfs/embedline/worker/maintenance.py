@@ -150,7 +150,10 @@ class Maintenance:
 
 
 def _measurable(source: WorkSource) -> tuple[int, int | None]:
-    """Return the version, and the file of its lists: lists that are built again are measured again."""
+    """Return the version, and the file of its lists.
+
+    Lists that are built again are measured again.
+    """
     version = source.pipeline.version
     return version.version_id, None if version.reach is None else version.reach.index_node
 

@@ -23,6 +23,8 @@ from embedline.search.ranking import Ranker, Row, in_order, newest_rows, version
 
 # Chunks that are ranked exactly: 10,000 of 384 dimensions take 10 to 20 ms.
 _FEW = 10_000
+# Candidates of the index beyond those wanted: of nearest rows that a filter thins out, the later ones count, too.
+_EF_FACTOR = 4
 _SPARE = 10
 _LIMITS = """
     SELECT set_config('hnsw.max_scan_tuples', '1000000', true), set_config('hnsw.scan_mem_multiplier', '16', true)
@@ -73,7 +75,7 @@ class FilteredRows:
         if self._are_few():
             return self._exactly(vector, k)
         self._session.query(_LIMITS)
-        ranker.prepare_filtered(k)
+        ranker.prepare_filtered(k, _EF_FACTOR * k)
         types = [f"{vector_schema(self._session)}.{self._pipeline.version.column_type}"]
         found = self.run(self.statement(k, is_exact=False), types, vector)
         if len(found) < k:

@@ -27,8 +27,8 @@ MAX_EF_SEARCH = 1000
 # Until an index is measured. Recall@10 of 100,000 package summaries: 0.94 with 40, 0.98 with 100 (m 16, ef_construction
 # 200).
 DEFAULT_EF_SEARCH = 100
-# ef_search of a filtered scan for each row wanted, and its probes for each one of a scan without a filter.
-_FILTERED_EF, _FILTERED_PROBES = 4, 2
+# Probes of a filtered scan for each one of a scan without a filter.
+_FILTERED_PROBES = 2
 # Chunks asked for at first for each document wanted, because one document may have many of the nearest.
 OVERFETCH = 4
 # Rows asked for beyond those wanted, so that the last of rows with one score are also ordered by their keys.
@@ -184,16 +184,15 @@ class Ranker:
         """Set how far the transaction's scans search for the nearest `limit` rows."""
         self.session.query(_SCAN[self._index.method], ["text"], str(self.effort(limit, how)))
 
-    def prepare_filtered(self, limit: int) -> None:
+    def prepare_filtered(self, limit: int, candidates: float) -> None:
         """Set how far scans search that a filter thins out.
 
         Of their nearest rows the later ones count, too.
         """
-        effort = self.effort(limit)
         if self._index.method == "ivfflat":
-            effort = min(_FILTERED_PROBES * effort, MAX_LISTS)
+            effort = min(_FILTERED_PROBES * self.effort(int(candidates)), MAX_LISTS)
         else:
-            effort = min(max(_FILTERED_EF * limit, effort), MAX_EF_SEARCH)
+            effort = int(min(max(candidates, self.effort(limit)), MAX_EF_SEARCH))
         self.session.query(_SCAN[self._index.method], ["text"], str(effort))
 
     def effort(self, limit: int, how: How = "usual") -> int:

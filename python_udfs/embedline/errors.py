@@ -64,6 +64,12 @@ class InsufficientDisk(EmbedlineError):
     sqlstate = "53100"
 
 
+class InsufficientMemory(EmbedlineError):
+    """There is not enough memory."""
+
+    sqlstate = "53200"
+
+
 class VersionSkew(EmbedlineError):
     """The Python package and the installed schema are of different versions."""
 

@@ -28,17 +28,56 @@ BEGIN
     WHERE i.state = 'missing' AND v.state = 'complete' AND v.completed_at < clock_timestamp() - interval '10 minutes'
     UNION ALL
     SELECT 'warning', 'recall_low', p.name, r.measured_at,
-        format('recall@10 is %s with ef_search %s, and %s is asked for', round(r.recall::numeric, 3), r.ef_search, coalesce(r.recall_target, 0.99)),
-        format('ALTER INDEX embedline_data.%1$I SET (ef_construction = 400); REINDEX INDEX CONCURRENTLY embedline_data.%1$I;', p.name || '_v' || v.number || '_embedding_idx')
+        format(
+            'recall@10 is %s with %s, and %s is asked for', round(r.recall::numeric, 3),
+            CASE v.index_method WHEN 'ivfflat' THEN 'probes ' || r.probes ELSE 'ef_search ' || r.ef_search END, coalesce(r.recall_target, 0.99)
+        ),
+        CASE v.index_method
+            WHEN 'ivfflat' THEN format('REINDEX INDEX CONCURRENTLY embedline_data.%I;', p.name || '_v' || v.number || '_embedding_idx')
+            ELSE format('ALTER INDEX embedline_data.%1$I SET (ef_construction = 400); REINDEX INDEX CONCURRENTLY embedline_data.%1$I;', p.name || '_v' || v.number || '_embedding_idx')
+        END
     FROM embedline.index_reach AS r
     INNER JOIN embedline.version AS v ON v.version_id = r.version_id
     INNER JOIN embedline.pipeline AS p ON p.serving_version_id = v.version_id
     WHERE r.recall < coalesce(r.recall_target, 0.99) - 0.01
     UNION ALL
+    -- The rule is that of indexes/lists.py: where pg_cron is, a worker has the lists built again before this is seen for long.
+    SELECT 'warning', 'lists_drifted', i.name, NULL,
+        CASE
+            WHEN t.reltuples >= greatest(2 * r.built_rows, 10000)
+                THEN format('the lists were built on %s vectors, and there are %s', r.built_rows, t.reltuples::bigint)
+            ELSE format(
+                'recall@10 with %s probes was %s when the lists were built, and is %s', r.built_probes,
+                round(r.built_recall::numeric, 3), round(r.kept_recall::numeric, 3)
+            )
+        END,
+        format(
+            'ALTER INDEX embedline_data.%1$I SET (lists = %2$s); REINDEX INDEX CONCURRENTLY embedline_data.%1$I;', i.name,
+            coalesce(
+                v.index_options ->> 'lists',
+                greatest(floor(CASE WHEN t.reltuples <= 1000000 THEN t.reltuples / 1000 ELSE sqrt(t.reltuples) END), 1)::text
+            )
+        )
+    FROM indexes AS i
+    INNER JOIN embedline.pipeline AS p ON p.name = i.pipeline
+    INNER JOIN embedline.version AS v
+        ON v.version_id = p.serving_version_id AND v.number = i.version AND v.index_method = 'ivfflat'
+    INNER JOIN embedline.index_reach AS r ON r.version_id = v.version_id AND r.built_rows IS NOT NULL
+    INNER JOIN pg_class AS t
+        ON t.relname = p.name || '_v' || v.number AND t.relnamespace = 'embedline_data'::regnamespace
+    WHERE i.name = p.name || '_v' || v.number || '_embedding_idx' AND i.state = 'valid' AND i.phase IS NULL
+        AND (t.reltuples >= greatest(2 * r.built_rows, 10000) OR r.kept_recall < r.built_recall - 0.05)
+    UNION ALL
     SELECT 'warning', 'indexes_exceed_memory', 'server', NULL,
         format('the vector indexes have %s, over 80 %% of the memory of %s', pg_size_pretty(sum(i.bytes)), pg_size_pretty(f.memory_bytes)),
-        (array_agg(format('SELECT embedline.add_precision_index(%L, %s, ''halfvec'');', i.pipeline, i.version) ORDER BY i.bytes DESC NULLS LAST))[1]
-    FROM indexes AS i CROSS JOIN embedline._server_facts() AS f
+        (array_agg(format(
+            'SELECT embedline.add_precision_index(%L, %s, %L);', i.pipeline, i.version,
+            CASE WHEN v.index_method = 'ivfflat' OR v.column_type = 'halfvec' THEN 'binary' ELSE 'halfvec' END
+        ) ORDER BY i.bytes DESC NULLS LAST))[1]
+    FROM indexes AS i
+    INNER JOIN embedline.pipeline AS p ON p.name = i.pipeline
+    INNER JOIN embedline.version AS v ON v.pipeline_id = p.pipeline_id AND v.number = i.version
+    CROSS JOIN embedline._server_facts() AS f
     GROUP BY f.memory_bytes HAVING sum(i.bytes) > 0.8 * f.memory_bytes
     UNION ALL
     SELECT 'warning', 'dead_tuples', t.relname, t.last_autovacuum,

@@ -16,6 +16,8 @@ SET bytea_output = 'hex'
 SET plan_cache_mode = force_generic_plan
 SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
+SET ivfflat.iterative_scan = 'relaxed_order'
+SET ivfflat.probes = 1
 AS $python$
     from embedline.observe import check_quality
     return check_quality.quality_step(plpy, GD, pipeline_name, is_last)

@@ -29,6 +29,8 @@ SET jit = off
 -- As in search. The planner's switches are set inside, and restored at the end.
 SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
+SET ivfflat.iterative_scan = 'relaxed_order'
+SET ivfflat.probes = 1
 SET enable_seqscan = on
 SET enable_sort = on
 SET enable_nestloop = on

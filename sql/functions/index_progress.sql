@@ -24,16 +24,27 @@ AS $sql$
         w.number,
         w.pipeline || '_v' || w.number || '_' || w.precision || '_idx',
         s.state,
-        CASE WHEN s.state <> 'valid' THEN b.phase || coalesce(b.waits_for, '') END,
-        CASE WHEN s.state <> 'valid' THEN b.percent END,
+        CASE
+            WHEN s.state <> 'valid' THEN b.phase || coalesce(b.waits_for, '')
+            WHEN n.state IN ('building', 'invalid') THEN 'building again: ' || coalesce(b.phase || coalesce(b.waits_for, ''), n.state)
+        END,
+        CASE WHEN s.state <> 'valid' OR n.state = 'building' THEN b.percent END,
         CASE WHEN s.state = 'valid' THEN pg_relation_size(i.indexrelid) END
     FROM wanted AS w
     CROSS JOIN LATERAL embedline._index_state(w.pipeline || '_v' || w.number || '_' || w.precision || '_idx') AS s (state)
     LEFT JOIN pg_index AS i
         ON i.indexrelid = to_regclass(format('embedline_data.%I', w.pipeline || '_v' || w.number || '_' || w.precision || '_idx'))
+    -- The index whose lists take the place of these once they are built (indexes/lists.py).
+    LEFT JOIN pg_class AS x
+        ON w.place = 0 AND x.relname = w.pipeline || '_v' || w.number || '_next_idx'
+        AND x.relnamespace = 'embedline_data'::regnamespace
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN x.oid IS NOT NULL THEN embedline._index_state(x.relname) END AS state
+    ) AS n
     LEFT JOIN LATERAL (
         SELECT g.phase, coalesce(
-            100.0 * nullif(g.blocks_done, 0) / nullif(g.blocks_total, 0),
+            -- When IVFFlat writes its lists, the blocks are those of the scan before.
+            CASE WHEN g.phase NOT LIKE '%loading tuples%' THEN 100.0 * nullif(g.blocks_done, 0) / nullif(g.blocks_total, 0) END,
             100.0 * nullif(g.tuples_done, 0) / nullif(g.tuples_total, 0), 0
         ) AS percent,
         -- A prepared transaction has no session to show. A build waits until it is committed or rolled back.
@@ -42,7 +53,7 @@ AS $sql$
             WHERE x.database = current_database() ORDER BY x.prepared LIMIT 1
         ) END AS waits_for
         FROM pg_stat_progress_create_index AS g
-        WHERE g.index_relid = i.indexrelid OR (g.relid = i.indrelid AND g.index_relid = 0) LIMIT 1
+        WHERE g.index_relid IN (i.indexrelid, x.oid) OR (g.relid = i.indrelid AND g.index_relid = 0) LIMIT 1
     ) AS b ON true
     WHERE w.pipeline = pipeline_name OR pipeline_name IS NULL
     ORDER BY w.pipeline, w.number, w.place, w.precision

@@ -37,6 +37,8 @@ SET plan_cache_mode = force_generic_plan
 -- Without an iterative scan, dead tuples and row-level security would shorten the result.
 SET hnsw.iterative_scan = 'strict_order' -- noqa: PRS
 SET hnsw.ef_search = 40
+SET ivfflat.iterative_scan = 'relaxed_order'
+SET ivfflat.probes = 1
 AS $python$
     from embedline.search import search
     return search.search(plpy, GD, pipeline_name, tenant, session_key, {

@@ -60,7 +60,8 @@ SELECT
     ir.ef_search,
     ir.recall AS index_recall,
     t.remedy,
-    least(m.max_batch_items, m.batch_items) AS request_items
+    least(m.max_batch_items, m.batch_items) AS request_items,
+    ir.probes
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
@@ -99,6 +100,7 @@ COMMENT ON COLUMN embedline.status.held_back_by IS 'Reason why workers slow down
 COMMENT ON COLUMN embedline.status.verified_at IS 'Time of the last embedline.verify';
 COMMENT ON COLUMN embedline.status.unrepaired IS 'Findings of the last embedline.verify that it did not repair';
 COMMENT ON COLUMN embedline.status.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL if it is not measured yet and 100 is used';
+COMMENT ON COLUMN embedline.status.probes IS 'ivfflat.probes that searches use, as measured; NULL if it is not measured yet and a tenth of the lists is used';
 COMMENT ON COLUMN embedline.status.index_recall IS 'Lowest recall@10 of the kinds of queries that the index was measured with';
 COMMENT ON COLUMN embedline.status.request_items IS 'Most texts of a request: max_batch_items of the model, or the number that passed if the provider refused more';
 COMMENT ON COLUMN embedline.status.index_state IS

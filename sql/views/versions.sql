@@ -22,7 +22,8 @@ SELECT
     v.last_error,
     e.verdict AS gate,
     ir.ef_search,
-    ir.recall AS index_recall
+    ir.recall AS index_recall,
+    ir.probes
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.pipeline_id = v.pipeline_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
@@ -50,5 +51,6 @@ COMMENT ON COLUMN embedline.versions.missing IS 'Chunks without a vector of this
 COMMENT ON COLUMN embedline.versions.queued IS 'Chunks that wait or are in flight; ranges of the backfill that are not claimed yet are not counted';
 COMMENT ON COLUMN embedline.versions.rollback_until IS 'Until then drop_embedding_version refuses, because the serving version took over from this one';
 COMMENT ON COLUMN embedline.versions.ef_search IS 'hnsw.ef_search that searches use, as measured; NULL if it is not measured yet and 100 is used';
+COMMENT ON COLUMN embedline.versions.probes IS 'ivfflat.probes that searches use, as measured; NULL if it is not measured yet and a tenth of the lists is used';
 COMMENT ON COLUMN embedline.versions.index_recall IS 'Lowest recall@10 of the kinds of queries that it was measured with; see embedline.index_reach';
 COMMENT ON COLUMN embedline.versions.gate IS 'Verdict of the last evaluation of this recipe against the serving version; cutover needs pass';

@@ -44,6 +44,7 @@ BENCHES = {
     "cutover": "20 cutovers and 20 rollbacks under 8 readers and 2 writers",
     "index": "build-index against a plain CREATE INDEX CONCURRENTLY with the same settings",
     "precision": "recall, time and bytes of the precision indexes on the manual's sentences",
+    "ivfflat": "recall, time, build and bytes of IVFFlat against HNSW on 100,000 package summaries, and lists that drift",
     "layout": "filling a table of its own against a second column of indexed rows",
     "query": "the first search of a session and later ones, on 10,000 chunks with HNSW",
     "reach": "whether search finds what exact ranking finds, among 10,000 and 300,000 texts",

@@ -7,7 +7,7 @@ import pytest
 from psycopg import errors
 
 from embedline.dev.cluster.server import Cluster
-from generated_names import PAGE
+from generated_names import PAGE, Generated
 from stub_provider import StubProvider
 from support import create_pages, create_pipeline, scalar, wait_until
 from working import create_stub_model, create_stub_pipeline, flood, remove_all, working
@@ -101,3 +101,34 @@ def test_an_index_is_scheduled_under_writes_that_never_let_the_worker_rest(
     with flood(cron), working(cron, seconds=120):
         wait_until(lambda: "embedline index other v1" in _jobs(cron), 40, "the index of the other one is scheduled")
     remove_all(cron)
+
+
+def test_lists_that_drifted_are_built_again_beside_the_old_ones(cron: psycopg.Connection) -> None:
+    listed = Generated("listed")
+    cron.execute("CREATE TABLE listed (id integer PRIMARY KEY, body text)")
+    cron.execute("INSERT INTO listed SELECT n, 'text ' || n FROM generate_series(1, 100) AS n")
+    create_pipeline(cron, "listed", "listed", "body", index_method="ivfflat")
+    _work(cron)
+    _run_job(cron, "embedline index listed v1")
+    reach = (
+        "FROM embedline.index_reach JOIN embedline.pipeline ON serving_version_id = version_id WHERE name = 'listed'"
+    )
+    first = scalar(cron, f"SELECT index_node {reach}")
+    assert first is not None
+    cron.execute(
+        "UPDATE embedline.index_reach SET probes = 4, built_probes = 4, built_recall = 0.99, kept_recall = 0.9"
+    )
+    cron.execute("SELECT embed_pending(1)")
+    _run_job(cron, "embedline index listed v1 next")
+    indexes = "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisprimary AND indrelid = %s::regclass"
+    assert cron.execute(indexes, (listed.version(1),)).fetchall() == [(listed.index(1),)]
+    assert scalar(cron, f"SELECT index_node <> %s AND probes IS NULL AND kept_recall IS NULL {reach}", (first,))
+    cron.execute("SELECT embedline.drop_pipeline('listed')")
+
+
+def _run_job(connection: psycopg.Connection, name: str) -> None:
+    """Do what pg_cron does at the next full minute, and let embed_pending see it."""
+    connection.execute(_jobs(connection)[name])
+    connection.execute("SELECT embed_pending(1)")
+    connection.execute("SELECT embed_pending(1)")
+    assert not [job for job in _jobs(connection) if job.startswith("embedline index listed")]

@@ -105,7 +105,7 @@ def test_an_empty_table_is_complete_at_once(database: psycopg.Connection) -> Non
         ({"chunking": "by magic"}, "22023", "chunking"),
         ({"column_type": "bit"}, "22023", "column_type"),
         ({"distance": "manhattan"}, "22023", "distance"),
-        ({"index_method": "ivfflat"}, "22023", "index_method"),
+        ({"index_method": "btree"}, "22023", "index_method"),
         ({"capture": "never"}, "22023", "capture"),
         ({"chunk_tokens": 0}, "22023", "chunk_tokens"),
         ({"chunk_tokens": 100_000, "model": "minilm"}, "22023", "chunk_tokens"),
@@ -115,6 +115,9 @@ def test_an_empty_table_is_complete_at_once(database: psycopg.Connection) -> Non
         ({"index_options": '{"m": 1}'}, "22023", '"m"'),
         ({"index_options": '{"lists": 10}'}, "22023", '"lists"'),
         ({"index_options": '{"m": true}'}, "22023", '"m"'),
+        ({"index_method": "ivfflat", "index_options": '{"m": 16}'}, "22023", '"m"'),
+        ({"index_method": "ivfflat", "index_options": '{"lists": true}'}, "22023", '"lists"'),
+        ({"index_method": "ivfflat", "index_options": '{"lists": 32769}'}, "22023", '"lists"'),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_its_sqlstate_and_a_hint(

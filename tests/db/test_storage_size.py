@@ -6,8 +6,9 @@ import re
 
 import psycopg
 import pytest
+from psycopg import errors
 
-from embedline.core import storage_size
+from embedline.core import ivfflat, storage_size
 from support import scalar
 
 _SHAPES = [
@@ -87,3 +88,23 @@ def test_the_build_takes_the_memory_that_is_estimated(
     found = re.search(r"after (\d+) tuples", " ".join(messages))
     assert found is not None, messages
     assert storage_size.hnsw_build_memory(int(found.group(1)), *shape) == pytest.approx(memory, rel=within)
+
+
+@pytest.mark.parametrize(
+    ("count", "dimensions", "column_type", "lists"),
+    [(12_000, 8, "vector", 12), (3_000, 256, "vector", 30), (1_000, 1024, "halfvec", 100), (400, 1536, "vector", 4)],
+)
+def test_lists_are_as_large_and_need_as_much_memory_as_estimated(
+    vectors: psycopg.Connection, count: int, dimensions: int, column_type: str, lists: int
+) -> None:
+    _fill(vectors, count, dimensions, column_type)
+    needed = ivfflat.build_memory(count, dimensions, column_type, lists)
+    create = f"CREATE INDEX lists ON stored USING ivfflat (embedding {column_type}_l2_ops) WITH (lists = {lists})"
+    vectors.execute("SET maintenance_work_mem = '1MB'")
+    if needed > 2**20:
+        with pytest.raises(errors.ProgramLimitExceeded, match=f"memory required is {int(needed / 2**20) + 1} MB"):
+            vectors.execute(create)
+    vectors.execute("RESET maintenance_work_mem")
+    vectors.execute(create)
+    index = scalar(vectors, "SELECT pg_relation_size('lists')")
+    assert ivfflat.index_bytes(count, dimensions, column_type, lists) == pytest.approx(index, rel=0.06)

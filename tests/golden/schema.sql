@@ -322,10 +322,19 @@ CREATE TABLE embedline.index_reach (
     measures jsonb,
     measured_at timestamp with time zone,
     measured_rows bigint,
+    probes integer,
+    wide_probes integer,
+    index_node oid,
+    built_rows bigint,
+    built_probes integer,
+    built_recall real,
+    kept_recall real,
     CONSTRAINT index_reach_ef_search_check CHECK (((ef_search >= 1) AND (ef_search <= 1000))),
     CONSTRAINT index_reach_pkey PRIMARY KEY (version_id),
+    CONSTRAINT index_reach_probes_check CHECK (((probes >= 1) AND (probes <= 32768))),
     CONSTRAINT index_reach_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE,
-    CONSTRAINT index_reach_wide_ef_search_check CHECK (((wide_ef_search >= 1) AND (wide_ef_search <= 1000)))
+    CONSTRAINT index_reach_wide_ef_search_check CHECK (((wide_ef_search >= 1) AND (wide_ef_search <= 1000))),
+    CONSTRAINT index_reach_wide_probes_check CHECK (((wide_probes >= 1) AND (wide_probes <= 32768)))
 );
 
 CREATE TABLE embedline.keyword_build (
@@ -652,7 +661,8 @@ CREATE VIEW embedline.status (
     ef_search integer,
     index_recall real,
     remedy text,
-    request_items integer
+    request_items integer,
+    probes integer
 );
 
 CREATE VIEW embedline.throughput (
@@ -759,7 +769,7 @@ CREATE TABLE embedline.version (
     CONSTRAINT version_chunk_set_fkey FOREIGN KEY (pipeline_id, chunk_set) REFERENCES embedline.chunk_set(pipeline_id, number) DEFERRABLE INITIALLY DEFERRED,
     CONSTRAINT version_column_type_check CHECK ((column_type = ANY (ARRAY['vector'::text, 'halfvec'::text]))),
     CONSTRAINT version_distance_check CHECK ((distance = ANY (ARRAY['cosine'::text, 'inner_product'::text, 'l2'::text]))),
-    CONSTRAINT version_index_method_check CHECK ((index_method = ANY (ARRAY['hnsw'::text, 'none'::text]))),
+    CONSTRAINT version_index_method_check CHECK ((index_method = ANY (ARRAY['hnsw'::text, 'ivfflat'::text, 'none'::text]))),
     CONSTRAINT version_model_id_fkey FOREIGN KEY (model_id) REFERENCES embedline.model(model_id),
     CONSTRAINT version_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
     CONSTRAINT version_pipeline_id_number_key UNIQUE (pipeline_id, number),
@@ -817,7 +827,8 @@ CREATE VIEW embedline.versions (
     last_error text,
     gate text,
     ef_search integer,
-    index_recall real
+    index_recall real,
+    probes integer
 );
 
 CREATE TABLE embedline.worker (
@@ -1045,7 +1056,9 @@ SET IntervalStyle=postgres
 SET bytea_output=hex
 SET plan_cache_mode=force_generic_plan
 SET hnsw.iterative_scan=strict_order
-SET hnsw.ef_search=40;
+SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1;
 
 CREATE FUNCTION embedline._regenerate_pipelines()
 RETURNS void
@@ -1195,7 +1208,9 @@ SET IntervalStyle=postgres
 SET bytea_output=hex
 SET plan_cache_mode=force_generic_plan
 SET hnsw.iterative_scan=strict_order
-SET hnsw.ef_search=40;
+SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1;
 
 CREATE FUNCTION embedline.check_vectors(pipeline_name text, version integer, texts text[], vectors bytea[])
 RETURNS TABLE(compared integer, of_another_model integer, lowest_cosine double precision, required_cosine double precision)
@@ -1322,6 +1337,8 @@ SET search_path=pg_catalog, pg_temp
 SET jit=off
 SET hnsw.iterative_scan=strict_order
 SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1
 SET enable_seqscan=on
 SET enable_sort=on
 SET enable_nestloop=on
@@ -1447,7 +1464,9 @@ SET search_path=pg_catalog, pg_temp
 SET jit=off
 SET plan_cache_mode=force_generic_plan
 SET hnsw.iterative_scan=strict_order
-SET hnsw.ef_search=40;
+SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1;
 
 CREATE FUNCTION embedline.search_derived(name text, subject text, k integer DEFAULT 10, leave_out_seen boolean DEFAULT false, per_document boolean DEFAULT true)
 RETURNS TABLE(key text, chunk text, score double precision, chunk_start integer, chunk_end integer)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from embedline.errors import InsufficientDisk
+from embedline.errors import InsufficientDisk, InsufficientMemory
 from embedline.indexes import resources
+from embedline.indexes.build import require_memory
 from embedline.indexes.resources import BuildSettings, Machine, Need, choose
 
 MB, GB = 1024**2, 1024**3
@@ -98,3 +99,10 @@ def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert available(tmp_path / "meminfo", tmp_path) == 2 * MB
     assert available(tmp_path / "none", tmp_path) is None
+
+
+def test_lists_are_not_built_in_less_memory_than_k_means_takes() -> None:
+    settings = BuildSettings(maintenance_work_mem_kb=512 * 1024, parallel_workers=0, notices=())
+    require_memory(settings, Need(memory=512 * 1024**2, disk=0), 1_000)
+    with pytest.raises(InsufficientMemory, match=r"1,000 lists takes 513 MB of memory, the build gets 512 MB"):
+        require_memory(settings, Need(memory=513 * 1024**2, disk=0), 1_000)

@@ -28,6 +28,11 @@ def test_empty_index_options_replace_those_of_the_serving_version() -> None:
     assert choice(index_options={}).over(_SERVING).index == IndexSpec("hnsw", {})
 
 
+def test_another_index_method_takes_no_options_of_the_serving_one() -> None:
+    assert choice(index_method="ivfflat").over(_SERVING).index == IndexSpec("ivfflat", {})
+    assert choice(index_method="hnsw").over(_SERVING).index == _SERVING.index
+
+
 def test_expressions_differ_by_parameter() -> None:
     before = Expressions("body", filter="lang = 'en'")
     assert Expressions("body").differing(before) == ["filter"]

@@ -37,7 +37,9 @@ _VERSION_COLUMNS = f"""
             FROM pg_class AS t JOIN pg_index AS i ON i.indrelid = t.oid JOIN pg_class AS x ON x.oid = i.indexrelid
             WHERE t.relname = p.name || '_v' || v.number AND t.relnamespace = 'embedline_data'::regnamespace
                 AND NOT i.indisprimary) AS has_index,
-           r.version_id IS NOT NULL AS is_checked, r.checked_to, r.ef_search, r.wide_ef_search, r.far_distance,
+           r.version_id IS NOT NULL AS is_checked, r.checked_to, r.far_distance, r.index_node::bigint AS index_node,
+           CASE v.index_method WHEN 'ivfflat' THEN r.probes ELSE r.ef_search END AS effort,
+           CASE v.index_method WHEN 'ivfflat' THEN r.wide_probes ELSE r.wide_ef_search END AS wide_effort,
            (SELECT jsonb_agg(jsonb_build_array(o.version_id, o.number, o.chunk_set) ORDER BY o.number)
             FROM embedline.version AS o WHERE o.pipeline_id = p.pipeline_id) AS versions,
            (SELECT jsonb_agg(to_jsonb(t) - 'tokenizer' ORDER BY t.number) FROM embedline.chunk_set AS t
@@ -251,9 +253,10 @@ def _reach_from_row(row: dict[str, object]) -> Reach | None:
     far = row["far_distance"]
     return Reach(
         checked_to=int(str(row["checked_to"])),
-        ef_search=_number(row["ef_search"]),
-        wide_ef_search=_number(row["wide_ef_search"]),
+        effort=_number(row["effort"]),
+        wide_effort=_number(row["wide_effort"]),
         far_distance=None if far is None else float(str(far)),
+        index_node=_number(row["index_node"]),
     )
 
 

@@ -39,7 +39,7 @@ class Settings(PacingLimits):
     - `max_replication_lag_seconds`, `max_xmin_age`: the limits at which workers slow down. They are the seconds that a replica
       lags, and the age of the oldest snapshot in transactions.
     - `rollback_window_hours`: how long the version that served before is kept after a cutover.
-    - `index_recall_target`: the recall@10 for which hnsw.ef_search is chosen.
+    - `index_recall_target`: the recall@10 for which hnsw.ef_search or ivfflat.probes is chosen.
     - `unknown_token_share`: the largest share of tokens unknown to the model with which a chunk is embedded.
     - `batch_retention_hours`: how long a finished batch is kept by itself; sums by the hour stay.
     - `alert_lag_seconds`, `alert_disk_percent`: limits at which `embedline.alert` warns: the age of the oldest change that

@@ -53,13 +53,14 @@ class Model:
 class Reach:
     """The measured recall of a version's search, a row of embedline.index_reach.
 
-    See the comments of its columns.
+    See the comments of its columns. `effort` is hnsw.ef_search of an HNSW index, ivfflat.probes of an IVFFlat index.
     """
 
     checked_to: int
-    ef_search: int | None
-    wide_ef_search: int | None
+    effort: int | None
+    wide_effort: int | None
     far_distance: float | None
+    index_node: int | None = None
 
 
 @dataclass(frozen=True)

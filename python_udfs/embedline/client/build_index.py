@@ -41,7 +41,8 @@ _INSUFFICIENT_RESOURCES = "53"
 _DEADLOCK = "40P01"
 _BACKEND = "SELECT pg_backend_pid()"
 _PROGRESS = """
-    SELECT phase, coalesce(100.0 * nullif(blocks_done, 0) / nullif(blocks_total, 0),
+    SELECT phase, coalesce(
+        CASE WHEN phase NOT LIKE '%loading tuples%' THEN 100.0 * nullif(blocks_done, 0) / nullif(blocks_total, 0) END,
         100.0 * nullif(tuples_done, 0) / nullif(tuples_total, 0), 0)::float8
     FROM pg_stat_progress_create_index WHERE pid = {pid}
 """

@@ -70,11 +70,15 @@ class ChunkingChoice:
         return self != ChunkingChoice()
 
 
+# Index methods as messages name them.
+METHOD_NAMES = {"hnsw": "HNSW", "ivfflat": "IVFFlat"}
+
+
 @dataclass(frozen=True)
 class IndexSpec:
     """The index of a version's vectors.
 
-    `method` is "hnsw" or "none"; `options` are pgvector's.
+    `method` is "hnsw", "ivfflat" or "none"; `options` are pgvector's.
     """
 
     method: str
@@ -188,10 +192,10 @@ class VersionChoice:
 
     def over(self, serving: VersionSpec) -> VersionSpec:
         """Return the complete spec, with the serving version's values for those not given."""
-        index = IndexSpec(
-            serving.index.method if self.index_method is None else self.index_method,
-            serving.index.options if self.index_options is None else self.index_options,
-        )
+        method = serving.index.method if self.index_method is None else self.index_method
+        # Options belong to a method.
+        inherited = serving.index.options if method == serving.index.method else {}
+        index = IndexSpec(method, inherited if self.index_options is None else self.index_options)
         return replace(
             serving,
             column_type=serving.column_type if self.column_type is None else self.column_type,

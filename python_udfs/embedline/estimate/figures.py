@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from embedline.catalog.values import Model
-from embedline.core import storage_size
+from embedline.core import ivfflat, storage_size
 from embedline.estimate.estimators import Amount
 from embedline.estimate.measure import Measured
 from embedline.estimate.plan import Plan
@@ -42,27 +43,44 @@ def _rounded(number: float, decimals: int) -> str:
 
 
 def sizes(plan: Plan, model: Model, measured: Measured, server_version: int) -> list[Figure]:
-    """Return the size of vectors and index, and the memory to build it."""
+    """Return the size of vectors and index, and the memory to build it.
+
+    Those of the other index method stand beside those of the one that is chosen.
+    """
     chunks = measured.sample.total(measured.chunks)
     dimensions = model.config.dimensions or 0
     kind = f"{plan.column_type}({dimensions})"
 
-    def size(bytes_of: Any, *more: int) -> Amount:
-        low, value, high = (
-            bytes_of(count, dimensions, plan.column_type, *more) / MEGABYTE
-            for count in (chunks.low, chunks.value, min(chunks.high, 1e15))
-        )
+    def size(bytes_of: Callable[[float], float]) -> Amount:
+        low, value, high = (bytes_of(count) / MEGABYTE for count in (chunks.low, chunks.value, min(chunks.high, 1e15)))
         return Amount(value, max(high - value, value - low) if chunks.margin else 0.0)
 
-    figures = [Figure("vectors", size(storage_size.table_bytes), "MB", f"{kind} with the primary key", 1)]
-    if plan.has_index and storage_size.has_hnsw(dimensions, plan.column_type):
-        index = f"HNSW, m = {plan.m}"
-        memory = "while it is built; set maintenance_work_mem to at least that"
-        figures.append(Figure("index", size(storage_size.hnsw_bytes, plan.m), "MB", index, 1))
-        figures.append(
-            Figure("index memory", size(storage_size.hnsw_build_memory, plan.m, server_version), "MB", memory, 1)
-        )
-    else:
-        note = f"none; HNSW indexes vector up to 2000 dimensions, halfvec up to 4000, this is {kind}"
-        figures.append(Figure("index", None, "MB", note))
+    def lists(count: float) -> int:
+        return plan.lists or ivfflat.default_lists(count)
+
+    shape = (dimensions, plan.column_type)
+    vectors = size(lambda count: storage_size.table_bytes(count, *shape))
+    figures = [Figure("vectors", vectors, "MB", f"{kind} with the primary key", 1)]
+    if plan.method == "none" or not storage_size.has_hnsw(*shape):
+        note = f"none; indexes take vector up to 2000 dimensions, halfvec up to 4000, this is {kind}"
+        return [*figures, Figure("index", None, "MB", note)]
+    methods = {
+        "hnsw": (
+            f"HNSW, m = {plan.m}",
+            size(lambda count: storage_size.hnsw_bytes(count, *shape, plan.m)),
+            size(lambda count: storage_size.hnsw_build_memory(count, *shape, plan.m, server_version)),
+            "while it is built; set maintenance_work_mem to at least that",
+        ),
+        "ivfflat": (
+            f"IVFFlat, lists = {lists(chunks.value)}",
+            size(lambda count: ivfflat.index_bytes(count, *shape, lists(count))),
+            size(lambda count: ivfflat.build_memory(count, *shape, lists(count))),
+            "while it is built; pgvector refuses to build it with less maintenance_work_mem",
+        ),
+    }
+    for method in (plan.method, "ivfflat" if plan.method == "hnsw" else "hnsw"):
+        label = "" if method == plan.method else "other "
+        what, index, memory, note = methods[method]
+        figures.append(Figure(f"{label}index", index, "MB", what, 1))
+        figures.append(Figure(f"{label}index memory", memory, "MB", note, 1))
     return figures

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedline.catalog.load import load_embedding_model, load_pipeline
-from embedline.catalog.values import Model, Pipeline
+from embedline.catalog.values import Model, Pipeline, Version
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
 from embedline.core.expression import require_single_expression
@@ -48,8 +48,10 @@ class Plan:
     spec: ChunkingSpec
     column_type: str
     m: int
-    has_index: bool
+    # "hnsw", "ivfflat" or "none", and the lists asked for.
+    method: str
     pipeline: str | None
+    lists: int | None = None
 
 
 def find_plan(
@@ -84,7 +86,7 @@ def find_plan(
     require_single_expression(content, "content")
     tokens = min(_DEFAULT_CHUNK_TOKENS, model.max_tokens or _DEFAULT_CHUNK_TOKENS)
     table = Subject(found[0]["source"], int(found[0]["source_oid"]), content, search_path=search_path)
-    return Plan(table, ChunkingSpec("recursive", tokens), "vector", 16, True, None), model
+    return Plan(table, ChunkingSpec("recursive", tokens), "vector", 16, "hnsw", None), model
 
 
 def _table(session: Session, subject: str) -> list[dict[str, Any]]:
@@ -107,8 +109,13 @@ def _pipeline_plan(session: Session, name: str, row: dict[str, Any], model_name:
             run_as=row["owner"] if row["superuser"] else None,
         ),
         spec=pipeline.spec, column_type=version.column_type, m=int(str(version.index_options.get("m", 16))),
-        has_index=version.index_method == "hnsw", pipeline=name,
+        method=version.index_method, pipeline=name, lists=_lists(version),
     ), model  # fmt: skip
+
+
+def _lists(version: Version) -> int | None:
+    given = version.index_options.get("lists")
+    return None if given is None else int(str(given))
 
 
 def _expressions(session: Session, pipeline: Pipeline) -> dict[str, str]:

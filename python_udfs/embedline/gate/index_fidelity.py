@@ -1,4 +1,4 @@
-"""Measure index fidelity: the share of the exact results that HNSW indexes find.
+"""Measure index fidelity: the share of the exact results that vector indexes find.
 
 Both use the same vectors, so no labels are needed. The index that search uses decides. Shadow indexes of less precision
 are measured beside it, each as search would use it.
@@ -18,10 +18,11 @@ import numpy.typing as npt
 from embedline.catalog import progress
 from embedline.catalog.values import Pipeline
 from embedline.core.retrieval_metrics import recall_by_distance
+from embedline.core.sql_text import quote_literal
 from embedline.errors import NotReady
 from embedline.gate import statistics
 from embedline.gate.statistics import Verdict
-from embedline.indexes import precision
+from embedline.indexes import lists, precision
 from embedline.indexes.definitions import VectorIndex
 from embedline.postgres.session import Session
 from embedline.search.exact_ranking import nearest_distances
@@ -158,6 +159,8 @@ def _ask(ranker: Ranker, sample: _Sample) -> tuple[npt.NDArray[np.float64], list
 
 
 def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample, min_recall: float) -> str:
+    if index.method == "ivfflat":
+        return _list_advice(session, pipeline, index, sample, min_recall)
     with _index_forced(session):
         for ef_search in _EF_SEARCHES:
             recall = float(_ask(Ranker(session, pipeline, ef_search, index, ranks_new=False), sample)[0].mean())
@@ -167,6 +170,20 @@ def _advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _S
         # The whole vectors rank its candidates, so they cannot repair a candidate that it misses.
         return f"; no ef_search reaches it: add the index again with oversampling above {index.oversampling:g}"
     return "; no ef_search reaches it: build the index with a larger m or ef_construction"
+
+
+def _list_advice(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample, min_recall: float) -> str:
+    # With all lists probed the ranking is exact, so some number of them is enough.
+    all_lists = lists.list_count(session, index)
+    with _index_forced(session):
+        for probes in (*(2**power for power in range(all_lists.bit_length()) if 2**power < all_lists), all_lists):
+            recall = float(_ask(Ranker(session, pipeline, probes, index, ranks_new=False), sample)[0].mean())
+            if recall >= min_recall:
+                break
+    return (
+        f"; {probes} probes of {all_lists} lists have {recall:.3f}:"
+        f" SELECT * FROM embedline.verify({quote_literal(pipeline.name)}); measures the probes again"
+    )
 
 
 def _is_used(session: Session, pipeline: Pipeline, index: VectorIndex, sample: _Sample) -> bool:

@@ -7,14 +7,23 @@ client (index_build), or a person.
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
-from embedline.core import names
+from embedline.core import ivfflat, names
 from embedline.core.storage_size import hnsw_build_memory, hnsw_bytes
-from embedline.errors import InvalidParameter
-from embedline.indexes.definitions import VectorIndex, create_index_statement, find_index, index_state, load_indexes
+from embedline.errors import InsufficientMemory, InvalidParameter
+from embedline.indexes.definitions import (
+    VectorIndex,
+    create_index_statement,
+    find_index,
+    index_state,
+    load_indexes,
+    wanted_lists,
+)
 from embedline.indexes.resources import BuildSettings, Need, choose, look_at_machine
 from embedline.postgres import cron
 from embedline.postgres.entry import entry_point
@@ -36,10 +45,45 @@ def build_settings(
 
     Raises InsufficientDisk if the disk has no room for it.
     """
+    if index.method == "ivfflat":
+        return _list_settings(session, pipeline, index, count, parallel_workers)
     m = int(str(pipeline.version.index_options.get("m", _DEFAULT_M)))
     shape = (count, index.dimensions, index.element_type, m)
     need = Need(memory=hnsw_build_memory(*shape, session.server_version), disk=hnsw_bytes(*shape))
     return choose(need, look_at_machine(session), parallel_workers)
+
+
+def _list_settings(
+    session: Session, pipeline: Pipeline, index: VectorIndex, count: int, parallel_workers: int | None
+) -> BuildSettings:
+    """Return how to build an IVFFlat index; raise InsufficientMemory."""
+    lists = wanted_lists(pipeline, count)
+    shape = (count, index.dimensions, index.element_type, lists)
+    need = Need(memory=ivfflat.build_memory(*shape), disk=ivfflat.index_bytes(*shape))
+    # Such a build takes next to no shared memory: k-means is one process's, and the workers sort in files.
+    machine = replace(look_at_machine(session), free_shared_memory=None)
+    settings = replace(choose(need, machine, parallel_workers), notices=())
+    require_memory(settings, need, lists)
+    return settings
+
+
+def require_memory(settings: BuildSettings, need: Need, lists: int) -> None:
+    """Raise InsufficientMemory if k-means needs more than the build gets.
+
+    pgvector refuses the build then, after it has read the samples.
+    """
+    if settings.maintenance_work_mem_kb * 1024 < need.memory:
+        raise InsufficientMemory(
+            f"k-means for {lists:,} lists takes {need.memory / 2**20:,.0f} MB of memory,"
+            f" the build gets {settings.maintenance_work_mem_kb // 1024:,} MB",
+            detail="pgvector builds no IVFFlat index with less maintenance_work_mem.",
+            hint=f"ALTER SYSTEM SET maintenance_work_mem = '{math.ceil(need.memory / 2**20)}MB'; SELECT pg_reload_conf();"
+            " A version may also ask for fewer lists, with index_options.",
+        )
+
+
+def _vector_count(session: Session, pipeline: Pipeline) -> int:
+    return int(session.scalar(f"SELECT count(*) FROM {pipeline.vectors}"))
 
 
 def _chosen(session: Session, name: str, number: int | None) -> Pipeline:
@@ -56,7 +100,8 @@ def index_statement(session: Session, name: str, number: int | None, precision: 
     index = find_index(session, pipeline, precision)
     if index is None or index_state(session, index) == "valid":
         return None
-    return create_index_statement(pipeline, index)
+    count = _vector_count(session, pipeline) if index.method == "ivfflat" else 0
+    return create_index_statement(pipeline, index, count)
 
 
 @entry_point
@@ -80,7 +125,7 @@ def index_plan(
     return json.dumps({
         "state": state,
         "index": index.qualified,
-        "statement": create_index_statement(pipeline, index),
+        "statement": create_index_statement(pipeline, index, count),
         "maintenance_work_mem_kb": settings.maintenance_work_mem_kb,
         "parallel_workers": settings.parallel_workers,
         "notices": settings.notices,
@@ -93,19 +138,27 @@ def job(pipeline: Pipeline, index: VectorIndex) -> str:
     return names.index_job(pipeline.name, pipeline.version.number, index.precision)
 
 
-def schedule_build(session: Session, pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> None:
-    """Have pg_cron build an index."""
-    cron.schedule(session, job(pipeline, index), _EACH_MINUTE, _job_command(pipeline, index, settings))
+def schedule_build(
+    session: Session, pipeline: Pipeline, index: VectorIndex, count: int, parallel_workers: int | None = None
+) -> BuildSettings:
+    """Have pg_cron build an index over `count` vectors.
+
+    Returns the settings of the build.
+    """
+    settings = build_settings(session, pipeline, index, count, parallel_workers)
+    command = _job_command(create_index_statement(pipeline, index, count), settings)
+    cron.schedule(session, job(pipeline, index), _EACH_MINUTE, command)
+    return settings
 
 
-def _job_command(pipeline: Pipeline, index: VectorIndex, settings: BuildSettings) -> str:
+def _job_command(statement: str, settings: BuildSettings) -> str:
     """Return a job's command: one statement, which carries its settings in a comment.
 
     A job has a session of its own, but SET and CREATE INDEX CONCURRENTLY in one string would be one transaction. The
     event trigger embedline_build_settings reads the comment and sets them as the statement begins.
     """
     return (
-        f"{create_index_statement(pipeline, index)} /* embedline build: maintenance_work_mem ="
+        f"{statement} /* embedline build: maintenance_work_mem ="
         f" {settings.maintenance_work_mem_kb}kB, max_parallel_maintenance_workers = {settings.parallel_workers} */"
     )
 
@@ -131,12 +184,11 @@ def build_vector_index(session: Session, name: str, number: int | None) -> str:
     bound_lock_wait(session)
     done = []
     for index in lacking:
-        settings = build_settings(session, pipeline, index, count, None)
-        for notice in settings.notices:
-            session.plpy.notice(f"{index.name}: {notice}")
         if states[index] == "invalid":
             session.execute(f"DROP INDEX {index.qualified}")
-        schedule_build(session, pipeline, index, settings)
+        settings = schedule_build(session, pipeline, index, count)
+        for notice in settings.notices:
+            session.plpy.notice(f"{index.name}: {notice}")
         done.append(
             f"pg_cron builds {index.name} at the next full minute, with maintenance_work_mem ="
             f" {settings.maintenance_work_mem_kb // 1024} MB and {settings.parallel_workers} parallel workers"

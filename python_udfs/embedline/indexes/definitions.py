@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from embedline.catalog.values import Pipeline
 from embedline.core import names
+from embedline.core.ivfflat import default_lists
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.errors import NotFound
 from embedline.postgres.relations import data_name, vector_schema
@@ -43,6 +44,8 @@ class VectorIndex:
     element_type: str
     dimensions: int
     oversampling: float = 1.0
+    # "hnsw" or "ivfflat".
+    method: str = "hnsw"
 
     @property
     def qualified(self) -> str:
@@ -61,6 +64,7 @@ def own_index(pipeline: Pipeline, schema: str) -> VectorIndex:
         operator_class=f"{schema}.{version.operator_class}",
         element_type=version.column_type,
         dimensions=version.dimensions,
+        method="ivfflat" if version.index_method == "ivfflat" else "hnsw",
     )
 
 
@@ -129,12 +133,22 @@ def index_state(session: Session, index: VectorIndex) -> State:
     return state
 
 
-def create_index_statement(pipeline: Pipeline, index: VectorIndex) -> str:
-    """Return the CREATE INDEX CONCURRENTLY of one index."""
-    chosen = {"ef_construction": EF_CONSTRUCTION, **pipeline.version.index_options}
+def wanted_lists(pipeline: Pipeline, count: int) -> int:
+    """Return the number of lists of the version's IVFFlat index over `count` vectors."""
+    return int(str(pipeline.version.index_options.get("lists", default_lists(count))))
+
+
+def create_index_statement(pipeline: Pipeline, index: VectorIndex, count: int) -> str:
+    """Return the CREATE INDEX CONCURRENTLY of one index over `count` vectors."""
+    given = pipeline.version.index_options
+    if index.method == "ivfflat":
+        chosen: dict[str, object] = {"lists": wanted_lists(pipeline, count)}
+    else:
+        # A shadow index is HNSW, and takes no options of another method.
+        chosen = {"ef_construction": EF_CONSTRUCTION, **({} if "lists" in given else given)}
     options = ", ".join(f"{name} = {int(str(value))}" for name, value in sorted(chosen.items()))
     return (
         f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {quote_ident(index.name)} ON {pipeline.vectors}"
-        f" USING hnsw ({index.operand.format(quote_ident(pipeline.version.column))} {index.operator_class})"
+        f" USING {index.method} ({index.operand.format(quote_ident(pipeline.version.column))} {index.operator_class})"
         f" WITH ({options})"
     )

@@ -89,6 +89,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("version_dead_letters", "gauge", "Chunks that the version gave up and that are not accepted.", _VERSION),
     Metric("ef_search", "gauge", "hnsw.ef_search that searches use, as measured.", _VERSION),
+    Metric("probes", "gauge", "ivfflat.probes that searches use, as measured.", _VERSION),
     Metric("reach_recall_ratio", "gauge", "Lowest measured recall@10 of the index, from 0 to 1.", _VERSION),
     Metric("index_bytes", "gauge", "Bytes of a valid vector index.", ("pipeline", "version", "index")),
     Metric("index_build_ratio", "gauge", "Progress of a phase of a build, 0 to 1.", ("pipeline", "version", "index")),

@@ -101,7 +101,7 @@ _VERSIONS = f"""
         GROUP BY d.version_id
     ),
     counted AS (
-        SELECT p.name, v.number, i.ef_search, i.recall, {_ROWS.format("t.oid")} AS vectors,
+        SELECT p.name, v.number, i.ef_search, i.probes, i.recall, {_ROWS.format("t.oid")} AS vectors,
             pg_stat_get_dead_tuples(t.oid) AS dead_tuples, {_ROWS.format("c.oid")} AS chunks, coalesce(d.n, 0) AS dead,
             coalesce(q.n, 0) + coalesce(d.n, 0) + (v.state <> 'complete')::int AS missing
         FROM embedline.version AS v
@@ -114,7 +114,7 @@ _VERSIONS = f"""
         WHERE t.oid IS NOT NULL
     )
     SELECT k.name AS pipeline, k.number AS version, k.vectors, k.dead_tuples, k.dead AS version_dead_letters, k.ef_search,
-        k.recall::float8 AS reach_recall_ratio, {_SHARE.format("k.missing", "k.chunks")} AS coverage_chunks_ratio
+        k.probes, k.recall::float8 AS reach_recall_ratio, {_SHARE.format("k.missing", "k.chunks")} AS coverage_chunks_ratio
     FROM counted AS k ORDER BY k.name, k.number
 """
 _INDEXES = """

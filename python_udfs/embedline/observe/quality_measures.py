@@ -122,7 +122,7 @@ def index(session: Session, pipeline: Pipeline, kinds: Collection[Kind]) -> Step
     """Measure the share of the exact results that the index finds.
 
     Queries are made up, and real ones if there are any. One pass over the vectors serves both. Like each measurement of
-    the index it also chooses hnsw.ef_search.
+    the index it also chooses hnsw.ef_search or ivfflat.probes.
     """
     if not pipeline.version.has_index:
         return []

@@ -27,7 +27,8 @@ _UNUSED = """
             < now() - make_interval(days => $1)
 """
 _MEASURED = """
-    SELECT p.name AS pipeline, r.ef_search, r.recall
+    SELECT p.name AS pipeline, CASE v.index_method WHEN 'ivfflat' THEN 'probes' ELSE 'ef_search' END AS setting,
+        CASE v.index_method WHEN 'ivfflat' THEN r.probes ELSE r.ef_search END AS effort, r.recall
     FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id
     LEFT JOIN embedline.index_reach AS r ON r.version_id = v.version_id
     WHERE embedline._index_state(p.name || '_v' || v.number || '_embedding_idx') = 'valid' ORDER BY p.name
@@ -69,13 +70,13 @@ def measured_recall(session: Session) -> Iterator[Finding]:
     """
     for row in session.query(_MEASURED):
         name = str(row["pipeline"])
-        if row["ef_search"] is None:
+        if row["effort"] is None:
             what = "the recall of its index is not measured yet; an idle worker does that, and each verify"
             yield Finding(
                 "note", "index_not_measured", name, what, f"SELECT * FROM embedline.verify({quote_literal(name)});"
             )
         else:
-            what = f"recall@10 {row['recall']:.3f} with ef_search {row['ef_search']}"
+            what = f"recall@10 {row['recall']:.3f} with {row['setting']} {row['effort']}"
             yield Finding("ok", "index_recall", name, what)
 
 

@@ -7,18 +7,24 @@ from collections.abc import Mapping
 
 from embedline.catalog.values import Model
 from embedline.chunking import ChunkingSpec, chunking_spec
-from embedline.core.recipe import ChunkingChoice, VersionSpec
+from embedline.core.ivfflat import MAX_LISTS
+from embedline.core.recipe import METHOD_NAMES, ChunkingChoice, VersionSpec
 from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import InvalidParameter
 
 _CHOICES = {
     "column_type": ("vector", "halfvec"),
     "distance": ("cosine", "inner_product", "l2"),
-    "index_method": ("hnsw", "none"),
+    "index_method": ("hnsw", "ivfflat", "none"),
     "capture": ("auto", "statement", "row"),
 }
-# Smallest and largest value of each of pgvector's options of an HNSW index.
-_INDEX_OPTIONS = {"m": (2, 100), "ef_construction": (4, 1000)}
+# Smallest and largest value of each of pgvector's options of an index.
+_HNSW_OPTIONS = {"m": (2, 100), "ef_construction": (4, 1000)}
+_INDEX_OPTIONS = {"hnsw": _HNSW_OPTIONS, "ivfflat": {"lists": (1, MAX_LISTS)}, "none": _HNSW_OPTIONS}
+_OPTIONS_HINT = {
+    "hnsw": "HNSW takes m (2 to 100) and ef_construction (4 to 1000).",
+    "ivfflat": f"IVFFlat takes lists (1 to {MAX_LISTS}); without it the number of rows decides when the index is built.",
+}
 _DEFAULT_CHUNK_TOKENS = 256
 
 
@@ -37,19 +43,20 @@ def check_version(spec: VersionSpec, model: Model) -> None:
     check_choices({"column_type": column_type, "distance": spec.distance, "index_method": method})
     dimensions = model.config.dimensions or 0
     limit = INDEX_DIMENSIONS[column_type]
-    if method == "hnsw" and dimensions > limit:
+    if method != "none" and dimensions > limit:
+        name = METHOD_NAMES[method]
         hint = "Use index_method => 'none', or a model of fewer dimensions."
         if column_type == "vector" and dimensions <= INDEX_DIMENSIONS["halfvec"]:
-            hint = "Use column_type => 'halfvec', which HNSW indexes up to 4000 dimensions."
+            hint = f"Use column_type => 'halfvec', which {name} indexes up to 4000 dimensions."
         raise InvalidParameter(
-            f"HNSW indexes {column_type} up to {limit} dimensions; {dimensions} are too many", hint=hint
+            f"{name} indexes {column_type} up to {limit} dimensions; {dimensions} are too many", hint=hint
         )
     for option, value in spec.index.options.items():
-        low, high = _INDEX_OPTIONS.get(option, (1, 0))
-        if not isinstance(value, int) or not low <= value <= high:
+        low, high = _INDEX_OPTIONS[method].get(option, (1, 0))
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise InvalidParameter(
                 f'index option "{option}" cannot be {value}',
-                hint="HNSW takes m (2 to 100) and ef_construction (4 to 1000).",
+                hint=_OPTIONS_HINT.get(method, _OPTIONS_HINT["hnsw"]),
             )
 
 

@@ -17,6 +17,7 @@ from embedline.catalog.values import Pipeline
 from embedline.core import names, vectors
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix
+from embedline.indexes import lists
 from embedline.indexes.definitions import EF_CONSTRUCTION, own_index
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
@@ -158,19 +159,12 @@ def _yardstick(session: Session, pipeline: Pipeline) -> _Yardstick | None:
         return None
     distance = pipeline.version.distance
     own = tenth_best(sample, sample, distance, is_itself=True)
-    share = min(_FAR_SHARE, _most_exact(pipeline) / max(_row_count(session, pipeline), 1))
+    share = min(_FAR_SHARE, _most_exact(pipeline) / max(lists.row_count(session, pipeline), 1))
     return _Yardstick(sample, float(np.quantile(own, share)), distance)
 
 
 def _most_exact(pipeline: Pipeline) -> int:
     return max(100, _FAR_BYTES // (4 * pipeline.version.dimensions))
-
-
-def _row_count(session: Session, pipeline: Pipeline) -> int:
-    known = session.scalar("SELECT reltuples FROM pg_class WHERE oid = to_regclass($1)", ["text"], pipeline.vectors)
-    if known is not None and known > 0:
-        return int(known)
-    return int(session.scalar(f"SELECT count(*) FROM {pipeline.vectors}"))
 
 
 def random_chunks(pipeline: Pipeline) -> str:
@@ -323,8 +317,11 @@ def _look_again(session: Session, pipeline: Pipeline, yardstick: _Yardstick | No
     )
 
 
-def rebuild_hint(pipeline: Pipeline) -> str:
+def rebuild_hint(session: Session, pipeline: Pipeline) -> str:
     """Return the statements that rebuild the version's index with a better graph."""
-    index = own_index(pipeline, "").qualified
+    own = own_index(pipeline, "")
+    index = own.qualified
+    if own.method == "ivfflat":
+        return lists.rebuild_statements(session, pipeline, own)
     better = min(2 * int(str(pipeline.version.index_options.get("ef_construction", EF_CONSTRUCTION))), 1000)
     return f"ALTER INDEX {index} SET (ef_construction = {better}); REINDEX INDEX CONCURRENTLY {index};"

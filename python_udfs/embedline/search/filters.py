@@ -20,7 +20,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.indexes import precision
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
-from embedline.search.ranking import MAX_EF_SEARCH, Ranker, Row, in_order, newest_rows, version_view
+from embedline.search.ranking import Ranker, Row, in_order, newest_rows, version_view
 
 # Chunks that are ranked exactly: 1,000 of 256 dimensions take 20 ms, 10,000 take 50 ms, most of it for joins.
 _FEW = 5_000
@@ -29,9 +29,8 @@ _FEW = 5_000
 _EF_FACTOR = 6
 _CHUNKS = "SELECT reltuples FROM pg_class WHERE relname = $1 AND relnamespace = 'embedline_data'::regnamespace"
 _SPARE = 10
-_SCAN = """
-    SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', 'strict_order', true),
-        set_config('hnsw.max_scan_tuples', '1000000', true), set_config('hnsw.scan_mem_multiplier', '16', true)
+_LIMITS = """
+    SELECT set_config('hnsw.max_scan_tuples', '1000000', true), set_config('hnsw.scan_mem_multiplier', '16', true)
 """
 
 
@@ -79,8 +78,8 @@ class FilteredRows:
         expected = self.estimate()
         if self._are_few(expected):
             return self._exactly(vector, k)
-        candidates = _EF_FACTOR * k * self._chunks() / expected
-        self._session.query(_SCAN, ["text"], str(int(min(max(candidates, ranker.ef_search(k)), MAX_EF_SEARCH))))
+        self._session.query(_LIMITS)
+        ranker.prepare_filtered(k, int(_EF_FACTOR * k * self._chunks() / expected))
         types = [f"{vector_schema(self._session)}.{self._pipeline.version.column_type}"]
         found = self.run(self.statement(k, is_exact=False), types, vector)
         if len(found) < k:

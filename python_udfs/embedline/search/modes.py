@@ -14,7 +14,7 @@ from embedline.search import query_vector
 from embedline.search.filters import FilteredRows
 from embedline.search.fusion import best_of_documents, fuse
 from embedline.search.keyword_ranking import KeywordRanker, require_index
-from embedline.search.ranking import Ranker, Row, as_result
+from embedline.search.ranking import Ranker, Row, as_result, serving_ranker
 from embedline.search.request import SearchRequest
 
 # Factor by which the arms rank more chunks while too few documents are among them, and its end.
@@ -122,7 +122,7 @@ class _VectorArm:
         self._pending = query_vector.start(session, pipeline, request.query)
         self._literal: str | None = None
         try:
-            self._ranker = Ranker(session, pipeline, request.ef_search)
+            self._ranker = serving_ranker(session, pipeline, request.ef_search)
         except BaseException:
             self._pending.cancel()
             raise

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from embedline.catalog.values import Pipeline
+from embedline.core.ivfflat import MAX_LISTS
 from embedline.core.sql_text import quote_ident
 from embedline.errors import NotFound
-from embedline.indexes import precision
+from embedline.indexes import lists, precision
 from embedline.indexes.definitions import VectorIndex
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
@@ -26,6 +27,8 @@ MAX_EF_SEARCH = 1000
 # Until an index is measured. Recall@10 of 100,000 package summaries: 0.94 with 40, 0.98 with 100 (m 16, ef_construction
 # 200).
 DEFAULT_EF_SEARCH = 100
+# Probes of a filtered scan for each one of a scan without a filter.
+_FILTERED_PROBES = 2
 # Chunks asked for at first for each document wanted, because one document may have many of the nearest.
 OVERFETCH = 4
 # Rows asked for beyond those wanted, so that the last of rows with one score are also ordered by their keys.
@@ -80,9 +83,15 @@ def version_view(session: Session, pipeline: Pipeline) -> str:
 
 # Without an iterative scan, dead tuples and row-level security would shorten the result. The SET clauses of the SQL
 # function restore the caller's values at its end.
-_SCAN = """
-    SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', 'strict_order', true)
-"""
+_SCAN = {
+    "hnsw": """
+        SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', 'strict_order', true)
+    """,
+    # There is no strict order of it. Rows of one pass over the lists are in order, and in_order sorts those of several.
+    "ivfflat": """
+        SELECT set_config('ivfflat.probes', $1, true), set_config('ivfflat.iterative_scan', 'relaxed_order', true)
+    """,
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,15 @@ class _Answer:
     is_all: bool
 
 
+def serving_ranker(session: Session, pipeline: Pipeline, ef_search: int | None) -> Ranker:
+    """Return the ranker of a search.
+
+    A caller's ef_search has no meaning for an index that is not HNSW.
+    """
+    index = precision.chosen_index(session, pipeline)
+    return Ranker(session, pipeline, ef_search if index.method == "hnsw" else None, index)
+
+
 class Ranker:
     """Rank one version with the index and the settings that serve it."""
 
@@ -100,17 +118,18 @@ class Ranker:
         self,
         session: Session,
         pipeline: Pipeline,
-        ef_search: int | None = None,
+        effort: int | None = None,
         index: VectorIndex | None = None,
         *,
         ranks_new: bool = True,
     ) -> None:
         """Prepare for a version, with the index that search has chosen or the given one.
 
-        An `ef_search` given by a caller is used as it is, and nothing is searched again. A measurement of the index
-        leaves new rows to the index (not `ranks_new`), because they are ranked exactly for a short time only.
+        An `effort` (ef_search or probes) given by a caller is used as it is, and nothing is searched again. A
+        measurement of the index leaves new rows to the index (not `ranks_new`), because they are ranked exactly for a
+        short time only.
         """
-        self.session, self._pipeline, self._given, self._ranks_new = session, pipeline, ef_search, ranks_new
+        self.session, self._pipeline, self._given, self._ranks_new = session, pipeline, effort, ranks_new
         self._index = index or precision.chosen_index(session, pipeline)
         self._vector_type = f"{vector_schema(session)}.{pipeline.version.column_type}"
         # Rows that a policy hides would be left out after the ranking. The view's plan takes the policy into account.
@@ -130,9 +149,9 @@ class Ranker:
         if how is not None or self._given is not None or reach is None or reach.far_distance is None:
             return rows
         is_usual = bool(rows) and rows[0]["distance"] <= reach.far_distance
-        if is_usual or reach.wide_ef_search == reach.ef_search:
+        if is_usual or reach.wide_effort == reach.effort:
             return rows
-        return self._enough(vector, k, per_document, "exact" if reach.wide_ef_search is None else "wide")
+        return self._enough(vector, k, per_document, "exact" if reach.wide_effort is None else "wide")
 
     def plan(self, vector: str, k: int, how: How = "usual") -> str:
         """Return the planner's plan of a ranking, as JSON."""
@@ -161,22 +180,38 @@ class Ranker:
                 return rows[:k]
             limit *= _MORE
 
-    def ef_search(self, limit: int, how: How = "usual") -> int:
-        """Return hnsw.ef_search for the nearest `limit` rows."""
+    def prepare(self, limit: int, how: How = "usual") -> None:
+        """Set how far the transaction's scans search for the nearest `limit` rows."""
+        self.session.query(_SCAN[self._index.method], ["text"], str(self.effort(limit, how)))
+
+    def prepare_filtered(self, limit: int, candidates: float) -> None:
+        """Set how far scans search that a filter thins out.
+
+        Of their nearest rows the later ones count, too.
+        """
+        if self._index.method == "ivfflat":
+            effort = min(_FILTERED_PROBES * self.effort(int(candidates)), MAX_LISTS)
+        else:
+            effort = int(min(max(candidates, self.effort(limit)), MAX_EF_SEARCH))
+        self.session.query(_SCAN[self._index.method], ["text"], str(effort))
+
+    def effort(self, limit: int, how: How = "usual") -> int:
+        """Return hnsw.ef_search, or ivfflat.probes, for the nearest `limit` rows."""
         if self._given is not None:
             return self._given
         if self._index.precision is not None:
             return precision.ef_search(self._index, limit)
         reach = self._pipeline.version.reach
-        measured = None if reach is None else reach.wide_ef_search if how == "wide" else reach.ef_search
+        measured = None if reach is None else reach.wide_effort if how == "wide" else reach.effort
+        if self._index.method == "ivfflat":
+            return lists.probes(self.session, self._index, measured, limit)
         # Twice the rows: recall@10 of the manual's index terms was 0.768 with 40 for 40 rows, 0.780 with 80 (exact
         # 0.793).
         return min(max(measured or DEFAULT_EF_SEARCH, 2 * limit), MAX_EF_SEARCH)
 
     def _ask(self, vector: str, limit: int, how: How) -> _Answer:
         if how != "exact":
-            ef_search = str(self.ef_search(limit, how))
-            self.session.query(_SCAN, ["text"], ef_search)
+            self.prepare(limit, how)
         after = self._after() if how != "exact" else None
         statement = self.statement(limit + _SPARE, how)
         if after is None:

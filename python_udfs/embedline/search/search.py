@@ -22,7 +22,8 @@ from embedline.search.version_choice import answer
 _PREPARE_SCAN = """
     SELECT set_config(s.name, s.value, true)
     FROM (VALUES ('hnsw.iterative_scan', 'off', 'strict_order'), ('hnsw.ef_search', '40', $1),
-        ('hnsw.max_scan_tuples', '20000', '200000'), ('hnsw.scan_mem_multiplier', '1', '16')) AS s (name, usual, value)
+        ('hnsw.max_scan_tuples', '20000', '200000'), ('hnsw.scan_mem_multiplier', '1', '16'),
+        ('ivfflat.iterative_scan', 'off', 'relaxed_order'), ('ivfflat.probes', '1', $2)) AS s (name, usual, value)
     WHERE current_setting(s.name, true) = s.usual OR current_setting(s.name, true) IS NULL
 """
 
@@ -51,11 +52,16 @@ def _prepare_scan(session: Session, pipeline: Pipeline) -> None:
     iterative scan LIMIT 100 over the routing view gave 40 rows, and a filter fewer still. Values that the session has
     set itself stay.
     """
+    from embedline.indexes import lists, precision
     from embedline.search import ranking
 
     reach = pipeline.version.reach
-    measured = None if reach is None else reach.ef_search
-    session.query(_PREPARE_SCAN, ["text"], str(measured or ranking.DEFAULT_EF_SEARCH))
+    measured = None if reach is None else reach.effort
+    ef_search, probes = measured or ranking.DEFAULT_EF_SEARCH, 1
+    index = precision.chosen_index(session, pipeline)
+    if index.method == "ivfflat":
+        ef_search, probes = ranking.DEFAULT_EF_SEARCH, lists.probes(session, index, measured, 1)
+    session.query(_PREPARE_SCAN, ["text", "text"], str(ef_search), str(probes))
 
 
 @entry_point
@@ -97,7 +103,7 @@ def _rank(session: Session, pipeline: Pipeline, request: SearchRequest) -> list[
         # While the provider works: a session's first search imports the ranker, and each search prepares it.
         from embedline.search import ranking
 
-        ranker = ranking.Ranker(session, pipeline, request.ef_search)
+        ranker = ranking.serving_ranker(session, pipeline, request.ef_search)
     except BaseException:
         pending.cancel()
         raise

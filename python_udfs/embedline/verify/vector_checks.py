@@ -80,7 +80,7 @@ def unreachable(session: Session, pipeline: Pipeline, repair: bool) -> list[Find
             keep_exact(session, version, missed, [-math.inf] * len(missed))
         example: dict[str, Any] = {"version": version.version.number, "chunk_id": missed[0]}
         if measured.is_poor:
-            example["hint"] = rebuild_hint(version)
+            example["hint"] = rebuild_hint(session, version)
         findings.append(Finding("unreachable", len(missed), len(missed) if repair else 0, example))
     return findings
 

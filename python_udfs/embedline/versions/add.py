@@ -11,7 +11,7 @@ from embedline.catalog.values import Model, Pipeline
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
 from embedline.core.fingerprint import recipe_stamp
-from embedline.core.recipe import ChunkingChoice, IndexSpec, VersionChoice, VersionSpec
+from embedline.core.recipe import METHOD_NAMES, ChunkingChoice, IndexSpec, VersionChoice, VersionSpec
 from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import AlreadyExists
 from embedline.pipelines.alter import restart_ranges
@@ -116,14 +116,14 @@ def _version_spec(session: Session, pipeline: Pipeline, model: Model, choice: Ve
     dimensions = model.config.dimensions or 0
     if (
         choice.column_type is None
-        and spec.index.method == "hnsw"
+        and spec.index.method != "none"
         and INDEX_DIMENSIONS["vector"] < dimensions <= INDEX_DIMENSIONS["halfvec"]
         and spec.column_type == "vector"
     ):
         spec = replace(spec, column_type="halfvec")
         session.plpy.notice(
             f"column_type is halfvec: the model has {dimensions} dimensions,"
-            f" and HNSW indexes vector up to {INDEX_DIMENSIONS['vector']}"
+            f" and {METHOD_NAMES[spec.index.method]} indexes vector up to {INDEX_DIMENSIONS['vector']}"
         )
     return spec
 

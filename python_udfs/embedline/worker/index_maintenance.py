@@ -6,7 +6,8 @@ from embedline.catalog.health import isolate_failure
 from embedline.catalog.load import load_versions
 from embedline.catalog.values import Pipeline
 from embedline.core import names
-from embedline.indexes.build import build_settings, job, schedule_build
+from embedline.indexes import lists
+from embedline.indexes.build import job, schedule_build
 from embedline.indexes.definitions import VectorIndex, index_state, load_indexes, own_index
 from embedline.keywords import build
 from embedline.postgres.cron import has_cron, unschedule
@@ -56,6 +57,7 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
         str(row["name"]): str(row["command"]) for row in session.query(_JOBS, ["text"], names.index_jobs(pipeline.name))
     }
     own = own_index(pipeline, vector_schema(session))
+    _renew(session, pipeline, own, jobs)
     wants_own = pipeline.version.index_method != "none" and pipeline.version.state == "complete"
     if not jobs and (not wants_own or index_state(session, own) in ("valid", "building")):
         return
@@ -72,10 +74,38 @@ def maintain(session: Session, pipeline: Pipeline) -> None:
 
 def maintain_isolated(session: Session, pipeline: Pipeline) -> None:
     """Maintain a pipeline's indexes; if that fails the other pipelines go on."""
+    isolate_failure(session, pipeline, lambda: _note_lists(session, pipeline))
     isolate_failure(session, pipeline, lambda: maintain(session, pipeline))
     isolate_failure(session, pipeline, lambda: exact_rows.maintain(session, pipeline))
     if pipeline.keyword is not None:
         isolate_failure(session, pipeline, lambda: build.maintain(session, pipeline))
+
+
+def _note_lists(session: Session, pipeline: Pipeline) -> None:
+    several = len(pipeline.versions) > 1
+    for version in load_versions(session, pipeline.name) if several else [pipeline]:
+        if version.version.index_method == "ivfflat" and version.version.has_index:
+            lists.note_build(session, version)
+
+
+def _renew(session: Session, pipeline: Pipeline, own: VectorIndex, jobs: dict[str, str]) -> None:
+    """Build the lists of the serving version again once they have drifted.
+
+    A second index is built beside the first and takes its place. Its job is taken out of `jobs`.
+    """
+    if own.method != "ivfflat":
+        return
+    following = lists.successor(pipeline, own)
+    command = jobs.pop(job(pipeline, following), None)
+    if index_state(session, own) != "valid":
+        return
+    state = index_state(session, following)
+    if state == "valid":
+        lists.swap(session, pipeline, own, following)
+        if command is not None:
+            unschedule(session, job(pipeline, following))
+    elif state == "invalid" or (state == "missing" and command is None and lists.drift(session, pipeline) is not None):
+        _maintain_index(session, pipeline, following, command)
 
 
 def _maintain_index(session: Session, pipeline: Pipeline, index: VectorIndex, command: str | None) -> None:
@@ -94,5 +124,4 @@ def _maintain_index(session: Session, pipeline: Pipeline, index: VectorIndex, co
 
 def _schedule(session: Session, pipeline: Pipeline, index: VectorIndex, parallel_workers: int | None) -> None:
     count = int(session.scalar(f"SELECT count(*) FROM {pipeline.vectors}"))
-    settings = build_settings(session, pipeline, index, count, parallel_workers)
-    schedule_build(session, pipeline, index, settings)
+    schedule_build(session, pipeline, index, count, parallel_workers)

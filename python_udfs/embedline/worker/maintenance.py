@@ -45,7 +45,7 @@ class Maintenance:
         self._unmeasured: list[WorkSource] = []
         # The measurement of an index that is under way, and the versions that this worker has measured.
         self._measuring: tuple[WorkSource, Iterator[None]] | None = None
-        self._seen_versions: set[int] = set()
+        self._seen_versions: set[tuple[int, int | None]] = set()
         # Pipelines whose chunks may wait for their first entry in the keyword index.
         self._unindexed: dict[WorkKey, WorkSource] = {}
         self._derivation = Derivation(session, pipeline_name)
@@ -126,7 +126,7 @@ class Maintenance:
             self._unmeasured = [s for s in self._unmeasured if s is not source and self._is_unmeasured(s)]
             if source is None:
                 return False
-            self._seen_versions.add(source.pipeline.version.version_id)
+            self._seen_versions.add(_measurable(source))
             self._measuring = source, Measurement(self._session, source.pipeline).steps()
         source, steps = self._measuring
         self._asking(source)
@@ -158,8 +158,17 @@ class Maintenance:
 
     def _is_unmeasured(self, source: WorkSource) -> bool:
         version = source.pipeline.version
-        is_new = version.reach is None or version.reach.ef_search is None
-        return version.has_index and is_new and version.version_id not in self._seen_versions
+        is_new = version.reach is None or version.reach.effort is None
+        return version.has_index and is_new and _measurable(source) not in self._seen_versions
+
+
+def _measurable(source: WorkSource) -> tuple[int, int | None]:
+    """Return the version, and the file of its lists.
+
+    Lists that are built again are measured again.
+    """
+    version = source.pipeline.version
+    return version.version_id, None if version.reach is None else version.reach.index_node
 
 
 def _advance(steps: Iterator[None]) -> bool:

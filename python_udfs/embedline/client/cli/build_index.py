@@ -37,7 +37,7 @@ def build_index_command(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Build an HNSW index of a pipeline CONCURRENTLY and show its progress.
+    """Build a vector index of a pipeline CONCURRENTLY and show its progress.
 
     It refuses while vectors are missing.
     """

@@ -96,7 +96,7 @@ class Upgrade:
 
     def _about_index(self) -> list[str]:
         return [
-            f"Builds the HNSW index of version {self.expand.version} CONCURRENTLY, in no transaction: reads and writes go on.",
+            f"Builds the vector index of version {self.expand.version} CONCURRENTLY, in no transaction: reads and writes go on.",
             "Refuses until the backfill is complete (embedline.versions shows it): run alembic upgrade again then.",
             "Killed on the way: run it again. Undo: alembic downgrade -1 drops the index.",
         ]

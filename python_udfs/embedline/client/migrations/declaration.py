@@ -27,7 +27,7 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
 _VALUES = {
     "column_type": ("vector", "halfvec"),
     "distance": ("cosine", "inner_product", "l2"),
-    "index_method": ("hnsw", "none"),
+    "index_method": ("hnsw", "ivfflat", "none"),
     "task": ("embed", "rerank"),
     "capture": ("auto", "statement", "row"),
     "backfill_order": ("oldest_first", "newest_first"),

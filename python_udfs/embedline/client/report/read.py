@@ -146,7 +146,7 @@ _VERSIONS = """
     LEFT JOIN LATERAL (
         SELECT sum(pg_relation_size(x.indexrelid))::bigint AS index_bytes FROM pg_index AS x
         JOIN pg_class AS k ON k.oid = x.indexrelid JOIN pg_am AS a ON a.oid = k.relam
-        WHERE x.indrelid = c.oid AND a.amname = 'hnsw'
+        WHERE x.indrelid = c.oid AND a.amname IN ('hnsw', 'ivfflat')
     ) AS i ON true
     ORDER BY s.pipeline, s.version
 """

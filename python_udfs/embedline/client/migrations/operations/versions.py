@@ -116,7 +116,7 @@ class RestoreEmbeddingVersionOp(PipelineOperation):
 @Operations.register_operation("build_vector_index")
 @dataclass(eq=False)
 class BuildVectorIndexOp(PipelineOperation):
-    """Index: build a version's HNSW index CONCURRENTLY, once its backfill is verified.
+    """Index: build a version's index CONCURRENTLY, once its backfill is verified.
 
     As `embedline build-index`.
     """

@@ -90,6 +90,32 @@ def test_a_filter_has_its_callers_rights(
         searching(connect(reader), "page", QUESTION, 10, mode=mode, filter=condition)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_function_of_a_reader_is_given_a_hidden_text(
+    page: psycopg.Connection, connect: Connect, make_role: MakeRole, mode: str
+) -> None:
+    reader = make_role("embedline_reader")
+    page.execute(f"GRANT SELECT ON page TO {reader}; GRANT SELECT ON page_embedding TO {reader}")
+    # Not on the key, and few rows, so that a plan reads all chunks first.
+    page.execute("ALTER TABLE page ENABLE ROW LEVEL SECURITY")
+    page.execute(f"CREATE POLICY mine ON page TO {reader} USING (body LIKE '%number 25 %')")
+    page.execute(f"CREATE SCHEMA AUTHORIZATION {reader}")
+    connection = connect(reader)
+    connection.execute(
+        "CREATE FUNCTION leak(given text) RETURNS boolean LANGUAGE plpgsql COST 0.000001 AS"
+        " $$BEGIN RAISE NOTICE 'given %', given; RETURN true; END$$"
+    )
+    given: list[str] = []
+    connection.add_notice_handler(lambda notice: given.append(notice.message_primary or ""))
+    connection.execute("SET enable_nestloop = off")
+    assert len(connection.execute("SELECT id FROM page_embedding WHERE leak(chunk)").fetchall()) == 1
+    assert len(searching(connection, "page", QUESTION, mode=mode, filter="leak(chunk)")) == 1
+    nearest = "embedline_search.page_v1_ranked((SELECT embedline.embed_query('page', 'law')), 200)"
+    ranked = f"SELECT key FROM {nearest} WHERE leak(chunk)"
+    assert len(connection.execute(ranked).fetchall()) == 1
+    assert {text for text in given if "Body" in text} == {text for text in given if "Body number 25 " in text} != set()
+
+
 def test_names_in_a_filter_are_found_along_the_callers_path(page: psycopg.Connection) -> None:
     page.execute("CREATE SCHEMA mine")
     page.execute("CREATE FUNCTION mine.is_wanted(n integer) RETURNS boolean LANGUAGE sql RETURN n = 42")

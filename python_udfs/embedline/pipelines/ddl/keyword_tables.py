@@ -19,7 +19,7 @@ from embedline.catalog.values import Pipeline
 from embedline.core import names
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.pipelines.ddl.plan import CapturePlan
-from embedline.pipelines.ddl.view import is_shown
+from embedline.pipelines.ddl.view import SHOWN_TEXT, is_shown
 
 FUNCTIONS = ("keyword_terms", "keyword_read", "keyword_shown", "keyword_segments")
 TABLES = ("entry", "segment", "page")
@@ -125,7 +125,7 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline) -> list[str]:
         RETURNS TABLE (chunk_id bigint, key text, chunk text, chunk_start integer, chunk_end integer, score double precision)
         LANGUAGE sql STABLE PARALLEL SAFE
         BEGIN ATOMIC
-            SELECT c.chunk_id, {shown}, c.content, c.start_offset, c.end_offset, r.score
+            SELECT c.chunk_id, {shown}, {SHOWN_TEXT}, c.start_offset, c.end_offset, r.score
             FROM (
                 SELECT ('x' || encode(substring(g.chunk_ids FROM h.ordinal * 8 + 1 FOR 8), 'hex'))::bit(64)::bigint AS chunk_id,
                     h.score

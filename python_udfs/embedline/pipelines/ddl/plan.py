@@ -9,7 +9,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import EXPRESSION_SCHEMA, data_name
 
 # The next upgrade regenerates the functions of pipelines that have another number. Raise it when they change.
-CODE_VERSION = 9
+CODE_VERSION = 10
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (
     *("read", "lock", "look", "missing", "range", "tenant", "audit", "gone", "present", "foreign"),

@@ -25,7 +25,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl import keyword_tables
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.row_functions import row_function_statements
-from embedline.pipelines.ddl.view import is_shown
+from embedline.pipelines.ddl.view import SHOWN_TEXT, is_shown
 from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
 from embedline.postgres.session import Session
 
@@ -123,7 +123,7 @@ def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: st
     return f"""CREATE OR REPLACE FUNCTION {pipeline.search_function(suffix)}({parameters})
         RETURNS {_RETURNS} LANGUAGE sql STABLE PARALLEL SAFE
         BEGIN ATOMIC
-            SELECT n.chunk_id, {shown}, c.content, c.start_offset, c.end_offset, n.distance, n.considered FROM ({ranking}) AS n
+            SELECT n.chunk_id, {shown}, {SHOWN_TEXT}, c.start_offset, c.end_offset, n.distance, n.considered FROM ({ranking}) AS n
             JOIN {pipeline.chunk} AS c ON c.chunk_id OPERATOR(pg_catalog.=) n.chunk_id
             JOIN {plan.rows} AS s ON {join} WHERE {is_shown(plan, "c")};
         END"""

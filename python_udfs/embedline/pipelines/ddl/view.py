@@ -8,6 +8,11 @@ from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CapturePlan
 
+# A chunk's text (c) where its source row (s) is seen. It is an expression of both tables, so that no function in a reader's
+# condition is given the text of a row that a policy hides. With the column alone the condition may be checked while the
+# chunks are read, before their rows are looked up.
+SHOWN_TEXT = "CASE WHEN s.tableoid > 0::oid THEN c.content END"
+
 
 @dataclass(frozen=True)
 class ShownVersion:
@@ -43,7 +48,7 @@ def view_query(
         "chunk_seq": "c.seq",
         "chunk_start": "c.start_offset",
         "chunk_end": "c.end_offset",
-        "chunk": "c.content",
+        "chunk": SHOWN_TEXT,
         "embedding": vector if shown.type_name is None else f"{vector}::{shown.type_name}",
     }
     selected = [

@@ -8,9 +8,9 @@ from embedline.core import names
 from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CapturePlan
 
-# A chunk's text (c) where its source row (s) is seen. It is an expression of both tables, so that no function in a reader's
-# condition is given the text of a row that a policy hides. With the column alone the condition may be checked while the
-# chunks are read, before their rows are looked up.
+# A chunk's text (c) where its source row (s) is seen. It is an expression of both tables: so no function in a reader's
+# condition is given a text that a policy hides. With the column alone the condition may be checked while the chunks are read,
+# before their rows are looked up.
 SHOWN_TEXT = "CASE WHEN s.tableoid > 0::oid THEN c.content END"
 
 

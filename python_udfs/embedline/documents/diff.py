@@ -106,7 +106,8 @@ def apply(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, changes: Ch
     table = pipeline.chunk_table(chunk_set.number)
     if changes.removed:
         session.query(f"DELETE FROM {table} WHERE chunk_id = ANY ($1)", ["bigint[]"], changes.removed)
-        remove_entries(session, pipeline, chunk_set.number, changes.removed)
+        if pipeline.keyword is not None:
+            remove_entries(session, pipeline, chunk_set.number, changes.removed)
     if changes.moved:
         session.query(
             f"""

@@ -14,7 +14,7 @@ def add_entries(session: Session, pipeline: Pipeline, chunk_set: int, chunk_ids:
 
     A chunk that has an entry keeps it, because a chunk's text never changes.
     """
-    if pipeline.keyword is None or not chunk_ids:
+    if not chunk_ids:
         return
     with _without_notices(session):
         session.query(
@@ -35,7 +35,7 @@ def remove_entries(session: Session, pipeline: Pipeline, chunk_set: int, chunk_i
     What is in a segment stays there until the segment is packed again, and is shown no more. So does an entry that another
     transaction is packing: no writer waits for it.
     """
-    if pipeline.keyword is not None and chunk_ids:
+    if chunk_ids:
         table = pipeline.keyword_table("entry", chunk_set)
         session.query(
             f"DELETE FROM {table} WHERE chunk_id IN"

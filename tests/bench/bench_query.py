@@ -36,7 +36,7 @@ STAGES = """
         clock = [perf_counter()]
         from embedline.catalog import load as catalog
         from embedline.search import ranking as nearest
-        from embedline.search import search
+        from embedline.search import query_vector
         from embedline.postgres.entry import check_version
         from embedline.postgres.session import Session
         clock.append(perf_counter())
@@ -44,7 +44,7 @@ STAGES = """
         check_version(session)
         pipeline = catalog.load_pipeline(session, pipeline_name)
         clock.append(perf_counter())
-        vector = search._embed(session, pipeline, query)
+        vector = query_vector.finish(pipeline, query_vector.start(session, pipeline, query))
         clock.append(perf_counter())
         ranker = nearest.Ranker(session, pipeline)
         clock.append(perf_counter())
@@ -69,13 +69,13 @@ PLAN = """
     AS $python$
         from embedline.catalog import load as catalog
         from embedline.search import ranking as nearest
-        from embedline.search import search
+        from embedline.search import query_vector
         from embedline.postgres.relations import vector_schema
         from embedline.postgres.session import Session
         from embedline.core.sql_text import quote_literal
         session = Session(plpy, GD)
         pipeline = catalog.load_pipeline(session, pipeline_name)
-        vector = search._embed(session, pipeline, query)
+        vector = query_vector.finish(pipeline, query_vector.start(session, pipeline, query))
         statement = nearest.Ranker(session, pipeline).statement(20)
         literal = quote_literal(vector) + f"::{vector_schema(session)}.{pipeline.version.column_type}"
         after = pipeline.version.reach.checked_to if pipeline.version.reach else 0

@@ -187,7 +187,7 @@ def _server() -> _Server:
 
 def _serve(channel: socket.socket, mains: Mapping[str, Main]) -> Main | None:
     """Fork a process for each request; return in it what to call, and None in this process once the socket closes."""
-    # Nobody waits for the processes that wait.
+    # No test waits for the processes that wait.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, _LONGEST_REQUEST, 4)

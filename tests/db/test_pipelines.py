@@ -422,7 +422,7 @@ def test_a_models_address_holds_no_secret(source: psycopg.Connection, address: s
         source.execute(statement, (address,))
     assert "api_key_env" in (caught.value.diag.message_hint or "")
     assert "sesame" not in str(caught.value)
-    # Nobody listens there; the address as such is taken.
+    # Nothing listens there; the address as such is taken.
     with pytest.raises(psycopg.Error) as refused:
         source.execute(statement, ("http://127.0.0.1:1/v1?api-version=2024-10-21",))
     assert (refused.value.sqlstate or "").startswith("EL")

@@ -110,7 +110,7 @@ def test_a_crash_between_reserving_and_settling_is_counted(ledger: psycopg.Conne
     worker.close()
     assert reserve(ledger, [400]).count == 0
     age(ledger, "3 minutes")
-    # Nobody will settle it any more: the roll-up closes it as it was estimated.
+    # No session will settle it any more: the roll-up closes it as it was estimated.
     assert scalar(ledger, "SELECT embedline._roll_up_usage()") == 1
     # Not of the budget: what is made older may be of the day before.
     assert ledger.execute("SELECT sum(tokens), sum(reserved_tokens) FROM embedline.usage").fetchone() == (700, 0)

@@ -46,7 +46,7 @@ def test_a_drain_of_100_000_rows_with_a_failing_provider_loses_none(
     others = {key: letter for key, letter in letters.items() if key not in poison}
     assert {letter[:2] for letter in others.values()} <= {("embed", "EL011"), ("embed", "EL014")}
     assert len(others) <= ROWS / 100
-    # Nobody was killed, so nothing was paid for twice; neighbours of a poison row neither.
+    # No worker was killed, so nothing was paid for twice; neighbours of a poison row neither.
     # A row that failed five times made its worker ask for a text of its own, which is no row's.
     seen = {text: count for text, count in stub.texts_seen().items() if text != PROBE_TEXT}
     assert [text for text, count in seen.items() if count > 1] == []

@@ -135,7 +135,7 @@ def test_a_provider_that_is_away_is_charged_to_no_row(stub_database: psycopg.Con
     create_stub_model(stub_database, stub)
     create_stub_pipeline(stub_database, rows=20)
     port = stub.url.split(":")[2].split("/")[0]
-    # Nobody listens there.
+    # Nothing listens there.
     stub_database.execute(
         "UPDATE embedline.model SET base_url = replace(base_url, %s, '1') WHERE name = 'stub'", (port,)
     )

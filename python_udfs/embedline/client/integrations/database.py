@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -64,7 +66,7 @@ def make_pool(dsn: str) -> Pool:
     """
     # Nothing is prepared on the server: behind PgBouncer the next statement may run in another session.
     settings = {"fallback_application_name": "embedline", "client_encoding": "utf8", "prepare_threshold": None}
-    return ConnectionPool(
+    pool = ConnectionPool(
         resolve(dsn),
         min_size=0,
         max_size=_MOST_CONNECTIONS,
@@ -72,3 +74,15 @@ def make_pool(dsn: str) -> Pool:
         check=ConnectionPool.check_connection,
         kwargs=settings,
     )
+    atexit.register(_close, weakref.ref(pool))
+    return pool
+
+
+def _close(reference: weakref.ref[Pool]) -> None:
+    """Close a pool that is still in use when the program ends.
+
+    From Python 3.13 on its threads cannot be ended later, and each is waited for 5 s in vain.
+    """
+    pool = reference()
+    if pool is not None:
+        pool.close()

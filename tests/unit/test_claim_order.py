@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
 from embedline.postgres.claims import CALLERS_TRANSACTION, WorkerClaims
+from embedline.worker import procedure
 from embedline.worker.batch import Batch
 from embedline.worker.claim import Claimant
 from fake_work import FakePermits, Work
@@ -124,3 +126,19 @@ def test_only_empty_sources_with_signals_are_quiet() -> None:
     assert claimant.quiet == [empty]
     assert claimant.asked == [work.key for work in (empty, unsignalled, locked)]
     assert claimant.asking is None
+
+
+def test_a_step_that_is_gone_ends_the_worker_whichever_source_came_last() -> None:
+    """Embedline may be removed while workers run: then no source is at fault, and nothing is left to go on with."""
+    claimant = Claimant(WORKER, FakePermits(), 0.8)
+    claimant.asking = Work(1)
+
+    class Gone(Exception):
+        sqlstate = "42883"
+
+    def execute(*_: object) -> object:
+        raise Gone
+
+    plpy = SimpleNamespace(execute=execute, prepare=lambda *_: None, rollback=lambda: None, commit=lambda: None)
+    with pytest.raises(Gone):
+        procedure._claim(plpy, {}, SimpleNamespace(claimant=claimant))

@@ -216,6 +216,8 @@ def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> Answer:
 
     If that fails, leave the source alone for a while, and go on with the others.
     """
+    # Of the last step: if this one does not even begin, because Embedline was removed, it is no source's fault.
+    resident.claimant.asking = None
     try:
         answer = _step(plpy, cache, Step.CLAIM)
         plpy.commit()

@@ -250,7 +250,10 @@ def test_a_statements_timeout_ends_the_wait(database: psycopg.Connection, stub: 
 
 def test_registration_warns_of_a_model_that_does_not_rank(database: psycopg.Connection, stub: StubProvider) -> None:
     told: list[str] = []
-    handler = lambda notice: told.append(str(notice.message_primary))  # noqa: E731
+
+    def handler(notice: psycopg.errors.Diagnostic) -> None:
+        told.append(str(notice.message_primary))
+
     database.add_notice_handler(handler)
     try:
         create_reranker(database, stub)

@@ -20,6 +20,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.indexes import precision
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
+from embedline.search.query_batches import key_expression
 from embedline.search.ranking import Ranker, Row, in_order, newest_rows, version_view
 
 # Chunks that are ranked exactly: 1,000 of 256 dimensions take 20 ms, 10,000 take 50 ms, most of it for joins.
@@ -100,9 +101,7 @@ class FilteredRows:
 
     def statement(self, k: int, *, is_exact: bool) -> str:
         """Return the query for the nearest k chunks by vectors; $1 is the vector."""
-        keys = ", ".join(f"e.{quote_ident(self._pipeline.view_columns[c])}::text" for c in self._pipeline.key_columns)
-        key = keys if len(self._pipeline.key_columns) == 1 else f"pg_catalog.jsonb_build_array({keys})::text"
-        shown = {**self._column, "key": key}
+        shown = {**self._column, "key": key_expression(self._pipeline, "e")}
         through = f"(SELECT * FROM {self._relation} WHERE ({self._condition}\n)) AS e"
         view = precision.RankedRelation(through, self._embedding, shown)
         own = precision.chosen_index(self._session, self._pipeline)

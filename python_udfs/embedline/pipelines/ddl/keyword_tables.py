@@ -19,7 +19,7 @@ from embedline.catalog.values import Pipeline
 from embedline.core import names
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.pipelines.ddl.plan import CapturePlan
-from embedline.pipelines.ddl.view import SHOWN_TEXT, is_shown
+from embedline.pipelines.ddl.view import SHOWN_TEXT, is_shown, shown_key
 
 FUNCTIONS = ("keyword_terms", "keyword_read", "keyword_shown", "keyword_segments")
 TABLES = ("entry", "segment", "page")
@@ -83,8 +83,7 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline) -> list[str]:
     """Return the functions of a version's keyword ranking, created or replaced."""
     entry, segment, page = (pipeline.keyword_table(part) for part in TABLES)
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
-    keys = ", ".join(f"s.{quote_ident(key.source_name)}::text" for key in plan.keys)
-    shown = keys if len(plan.keys) == 1 else f"pg_catalog.jsonb_build_array({keys})::text"
+    shown = shown_key(plan)
     config = f"{quote_literal(pipeline.keyword or '')}::pg_catalog.regconfig"
     terms, read, of_ranking, segments = (pipeline.search_function(suffix) for suffix in FUNCTIONS)
     return [

@@ -25,7 +25,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl import keyword_tables
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.row_functions import row_function_statements
-from embedline.pipelines.ddl.view import SHOWN_TEXT, is_shown
+from embedline.pipelines.ddl.view import SHOWN_TEXT, is_shown, shown_key
 from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
 from embedline.postgres.session import Session
 
@@ -118,8 +118,7 @@ def _function(plan: CapturePlan, pipeline: Pipeline, suffix: str, parameters: st
     `considered` is the number of rows that the index had, or what ranks in its place: less than asked for means no more.
     """
     join = " AND ".join(f"c.{quote_ident(key.name)} = s.{quote_ident(key.source_name)}" for key in plan.keys)
-    keys = ", ".join(f"s.{quote_ident(key.source_name)}::text" for key in plan.keys)
-    shown = keys if len(plan.keys) == 1 else f"pg_catalog.jsonb_build_array({keys})::text"
+    shown = shown_key(plan)
     return f"""CREATE OR REPLACE FUNCTION {pipeline.search_function(suffix)}({parameters})
         RETURNS {_RETURNS} LANGUAGE sql STABLE PARALLEL SAFE
         BEGIN ATOMIC

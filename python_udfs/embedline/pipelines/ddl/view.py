@@ -73,6 +73,15 @@ def view_query(
     )
 
 
+def shown_key(plan: CapturePlan) -> str:
+    """Return SQL for the key of a source row (s) as search returns it.
+
+    It is the column's text, or a JSON array of texts if there are several columns.
+    """
+    keys = ", ".join(f"s.{quote_ident(key.source_name)}::text" for key in plan.keys)
+    return keys if len(plan.keys) == 1 else f"pg_catalog.jsonb_build_array({keys})::text"
+
+
 def is_shown(plan: CapturePlan, chunk: str) -> str:
     """The condition that a chunk is not hidden.
 

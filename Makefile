@@ -1,5 +1,5 @@
 # Everything is idempotent: a second run skips what is there. `make` alone prints this help.
-# Settings: EMBEDLINE_PORT (54329), EMBEDLINE_PGDATA (.postgres), MODEL, NAME, ARGS, TORCH.
+# Settings: EMBEDLINE_PORT (54329), EMBEDLINE_PGDATA (.postgres), MODEL, NAME, ARGS, TORCH, SEED, SECONDS.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,7 +18,7 @@ WITH_DSN  := EMBEDLINE_DSN="$$($(BOOTSTRAP) dsn)"
 .PHONY: help setup up demo demo-upgrade test test-faults coverage bench golden lint dsn psql down clean _lint-setup _test-setup
 
 help: ## print this help
-	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "; print "usage: make TARGET\n"} /^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
 
 setup: ## install system packages, pgvector, the virtual environment and the models
 	@$(BOOTSTRAP) setup
@@ -33,6 +33,22 @@ demo: up ## make the PostgreSQL manual searchable by meaning (MODEL=static-256 o
 demo-upgrade: up ## another model for pages that are searched and edited all the time, and back, and for good
 	@echo "» Running the demo of a model upgrade" >&2
 	@$(WITH_DSN) .venv/bin/python -m embedline.dev.demo --upgrade
+
+.PHONY: demo-finetune _train-setup
+_train-setup: up
+	@$(BOOTSTRAP) train-setup
+
+demo-finetune: _train-setup ## train the manual's model on half of its index terms; gate, cutover, rollback (TORCH=1 insists on torch)
+	@echo "» Running the demo of fine-tuning" >&2
+	@$(WITH_DSN) .venv/bin/python -m embedline.dev.demo --finetune
+
+.PHONY: demo-images _images-setup
+_images-setup: up
+	@$(BOOTSTRAP) images-setup
+
+demo-images: _images-setup ## search emoji and icons by words and by a picture; trains their model once (TORCH=1)
+	@echo "» Running the demo of images" >&2
+	@$(WITH_DSN) .venv/bin/python -m embedline.dev.demo --images
 
 # Where a build of torch without CUDA is offered, it is installed; elsewhere the tests that need it are skipped.
 _test-setup: up
@@ -49,6 +65,16 @@ test: _test-setup ## run the tests but those of faults (ARGS='-k name' goes to p
 test-faults: _test-setup ## run the tests that kill, break and slow down, and those that wait for pg_cron
 	@echo "» Running the tests of faults" >&2
 	@$(PYTEST) --numprocesses 3 -m faults $(ARGS)
+
+.PHONY: torture
+torture: _test-setup ## write, kill and compute every vector again (SECONDS=600; SEED=n runs a run's statements again)
+	@echo "» Torture" >&2
+	@PYTHONPATH=tests:python_udfs .venv/bin/python -m torture.run --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+.PHONY: soak
+soak: _test-setup ## write 50 rows a second for an hour; tell whether memory, queue and lag stay flat (SECONDS=3600)
+	@echo "» Soak" >&2
+	@PYTHONPATH=tests:python_udfs .venv/bin/python -m torture.soak --seconds $(or $(SECONDS),3600)
 
 # Statements that run in backends and model hosts count, too: see tests/measuring.
 coverage: _test-setup ## run all tests and print which statements of the package they run, in servers and outside (ARGS)
@@ -84,6 +110,8 @@ lint: _lint-setup ## check style, types, layers, SQL and migrations
 	@mkdir -p .build
 	@.venv/bin/alembic upgrade head --sql >.build/migrations.sql
 	@.venv/bin/squawk --config .squawk.toml .build/migrations.sql
+	@echo "» pgspot on the rendered migrations and sql/" >&2
+	@PYTHONPATH=python_udfs .venv/bin/python -m embedline.dev.spot .build/migrations.sql
 
 .PHONY: docs _docs-setup
 _docs-setup:

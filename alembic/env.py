@@ -12,6 +12,7 @@ from embedline.client import install, removal
 from embedline.client.connection import engine, lines, server_message
 from embedline.errors import EmbedlineError
 
+_DEADLOCK_DETECTED = "40P01"
 _VERSION_TABLE = {"version_table": "alembic_version", "version_table_schema": "embedline"}
 
 
@@ -52,6 +53,8 @@ def run_offline() -> None:
     output = context.get_context().impl.static_output
     is_removal = _goes_to_base()
     with context.begin_transaction():
+        output(install.OWN_NAMES + ";")
+        output(install.NO_OWNERS_BESIDES + ";")
         if is_removal:
             for statement in removal.before_base():
                 output(statement + ";")
@@ -63,13 +66,15 @@ def run_offline() -> None:
                 output(statement + ";")
 
 
-def run_online() -> None:
+def run_online(tries: int = 3, *, sources_first: bool = False) -> None:
     try:
         # Without a pool of SQLAlchemy's, so that the connection closes with the block.
         with engine(context.config.get_main_option("sqlalchemy.url")).connect() as connection:
             applied = context.config.attributes.get("on_version_apply")
             context.configure(connection=connection, on_version_apply=applied, **_VERSION_TABLE)
             with connection.begin():
+                # Of the transaction alone, because behind a pool the next client has this session.
+                install.run_script(connection, install.OWN_NAMES)
                 is_removal = _goes_to_base()
                 if is_removal:
                     install.check_role(connection)
@@ -78,7 +83,13 @@ def run_online() -> None:
             _tell_warnings(connection)
             # Alembic's own transaction, so that an operation can leave it (autocommit_block).
             with context.begin_transaction():
+                install.run_script(connection, install.OWN_NAMES)
                 install.run_script(connection, "SET LOCAL lock_timeout = '10s'")
+                if sources_first:
+                    install.run_script(connection, install.LOCK_SOURCES)
+                # The session that looks first is ended. It has to be the upgrade, which can begin again, and no application.
+                install.run_script(connection, "SET LOCAL deadlock_timeout = '10ms'")
+                install.run_script(connection, install.NO_OWNERS_BESIDES)
                 if is_removal:
                     removal.require_no_dependents(connection)
                     for statement in removal.before_base():
@@ -95,6 +106,10 @@ def run_online() -> None:
     except EmbedlineError as error:
         raise SystemExit("ERROR: " + lines(error.message, error.detail, error.hint)) from None
     except DBAPIError as error:
+        if tries > 1 and getattr(error.orig, "sqlstate", None) == _DEADLOCK_DETECTED:
+            install.logger.warning("NOTICE: a deadlock with another session has ended the upgrade, which begins again")
+            run_online(tries - 1, sources_first=True)
+            return
         # A person can only act on the server's message, so the statement and our frames are left out.
         told = server_message(error.orig)
         if told is None:

@@ -84,7 +84,7 @@ _RIGHTS = """
     GROUP BY kind, name, x.grantee
     ORDER BY array_position(ARRAY['schema', 'language', 'table', 'column', 'view', 'sequence', 'routine'], kind), name
 """
-_ROLES = ("PUBLIC", "embedline_reader", "embedline_worker", "embedline_admin")
+_ROLES = ("PUBLIC", "embedline_reader", "embedline_worker", "embedline_remote", "embedline_admin")
 # One letter a right, as psql's \\dp prints them.
 _LETTERS = {
     "SELECT": "r", "INSERT": "a", "UPDATE": "w", "DELETE": "d", "TRUNCATE": "D", "REFERENCES": "x", "TRIGGER": "t",

@@ -15,7 +15,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
+import fault_table
 import support
 import throwaway
 from embedline.dev.cluster.bootstrap import local_cluster
@@ -43,7 +44,13 @@ _LONGEST = {
     name: place
     for place, name in enumerate(
         (
-            *("test_schedule.py", "test_job_troubles.py", "test_index_jobs.py", "test_provider_faults.py"),
+            *(
+                "test_torture.py",
+                "test_schedule.py",
+                "test_job_troubles.py",
+                "test_index_jobs.py",
+                "test_provider_faults.py",
+            ),
             *("test_evaluate.py", "test_capture.py", "test_chunkers_properties.py", "test_operations.py"),
             *(
                 "test_starvation.py",
@@ -89,6 +96,22 @@ def _skip_without_torch(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("torch") is not None:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hand over what tests of faults have counted."""
+    report = yield
+    fault_table.hand_over(report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of the faults."""
+    if found := fault_table.lines(terminalreporter.getreports("passed")):
+        terminalreporter.section("faults: what was counted after each")
+        for line in found:
+            terminalreporter.line(line)
 
 
 class Connect(Protocol):

@@ -53,7 +53,9 @@ def pipeline(number: int, items: int = 8, concurrency: int = 8) -> Any:
     version = SimpleNamespace(
         version_id=number, number=1, model=model, dimensions=DIMENSIONS, distance="cosine", column_type="vector"
     )
-    return SimpleNamespace(pipeline_id=number, name=f"p{number}", version=version, metered=False, last_error=None)
+    return SimpleNamespace(
+        pipeline_id=number, name=f"p{number}", version=version, metered=False, is_remote=False, last_error=None
+    )
 
 
 @dataclass

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stub_batches import Batches
 from stub_rerank import rerank_answer, texts_of
 
 _VECTORS = 4096
@@ -102,6 +103,24 @@ class StubProvider:
         """Return the requests that came since the last call, in that order."""
         return [Asked(*row) for row in json.loads(self._call("/asked"))]
 
+    def batch_api(self, **behaviour: Any) -> None:
+        """Set how the batch endpoint behaves; see tests/stub_batches.py."""
+        self._call("/batch_api/behave", json.dumps(behaviour).encode())
+
+    def end_batches(self, **behaviour: Any) -> None:
+        """Let the batches end that the endpoint keeps open, and change how it behaves."""
+        self._call("/batch_api/end", json.dumps(behaviour).encode())
+
+    def batches(self) -> list[dict[str, Any]]:
+        """Return all batches, the latest last, with the `texts` of each."""
+        found: list[dict[str, Any]] = json.loads(self._call("/batch_api/batches"))
+        return found
+
+    def batch_calls(self) -> list[str]:
+        """Return the calls of the batch endpoint since it was told how to behave, as "POST /v1/batches"."""
+        found: list[str] = json.loads(self._call("/batch_api/calls"))
+        return found
+
     def last_rerank(self) -> dict[str, Any]:
         """Return the body of the last request to rerank."""
         found: dict[str, Any] = json.loads(self._call("/last_rerank"))
@@ -147,6 +166,9 @@ class _Server:
         self.asked: list[list[Any]] = []
         self.in_flight = 0
         self.last_rerank: dict[str, Any] = {}
+        self.batches = Batches(
+            dimensions, lambda text: self.rows[zlib.crc32(text.encode()) % _VECTORS].decode(), self.paid
+        )
         self.random = random.Random(1)
 
     async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -159,7 +181,7 @@ class _Server:
                 self.in_flight += 1
                 self.counts["peak"] = max(self.counts["peak"], self.in_flight)
                 try:
-                    status, answer, extra = await self.answer(lines[0].split(" ")[1], body)
+                    status, answer, extra = await self.answer(*lines[0].split(" ")[:2], body)
                 finally:
                     self.in_flight -= 1
                 if extra == _CLOSED:
@@ -175,7 +197,9 @@ class _Server:
                     break
         writer.close()
 
-    async def answer(self, path: str, body: bytes) -> tuple[int, bytes, bytes]:
+    async def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes, bytes]:
+        if (answer := self.batches.answer(method, path, body)) is not None:
+            return answer
         if path == "/behave":
             self.behaviour = json.loads(body)
             self.random.seed(self.behaviour.get("seed", 1))
@@ -251,6 +275,10 @@ class _Server:
             self.pay(texts[1:] if fault == "nan" else texts, seen)
         data = b'"},'.join([head + row for head, row in zip(self.heads, rows, strict=False)])
         return 200, b'{"object":"list","data":[' + data + b'"}],"model":"stub",' + self.usage(texts) + b"}", b""
+
+    def paid(self, text: str) -> None:
+        """Count a text that a batch has embedded."""
+        self.pay([text], self.texts)
 
     def pay(self, texts: Sequence[str], seen: Counter[str]) -> None:
         self.counts["paid"] += len(texts)

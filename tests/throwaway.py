@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import support
@@ -39,9 +40,10 @@ def server_python_path() -> str:
     return f"{_MEASURING}{os.pathsep}{path}" if str(_MEASURING) in sys.path else path
 
 
-def start_server() -> Cluster:
-    """Make and start a server on a free port; `remove_server` ends it."""
+def start_server(settings_: Mapping[str, str] | None = None) -> Cluster:
+    """Make and start a server on a free port; `remove_server` ends it. `settings_` go before those of here."""
     settings = load_settings()
+    given = {**_SETTINGS, **(settings_ or {})}
     in_memory = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM
     folder = Path(tempfile.mkdtemp(prefix="embedline-", dir=_MEMORY if in_memory else None))
     folder.chmod(0o755)  # the server's OS user has to reach its data directory
@@ -54,7 +56,7 @@ def start_server() -> Cluster:
         bin_dir=bin_dir,
         python_path=server_python_path(),
         cron_database=None,
-        settings=_SETTINGS if library is None else {**_SETTINGS, "shared_preload_libraries": str(library)},
+        settings=given if library is None else {**given, "shared_preload_libraries": str(library)},
         environment={} if library is None else {"EMBEDLINE_WARM": warm.script()},
     )
     cluster.init()

@@ -161,6 +161,18 @@ def create_stub_pipeline(
     create_pipeline(connection, table, table, "body", model, **{"index_method": "none", **options})
 
 
+def make_reading_deadly(connection: psycopg.Connection, login: str, end: str) -> None:
+    """Create the pipeline "page" again, of no rows, whose expression runs `end` for a body that begins with "deadly"."""
+    connection.execute(
+        b"CREATE OR REPLACE FUNCTION deadly(body text) RETURNS text LANGUAGE plpgsql STABLE AS $$BEGIN"
+        + f" IF body LIKE 'deadly%' THEN {end}; END IF; RETURN body; END$$".encode()
+    )
+    connection.execute("SELECT embedline.drop_pipeline('page')")
+    connection.execute("TRUNCATE page")
+    create_pipeline(connection, "page", "page", "deadly(body)", "stub", index_method="none")
+    connection.execute("SELECT embedline.grant_remote('page', %s, true)", (login,))
+
+
 def insert_rows(connection: psycopg.Connection, first: int, last: int, table: str = "page") -> None:
     """Insert rows whose texts differ from all others."""
     connection.execute(

@@ -88,6 +88,18 @@ class UnreadableText(UnusableText):
     sqlstate = "EL003"
 
 
+class UnreadableMedia(UnusableText):
+    """The file is no image or recording that can be decoded."""
+
+    sqlstate = "EL005"
+
+
+class FileUnavailable(EmbedlineError):
+    """The file cannot be fetched for now."""
+
+    sqlstate = "EL006"
+
+
 class ProviderError(EmbedlineError):
     """The embedding provider failed."""
 

@@ -8,13 +8,13 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $sql$
     WITH spent AS (
-        SELECT d.model_id, d.tokens, d.busy_seconds FROM embedline.usage_day AS d
+        SELECT d.model_id, d.tokens - d.batch_tokens AS tokens, d.busy_seconds FROM embedline.usage_day AS d
         WHERE d.day > (now() AT TIME ZONE 'UTC')::date - 30
         UNION ALL
         SELECT r.model_id, sum(r.tokens), (
             SELECT sum(extract(epoch FROM upper(b.span) - lower(b.span)))
             FROM unnest(range_agg(tstzrange(r.reserved_at, greatest(r.settled_at, r.reserved_at), '[]'))) AS b (span))
-        FROM embedline.reservation AS r WHERE r.settled_at IS NOT NULL GROUP BY r.model_id
+        FROM embedline.reservation AS r WHERE r.settled_at IS NOT NULL AND NOT r.is_batch GROUP BY r.model_id
     ), ledger AS (
         SELECT s.model_id, (sum(s.tokens) / sum(s.busy_seconds))::double precision AS tokens_per_second
         FROM spent AS s GROUP BY s.model_id HAVING sum(s.busy_seconds) > 0

@@ -49,9 +49,11 @@ BEGIN
             EXECUTE format(
                 'SELECT count(*), sum(r.keys), min(r.enqueued_at), (array_agg(r.error) FILTER (WHERE r.error IS NOT NULL))[1], '
                 '(min(r.place)::text::point)[0], (max(r.place)::text::point)[0] FROM ('
-                'SELECT t.ctid AS place, t.enqueued_at, %s FROM %s AS t LIMIT $1) AS r',
-                CASE WHEN suffix = 'outbox' THEN '1 AS keys, t.last_error AS error'
-                    ELSE format('cardinality(t.%I) AS keys, NULL::text AS error', key_column) END,
+                'SELECT t.ctid AS place, %s FROM %s AS t LIMIT $1) AS r',
+                -- What waits for a provider's batch is not late.
+                CASE WHEN suffix = 'outbox' THEN '1 AS keys, t.last_error AS error,'
+                        ' CASE WHEN t.not_before < clock_timestamp() + interval ''1 hour'' THEN t.enqueued_at END AS enqueued_at'
+                    ELSE format('cardinality(t.%I) AS keys, NULL::text AS error, t.enqueued_at', key_column) END,
                 relation
             ) INTO found_count, found_keys, found_oldest, found_error, first_block, last_block USING counted_rows;
             IF found_count = counted_rows THEN
@@ -62,7 +64,7 @@ BEGIN
             END IF;
             pending := pending + coalesce(found_keys, 0);
             oldest_enqueued_at := least(oldest_enqueued_at, found_oldest);
-            last_row_error := coalesce(last_row_error, found_error);
+            last_row_error := coalesce(last_row_error, embedline._shown_error(found_error));
         END LOOP;
         -- Roll the block back, because one transaction cannot hold the locks of 1,000 pipelines' tables.
         RAISE EXCEPTION USING ERRCODE = 'EL000';

@@ -24,7 +24,7 @@ BEGIN
     )
 
     SELECT 'critical', 'circuit_open', m.name, NULL::timestamptz,
-        format('the model rests until %s: %s', date_trunc('second', c.open_until), c.last_error),
+        format('the model rests until %s: %s', date_trunc('second', c.open_until), embedline._shown_error(c.last_error)),
         format('SELECT embedline.resume_model(%L);', m.name)
     FROM embedline.circuit AS c INNER JOIN embedline.model AS m ON m.model_id = c.model_id
     WHERE c.failure_count > 0 AND c.open_until > clock_timestamp() - interval '10 seconds'
@@ -32,7 +32,7 @@ BEGIN
     SELECT 'warning', 'rate_limited', m.name, NULL,
         coalesce(
             'the provider refused ' || r.limited || ' of ' || r.requests || ' requests of the last minute by its rate limit',
-            c.last_error
+            embedline._shown_error(c.last_error)
         ),
         format(
             'SELECT embedline.set_rate_limit(%L, requests_per_minute => %s);', m.name,

@@ -51,6 +51,17 @@ BEGIN
     FROM status AS t CROSS JOIN limits AS l
     WHERE t.state = 'active' AND t.oldest_pending_age > make_interval(secs => l.lag_seconds)
     UNION ALL
+    SELECT 'warning', 'derived_stale', d.name, d.oldest_enqueued_at,
+        coalesce(
+            'derived vectors cannot be computed: ' || d.last_error,
+            format('%s subjects wait, the oldest for %s', d.waiting, date_trunc('second', clock_timestamp() - d.oldest_enqueued_at))
+        ),
+        format('SELECT * FROM embedline.derived_status WHERE name = %L;', d.name)
+    FROM embedline.derived_status AS d
+    INNER JOIN embedline.pipeline AS p ON p.name = d.pipeline CROSS JOIN limits AS l
+    WHERE p.state = 'active'
+        AND (d.last_error IS NOT NULL OR clock_timestamp() - d.oldest_enqueued_at > make_interval(secs => l.lag_seconds))
+    UNION ALL
     SELECT 'note', 'paused', t.pipeline, NULL, format('the pipeline is paused; %s changes wait', t.pending),
         format('SELECT embedline.resume_pipeline(%L);', t.pipeline)
     FROM status AS t WHERE t.state = 'paused' AND t.pending > 0
@@ -101,19 +112,21 @@ BEGIN
     FROM embedline.budget AS b WHERE b.state = 'open' AND b.amount > 0 AND b.remaining < 0.1 * b.amount
     UNION ALL
     SELECT 'warning', 'upgrade_stalled', p.name || ' version ' || v.number, NULL,
-        coalesce(v.last_error, 'nothing of the version was embedded for ten minutes'),
+        coalesce(embedline._shown_error(v.last_error), 'nothing of the version was embedded for ten minutes'),
         format('SELECT * FROM embedline.versions WHERE pipeline = %L;', p.name)
     FROM embedline.version AS v INNER JOIN embedline.pipeline AS p ON p.pipeline_id = v.pipeline_id
     WHERE v.version_id <> p.serving_version_id AND v.state <> 'complete' AND p.state = 'active' AND (
         v.last_error IS NOT NULL OR (
             v.created_at < clock_timestamp() - interval '10 minutes' AND NOT EXISTS (
+                SELECT FROM embedline.provider_batch AS o WHERE o.version_id = v.version_id AND o.state <> 'done'
+            ) AND NOT EXISTS (
                 SELECT FROM embedline.finished_batch AS b
                 WHERE b.version_id = v.version_id AND b.finished_at > clock_timestamp() - interval '10 minutes'
             )
         )
     )
     UNION ALL
-    SELECT 'warning', 'verification_failed', c.name, c.verified_at, 'verify ended with: ' || c.error,
+    SELECT 'warning', 'verification_failed', c.name, c.verified_at, 'verify ended with: ' || embedline._shown_error(c.error),
         format('SELECT * FROM embedline.verify(%L);', c.name)
     FROM checked AS c WHERE c.error IS NOT NULL
     UNION ALL
@@ -121,7 +134,7 @@ BEGIN
         CASE u.finding WHEN 'foreign' THEN 'model_changed' WHEN 'unreachable' THEN 'vectors_unreachable' ELSE 'unrepaired' END,
         u.name || CASE WHEN u.finding IN ('foreign', 'unreachable') THEN '' ELSE ' ' || u.finding END, u.verified_at,
         CASE u.finding
-            WHEN 'foreign' THEN 'the model gives other vectors than those stored: ' || u.example::text
+            WHEN 'foreign' THEN 'the model gives other vectors than those stored: ' || embedline._shown_error(u.example::text)
             WHEN 'unreachable' THEN format('search does not reach %s rows of a sample', u.count)
             ELSE format('verify found %s rows %s', u.count, u.finding)
         END,

@@ -14,6 +14,8 @@ CREATE OR REPLACE FUNCTION embedline.alter_pipeline(
     weight double precision DEFAULT NULL,
     keyword text DEFAULT NULL,
     drop text [] DEFAULT '{}', -- noqa: RF04
+    caption text DEFAULT NULL,
+    changed_by text DEFAULT NULL,
     -- Evaluated as the caller, so names in the expressions resolve as in the session.
     expression_search_path text DEFAULT current_setting('search_path')
 )
@@ -30,9 +32,9 @@ AS $python$
     alter.alter_pipeline(plpy, GD, name, {
         "content": content, "filter": filter, "document_prefix": document_prefix, "tenant": tenant,
         "chunking": chunking, "chunk_tokens": chunk_tokens, "chunk_overlap": chunk_overlap,
-        "chunking_options": chunking_options, "weight": weight, "keyword": keyword, "drop": drop,
-        "expression_search_path": expression_search_path,
+        "chunking_options": chunking_options, "weight": weight, "keyword": keyword, "caption": caption, "changed_by": changed_by,
+        "drop": drop, "expression_search_path": expression_search_path,
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.alter_pipeline(text, text, text, text, text, text, integer, integer, jsonb, double precision, text, text [], text) IS 'Change a pipeline''s recipe. The affected rows are embedded again one by one, while search goes on.';
+COMMENT ON FUNCTION embedline.alter_pipeline(text, text, text, text, text, text, integer, integer, jsonb, double precision, text, text [], text, text, text) IS 'Change a pipeline''s recipe. The affected rows are embedded again one by one, while search goes on.';

@@ -6,7 +6,8 @@ CREATE OR REPLACE FUNCTION embedline.create_pipeline(
     content text,
     model text,
     filter text DEFAULT NULL,
-    chunking text DEFAULT 'recursive',
+    -- NULL: recursive for texts, none for images and recordings.
+    chunking text DEFAULT NULL,
     chunk_tokens integer DEFAULT NULL,
     chunk_overlap integer DEFAULT 0,
     column_type text DEFAULT 'vector',
@@ -19,6 +20,9 @@ CREATE OR REPLACE FUNCTION embedline.create_pipeline(
     weight double precision DEFAULT 1,
     chunking_options jsonb DEFAULT '{}',
     keyword text DEFAULT NULL,
+    modality text DEFAULT 'text',
+    caption text DEFAULT NULL,
+    changed_by text DEFAULT NULL,
     -- Evaluated as the caller, so names in the expressions resolve as in the session.
     expression_search_path text DEFAULT current_setting('search_path')
 )
@@ -38,8 +42,9 @@ AS $python$
         "column_type": column_type, "distance": distance, "index_method": index_method,
         "index_options": index_options, "capture": capture, "document_prefix": document_prefix, "tenant": tenant,
         "weight": weight, "chunking_options": chunking_options, "keyword": keyword,
+        "modality": modality, "caption": caption, "changed_by": changed_by,
         "expression_search_path": expression_search_path,
     })
 $python$;
 
-COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text, text, double precision, jsonb, text, text) IS 'Watch a table; content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';
+COMMENT ON FUNCTION embedline.create_pipeline(text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text, text, text, double precision, jsonb, text, text, text, text, text) IS 'Watch a table; content is an SQL expression over its columns. Returns the routing view, <name>_embedding in the table''s schema.';

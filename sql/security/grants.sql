@@ -13,11 +13,33 @@ GRANT USAGE ON SCHEMA embedline TO embedline_worker, embedline_reader;
 GRANT USAGE ON SCHEMA embedline_search TO embedline_reader;
 
 -- Readers: search, status, and the catalogue that search needs. None of it holds a secret.
+-- Of allowed_endpoint and media_source nothing but SELECT is granted, because only a superuser decides where texts and
+-- keys are sent, and which files are read.
 GRANT SELECT ON
-embedline.model, embedline.pipeline, embedline.version, embedline.setting, embedline.status
+embedline.model, embedline.allowed_endpoint, embedline.media_source,
+embedline.pipeline, embedline.setting, embedline.status
 TO embedline_reader, embedline_worker;
+-- All of these but the words of the last error, which may repeat a text; see _shown_error.
+REVOKE ALL ON TABLE embedline.version, embedline.derived FROM embedline_reader, embedline_worker;
+GRANT SELECT ON embedline.version, embedline.derived TO embedline_admin;
+DO $do$
+DECLARE
+    columns text;
+    relation regclass;
+BEGIN
+    FOR relation, columns IN
+        SELECT a.attrelid::regclass, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute AS a
+        WHERE a.attrelid IN ('embedline.version'::regclass, 'embedline.derived'::regclass) AND a.attnum > 0
+            AND NOT a.attisdropped AND a.attname <> 'last_error'
+        GROUP BY a.attrelid
+    LOOP
+        EXECUTE format('GRANT SELECT (%s) ON %s TO embedline_reader, embedline_worker', columns, relation);
+    END LOOP;
+END
+$do$;
 GRANT SELECT ON embedline.budget, embedline.usage, embedline.rate_limit TO embedline_reader, embedline_worker;
 GRANT SELECT ON embedline.dead_letter, embedline.backfill_range, embedline.worker, embedline.circuit TO embedline_admin;
+GRANT SELECT ON embedline.provider_batch, embedline.bulk_rule TO embedline_admin;
 GRANT EXECUTE ON FUNCTION
 embedline.search(
     text, text, integer, boolean, integer, text, text, text, double precision, double precision, integer, integer, text,
@@ -25,7 +47,11 @@ embedline.search(
 )
 TO embedline_reader;
 GRANT SELECT ON embedline.keyword_build TO embedline_reader, embedline_worker;
-GRANT EXECUTE ON FUNCTION embedline.embed_query(text, text) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION
+embedline.search(text, bytea, integer, boolean, integer, text, text, text, text, boolean, text),
+embedline.embed_query(text, text),
+embedline.embed_query(text, bytea)
+TO embedline_reader;
 GRANT EXECUTE ON FUNCTION
 embedline.rerank(text, text, text []),
 embedline._reserve_rerank(text, bigint, bigint),
@@ -38,8 +64,16 @@ GRANT EXECUTE ON FUNCTION embedline.state(text, text, integer) TO embedline_read
 GRANT EXECUTE ON FUNCTION embedline_data._row_state(text, integer, text []) TO embedline_reader;
 GRANT SELECT ON embedline.precision_index, embedline.index_reach TO embedline_reader, embedline_worker;
 
+-- Postings of all rows, kept where only a ranking reads them. Generated functions alone can name it.
+REVOKE ALL ON FUNCTION
+embedline_data._hold_postings(bigint [], bigint [], integer [], bigint [], bytea [], bytea [], bytea [])
+FROM public;
+GRANT EXECUTE ON FUNCTION
+embedline_data._hold_postings(bigint [], bigint [], integer [], bigint [], bytea [], bytea [], bytea [])
+TO embedline_reader;
+
 -- Derived vectors: their searches run with the caller's rights on the events and on the source.
-GRANT SELECT ON embedline.derived, embedline.derived_status TO embedline_reader, embedline_worker;
+GRANT SELECT ON embedline.derived_status TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION embedline._derived_counts(text) TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION embedline.search_derived(text, text, integer, boolean, boolean) TO embedline_reader;
 GRANT EXECUTE ON FUNCTION
@@ -48,7 +82,7 @@ embedline.drop_derived(text)
 TO embedline_admin;
 GRANT EXECUTE ON FUNCTION
 embedline._pipeline_counts(text), embedline._workers_alive(), embedline.index_progress(text),
-embedline._index_state(text), embedline._source_trouble(bigint),
+embedline._index_state(text), embedline._source_trouble(bigint), embedline._shown_error(text),
 embedline.evaluation_progress(text)
 TO embedline_reader, embedline_worker;
 
@@ -86,17 +120,30 @@ TO embedline_worker;
 GRANT EXECUTE ON FUNCTION embedline._worker_step(text, integer, text, text) TO embedline_worker;
 GRANT EXECUTE ON PROCEDURE embedline.run_worker(double precision, text, integer, boolean) TO embedline_worker;
 
+-- Remote workers: these functions, and nothing else. Which pipelines is decided by the owners of their sources.
+GRANT USAGE ON SCHEMA embedline TO embedline_remote;
+GRANT EXECUTE ON FUNCTION
+embedline.remote_model(text, integer),
+embedline.claim_batch(text, integer, integer, integer, integer),
+embedline.finish_batch(bigint, integer, bytea, bigint),
+embedline.fail_batch(bigint, integer, text, text, double precision),
+embedline.release_batches()
+TO embedline_remote;
+GRANT SELECT ON embedline.remote_grant TO embedline_admin;
+GRANT EXECUTE ON FUNCTION embedline.grant_remote(text, name, boolean), embedline.revoke_remote(text, name)
+TO embedline_admin;
+
 -- Administrators: pipelines on tables that they own, and the schedule. Models are for superusers.
 GRANT EXECUTE ON FUNCTION
 embedline.configure(text, double precision),
 embedline.configure(text, text),
 embedline.create_pipeline(
     text, regclass, text, text, text, text, integer, integer, text, text, text, jsonb, text,
-    text, text, double precision, jsonb, text, text
+    text, text, double precision, jsonb, text, text, text, text, text
 ),
 embedline.alter_pipeline(
     text, text, text, text, text, text, integer, integer, jsonb, double precision, text,
-    text [], text
+    text [], text, text, text
 ),
 embedline.drop_pipeline(text),
 embedline.pause_pipeline(text),
@@ -117,6 +164,13 @@ embedline._job_troubles(),
 embedline.doctor(),
 embedline.schedule_workers(integer),
 embedline.unschedule_workers()
+TO embedline_admin;
+
+-- Replication: the owner of a source publishes its pipeline.
+GRANT EXECUTE ON FUNCTION
+embedline.publication(text, boolean, text, boolean, text),
+embedline.drop_publication(text),
+embedline.subscriber_ddl(text, boolean, text)
 TO embedline_admin;
 
 -- Money: an administrator sets budgets and prices; readers see them.
@@ -164,6 +218,7 @@ embedline.add_embedding_version(
     text, text, text, text, text, jsonb, text, integer, integer, jsonb, text, integer
 ),
 embedline.configure_backfill(text, integer, text, integer),
+embedline.configure_bulk(text, integer, time, time),
 embedline.accept_dead_letters(text, integer),
 embedline.requeue_version(text, integer),
 embedline.cutover(text, integer, text),
@@ -188,3 +243,8 @@ embedline._embed_chunks(text, text, bigint []),
 embedline.compare_chunkings(text, jsonb, regclass, integer, integer, bigint, boolean),
 embedline._embed_chunkings(text, jsonb, bigint [], text [], boolean)
 TO embedline_admin;
+
+-- Training: pairs are texts, which only administrators read. Superusers register models, and their training with them.
+GRANT SELECT ON embedline.training, embedline.training_pair TO embedline_admin;
+GRANT EXECUTE ON FUNCTION embedline.query_hash(text) TO embedline_reader;
+GRANT EXECUTE ON FUNCTION embedline.collect_pairs(text, regclass, integer, text) TO embedline_admin;

@@ -9,7 +9,7 @@ SELECT
     c.subjects,
     c.waiting,
     c.oldest_enqueued_at,
-    d.last_error,
+    embedline._shown_error(d.last_error) AS last_error,
     d.last_error_at
 FROM embedline.derived AS d
 INNER JOIN embedline.pipeline AS p ON p.pipeline_id = d.pipeline_id

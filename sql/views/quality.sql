@@ -11,7 +11,7 @@ SELECT
     CASE WHEN q.error IS NOT NULL THEN 'not measured' WHEN q.is_poor THEN 'poor' ELSE 'good' END AS verdict,
     q.query_count AS queries,
     v.number AS version,
-    q.error
+    embedline._shown_error(q.error) AS error
 FROM embedline.quality_check AS q
 INNER JOIN embedline.pipeline AS p ON q.pipeline_id = p.pipeline_id
 INNER JOIN embedline.version AS v ON q.version_id = v.version_id

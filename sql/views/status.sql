@@ -38,7 +38,9 @@ SELECT
     v.state = 'complete' AS backfill_complete,
     clock_timestamp() - c.oldest_enqueued_at AS oldest_pending_age,
     d.dead_letters,
-    coalesce(t.message || ': ' || t.remedy, x.last_error, c.last_row_error, h.last_error) AS last_error,
+    coalesce(
+        t.message || ': ' || t.remedy, embedline._shown_error(coalesce(x.last_error, c.last_row_error, h.last_error))
+    ) AS last_error,
     h.last_error_at,
     w.workers_alive,
     CASE
@@ -61,7 +63,8 @@ SELECT
     ir.recall AS index_recall,
     t.remedy,
     least(m.max_batch_items, m.batch_items) AS request_items,
-    ir.probes
+    ir.probes,
+    pb.in_batches
 FROM embedline.pipeline AS p
 INNER JOIN embedline.version AS v ON p.serving_version_id = v.version_id
 INNER JOIN embedline.model AS m ON v.model_id = m.model_id
@@ -77,6 +80,10 @@ CROSS JOIN LATERAL (
     WHERE l.pipeline_id = p.pipeline_id
 ) AS d
 CROSS JOIN LATERAL embedline._workers_alive() AS w (workers_alive)
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(o.row_count), 0)::bigint AS in_batches FROM embedline.provider_batch AS o
+    WHERE o.version_id = v.version_id AND o.state <> 'done'
+) AS pb
 CROSS JOIN reported AS k
 CROSS JOIN LATERAL (
     SELECT
@@ -91,6 +98,7 @@ COMMENT ON COLUMN embedline.status.state IS
 'active or paused, or the trouble of the source: source gone, source replaced, key changed, key lost; see remedy';
 COMMENT ON COLUMN embedline.status.remedy IS 'Statement to run if the source has a trouble';
 COMMENT ON COLUMN embedline.status.pending IS 'Changes that wait or are in flight';
+COMMENT ON COLUMN embedline.status.in_batches IS 'Those of them that wait for batches of the provider; see embedline.provider_batch';
 COMMENT ON COLUMN embedline.status.backfill_done IS 'Blocks of the source that the backfill has read';
 COMMENT ON COLUMN embedline.status.backfill_total IS 'Blocks of the source when the pipeline was created';
 COMMENT ON COLUMN embedline.status.backfill_percent IS 'Share of the source that the backfill has read, in percent; 100 once every row was counted';

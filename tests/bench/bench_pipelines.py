@@ -7,20 +7,17 @@ random, and the routing view is asked until it shows the change.
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import time
-from pathlib import Path
 
 from harness import Bench, Figure, percentile, scalar, timed
-from workers import Session, resident_worker, wait_until
+from workers import Session, processor_seconds, resident_worker, wait_until
 
 COUNTS = (1, 1000)
 ROWS, CHANGES, IDLE_SECONDS, STATUS_ROUNDS = 20, 100, 20, 5
 IDLE_PERCENT, P50_MS, STATUS_MS = 3.0, 200.0, 300.0
 POLL_SECONDS = 0.003
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def run(bench: Bench) -> None:
@@ -62,9 +59,9 @@ def _measure(bench: Bench, session: Session, count: int) -> None:
         wait_until(lambda: _change(session, 0) is not None, "the worker is through with its first look", 120)
         bench.progress.add_task("Watching the idle worker", total=None)
         time.sleep(5)
-        before = _processor_seconds(pid)
+        before = processor_seconds(pid)
         time.sleep(IDLE_SECONDS)
-        percent = (_processor_seconds(pid) - before) / IDLE_SECONDS * 100
+        percent = (processor_seconds(pid) - before) / IDLE_SECONDS * 100
         bench.add(Figure(f"{label} idle worker, of a core", percent, "%", IDLE_PERCENT))
         task = bench.progress.add_task("Changing rows", total=CHANGES)
         latencies = []
@@ -94,9 +91,3 @@ def _change(session: Session, number: int) -> float:
     elapsed = time.perf_counter() - committed
     time.sleep(random.uniform(0.1, 0.3))
     return elapsed
-
-
-def _processor_seconds(pid: int) -> float:
-    """Processor time that a process has taken, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS

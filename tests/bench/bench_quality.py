@@ -1,5 +1,8 @@
 """What search finds by vectors, by keywords and by both, on labelled queries, with intervals of 95 %.
 
+Beside it is PostgreSQL's own ranking of words, ts_rank_cd, with the query's words joined by OR, and that ranking fused with the
+vectors by reciprocal ranks.
+
 The manual's own index gives the queries: each term, and the pages that its entry names. Other collections are measured where
 their files are given, in the form of BEIR (corpus.jsonl, queries.jsonl, qrels/test.tsv; github.com/beir-cellar/beir):
 EMBEDLINE_BENCH_COLLECTIONS=/data/cranfield,/data/scifact. EMBEDLINE_BENCH_MODEL names another model for these.
@@ -19,14 +22,25 @@ from harness import Bench, Figure, scalar
 from workers import Session
 
 from embedline.client import build_index
+from embedline.core import statistics
+from embedline.core.scores import score_rankings
 from embedline.dev.demo.manual import manual_folder, read_index_terms, read_pages
-from embedline.gate import statistics
-from embedline.gate.scores import score_rankings
 
 MODES, K = ("vector", "keyword", "hybrid"), 10
 RECALL, NDCG = (statistics.MEASURES.index(measure) for measure in ("recall", "ndcg"))
 # Promised recall@10 on the manual.
 PROMISED = {"keyword": 0.89, "hybrid": 0.90}
+WORDS, FUSED, WINDOW, RRF_K = "ts_rank_cd", "vector and ts_rank_cd", 50, 60
+_PREPARE_WORDS = """
+    CREATE TABLE bench_words AS SELECT id, to_tsvector('english', chunk) AS words FROM bench_embedding;
+    CREATE INDEX ON bench_words USING gin (words);
+    ANALYZE bench_words
+"""
+_BY_WORDS = """
+    SELECT w.id FROM bench_words AS w, (
+        SELECT string_agg(quote_literal(u.lexeme), ' | ')::tsquery AS query FROM unnest(to_tsvector('english', %s)) AS u
+    ) AS q WHERE w.words @@ q.query GROUP BY w.id ORDER BY max(ts_rank_cd(w.words, q.query)) DESC, w.id LIMIT %s
+"""
 
 
 @dataclass(frozen=True)
@@ -76,12 +90,16 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 def _measure(bench: Bench, session: Session, collection: Collection, model: str, promised: Mapping[str, float]) -> None:
     _embed(bench, session, collection, model)
     grades = [dict(wanted) for wanted in collection.queries.values()]
-    found: dict[str, list[list[str]]] = {mode: [] for mode in MODES}
+    found: dict[str, list[list[str]]] = {mode: [] for mode in (*MODES, WORDS, FUSED)}
     task = bench.progress.add_task(f"Asking {collection.name}", total=len(grades))
     search = "SELECT key FROM embedline.search('bench', %s, %s, per_document => true, mode => %s)"
     for query in collection.queries:
-        for mode, rankings in found.items():
-            rankings.append([key for (key,) in session.execute(search, (query, K, mode))])
+        for mode in MODES:
+            found[mode].append([key for (key,) in session.execute(search, (query, K, mode))])
+        words = [key for (key,) in session.execute(_BY_WORDS, (query, WINDOW))]
+        vectors = [key for (key,) in session.execute(search, (query, WINDOW, "vector"))]
+        found[WORDS].append(words[:K])
+        found[FUSED].append(_fused(vectors, words)[:K])
         bench.progress.update(task, advance=1)
     scores = {mode: score_rankings(rankings, grades, K) for mode, rankings in found.items()}
     for mode, of_mode in scores.items():
@@ -97,6 +115,15 @@ def _measure(bench: Bench, session: Session, collection: Collection, model: str,
         bench.add(Figure(label, compared.difference * 100, "", None, detail))
 
 
+def _fused(*rankings: list[str]) -> list[str]:
+    """Return the keys by the sum of their reciprocal ranks."""
+    scores: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, key in enumerate(ranking, 1):
+            scores[key] = scores.get(key, 0.0) + 1 / (RRF_K + rank)
+    return sorted(scores, key=lambda key: -scores[key])
+
+
 def _interval(scores: statistics.FloatArray) -> str:
     low, high = statistics.mean_interval(scores)
     return f"[{low:.3f}, {high:.3f}]"
@@ -105,7 +132,7 @@ def _interval(scores: statistics.FloatArray) -> str:
 def _embed(bench: Bench, session: Session, collection: Collection, model: str) -> None:
     if scalar(session, "SELECT count(*) FROM embedline.pipeline WHERE name = 'bench'"):
         session.execute("SELECT embedline.drop_pipeline('bench')")
-    session.execute("DROP TABLE IF EXISTS bench_document")
+    session.execute("DROP TABLE IF EXISTS bench_document, bench_words")
     session.execute("CREATE TABLE bench_document (id text PRIMARY KEY, body text NOT NULL)")
     with session.cursor().copy("COPY bench_document (id, body) FROM STDIN") as copy:
         for row in collection.documents.items():
@@ -118,3 +145,4 @@ def _embed(bench: Bench, session: Session, collection: Collection, model: str) -
         bench.progress.update(task, advance=embedded)
     build_index.build(build_index.PsycopgClient(session), "bench")
     session.execute("VACUUM ANALYZE")
+    session.execute(_PREPARE_WORDS)

@@ -29,6 +29,7 @@ STAGES = """
     CREATE FUNCTION bench_stages(pipeline_name text, query text) RETURNS double precision[]
     LANGUAGE plpython3u
     SET search_path = pg_catalog, pg_temp
+    SET plan_cache_mode = force_generic_plan
     SET hnsw.iterative_scan = 'strict_order'
     SET hnsw.ef_search = 40
     AS $python$

@@ -5,10 +5,14 @@ A bench that counts rows as done counts the vectors stored and the texts sent, a
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,9 +109,30 @@ def resident_worker(bench: Bench, pipeline: str | None = None) -> Iterator[int]:
         raise errors[0]
 
 
+@contextmanager
+def remote_workers(bench: Bench, session: Session, count: int) -> Iterator[None]:
+    """Run `embedline remote-worker` in so many processes for the length of a block."""
+    command = [str(Path(sys.executable).with_name("embedline")), "remote-worker", "bench", "--dsn", bench.dsn]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
+    try:
+        wait_until(lambda: scalar(session, "SELECT count(*) FROM embedline.worker") == count, "the workers are there")
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(60)
+
+
 def pending(session: Session) -> int:
     """Return how many changes wait or are in work."""
     return int(scalar(session, "SELECT pending FROM embedline.status WHERE pipeline = 'bench'"))
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time that a process of this machine has taken, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:

@@ -22,7 +22,7 @@ from support import ROOT, create_pages, create_pipeline, scalar, settle, wait_un
 
 _REFERENCE = ROOT / "docs" / "reference" / "command-line.md"
 # They print nothing but messages.
-_WITHOUT_DATA = {"upgrade", "downgrade", "worker", "metrics", "mcp"}
+_WITHOUT_DATA = {"upgrade", "downgrade", "worker", "metrics", "mcp", "remote-worker", "ray-backfill"}
 
 
 def _commands() -> dict[str, click.Command]:

@@ -14,9 +14,11 @@ import psycopg
 import pyarrow.parquet
 import pytest
 from psycopg import sql
+from pytest_postgresql.executors import NoopExecutor
 
 from command_line import Terminal, run
-from generated_names import Generated
+from conftest import cloned_database
+from generated_names import MINE, Generated
 from stub_fixtures import DIMENSIONS, running_stub, stub
 from stub_provider import StubProvider, vector_of
 from support import create_pages, create_pipeline, scalar, settle
@@ -161,6 +163,33 @@ def test_an_import_pays_for_nothing_and_gives_the_same_bits(
     assert vectors_of(pages, COPY) == vectors_of(pages, PAGE)
     assert scalar(pages, "SELECT count(*) FROM embedline.loan") == 0
     assert pages.execute("SELECT finding FROM embedline.verify('copy')").fetchall() == []
+
+
+def test_another_database_takes_an_export_over(
+    pages: psycopg.Connection, stub: StubProvider, template_server: NoopExecutor, tmp_path: Path
+) -> None:
+    path = tmp_path / "page.parquet"
+    done(pages, "export", "page", path)
+    with (
+        cloned_database(template_server, template_server.template_dbname) as dsn,
+        psycopg.connect(dsn, autocommit=True) as elsewhere,
+    ):
+        # Other numbers of models, pipelines and chunks.
+        create_stub_model(elsewhere, stub, "other")
+        create_stub_model(elsewhere, stub, "mine")
+        create_pages(elsewhere, 31, "mine")
+        rows = pages.execute("SELECT id, title, body FROM page").fetchall()
+        elsewhere.cursor().executemany(
+            "UPDATE mine SET title = %s, body = %s WHERE id = %s", [(t, b, i) for i, t, b in rows]
+        )
+        with elsewhere.transaction():
+            create_pipeline(elsewhere, "mine", "mine", model="mine", index_method="none", chunk_tokens=64)
+            elsewhere.execute("SELECT embedline.pause_pipeline('mine')")
+        stub.forget()
+        told = done(elsewhere, "import", "mine", path, "--resume")
+        assert (told["taken"], told["unmatched"], told["embedded"]) == (told["lent"], 0, 1)
+        assert list(stub.texts_seen()) == [scalar(elsewhere, "SELECT title || E'\n\n' || body FROM mine WHERE id = 31")]
+        assert set(vectors_of(pages, PAGE)) < set(vectors_of(elsewhere, MINE))
 
 
 def test_what_does_not_match_is_embedded_as_usual_and_counted(

@@ -177,15 +177,18 @@ def test_a_range_of_the_backfill_is_read_however_often_its_workers_died(
 
 
 @pytest.mark.faults
-def test_rows_that_crash_their_worker_are_quarantined_alone_beside_two_workers(
-    stub_database: psycopg.Connection, stub: StubProvider
+@pytest.mark.parametrize(
+    "end", ["PERFORM pg_terminate_backend(pg_backend_pid())", "RAISE query_canceled USING MESSAGE = 'cancelled'"]
+)
+def test_rows_that_end_their_worker_are_quarantined_alone_beside_two_workers(
+    stub_database: psycopg.Connection, stub: StubProvider, end: str
 ) -> None:
     create_stub_model(stub_database, stub)
     stub_database.execute("CREATE TABLE page (id bigint PRIMARY KEY, body text)")
     # Reading such a row ends the session, as a crash would.
     stub_database.execute(
-        "CREATE OR REPLACE FUNCTION deadly(body text) RETURNS text LANGUAGE plpgsql STABLE AS $$BEGIN"
-        " IF body LIKE '%deadly%' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN body; END$$"
+        b"CREATE OR REPLACE FUNCTION deadly(body text) RETURNS text LANGUAGE plpgsql STABLE AS $$BEGIN"
+        + f" IF body LIKE '%deadly%' THEN {end}; END IF; RETURN body; END$$".encode()
     )
     create_pipeline(stub_database, "page", "page", "deadly(body)", "stub", index_method="none")
     settle(stub_database)

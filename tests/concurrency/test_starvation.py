@@ -25,7 +25,7 @@ from working import (
 # What the maintenance of indexes asks of pg_cron, which lives in one database of a server only.
 CRON = """
     CREATE SCHEMA cron;
-    CREATE TABLE cron.job (jobid bigserial, jobname text, command text, database text);
+    CREATE TABLE cron.job (jobid bigserial, jobname text, command text, database text, active boolean DEFAULT true);
     CREATE FUNCTION cron.schedule(text, text, text) RETURNS bigint LANGUAGE sql AS
         'INSERT INTO cron.job (jobname, command, database) VALUES ($1, $3, current_database()) RETURNING jobid';
     CREATE FUNCTION cron.unschedule(bigint) RETURNS boolean LANGUAGE sql AS 'DELETE FROM cron.job WHERE jobid = $1; SELECT true';

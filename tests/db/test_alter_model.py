@@ -225,6 +225,7 @@ def test_without_stored_vectors_the_endpoint_is_only_probed_and_gives_the_finger
     db: psycopg.Connection, endpoints: tuple[Dialect, Dialect]
 ) -> None:
     create_pages(db)
+    db.execute("SELECT embedline.publication('page')")
     before = stored(db)
     endpoints[1].embed = lambda text, _: vector_of(f"other {text}", DIMENSIONS)
     (notice,) = alter(db, base_url=endpoints[1].url)
@@ -235,6 +236,8 @@ def test_without_stored_vectors_the_endpoint_is_only_probed_and_gives_the_finger
     assert after["fingerprint"] != before["fingerprint"]
     assert after["versions"] != before["versions"]
     assert after["probed_fingerprint"] is None
+    published = f"SELECT model_fingerprint, fingerprint FROM {PAGE('routing')}"
+    assert db.execute(published).fetchall() == [(after["fingerprint"], after["versions"][0])]
     settle(db)
     assert endpoints[0].paid == []
     assert data_count(db, "v1") == ROWS
@@ -438,6 +441,10 @@ def test_a_local_model_may_move_to_another_directory(module_database: psycopg.Co
     db.execute("SELECT embedline.create_model('here', 'sentence-transformers', %s)", (str(MODELS / "static-256"),))
     before = scalar(db, "SELECT fingerprint FROM embedline.model WHERE name = 'here'")
     db.execute("SELECT embedline.alter_model('here', model => %s)", (str(open_folder / "moved"),))
+    assert scalar(db, "SELECT fingerprint FROM embedline.model WHERE name = 'here'") == before
+    # A precision that is left open has the vectors of float32, so full precision is the same recipe.
+    db.execute("""SELECT embedline.alter_model('here', options => '{"precision": "float32"}')""")
+    assert scalar(db, "SELECT options ->> 'precision' FROM embedline.model WHERE name = 'here'") == "float32"
     assert scalar(db, "SELECT fingerprint FROM embedline.model WHERE name = 'here'") == before
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="decides its vectors"):
         db.execute("""SELECT embedline.alter_model('here', options => '{"precision": "int8"}')""")

@@ -1231,3 +1231,19 @@ def test_the_same_table_may_have_several_pipelines(pages: psycopg.Connection) ->
     settle(pages)
     assert_exact(pages, "page")
     assert_exact(pages, "title")
+
+
+def test_an_assertion_in_an_expression_fails_no_write(database: psycopg.Connection) -> None:
+    create_pages(database, 3)
+    database.execute(
+        "CREATE FUNCTION words(text) RETURNS text LANGUAGE plpgsql AS $$BEGIN"
+        " ASSERT $1 <> 'poison', 'this text is poison'; RETURN $1; END$$"
+    )
+    create_pipeline(database, content="words(body)", filter="words(body) <> ''", index_method="none")
+    settle(database)
+    # PL/pgSQL's OTHERS leaves an assertion out.
+    database.execute("UPDATE page SET body = 'poison' WHERE id = 1; UPDATE page SET id = 9 WHERE id = 1")
+    database.execute("INSERT INTO page (id, body) VALUES (4, 'poison'); DELETE FROM page WHERE id = 4")
+    database.execute("INSERT INTO page (id, body) VALUES (4, 'poison')")
+    settle(database)
+    assert scalar(database, "SELECT array_agg(error_code) FROM embedline.dead_letter") == ["P0004", "P0004"]

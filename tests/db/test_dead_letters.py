@@ -11,7 +11,18 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from conftest import Connect, MakeRole
-from support import assert_exact, create_pages, create_pipeline, data_count, drain, queued, scalar, settle
+from generated_names import PAGE
+from support import (
+    assert_exact,
+    chunked_keys,
+    create_pages,
+    create_pipeline,
+    data_count,
+    drain,
+    queued,
+    scalar,
+    settle,
+)
 
 
 class Endpoint:
@@ -258,3 +269,32 @@ def test_a_tenant_longer_than_an_index_holds_stops_nobody(database: psycopg.Conn
     settle(database)
     database.execute(f"UPDATE page SET title = (SELECT {LONG_KEY} || 'x' FROM generate_series(1, 99) AS n) || id")
     assert drain(database) == 3
+
+
+@pytest.mark.parametrize("state", ["54001", "XX001", "0A000", "MY001"])
+def test_a_row_whose_expression_raises_any_error_of_its_own_stops_nobody(
+    database: psycopg.Connection, state: str
+) -> None:
+    create_pages(database, 20)
+    database.execute(
+        "CREATE FUNCTION words(text) RETURNS text LANGUAGE plpgsql AS $$BEGIN"
+        f" IF $1 = 'poison' THEN RAISE EXCEPTION 'this text is poison' USING ERRCODE = '{state}'; END IF; RETURN $1; END$$"
+    )
+    create_pipeline(database, content="words(body)", index_method="none")
+    # In the backfill, and as a change.
+    database.execute("UPDATE page SET body = 'poison' WHERE id = 7")
+    drain(database)
+    database.execute("UPDATE page SET body = 'poison' WHERE id = 8; UPDATE page SET body = 'changed' WHERE id = 9")
+    drain(database)
+    assert chunked_keys(database) >= set(range(1, 21)) - {7, 8}
+    assert scalar(database, f"SELECT content FROM {PAGE('chunk')} WHERE key_id = 9") == "changed"
+    # Errors that may pass are tried again, and only then given up.
+    for _ in range(4):
+        database.execute(f"UPDATE {PAGE('outbox')} SET not_before = now()")
+        drain(database)
+    assert codes(database) == {"7": state, "8": state}
+    assert "this text is poison" in scalar(database, "SELECT message FROM embedline.dead_letter LIMIT 1")
+    assert queued(database) == 0
+    database.execute("UPDATE page SET body = 'mended' WHERE id IN (7, 8)")
+    settle(database)
+    assert codes(database) == {}

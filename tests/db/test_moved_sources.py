@@ -98,9 +98,12 @@ def test_a_source_that_was_dropped_is_told_with_a_statement_that_runs(paid: psyc
     paid.execute(remedy.encode())
     assert scalar(paid, "SELECT count(*) FROM embedline.status") == 0
     assert scalar(paid, "SELECT count(*) FROM pg_class WHERE relnamespace = 'embedline_data'::regnamespace") == 0
-    # One function there belongs to no pipeline.
-    left = "SELECT proname FROM pg_proc WHERE pronamespace IN (%s::regnamespace, %s::regnamespace)"
-    assert paid.execute(left, ("embedline_data", "embedline_expression")).fetchall() == [("_row_state",)]
+    # Two functions there belong to no pipeline.
+    left = "SELECT proname FROM pg_proc WHERE pronamespace IN (%s::regnamespace, %s::regnamespace) ORDER BY 1"
+    assert paid.execute(left, ("embedline_data", "embedline_expression")).fetchall() == [
+        ("_hold_postings",),
+        ("_row_state",),
+    ]
 
 
 def test_whoever_made_a_pipeline_drops_it_after_its_source(

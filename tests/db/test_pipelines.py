@@ -368,9 +368,9 @@ def test_dropping_leaves_the_source_as_it_was(source: psycopg.Connection) -> Non
     source.execute("SELECT embedline.drop_pipeline('page_title')")
     left = "SELECT count(*) FROM pg_class WHERE relnamespace = 'embedline_data'::regnamespace"
     assert scalar(source, left) == 0
-    # One function there belongs to no pipeline.
-    left = "SELECT proname FROM pg_proc WHERE pronamespace = 'embedline_data'::regnamespace"
-    assert source.execute(left).fetchall() == [("_row_state",)]
+    # Two functions there belong to no pipeline.
+    left = "SELECT proname FROM pg_proc WHERE pronamespace = 'embedline_data'::regnamespace ORDER BY 1"
+    assert source.execute(left).fetchall() == [("_hold_postings",), ("_row_state",)]
     assert scalar(source, "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'page'::regclass") == 0
     assert scalar(source, "SELECT count(*) FROM embedline.dead_letter") == 0
     source.execute("UPDATE page SET title = 'Title 1', body = %s WHERE id = 1", (before[0][2],))

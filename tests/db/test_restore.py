@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -12,7 +13,7 @@ from psycopg import errors
 
 from generated_names import PAGE
 from small_models import register_static
-from support import assert_exact, create_pages, create_pipeline, scalar, searching, settle
+from support import assert_exact, create_pages, create_pipeline, install, scalar, searching, settle
 from upgrading import add_version, cut_over, settle_versions
 
 Restore = Callable[[], psycopg.Connection]
@@ -140,3 +141,92 @@ def test_a_restored_pipeline_knows_its_columns(restored: psycopg.Connection, cha
     restored.execute("SELECT embedline.refresh_pipeline('m'), embedline.refresh_pipeline('zz')")
     assert scalar(restored, "SELECT array_agg(id ORDER BY id) FROM m_embedding") == [1, 3, 7]
     assert searching(restored, "m", "seven", k=1)[0][0] == "7"
+
+
+@pytest.fixture
+def written(database: psycopg.Connection) -> psycopg.Connection:
+    """Forty embedded pages with an index of their words; five wait again."""
+    create_pages(database, 40)
+    create_pipeline(database, index_method="none", keyword="english")
+    settle(database)
+    database.execute("UPDATE page SET body = body || ' edited' WHERE id <= 5")
+    return database
+
+
+def run(program: str, *arguments: object) -> None:
+    """Run a program of PostgreSQL; fail with what it printed."""
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{program}: {done.stderr}"
+
+
+def assert_goes_on(dsn: str) -> None:
+    """Assert that a restored database embeds what waited and nothing else."""
+    with psycopg.connect(dsn, autocommit=True) as restored:
+        assert scalar(restored, "SELECT embedline.embed_pending(1000)") == 5
+        restored.execute("INSERT INTO page (id, title, body) VALUES (1000, 'New', 'A page about law')")
+        settle(restored)
+        assert assert_exact(restored) == 41
+        assert restored.execute("SELECT * FROM embedline.verify('page', sample => 3)").fetchall() == []
+        assert searching(restored, "page", "law", k=1, mode="hybrid")
+
+
+@pytest.mark.parametrize(
+    ("dump", "restores"),
+    [
+        (["--format", "custom"], [["--single-transaction"]]),
+        (["--format", "directory", "--jobs", "2"], [["--jobs", "2"]]),
+        (["--format", "custom"], [["--schema-only"], ["--data-only", "--disable-triggers"]]),
+    ],
+    ids=["custom", "directory", "schema then data"],
+)
+def test_a_dump_of_each_form_goes_on(
+    written: psycopg.Connection,
+    database_dsn: str,
+    empty_database_dsn: str,
+    tmp_path: Path,
+    dump: list[str],
+    restores: list[list[str]],
+) -> None:
+    run("pg_dump", "--dbname", database_dsn, "--file", tmp_path / "dump", *dump)
+    for options in restores:
+        run("pg_restore", "--dbname", empty_database_dsn, "--exit-on-error", *options, tmp_path / "dump")
+    assert_goes_on(empty_database_dsn)
+
+
+# What the how-to tells to run before data are restored over tables that migrations have filled.
+EMPTY_ALL = """
+    SELECT 'TRUNCATE ' || string_agg(format('%I.%I', schemaname, tablename), ', ') FROM pg_tables
+    WHERE schemaname IN ('embedline', 'embedline_data') OR (schemaname, tablename) = ('public', 'page')
+"""
+
+
+def test_data_go_into_a_schema_that_migrations_made(
+    written: psycopg.Connection, database_dsn: str, empty_database_dsn: str, tmp_path: Path
+) -> None:
+    install(empty_database_dsn)
+    with psycopg.connect(empty_database_dsn, autocommit=True) as migrated:
+        # A column that came and went, so that the numbers of columns differ.
+        migrated.execute(
+            "CREATE TABLE page (gone integer, id integer PRIMARY KEY, title text, body text, views integer)"
+        )
+        migrated.execute("ALTER TABLE page DROP COLUMN gone")
+        create_pipeline(migrated, index_method="none", keyword="english")
+        migrated.execute(scalar(migrated, EMPTY_ALL))
+    run("pg_dump", "--dbname", database_dsn, "--file", tmp_path / "dump", "--format", "custom", "--data-only")
+    options = ("--data-only", "--disable-triggers", "--single-transaction", "--exit-on-error")
+    run("pg_restore", "--dbname", empty_database_dsn, *options, tmp_path / "dump")
+    assert_goes_on(empty_database_dsn)
+
+
+def test_a_schema_without_its_data_says_so(
+    written: psycopg.Connection, database_dsn: str, empty_database_dsn: str, tmp_path: Path
+) -> None:
+    run("pg_dump", "--dbname", database_dsn, "--file", tmp_path / "dump", "--schema-only")
+    run("psql", "--quiet", "--no-psqlrc", "--dbname", empty_database_dsn, "--file", tmp_path / "dump")
+    with psycopg.connect(empty_database_dsn, autocommit=True) as restored:
+        with pytest.raises(psycopg.Error, match="and their data are not") as refused:
+            searching(restored, "page", "law")
+        assert "--disable-triggers" in (refused.value.diag.message_hint or "")
+        # Capture goes on.
+        restored.execute("INSERT INTO page (id, title, body) VALUES (1, 'New', 'A page about law')")
+        assert scalar(restored, f"SELECT count(*) FROM {PAGE('inbox')}") == 1

@@ -388,6 +388,7 @@ def test_a_renamed_column_and_an_expression_that_fails_keep_vectors_true(page: p
     page.execute("INSERT INTO event (whom, page, stars) VALUES ('no number', 4, 1)")
     drain(page)
     assert "no number" in scalar(page, "SELECT last_error FROM embedline.derived_status")
+    assert "no number" in scalar(page, "SELECT message FROM embedline.alert WHERE alert = 'derived_stale'")
     page.execute("DELETE FROM event WHERE whom = 'no number'")
     drain(page)
     assert scalar(page, "SELECT last_error FROM embedline.derived_status") is None
@@ -466,6 +467,13 @@ def test_what_waits_is_shown(page: psycopg.Connection) -> None:
     assert page.execute("SELECT name, events::text, subjects, waiting FROM embedline.derived_status").fetchone() == (
         "readers", "event", 1, 2,
     )  # fmt: skip
+    assert 'embedline_derived_pending_subjects{derived="readers"} 2\n' in scalar(page, "SELECT embedline.metrics()")
+    alerts = "SELECT subject, message FROM embedline.alert WHERE alert = 'derived_stale'"
+    assert page.execute(alerts).fetchall() == []
+    page.execute(f"UPDATE {derived('readers', 'dirty')} SET enqueued_at = enqueued_at - interval '65 seconds'")
+    assert page.execute(alerts).fetchall() == [("readers", "2 subjects wait, the oldest for 00:01:05")]
+    drain(page)
+    assert page.execute(alerts).fetchall() == []
 
 
 def test_nothing_stays_of_dropped_derived_vectors(page: psycopg.Connection) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import psycopg
 import pytest
 from psycopg import sql
@@ -130,3 +135,26 @@ def test_an_error_of_a_versions_claim_is_shown_in_the_version(page: psycopg.Conn
     work_until_idle(page)
     assert scalar(page, shown, (number,)) is None
     assert data_count(page, f"v{number}") == 10
+
+
+def test_a_launcher_that_cannot_be_woken_ends_no_worker(page: psycopg.Connection) -> None:
+    # A table of jobs without the column `active`: the UPDATE that wakes pg_cron's launcher fails.
+    page.execute("CREATE SCHEMA cron CREATE TABLE job (jobid bigserial, jobname text, command text, database text)")
+    page.execute("CREATE DATABASE short_lived")
+    with working(page) as (worker,), psycopg.connect(dsn_of(page)) as asleep:
+        wait_for_chunks(page, "other", 10)
+        with psycopg.connect(dsn_of(page), autocommit=True) as dropping, ThreadPoolExecutor() as pool:
+            # A process that heeds no interrupt keeps DROP DATABASE waiting.
+            os.kill(asleep.info.backend_pid, signal.SIGSTOP)
+            try:
+                dropped = pool.submit(dropping.execute, "DROP DATABASE short_lived")
+                barrier = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'ProcSignalBarrier'"
+                wait_until(lambda: scalar(page, barrier) == 1, what="the session waits")
+                time.sleep(3)
+                insert_rows(page, 11, 20, "other")
+                wait_for_chunks(page, "other", 20)
+            finally:
+                os.kill(asleep.info.backend_pid, signal.SIGCONT)
+            dropped.result()
+        assert worker.is_running
+    page.execute("DROP SCHEMA cron CASCADE")

@@ -6,14 +6,14 @@ import contextlib
 import os
 import signal
 import threading
-from pathlib import Path
 
 import psycopg
 import pytest
 
 from embedline.dev.cluster.server import Cluster
+from fault_table import note
 from generated_names import PAGE
-from killing import kill_backend, reconnect
+from killing import kill_backend, model_host_pids, reconnect
 from support import assert_exact, create_pages, create_pipeline, data_count, scalar, settle, take_inbox, wait_until
 
 ROWS = 4000
@@ -48,28 +48,18 @@ def _half_done(page: psycopg.Connection) -> None:
     wait_until(lambda: data_count(page, "document") >= 500, 60, "the drain is under way")
 
 
-def _host_pids(postmaster: int) -> list[int]:
-    """Model hosts of a server: their command line names the socket's folder, which names the postmaster."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            command = entry.read_bytes().decode(errors="replace")
-            if "embedline.model_host" in command and f"/{postmaster}-" in command:
-                found.append(int(entry.parent.name))
-    return found
-
-
 def test_kill_9_of_the_model_host_during_a_drain(own_cluster: Cluster, page: psycopg.Connection) -> None:
     with page:
         thread = _work(own_cluster.dsn())
         _half_done(page)
-        hosts = _host_pids(own_cluster.postmaster_pid())
+        hosts = model_host_pids(own_cluster)
         assert len(hosts) == 1, "one model host serves all backends"
         os.kill(hosts[0], signal.SIGKILL)
         thread.join(90)
         assert not thread.is_alive()
         settle(page, 60)
         assert assert_exact(page) == ROWS
+        note(ROWS)
         assert scalar(page, "SELECT count(*) FROM embedline.dead_letter") == 0
 
 
@@ -77,7 +67,7 @@ def test_kill_9_of_a_workers_backend_during_a_drain(own_cluster: Cluster, page: 
     thread = _work(own_cluster.dsn())
     _half_done(page)
     pid = scalar(page, "SELECT pid FROM pg_stat_activity WHERE application_name = 'victim'")
-    host = _host_pids(own_cluster.postmaster_pid())
+    host = model_host_pids(own_cluster)
     # The postmaster restarts every backend after a crash; the model host is none of them.
     kill_backend(int(pid), page)
     thread.join(30)
@@ -85,8 +75,9 @@ def test_kill_9_of_a_workers_backend_during_a_drain(own_cluster: Cluster, page: 
     with after:
         settle(after, 60)
         assert assert_exact(after) == ROWS
+        note(ROWS)
         assert scalar(after, "SELECT count(*) FROM embedline.dead_letter") == 0
-        assert _host_pids(own_cluster.postmaster_pid()) == host, "the model host outlives a crash of a backend"
+        assert model_host_pids(own_cluster) == host, "the model host outlives a crash of a backend"
 
 
 def test_kill_9_of_the_server_during_a_drain(own_cluster: Cluster, page: psycopg.Connection) -> None:
@@ -101,8 +92,9 @@ def test_kill_9_of_the_server_during_a_drain(own_cluster: Cluster, page: psycopg
     with after:
         settle(after, 60)
         assert assert_exact(after) == ROWS
+        note(ROWS)
         assert scalar(after, "SELECT count(*) FROM embedline.dead_letter") == 0
-    wait_until(lambda: not _host_pids(postmaster), 10, "the model host of the killed server is gone")
+    wait_until(lambda: not model_host_pids(own_cluster, postmaster), 10, "the model host of the killed server is gone")
 
 
 def test_terminated_backend_is_taken_over_at_once(own_cluster: Cluster, page: psycopg.Connection) -> None:
@@ -113,6 +105,7 @@ def test_terminated_backend_is_taken_over_at_once(own_cluster: Cluster, page: ps
         thread.join(30)
         settle(page, 60)
         assert assert_exact(page) == ROWS
+        note(ROWS)
 
 
 def test_a_row_that_crashes_its_workers_is_quarantined_alone(own_cluster: Cluster, page: psycopg.Connection) -> None:

@@ -15,6 +15,7 @@ import pytest
 from embedline.client.build_index import PsycopgClient, build
 from embedline.dev.cluster.server import Cluster
 from embedline.pipelines.ddl.plan import TABLES
+from fault_table import note
 from generated_names import PAGE
 from killing import kill_backend, reconnect
 from stub_provider import StubProvider, stub_provider, vector_of
@@ -107,10 +108,17 @@ def _assert_ended(connection: psycopg.Connection) -> None:
     assert kinds == [("cutover",), ("rollback",), ("cutover",)]
     models = {row[0] for row in connection.execute("SELECT name FROM embedline.model WHERE provider = 'openai'")}
     assert models == {"new"}, "the old model is forgotten"
+    note(ROWS)
 
 
 def _kill_server(cluster: Cluster, connection: psycopg.Connection) -> None:
     cluster.kill()
+    connection.close()
+    cluster.start()
+
+
+def _stop_at_once(cluster: Cluster, connection: psycopg.Connection) -> None:
+    cluster.stop("immediate")
     connection.close()
     cluster.start()
 
@@ -125,7 +133,11 @@ def _kill_backend(cluster: Cluster, connection: psycopg.Connection) -> None:
 KILLS: dict[str, Callable[[Cluster, psycopg.Connection], None]] = {"backend": _kill_backend, "server": _kill_server}
 
 
-@pytest.mark.parametrize("kill", KILLS)
+# To the server an immediate stop is the same within a phase.
+AFTER_A_PHASE = KILLS | {"immediate stop": _stop_at_once}
+
+
+@pytest.mark.parametrize("kill", AFTER_A_PHASE)
 def test_an_upgrade_killed_after_each_phase_is_run_again_from_its_start(
     own_cluster: Cluster, page: psycopg.Connection, kill: str
 ) -> None:
@@ -134,7 +146,7 @@ def test_an_upgrade_killed_after_each_phase_is_run_again_from_its_start(
     for phase in PHASES:
         _run_chain(connection, phase)
         connection.execute("UPDATE page SET body = body || ' ' || %s WHERE id <= 20", (phase,))
-        KILLS[kill](own_cluster, connection)
+        AFTER_A_PHASE[kill](own_cluster, connection)
         connection = reconnect(own_cluster)
     with connection:
         _run_chain(connection)

@@ -73,7 +73,7 @@ def _assert_nothing_lost(connection: psycopg.Connection, stub: StubProvider, hol
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_worker_terminated_in_a_step_of_a_versions_lane(
+def test_a_worker_terminated_in_a_step_of_a_version_fill(
     own_cluster: Cluster, page: psycopg.Connection, stub: StubProvider, step: str
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -85,7 +85,7 @@ def test_a_worker_terminated_in_a_step_of_a_versions_lane(
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_kill_9_of_a_workers_backend_in_a_step_of_a_versions_lane(
+def test_kill_9_of_a_workers_backend_in_a_step_of_a_version_fill(
     own_cluster: Cluster, page: psycopg.Connection, stub: StubProvider, step: str
 ) -> None:
     with contextlib.ExitStack() as stack:

@@ -185,6 +185,38 @@ def test_a_worker_never_waits_for_an_uncommitted_delete_of_rows_that_it_gives_up
     assert set(dead_letters(page)) == {2, 3, 4, 5}
 
 
+@pytest.mark.parametrize("lock", ["SELECT FROM page WHERE id = 1 FOR UPDATE", "DELETE FROM page WHERE id = 1"])
+def test_a_row_that_an_application_locks_is_paid_for_once(
+    page: psycopg.Connection, stub: StubProvider, other_session: psycopg.Connection, lock: str
+) -> None:
+    insert_rows(page, 1, 5)
+    other_session.execute(lock.encode())
+    with working(page):
+        wait_for_chunks(page, "page", 4)
+        tries = "SELECT outbox_id, not_before FROM " + PAGE("outbox")
+        seen = set[tuple[object, ...]]()
+        wait_until(lambda: seen.update(page.execute(tries).fetchall()) or len(seen) > 5, 20, "it was tried again")
+        other_session.rollback()
+        wait_until(lambda: scalar(page, "SELECT pending = 0 FROM embedline.status"), 20, "nothing waits")
+    work_until_idle(page)
+    assert assert_all_settled(page, stub.dimensions) == 5
+    assert set(stub.texts_seen().values()) == {1}
+
+
+def test_chunks_of_a_row_that_changes_in_flight_are_paid_for_once(page: psycopg.Connection, stub: StubProvider) -> None:
+    page.execute("SELECT embedline.alter_pipeline('page', chunking => 'fixed', chunk_tokens => 20)")
+    settle(page)
+    stub.behave(latency=0.3, remember=True)
+    with working(page):
+        page.execute("INSERT INTO page SELECT 1, string_agg('word ' || n, ' ') FROM generate_series(1, 100) AS n")
+        wait_for_in_flight(stub)
+        page.execute("UPDATE page SET body = body || ' and an end' WHERE id = 1")
+        wait_until(lambda: scalar(page, "SELECT pending = 0 FROM embedline.status"), 20, "nothing waits")
+    seen = stub.texts_seen()
+    assert len(seen) > 10
+    assert set(seen.values()) == {1}
+
+
 def test_a_pipeline_dropped_in_flight_does_not_end_the_worker(page: psycopg.Connection, stub: StubProvider) -> None:
     create_stub_pipeline(page, "other")
     settle(page)

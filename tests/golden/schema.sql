@@ -29,6 +29,17 @@ CREATE TABLE embedline.alert_state (
     CONSTRAINT alert_state_pkey PRIMARY KEY (alert, subject)
 );
 
+CREATE TABLE embedline.allowed_endpoint (
+    scheme text NOT NULL,
+    host text NOT NULL,
+    port integer DEFAULT 0 NOT NULL,
+    added_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT allowed_endpoint_host_check CHECK (((host = lower(host)) AND (host ~ '^([*][.])?[^][*/?#@\s]+$'::text))),
+    CONSTRAINT allowed_endpoint_pkey PRIMARY KEY (scheme, host, port),
+    CONSTRAINT allowed_endpoint_port_check CHECK (((port >= 0) AND (port <= 65535))),
+    CONSTRAINT allowed_endpoint_scheme_check CHECK ((scheme = ANY (ARRAY['http'::text, 'https'::text])))
+);
+
 CREATE TABLE embedline.backfill_range (
     range_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
     pipeline_id bigint NOT NULL,
@@ -130,6 +141,25 @@ CREATE TABLE embedline.budget_stop (
     CONSTRAINT budget_stop_pkey PRIMARY KEY (pipeline_id)
 );
 
+CREATE TABLE embedline.bulk_change (
+    pipeline_id bigint NOT NULL,
+    enqueued_at timestamp with time zone NOT NULL,
+    CONSTRAINT bulk_change_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT bulk_change_pkey PRIMARY KEY (pipeline_id, enqueued_at)
+);
+
+CREATE TABLE embedline.bulk_rule (
+    pipeline_id bigint NOT NULL,
+    bulk_rows integer,
+    starts_at time without time zone,
+    ends_at time without time zone,
+    CONSTRAINT bulk_rule_any_check CHECK (((bulk_rows IS NOT NULL) OR (starts_at IS NOT NULL))),
+    CONSTRAINT bulk_rule_bulk_rows_check CHECK ((bulk_rows > 0)),
+    CONSTRAINT bulk_rule_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT bulk_rule_pkey PRIMARY KEY (pipeline_id),
+    CONSTRAINT bulk_rule_window_check CHECK (((starts_at IS NULL) = (ends_at IS NULL)))
+);
+
 CREATE TABLE embedline.canary (
     pipeline_id bigint NOT NULL,
     "position" integer NOT NULL,
@@ -152,7 +182,7 @@ CREATE TABLE embedline.chunk_set (
     tokenizer text,
     CONSTRAINT chunk_set_chunk_overlap_check CHECK ((chunk_overlap >= 0)),
     CONSTRAINT chunk_set_chunk_tokens_check CHECK ((chunk_tokens > 0)),
-    CONSTRAINT chunk_set_chunking_check CHECK ((chunking = ANY (ARRAY['recursive'::text, 'sentences'::text, 'markdown'::text, 'fixed'::text, 'semantic'::text, 'none'::text]))),
+    CONSTRAINT chunk_set_chunking_check CHECK ((chunking = ANY (ARRAY['recursive'::text, 'sentences'::text, 'markdown'::text, 'fixed'::text, 'semantic'::text, 'none'::text, 'tiles'::text, 'windows'::text, 'silence'::text]))) NOT VALID,
     CONSTRAINT chunk_set_number_check CHECK ((number > 0)),
     CONSTRAINT chunk_set_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
     CONSTRAINT chunk_set_pipeline_id_number_key UNIQUE (pipeline_id, number),
@@ -371,6 +401,12 @@ CREATE TABLE embedline.loan_vector (
     CONSTRAINT loan_vector_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.loan(version_id) ON DELETE CASCADE
 );
 
+CREATE TABLE embedline.media_source (
+    prefix text NOT NULL,
+    CONSTRAINT media_source_pkey PRIMARY KEY (prefix),
+    CONSTRAINT media_source_prefix_check CHECK (((prefix ~ '^(file:///|s3://[^/@]+/|https?://[^/@]+/).*'::text) AND ("right"(prefix, 1) = '/'::text) AND (prefix !~ '[[:space:]?#]|/[.][.]?/'::text)))
+);
+
 CREATE TABLE embedline.model (
     model_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
     name text NOT NULL,
@@ -399,6 +435,7 @@ CREATE TABLE embedline.model (
     learned jsonb DEFAULT '{}'::jsonb NOT NULL,
     probed_fingerprint text,
     task text DEFAULT 'embed'::text NOT NULL,
+    modalities text[] DEFAULT '{text}'::text[] NOT NULL,
     CONSTRAINT model_batch_items_check CHECK ((batch_items > 0)),
     CONSTRAINT model_batch_items_refused_check CHECK ((batch_items_refused > batch_items)),
     CONSTRAINT model_concurrency_check CHECK (((concurrency >= 1) AND (concurrency <= 256))),
@@ -457,7 +494,10 @@ CREATE TABLE embedline.pipeline (
     query_sample_share double precision DEFAULT 0 NOT NULL,
     query_retention interval DEFAULT '7 days'::interval NOT NULL,
     keyword text,
+    modality text DEFAULT 'text'::text NOT NULL,
+    is_reference boolean DEFAULT false NOT NULL,
     CONSTRAINT pipeline_capture_check CHECK ((capture = ANY (ARRAY['statement'::text, 'row'::text]))),
+    CONSTRAINT pipeline_modality_check CHECK ((modality = ANY (ARRAY['text'::text, 'image'::text, 'audio'::text]))),
     CONSTRAINT pipeline_name_key UNIQUE (name),
     CONSTRAINT pipeline_pkey PRIMARY KEY (pipeline_id),
     CONSTRAINT pipeline_query_sample_share_check CHECK (((query_sample_share >= (0)::double precision) AND (query_sample_share <= (1)::double precision))),
@@ -501,6 +541,60 @@ CREATE VIEW embedline.progress (
     eta interval,
     tokens bigint,
     money numeric
+);
+
+CREATE TABLE embedline.provider_batch (
+    batch_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    pipeline_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    model_id bigint NOT NULL,
+    config jsonb NOT NULL,
+    fingerprint text NOT NULL,
+    token text DEFAULT (gen_random_uuid())::text NOT NULL,
+    state text DEFAULT 'collecting'::text NOT NULL,
+    provider_id text,
+    outcome text,
+    text_count integer DEFAULT 0 NOT NULL,
+    row_count bigint DEFAULT 0 NOT NULL,
+    byte_count bigint DEFAULT 0 NOT NULL,
+    tokens bigint DEFAULT 0 NOT NULL,
+    reservation_id bigint,
+    attempts integer DEFAULT 0 NOT NULL,
+    last_error text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    touched_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    next_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    sent_at timestamp with time zone,
+    ended_at timestamp with time zone,
+    CONSTRAINT provider_batch_pkey PRIMARY KEY (batch_id),
+    CONSTRAINT provider_batch_state_check CHECK ((state = ANY (ARRAY['collecting'::text, 'sending'::text, 'waiting'::text, 'done'::text])))
+);
+
+CREATE TABLE embedline.provider_batch_hold (
+    hold_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    batch_id bigint NOT NULL,
+    version_id bigint NOT NULL,
+    of_version boolean NOT NULL,
+    queue_ids bigint[] NOT NULL,
+    CONSTRAINT provider_batch_hold_pkey PRIMARY KEY (hold_id),
+    CONSTRAINT provider_batch_hold_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
+);
+
+CREATE TABLE embedline.provider_batch_text (
+    version_id bigint NOT NULL,
+    content_hash uuid NOT NULL,
+    text_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    batch_id bigint NOT NULL,
+    content text,
+    tokens integer NOT NULL,
+    state text DEFAULT 'pending'::text NOT NULL,
+    tries smallint DEFAULT 0 NOT NULL,
+    vector bytea,
+    detail text,
+    CONSTRAINT provider_batch_text_pkey PRIMARY KEY (version_id, content_hash),
+    CONSTRAINT provider_batch_text_state_check CHECK ((state = ANY (ARRAY['pending'::text, 'answered'::text, 'refused'::text, 'unanswered'::text]))),
+    CONSTRAINT provider_batch_text_text_id_key UNIQUE (text_id),
+    CONSTRAINT provider_batch_text_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
 );
 
 CREATE VIEW embedline.quality (
@@ -573,6 +667,16 @@ CREATE TABLE embedline.rate_limit (
     CONSTRAINT rate_limit_tokens_per_minute_check CHECK ((tokens_per_minute > 0))
 );
 
+CREATE TABLE embedline.remote_grant (
+    pipeline_id bigint NOT NULL,
+    role_name text NOT NULL,
+    is_exclusive boolean NOT NULL,
+    granted_by text NOT NULL,
+    granted_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT remote_grant_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
+    CONSTRAINT remote_grant_pkey PRIMARY KEY (pipeline_id, role_name)
+);
+
 CREATE TABLE embedline.request_failure (
     pipeline_id bigint NOT NULL,
     version_id bigint NOT NULL,
@@ -591,6 +695,7 @@ CREATE TABLE embedline.reservation (
     requests integer NOT NULL,
     tokens bigint NOT NULL,
     price numeric,
+    is_batch boolean DEFAULT false NOT NULL,
     CONSTRAINT reservation_pkey PRIMARY KEY (reservation_id)
 ) WITH (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=2000, autovacuum_analyze_scale_factor=0, autovacuum_analyze_threshold=2000);
 
@@ -662,7 +767,8 @@ CREATE VIEW embedline.status (
     index_recall real,
     remedy text,
     request_items integer,
-    probes integer
+    probes integer,
+    in_batches bigint
 );
 
 CREATE VIEW embedline.throughput (
@@ -706,6 +812,45 @@ CREATE TABLE embedline.traffic_tenant (
     CONSTRAINT traffic_tenant_version_id_fkey FOREIGN KEY (version_id) REFERENCES embedline.version(version_id) ON DELETE CASCADE
 );
 
+CREATE TABLE embedline.training (
+    training_id bigint GENERATED ALWAYS AS IDENTITY NOT NULL,
+    model_id bigint NOT NULL,
+    model text NOT NULL,
+    model_fingerprint text NOT NULL,
+    base text NOT NULL,
+    base_model text NOT NULL,
+    base_fingerprint text NOT NULL,
+    pipeline text NOT NULL,
+    pairs_table text NOT NULL,
+    pairs_hash text NOT NULL,
+    parameters jsonb NOT NULL,
+    seed bigint NOT NULL,
+    code_version text NOT NULL,
+    evidence jsonb NOT NULL,
+    metrics jsonb NOT NULL,
+    outcome text NOT NULL,
+    trained_by text NOT NULL,
+    trained_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT training_model_id_fkey FOREIGN KEY (model_id) REFERENCES embedline.model(model_id) ON DELETE CASCADE,
+    CONSTRAINT training_model_id_key UNIQUE (model_id),
+    CONSTRAINT training_outcome_check CHECK ((outcome = ANY (ARRAY['gain'::text, 'inconclusive'::text, 'loss'::text]))),
+    CONSTRAINT training_pkey PRIMARY KEY (training_id)
+);
+
+CREATE TABLE embedline.training_pair (
+    training_id bigint NOT NULL,
+    "position" integer NOT NULL,
+    query text NOT NULL,
+    query_hash text NOT NULL,
+    key text NOT NULL,
+    grade double precision NOT NULL,
+    source text,
+    at timestamp with time zone,
+    is_held_out boolean NOT NULL,
+    CONSTRAINT training_pair_pkey PRIMARY KEY (training_id, "position"),
+    CONSTRAINT training_pair_training_id_fkey FOREIGN KEY (training_id) REFERENCES embedline.training(training_id) ON DELETE CASCADE
+);
+
 CREATE VIEW embedline.usage (
     day date,
     model text,
@@ -724,6 +869,7 @@ CREATE TABLE embedline.usage_day (
     tokens bigint NOT NULL,
     money numeric NOT NULL,
     busy_seconds double precision NOT NULL,
+    batch_tokens bigint DEFAULT 0 NOT NULL,
     CONSTRAINT usage_day_pkey PRIMARY KEY (day, model_id, pipeline_id)
 ) WITH (fillfactor=50);
 
@@ -828,7 +974,10 @@ CREATE VIEW embedline.versions (
     gate text,
     ef_search integer,
     index_recall real,
-    probes integer
+    probes integer,
+    trained_from text,
+    pairs_hash text,
+    in_batches bigint
 );
 
 CREATE TABLE embedline.worker (
@@ -845,6 +994,7 @@ CREATE TABLE embedline.worker (
     held_back_by text,
     reported_at timestamp with time zone,
     commit_seconds real,
+    login text,
     CONSTRAINT worker_pkey PRIMARY KEY (worker_id)
 );
 
@@ -860,6 +1010,14 @@ CREATE INDEX finished_batch_finished_at_idx ON embedline.finished_batch USING bt
 
 CREATE INDEX loan_taken_version_id_idx ON embedline.loan_taken USING btree (version_id);
 
+CREATE INDEX provider_batch_hold_batch_id_idx ON embedline.provider_batch_hold USING btree (batch_id);
+
+CREATE INDEX provider_batch_open_idx ON embedline.provider_batch USING btree (next_at) WHERE (state <> 'done'::text);
+
+CREATE INDEX provider_batch_text_batch_id_idx ON embedline.provider_batch_text USING btree (batch_id, text_id);
+
+CREATE INDEX provider_batch_version_id_idx ON embedline.provider_batch USING btree (version_id, state);
+
 CREATE INDEX quality_check_last_idx ON embedline.quality_check USING btree (pipeline_id, kind, measured_at DESC);
 
 CREATE INDEX quality_check_poor_idx ON embedline.quality_check USING btree (pipeline_id, kind, measured_at DESC) WHERE is_poor;
@@ -871,6 +1029,8 @@ CREATE INDEX query_sample_asked_at_idx ON embedline.query_sample USING btree (pi
 CREATE INDEX reservation_reserved_at_idx ON embedline.reservation USING btree (reserved_at);
 
 CREATE INDEX shadow_read_version_id_read_at_idx ON embedline.shadow_read USING btree (version_id, read_at);
+
+CREATE INDEX training_pair_query_hash_idx ON embedline.training_pair USING btree (training_id, query_hash);
 
 CREATE INDEX verification_pipeline_id_verified_at_idx ON embedline.verification USING btree (pipeline_id, verified_at);
 
@@ -1060,6 +1220,11 @@ SET hnsw.ef_search=40
 SET ivfflat.iterative_scan=relaxed_order
 SET ivfflat.probes=1;
 
+CREATE FUNCTION embedline._record_training(model_name text, training jsonb, pairs jsonb)
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline._regenerate_pipelines()
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1096,6 +1261,11 @@ SET search_path=pg_catalog, pg_temp;
 CREATE FUNCTION embedline._settle_rerank(reservation_id bigint, amount bigint)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline._shown_error(message text)
+RETURNS text
+LANGUAGE sql STABLE
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline._signal_work()
@@ -1180,7 +1350,7 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
-CREATE FUNCTION embedline.alter_pipeline(name text, content text DEFAULT NULL::text, filter text DEFAULT NULL::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT NULL::integer, chunking_options jsonb DEFAULT NULL::jsonb, weight double precision DEFAULT NULL::double precision, keyword text DEFAULT NULL::text, drop text[] DEFAULT '{}'::text[], expression_search_path text DEFAULT current_setting('search_path'::text))
+CREATE FUNCTION embedline.alter_pipeline(name text, content text DEFAULT NULL::text, filter text DEFAULT NULL::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT NULL::integer, chunking_options jsonb DEFAULT NULL::jsonb, weight double precision DEFAULT NULL::double precision, keyword text DEFAULT NULL::text, drop text[] DEFAULT '{}'::text[], caption text DEFAULT NULL::text, changed_by text DEFAULT NULL::text, expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
@@ -1217,6 +1387,26 @@ RETURNS TABLE(compared integer, of_another_model integer, lowest_cosine double p
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.claim_batch(pipeline_name text, version integer DEFAULT NULL::integer, max_rows integer DEFAULT NULL::integer, max_tokens integer DEFAULT NULL::integer, max_requests integer DEFAULT NULL::integer)
+RETURNS TABLE(state text, claim bigint, fence integer, texts text[])
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline.collect_pairs(pipeline_name text, pairs regclass, query_count integer DEFAULT 1000, reranker text DEFAULT NULL::text)
+RETURNS TABLE(outcome text, queries integer)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1;
+
 CREATE FUNCTION embedline.compare_chunkings(pipeline_name text, specs jsonb, canaries regclass, k integer DEFAULT 5, sample_rows integer DEFAULT 1000, seed bigint DEFAULT 0, estimate_only boolean DEFAULT false)
 RETURNS TABLE(chunking text, recall double precision, difference double precision, low double precision, high double precision, chunks integer, mean_tokens double precision, mean_characters double precision, tokens bigint, money numeric, detail text)
 LANGUAGE plpython3u VOLATILE
@@ -1244,6 +1434,11 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.configure_bulk(pipeline_name text, bulk_rows integer DEFAULT NULL::integer, window_start time without time zone DEFAULT NULL::time without time zone, window_end time without time zone DEFAULT NULL::time without time zone)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.create_derived(name text, pipeline text, events regclass, subject text, item_key text, weight text DEFAULT NULL::text, at text DEFAULT NULL::text, half_life interval DEFAULT NULL::interval, expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1256,7 +1451,7 @@ RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
-CREATE FUNCTION embedline.create_pipeline(name text, source regclass, content text, model text, filter text DEFAULT NULL::text, chunking text DEFAULT 'recursive'::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT 0, column_type text DEFAULT 'vector'::text, distance text DEFAULT 'cosine'::text, index_method text DEFAULT 'hnsw'::text, index_options jsonb DEFAULT '{}'::jsonb, capture text DEFAULT 'auto'::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, weight double precision DEFAULT 1, chunking_options jsonb DEFAULT '{}'::jsonb, keyword text DEFAULT NULL::text, expression_search_path text DEFAULT current_setting('search_path'::text))
+CREATE FUNCTION embedline.create_pipeline(name text, source regclass, content text, model text, filter text DEFAULT NULL::text, chunking text DEFAULT NULL::text, chunk_tokens integer DEFAULT NULL::integer, chunk_overlap integer DEFAULT 0, column_type text DEFAULT 'vector'::text, distance text DEFAULT 'cosine'::text, index_method text DEFAULT 'hnsw'::text, index_options jsonb DEFAULT '{}'::jsonb, capture text DEFAULT 'auto'::text, document_prefix text DEFAULT NULL::text, tenant text DEFAULT NULL::text, weight double precision DEFAULT 1, chunking_options jsonb DEFAULT '{}'::jsonb, keyword text DEFAULT NULL::text, modality text DEFAULT 'text'::text, caption text DEFAULT NULL::text, changed_by text DEFAULT NULL::text, expression_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS text
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
@@ -1304,6 +1499,11 @@ RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
+CREATE FUNCTION embedline.drop_publication(pipeline_name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.embed_pending(max_rows integer DEFAULT 1000, pipeline_name text DEFAULT NULL::text)
 RETURNS integer
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1313,6 +1513,11 @@ SET DateStyle=ISO
 SET TimeZone=UTC
 SET IntervalStyle=postgres
 SET bytea_output=hex;
+
+CREATE FUNCTION embedline.embed_query(pipeline_name text, query bytea)
+RETURNS public.vector
+LANGUAGE plpython3u STABLE
+SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.embed_query(pipeline_name text, query text)
 RETURNS public.vector
@@ -1346,6 +1551,31 @@ SET enable_indexscan=on;
 
 CREATE FUNCTION embedline.evaluation_progress(pipeline_name text DEFAULT NULL::text)
 RETURNS TABLE(pid integer, task text, pipeline text, version integer, step text, percent double precision, seconds double precision)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.fail_batch(claim bigint, fence integer, failure text, detail text DEFAULT NULL::text, retry_after double precision DEFAULT NULL::double precision)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline.finish_batch(claim bigint, fence integer, vectors bytea, tokens bigint DEFAULT NULL::bigint)
+RETURNS integer
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline.grant_remote(pipeline_name text, role_name name, is_exclusive boolean DEFAULT false)
+RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
@@ -1383,14 +1613,39 @@ LANGUAGE plpython3u VOLATILE
 SET search_path=pg_catalog, pg_temp
 SET jit=off;
 
+CREATE FUNCTION embedline.publication(pipeline_name text, with_source boolean DEFAULT NULL::boolean, source_filter text DEFAULT NULL::text, tables_created boolean DEFAULT false, subscriber_role text DEFAULT NULL::text)
+RETURNS TABLE(publication text, published_table text, is_new boolean)
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.purge_dead_letters(older_than interval DEFAULT NULL::interval)
 RETURNS bigint
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp
 SET IntervalStyle=postgres;
 
+CREATE FUNCTION embedline.query_hash(query text)
+RETURNS text
+LANGUAGE plpython3u IMMUTABLE STRICT
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.refresh_pipeline(name text)
 RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.release_batches()
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp
+SET extra_float_digits=1
+SET DateStyle=ISO
+SET TimeZone=UTC
+SET IntervalStyle=postgres
+SET bytea_output=hex;
+
+CREATE FUNCTION embedline.remote_model(pipeline_name text, version integer DEFAULT NULL::integer)
+RETURNS jsonb
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
@@ -1420,6 +1675,11 @@ LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline.resume_pipeline(name text)
+RETURNS void
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.revoke_remote(pipeline_name text, role_name name)
 RETURNS void
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
@@ -1456,6 +1716,17 @@ CREATE FUNCTION embedline.schedule_workers(count integer DEFAULT 1)
 RETURNS integer
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
 SET search_path=pg_catalog, pg_temp;
+
+CREATE FUNCTION embedline.search(pipeline_name text, query bytea, k integer DEFAULT 10, per_document boolean DEFAULT false, ef_search integer DEFAULT NULL::integer, tenant text DEFAULT NULL::text, session_key text DEFAULT NULL::text, mode text DEFAULT NULL::text, filter text DEFAULT NULL::text, explain boolean DEFAULT false, filter_search_path text DEFAULT current_setting('search_path'::text))
+RETURNS TABLE(key text, chunk text, score double precision, semantic_rank integer, keyword_rank integer, chunk_start integer, chunk_end integer)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET plan_cache_mode=force_generic_plan
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1;
 
 CREATE FUNCTION embedline.search(pipeline_name text, query text, k integer DEFAULT 10, per_document boolean DEFAULT false, ef_search integer DEFAULT NULL::integer, tenant text DEFAULT NULL::text, session_key text DEFAULT NULL::text, mode text DEFAULT NULL::text, semantic_weight double precision DEFAULT 1, keyword_weight double precision DEFAULT 1, rrf_k integer DEFAULT 60, window_size integer DEFAULT NULL::integer, reranker text DEFAULT NULL::text, filter text DEFAULT NULL::text, explain boolean DEFAULT false, filter_search_path text DEFAULT current_setting('search_path'::text))
 RETURNS TABLE(key text, chunk text, score double precision, semantic_rank integer, keyword_rank integer, chunk_start integer, chunk_end integer)
@@ -1514,6 +1785,11 @@ SET search_path=pg_catalog, pg_temp
 SET jit=off
 SET extra_float_digits=1;
 
+CREATE FUNCTION embedline.subscriber_ddl(pipeline_name text, with_source boolean DEFAULT NULL::boolean, reader text DEFAULT NULL::text)
+RETURNS text
+LANGUAGE plpython3u VOLATILE SECURITY DEFINER
+SET search_path=pg_catalog, pg_temp;
+
 CREATE FUNCTION embedline.unschedule_workers()
 RETURNS integer
 LANGUAGE plpython3u VOLATILE SECURITY DEFINER
@@ -1539,6 +1815,11 @@ SET DateStyle=ISO
 SET TimeZone=UTC
 SET IntervalStyle=postgres
 SET bytea_output=hex;
+
+CREATE FUNCTION embedline_data._hold_postings(segment_ids bigint[], words bigint[], chunk_counts integer[], total_lengths bigint[], heads bytea[], postings bytea[], counts bytea[])
+RETURNS bigint
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp;
 
 CREATE FUNCTION embedline_data._row_state(pipeline_name text, version_number integer, key_texts text[])
 RETURNS TABLE(state text, since timestamp with time zone, reason text)

@@ -168,7 +168,10 @@ def test_an_index_is_built_for_a_pipeline_that_exists(database: psycopg.Connecti
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="has no keyword index") as failed:
         searching(database, "page", "violins", mode="hybrid")
     assert "alter_pipeline('page', keyword => 'english')" in (failed.value.diag.message_hint or "")
+    told: list[str] = []
+    database.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
     database.execute("SELECT embedline.alter_pipeline('page', keyword => 'english')")
+    assert told == []
     database.execute("UPDATE page SET body = 'about zebras' WHERE id = 5")
     drain(database)
     if scalar(database, "SELECT count(*) FROM embedline.progress WHERE task = 'keywords'"):

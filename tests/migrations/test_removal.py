@@ -22,6 +22,7 @@ _TRACES = """
     UNION ALL SELECT 'trigger ' || tgname FROM pg_trigger WHERE NOT tgisinternal
     UNION ALL SELECT 'event trigger ' || evtname FROM pg_event_trigger WHERE evtname LIKE 'embedline%'
     UNION ALL SELECT 'view ' || c.oid::regclass FROM pg_class AS c WHERE relkind = 'v' AND relnamespace = 'public'::regnamespace
+    UNION ALL SELECT 'publication ' || pubname FROM pg_publication
     UNION ALL SELECT 'function ' || proname FROM pg_proc WHERE proname = 'embed_pending'
 """
 Prepare = Callable[[psycopg.Connection], None]
@@ -95,6 +96,7 @@ def _all_that_can_be_set(connection: psycopg.Connection) -> None:
         "SELECT embedline.set_rate_limit('static-256', requests_per_minute => 3000)",
         "SELECT embedline.configure_backfill('page', 2, 'newest_first', 5)",
         "SELECT * FROM embedline.verify('page')",
+        "SELECT embedline.publication('page', with_source => true)",
         "SELECT embedline.pause_pipeline('page')",
         "INSERT INTO page (id, title, body) VALUES (1000, 'empty', U&'\\200B')",
     ):

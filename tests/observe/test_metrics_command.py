@@ -29,7 +29,8 @@ def test_scrapers_are_served_and_an_ended_session_is_opened_again(
         status, content_type, body = get(url)
         assert (status, content_type) == (200, "text/plain; version=0.0.4; charset=utf-8")
         assert b"embedline_up 1\n" in body
-        sessions = "FROM pg_stat_activity WHERE application_name = 'embedline'"
+        # Of this database: other tests run commands on the same server.
+        sessions = "FROM pg_stat_activity WHERE application_name = 'embedline' AND datname = current_database()"
         assert scalar(database, f"SELECT bool_and(pg_terminate_backend(pid, 5000)) {sessions}")
         status, _, body = get(url, **{"Accept-Encoding": "gzip"})
         assert status == 200

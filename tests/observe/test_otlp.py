@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from embedline.dev.cluster.server import Cluster
-from embedline.observe import semantic_names
+from embedline.observe import otlp, semantic_names
 from monitors import receiver
 from stub_provider import StubProvider
 from support import scalar, wait_until
@@ -186,6 +186,22 @@ def test_without_an_endpoint_nothing_of_it_is_loaded(stub_database: psycopg.Conn
             $$
             """
         )
+
+
+@pytest.mark.parametrize("headers", ["authorization=Bearer%20{}", "api-key={}", "x=y,{}", "authorization:{}"])
+def test_a_complaint_does_not_repeat_a_header(
+    headers: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "c0llect0r-0123456789abcdef"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", headers.format(key))
+    for words in ("Failed to export spans batch code: 401, reason: Bad Bearer {}", "Header format invalid: {}", "{}"):
+        for form in (key, key.upper(), headers.format(key), f"{key}\nX"):
+            otlp._say(words.format(form))
+            told = capsys.readouterr().err
+            assert "[redacted]" in told
+            assert "0123456789" not in told
+    otlp._say("Failed to export spans batch code: 401, reason: Unauthorized")
+    assert "401, reason: Unauthorized" in capsys.readouterr().err
 
 
 def test_only_attributes_of_the_table_are_exported() -> None:

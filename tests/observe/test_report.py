@@ -25,8 +25,8 @@ from embedline.dev.cluster.system import BROWSERS
 from embedline.dev.demo import report as demo_report
 from reporting import MARK, furnish, vectors, write_report
 from stub_provider import StubProvider
-from support import create_pages, create_pipeline, scalar
-from working import dsn_of
+from support import create_pages, create_pipeline, drain, scalar
+from working import create_stub_model, create_stub_pipeline, dsn_of
 
 _SECTIONS = [
     "attention", "pipelines", "throughput", "quality", "evidence", "spending", "dead-letters", "versions",
@@ -122,6 +122,25 @@ def test_the_evidence_has_both_models_with_their_intervals(furnished: psycopg.Co
     assert all(rows["vectors, size"][place].endswith("kB") for place in (0, 2))
     # Those of groups bear values of the source.
     assert not any("title" in name for name in rows)
+
+
+def test_recall_over_time_is_that_of_the_view(database: psycopg.Connection, stub: StubProvider, tmp_path: Path) -> None:
+    create_stub_model(database, stub)
+    create_stub_pipeline(database, rows=60)
+    drain(database)
+    database.execute("CREATE TABLE canary AS SELECT body AS query, id::text AS key FROM page")
+    database.execute("SELECT embedline.set_canaries('page', 'canary')")
+    database.execute("SELECT * FROM embedline.check_quality('page')")
+    database.execute("UPDATE embedline.quality_check SET measured_at = measured_at - interval '1 day'")
+    database.execute("DELETE FROM page WHERE id % 3 = 0")
+    database.execute("SELECT * FROM embedline.check_quality('page')")
+    path = tmp_path / "report.html"
+    write_report(database, path)
+    shown = _cells(path.read_text(encoding="utf-8"), "Recall@10 of page")
+    query = "SELECT value FROM embedline.quality WHERE kind = 'canary' ORDER BY measured_at"
+    found = [f"{value:.3f}" for (value,) in database.execute(query)]
+    assert found == ["1.000", "0.667"]
+    assert [row[3] for row in shown if row[1] == "of the canaries"] == found
 
 
 def test_a_preview_is_told_from_a_gate(page_path: Path) -> None:

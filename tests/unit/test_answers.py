@@ -55,6 +55,17 @@ def test_an_order_that_is_contradicted_is_not_guessed(indexes: tuple[object, ...
         numbers(*indexes)
 
 
+@pytest.mark.parametrize("indexes", [(0, 0), (1, 1), (1, None), (None, None), (0, 9)])
+def test_a_vector_that_is_there_twice_is_not_taken_for_that_of_another_text(indexes: tuple[object, ...]) -> None:
+    for vector in ([0.5, 1.0], "AAAAPwAAgD8="):
+        items = [{"index": index, "embedding": vector} for index in indexes]
+        with pytest.raises(UnknownOrder):
+            text_numbers(items, keeps_order=True)
+    # Numbers that say all are believed: two texts may mean the same to a model.
+    items = [{"index": index, "embedding": [0.5, 1.0]} for index in (1, 0)]
+    assert text_numbers(items, keeps_order=True) == ([1, 0], True)
+
+
 def test_after_another_order_was_seen_nothing_is_taken_by_position() -> None:
     with pytest.raises(UnknownOrder):
         numbers("missing", "missing", keeps_order=False)

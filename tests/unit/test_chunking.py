@@ -17,6 +17,7 @@ from embedline.chunking.chunk import Chunker, content_digest, whole_text
 from embedline.chunking.factory import recursive_chunker
 from embedline.core.tokens import CHARACTERS_PER_TOKEN
 from embedline.errors import InvalidParameter
+from embedline.estimate.measure import count_tokens
 from support import MODELS
 
 _MODELS = ("static-256", "minilm")
@@ -90,6 +91,18 @@ def test_no_chunk_is_longer_than_its_limit_in_the_models_own_tokens(model: str, 
     for chunk in _chunker(model, tokens)(text):
         # White space at the end of a chunk is stored, and stripped before the model sees it.
         assert len(tokenizer.encode(chunk.content.strip(), add_special_tokens=False).ids) <= tokens
+
+
+def test_a_tokenizers_own_truncation_and_padding_do_not_count() -> None:
+    loaded = json.loads((MODELS / "minilm" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert loaded["truncation"]
+    padding = {**loaded["padding"], "strategy": {"Fixed": 300}}
+    truncation = {**loaded["truncation"], "max_length": 32}
+    own = json.dumps({**loaded, "padding": padding, "truncation": truncation})
+    text = "A sentence of six words stands here. " * 100
+    assert recursive_chunker(own, 64)(text) == _chunker("minilm", 64)(text)
+    texts = [text, "short"]
+    assert count_tokens(own, texts) == count_tokens(_tokenizer_text("minilm"), texts)
 
 
 def test_without_a_tokenizer_characters_are_counted() -> None:

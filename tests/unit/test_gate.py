@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedline.gate.statistics import judge, judge_columns, mean_interval, ndcg_at_k, reciprocal_rank, score_ranking
+from embedline.core.statistics import judge, judge_columns, mean_interval, ndcg_at_k, reciprocal_rank, score_ranking
 
 MARGIN = 0.01
 SEEDS = range(20)

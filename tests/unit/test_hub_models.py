@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -154,3 +155,28 @@ def test_a_model_that_the_hub_does_not_have_is_told_apart_from_a_silent_hub(ask:
         error = failure_of(ask(server.url_for("").rstrip("/")))
     assert isinstance(error, ProviderMisconfigured)
     assert f'cannot load model "{NAME}"' in error.message
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("place", ["modules.json", "config.json"])
+def test_code_among_a_models_files_is_not_run(hub_home: Path, place: str) -> None:
+    """A model may name classes of its own; the host loads those of the libraries alone."""
+    with tempfile.TemporaryDirectory(prefix="el-") as root, subprocess.Popen(["sleep", "600"]) as server:
+        marker, folder = hub_home / "was_run", hub_home / "model"
+        folder.mkdir()
+        (folder / "evil.py").write_text(
+            f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nfrom torch.nn import Identity as Evil\n"
+        )
+        module = {"idx": 0, "name": "0", "path": "", "type": "evil.Evil"}
+        named = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
+        (folder / place).write_text(json.dumps([module] if place == "modules.json" else named))
+        config = ModelConfig("m", "sentence-transformers", str(folder), timeout_seconds=60.0)
+        embedder = LocalEmbedder(config, owner_pid=server.pid, runtime_root=root)
+        try:
+            error = failure_of(embedder)
+        finally:
+            embedder.close()
+            server.kill()
+            server.wait()
+        assert "trust_remote_code" in f"{error.message} {error.detail}"
+        assert not marker.exists()

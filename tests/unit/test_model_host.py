@@ -560,6 +560,7 @@ class FakeBackend:
     """A model that runs out of memory above `capacity` texts and fails on the text "poison"."""
 
     slice_characters = 1024
+    modalities = ("text",)
     max_tokens = None
 
     def __init__(self, capacity: int) -> None:

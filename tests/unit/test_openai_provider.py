@@ -14,12 +14,14 @@ from concurrent.futures import CancelledError
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from embedline.core.embedding import EmbeddingBlock, ModelConfig
+from embedline.core.redaction import redact
 from embedline.embedders import create_embedder
 from embedline.errors import (
     DimensionMismatch,
@@ -29,7 +31,7 @@ from embedline.errors import (
     TransientProviderError,
 )
 from embedline.providers.openai_compatible import OpenAIEmbedder
-from embedline.providers.openai_errors import redact, retry_after
+from embedline.providers.openai_errors import retry_after
 
 KEY = "sk-test-0123456789abcdef"
 PATH = "/v1/embeddings"
@@ -467,7 +469,8 @@ def test_a_missing_key_names_the_variable_and_sends_nothing(
     make_embedder: MakeEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("EMBEDLINE_TEST_KEY")
-    error = fail(make_embedder(base_url="https://embeddings.invalid/v1"))
+    allowed = ("https://embeddings.invalid:443",)
+    error = fail(make_embedder(base_url="https://embeddings.invalid/v1", allowed_endpoints=allowed))
     assert isinstance(error, ProviderMisconfigured)
     assert error.hint is not None
     assert "EMBEDLINE_TEST_KEY" in error.hint
@@ -476,7 +479,8 @@ def test_a_missing_key_names_the_variable_and_sends_nothing(
 
 def test_openai_itself_needs_its_usual_variable(make_embedder: MakeEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    error = fail(make_embedder(base_url=None, api_key_env=None))
+    allowed = ("https://api.openai.com:443",)
+    error = fail(make_embedder(base_url=None, api_key_env=None, allowed_endpoints=allowed))
     assert isinstance(error, ProviderMisconfigured)
     assert "OPENAI_API_KEY" in shown(error)
 
@@ -520,6 +524,58 @@ def test_an_error_text_never_repeats_the_key(server: HTTPServer, make_embedder: 
 def test_redaction_comes_before_the_cut() -> None:
     assert "secret" not in redact("x" * 490 + " plainsecretkey", "plainsecretkey")
     assert redact("https://user:pass@host/", None) == "https://[redacted]host/"
+
+
+def _encoded(words: str) -> str:
+    return base64.b64encode(words.encode()).decode()
+
+
+@pytest.mark.parametrize("key", ["Qz7/pL+aB9xYvW3kT_m8Rn5Jd0", "0f1e2d3c4b5a69788796a5b4c3d2e1f0", KEY])
+def test_no_other_form_of_the_key_is_repeated(key: str) -> None:
+    forms = {
+        "capitals": key.upper(),
+        "small letters": key.lower(),
+        "its beginning": key[:20],
+        "its end": key[4:],
+        "masked": f"{key[:14]}***{key[-4:]}",
+        "two lines": f"{key[:10]}\n{key[10:]}",
+        "groups": " ".join(key[i : i + 4] for i in range(0, len(key), 4)),
+        "joined by nothing": "\u200b".join(key),
+        "percent": "".join(f"%{ord(c):02X}" for c in key),
+        "a URL": quote(key, safe=""),
+        "HTML": "".join(f"&#{ord(c)};" for c in key),
+        "JSON": "".join(f"\\u{ord(c):04x}" for c in key),
+        "hexadecimal": key.encode().hex(),
+        "base64": _encoded(key),
+        "base64 of a header": _encoded(f"Bearer {key}"),
+        "base64 of a login": _encoded(f"user:{key}"),
+        "base64 of both": _encoded(f"u:{key}x"),
+    }
+    for name, form in forms.items():
+        told = redact(f"Incorrect API key: {form}", key)
+        assert "[redacted]" in told, name
+        assert [form[i : i + 12] for i in range(len(form) - 11) if form[i : i + 12] in told] == [], name
+    words = "Rate limit reached for requests, try again in 20 s; model text-embedding-3-small, input 17"
+    assert redact(words, key) == words
+
+
+def test_an_answers_header_that_repeats_the_key_is_redacted(server: HTTPServer, make_embedder: MakeEmbedder) -> None:
+    server.expect_request(PATH).respond_with_data("x", headers={"Content-Encoding": KEY})
+    assert KEY[:12] not in shown(fail(make_embedder()))
+
+
+@pytest.mark.parametrize("options", [{}, {"key_header": "api-key"}])
+@pytest.mark.parametrize("key", ["0011223344556677\n8899aabbccddeeff", "0011223344556677é8899aabbccddeeff"])
+def test_a_key_that_cannot_be_sent_is_named_and_not_shown(
+    make_embedder: MakeEmbedder, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], key: str
+) -> None:
+    embedder = make_embedder(options=options)
+    monkeypatch.setenv("EMBEDLINE_TEST_KEY", key)
+    error = fail(embedder)
+    # No fault of the texts, which would be given up for it.
+    assert isinstance(error, ProviderMisconfigured)
+    assert "EMBEDLINE_TEST_KEY" in shown(error)
+    assert "0011223344" not in shown(error)
 
 
 def test_a_base_url_that_is_no_web_address_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer
@@ -61,6 +62,16 @@ def test_a_text_that_is_mostly_known_is_let_through(kind: str) -> None:
     found = check()
     assert found is not None
     assert found.shares([READABLE[kind]])[0] <= 0.5
+
+
+def test_shares_are_those_of_texts_that_are_encoded_whole() -> None:
+    found = check()
+    assert found is not None
+    assert found.parts is not None
+    texts = [*UNREADABLE.values(), *READABLE.values()]
+    texts += [f"{before} {after}" for before in texts for after in texts]
+    whole = replace(found, parts=None)
+    assert found.shares(texts) == whole.shares(texts) == found.shares(texts)
 
 
 def test_nothing_is_unknown_to_a_tokenizer_that_falls_back_to_bytes() -> None:

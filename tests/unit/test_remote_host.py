@@ -185,7 +185,9 @@ def test_a_width_that_is_not_the_columns_is_told(stub: StubProvider, connect: Co
 
 
 def test_a_missing_key_names_the_variable(stub: StubProvider, connect: Connect) -> None:
-    error = fail(connect(), config(stub, base_url="https://embeddings.invalid/v1", api_key_env="EMBEDLINE_NO_KEY"))
+    url, allowed = "https://embeddings.invalid/v1", ("https://embeddings.invalid:443",)
+    model = config(stub, base_url=url, api_key_env="EMBEDLINE_NO_KEY", allowed_endpoints=allowed)
+    error = fail(connect(), model)
     assert type(error) is ProviderMisconfigured
     assert error.hint is not None
     assert "EMBEDLINE_NO_KEY" in error.hint

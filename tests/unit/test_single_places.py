@@ -12,6 +12,7 @@ _ASK_INDISVALID = {
     "sql/functions/_source_trouble.sql",
     "python_udfs/embedline/pipelines/changed_keys.py",
     "python_udfs/embedline/pipelines/plan.py",
+    "python_udfs/embedline/replication/publication.py",
 }
 
 

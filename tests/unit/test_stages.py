@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from embedline.errors import TransientProviderError
-from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE
+from embedline.postgres.sqlstates import DISK_FULL, LOCK_NOT_AVAILABLE
 from embedline.queue.claim import Claim
 from embedline.worker.batch import Batch, pack
 from embedline.worker.capacity import Capacity
@@ -108,7 +108,7 @@ def test_a_failing_source_is_left_alone_for_longer_each_time() -> None:
     clock, work = Clock(), Work(1)
     troubles, pauses = Troubles(clock), list[float]()
     for _ in range(8):
-        at, _ = troubles.put_off_write(work.key)
+        at, _ = troubles.put_off_write(work.key, LOCK_NOT_AVAILABLE, is_ending=False)
         pauses.append(round(at - clock.now, 3))
     assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
     troubles.forget(work.key)
@@ -118,15 +118,22 @@ def test_a_failing_source_is_left_alone_for_longer_each_time() -> None:
     assert not troubles.is_asleep(work.key)
 
 
-def test_writes_that_fail_for_a_minute_end_a_batch() -> None:
+@pytest.mark.parametrize(("sqlstate", "is_ending"), [("53200", False), (DISK_FULL, True), (LOCK_NOT_AVAILABLE, True)])
+def test_writes_that_fail_for_a_minute_end_a_batch(sqlstate: str, is_ending: bool) -> None:
     clock, work = Clock(), Work(1)
     troubles = Troubles(clock)
     waited, has_patience = 0.0, True
     while has_patience:
-        at, has_patience = troubles.put_off_write(work.key)
+        at, has_patience = troubles.put_off_write(work.key, sqlstate, is_ending=is_ending)
         waited += at - clock.now
         clock.now = at
     assert 60.0 <= waited < 70.0
+
+
+@pytest.mark.parametrize("sqlstate", [DISK_FULL, LOCK_NOT_AVAILABLE])
+def test_what_lasts_as_long_as_someone_else_makes_it_last_ends_no_batch(sqlstate: str) -> None:
+    troubles, work = Troubles(Clock()), Work(1)
+    assert all(troubles.put_off_write(work.key, sqlstate, is_ending=False)[1] for _ in range(1000))
 
 
 def test_only_faults_that_do_not_pass_are_lasting() -> None:

@@ -16,6 +16,7 @@ from embedline.core.vectors import (
     matrix_from_bytes,
     normalise,
     vectors_from_send,
+    vectors_to_send,
 )
 from embedline.errors import DimensionMismatch, InvalidVectors
 
@@ -126,3 +127,4 @@ def test_copy_data_hold_what_vector_send_would_give(matrix: np.ndarray, column_t
         assert int.from_bytes(row[14:18], "big") == size
     exact = matrix if column_type == "vector" else matrix.astype(np.float16).astype(np.float32)
     assert np.array_equal(vectors_from_send([row[18:] for row in rows], column_type), exact)
+    assert vectors_to_send(matrix, column_type) == [bytes(row[18:]) for row in rows]

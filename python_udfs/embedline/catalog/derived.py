@@ -10,20 +10,23 @@ from embedline.errors import NotFound
 from embedline.postgres.relations import SEARCH_SCHEMA, data_name
 from embedline.postgres.session import Session
 
-_DERIVED = """
-    SELECT d.derived_id, d.name, d.pipeline_id, p.name AS pipeline, d.events::oid::bigint AS events_oid, d.event_columns,
+_COLUMNS = """
+    d.derived_id, d.name, d.pipeline_id, p.name AS pipeline, d.events::oid::bigint AS events_oid, d.event_columns,
         d.subject_expression, d.item_expression, d.weight_expression, d.at_expression, d.expression_search_path,
         d.subject_type, d.item_type, extract(epoch FROM d.half_life)::double precision AS half_life,
-        d.derived_view::oid::bigint AS view_oid, d.last_error
-    FROM embedline.derived AS d JOIN embedline.pipeline AS p ON p.pipeline_id = d.pipeline_id
+        d.derived_view::oid::bigint AS view_oid
 """
+_TABLES = "FROM embedline.derived AS d JOIN embedline.pipeline AS p ON p.pipeline_id = d.pipeline_id"
+# Readers, who search, may not read the words of an error.
+_DERIVED = f"SELECT {_COLUMNS}, NULL::text AS last_error {_TABLES}"
 _BY_NAME = f"{_DERIVED} WHERE d.name = $1"
 _EVERY_OF_PIPELINE = f"{_DERIVED} WHERE p.name = $1 ORDER BY d.derived_id"
 # Of tables of events that are there: DROP TABLE ... CASCADE takes our functions along.
 _IS_THERE = "EXISTS (SELECT FROM pg_class AS c WHERE c.oid = d.events)"
 _OF_PIPELINE = f"{_DERIVED} WHERE p.name = $1 AND {_IS_THERE} ORDER BY d.derived_id"
 _ACTIVE = f"""
-    {_DERIVED} WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND {_IS_THERE} ORDER BY d.derived_id
+    SELECT {_COLUMNS}, d.last_error {_TABLES}
+    WHERE p.state = 'active' AND ($1 IS NULL OR p.name = $1) AND {_IS_THERE} ORDER BY d.derived_id
 """
 
 

@@ -10,6 +10,8 @@ from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import ENDING, sqlstate_of
 
 MAX_ERROR_CHARACTERS = 500
+# Begins the errors of batch endpoints.
+_OF_BATCHES = "batch endpoint: "
 _RECORD_OF_PIPELINE = """
     UPDATE embedline.pipeline_health SET last_error = $2, last_error_at = clock_timestamp() WHERE pipeline_id IN (
         SELECT pipeline_id FROM embedline.pipeline_health WHERE pipeline_id = $1 FOR NO KEY UPDATE SKIP LOCKED)
@@ -80,6 +82,27 @@ def forget_version_error(session: Session, pipeline: Pipeline) -> None:
     A later error stays. Does not wait for another session's lock.
     """
     session.query(_FORGET_OF_VERSION, ["bigint", "text"], pipeline.version.version_id, pipeline.last_error)
+
+
+def record_batch_error(session: Session, pipeline: Pipeline, message: str) -> None:
+    """Show an error of the provider's batch endpoint with the version's errors."""
+    record = record_fault if pipeline.is_serving else record_version_fault
+    record(session, pipeline, f"{_OF_BATCHES}{message}")
+
+
+def forget_batch_error(session: Session, pipeline: Pipeline) -> None:
+    """Clear an error of the batch endpoint; others stay."""
+    table, column, number = (
+        ("pipeline_health", "pipeline_id", pipeline.pipeline_id)
+        if pipeline.is_serving
+        else ("version", "version_id", pipeline.version.version_id)
+    )
+    session.query(
+        f"UPDATE embedline.{table} SET last_error = NULL WHERE {column} IN (SELECT {column} FROM embedline.{table}"
+        f" WHERE {column} = $1 AND starts_with(last_error, '{_OF_BATCHES}') FOR NO KEY UPDATE SKIP LOCKED)",
+        ["bigint"],
+        number,
+    )
 
 
 def _record_fault(session: Session, statement: str, number: int, message: str) -> None:

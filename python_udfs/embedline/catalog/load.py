@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import cast
 
 from embedline.catalog.source import HIDDEN
 from embedline.catalog.values import ChunkSet, Model, Pipeline, Reach, Version
 from embedline.chunking import ChunkingSpec
 from embedline.core.embedding import ModelConfig
 from embedline.core.json_values import as_list, as_mapping
+from embedline.core.media import Modality
 from embedline.errors import InvalidParameter, NotFound
 from embedline.postgres.session import Session
 
-_MODEL_COLUMNS = """
+# Read with each model, so that an address that is taken off the list is asked no more.
+_ALLOWED = """
+    ARRAY(SELECT e.scheme || '://' || e.host || ':' || CASE e.port WHEN 0 THEN '*' ELSE e.port::text END
+          FROM embedline.allowed_endpoint AS e ORDER BY e.scheme, e.host, e.port)
+"""
+_MODEL_COLUMNS = f"""
     m.model_id, m.name AS model_name, m.provider, m.model, m.revision, m.dimensions AS model_dimensions, m.max_tokens,
     m.base_url, m.api_key_env, m.document_prefix, m.query_prefix, m.max_batch_items,
     m.max_batch_tokens, m.concurrency, m.timeout_seconds, m.options, m.learned, m.fingerprint AS model_fingerprint,
-    m.probed_fingerprint, m.task, m.batch_items, m.batch_items_refused, m.text_size_refused
+    m.probed_fingerprint, m.task, m.batch_items, m.batch_items_refused, m.text_size_refused, m.modalities,
+    {_ALLOWED} AS allowed_endpoints
 """
 _CHUNK_SET_COLUMNS = """
     s.number AS chunk_set, s.chunk_set_id, s.chunking, s.chunk_tokens, s.chunk_overlap, s.chunking_options
@@ -27,6 +35,7 @@ _VERSION_COLUMNS = f"""
            p.routing_view::oid::bigint AS view_oid, p.state, p.generation, p.recipe, p.altered_at::text AS altered_at,
            {_CHUNK_SET_COLUMNS},
            p.document_prefix_expression, p.tenant_expression, p.weight, p.query_sample_share, p.keyword,
+           p.modality, p.is_reference,
            v.fingerprint AS version_fingerprint,
            v.vectors_valid_from::text AS vectors_valid_from, v.version_id = p.serving_version_id AS is_serving,
            v.view::oid::bigint AS version_view_oid, v.search_precision, v.backfill_order, v.backfill_rate,
@@ -63,7 +72,9 @@ _METERED = f"""
         OR EXISTS (SELECT FROM embedline.rate_limit AS l WHERE l.model_id = m.model_id)) AS metered,
     v.last_error AS version_error,
     (SELECT h.last_error FROM embedline.pipeline_health AS h WHERE h.pipeline_id = p.pipeline_id) AS last_error,
-    EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source AND {HIDDEN}) AS is_hidden
+    EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.source AND {HIDDEN}) AS is_hidden,
+    EXISTS (SELECT FROM embedline.remote_grant AS g WHERE g.pipeline_id = p.pipeline_id AND g.is_exclusive) AS is_remote,
+    EXISTS (SELECT FROM embedline.bulk_rule AS r WHERE r.pipeline_id = p.pipeline_id) AS has_bulk_rule
 """
 # Versions as workers see them. A source that was dropped takes its functions along; its pipeline must not stop the others.
 _WORK_SQL = f"""
@@ -167,6 +178,11 @@ def load_model(session: Session, name: str) -> Model:
     return _model_from_row(rows[0])
 
 
+def load_allowed_endpoints(session: Session) -> tuple[str, ...]:
+    """Return the addresses at which models may be asked, as scheme://host:port."""
+    return _texts(session.scalar(f"SELECT {_ALLOWED}"))
+
+
 def load_embedding_model(session: Session, name: str) -> Model:
     """Return the model of that name, which makes vectors.
 
@@ -234,6 +250,8 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         weight=float(str(values["weight"])),
         query_sample_share=float(str(values["query_sample_share"])),
         keyword=_optional(values["keyword"]),
+        modality=cast("Modality", values["modality"]),
+        is_reference=bool(values["is_reference"]),
         metered=bool(values.get("metered")),
         state=str(values["state"]),
         generation=int(str(values["generation"])),
@@ -244,6 +262,8 @@ def pipeline_from_row(row: dict[str, object]) -> Pipeline:
         is_serving=bool(values["is_serving"]),
         last_error=_optional(values.get("last_error")),
         is_hidden=bool(values.get("is_hidden")),
+        is_remote=bool(values.get("is_remote")),
+        has_bulk_rule=bool(values.get("has_bulk_rule")),
     )
 
 
@@ -301,6 +321,7 @@ def _model_from_row(row: dict[str, object]) -> Model:
         options=as_mapping(row["options"]),
         learned=as_mapping(row["learned"]),
         task="rerank" if row["task"] == "rerank" else "embed",
+        allowed_endpoints=_texts(row["allowed_endpoints"]),
     )
     max_tokens = row["max_tokens"]
     return Model(
@@ -312,4 +333,5 @@ def _model_from_row(row: dict[str, object]) -> Model:
         batch_items=_number(row["batch_items"]),
         batch_items_refused=_number(row["batch_items_refused"]),
         text_size_refused=_number(row["text_size_refused"]),
+        modalities=_texts(row["modalities"]),
     )

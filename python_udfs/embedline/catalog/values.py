@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
 from embedline.core.embedding import ModelConfig
+from embedline.core.media import Modality
 from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import SEARCH_SCHEMA, data_name
 
@@ -39,6 +40,16 @@ class Model:
     batch_items: int | None = None
     batch_items_refused: int | None = None
     text_size_refused: int | None = None
+    # What it makes vectors of: text, image, audio.
+    modalities: tuple[str, ...] = ("text",)
+
+    @property
+    def has_towers(self) -> bool:
+        """Return True if the model has a tower for each of several kinds of contents.
+
+        Stored vectors are those of one tower, and tell nothing of the others.
+        """
+        return len(self.modalities) > 1
 
     @property
     def request_items(self) -> int:
@@ -125,9 +136,10 @@ class Pipeline:
     That is the serving version unless another was asked for. `versions` are (version_id, number, chunk set) of all
     versions.
 
-    Two fields are set only if workers loaded the pipeline. `metered`: requests are counted, because the model is remote
+    Four fields are set only if workers loaded the pipeline. `metered`: requests are counted, because the model is remote
     or has a price or a limit. `is_hidden`: row-level security hides rows of the source from its owner, so that they
-    cannot be read.
+    cannot be read. `is_remote`: workers in the database leave it to remote workers. `has_bulk_rule`: some changes may wait for
+    a provider's batch.
     """
 
     pipeline_id: int
@@ -153,10 +165,17 @@ class Pipeline:
     # If a worker loaded it: the error that embedline.status shows of the pipeline, or embedline.versions of the version.
     last_error: str | None = None
     is_hidden: bool = False
+    # Whether workers in the database leave the embedding to remote workers.
+    is_remote: bool = False
+    has_bulk_rule: bool = False
     # The share of searches whose text is noted.
     query_sample_share: float = 0.0
     # The text search configuration of the keyword index, qualified; None without one.
     keyword: str | None = None
+    # What the content is: text, image or audio.
+    modality: Modality = "text"
+    # Whether rows hold an address in place of the file.
+    is_reference: bool = False
 
     @property
     def spec(self) -> ChunkingSpec:

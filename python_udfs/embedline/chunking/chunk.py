@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from embedline.core.media import MediaPart, ModelInput
+
 # Half-open range of characters of a text.
 Span = tuple[int, int]
 OnPiece = Callable[[], None]
@@ -15,6 +17,7 @@ class Chunk(NamedTuple):
     """A slice of a text: `content` is `text[start:end]`, offsets in characters.
 
     `prefix` stands before the content for embedding only. `digest` identifies what is embedded; see `content_digest`.
+    A chunk of an image or a recording has `media`, and its content is the caption.
     """
 
     sequence: int
@@ -23,6 +26,12 @@ class Chunk(NamedTuple):
     content: str
     digest: bytes
     prefix: str = ""
+    media: MediaPart | None = None
+
+    @property
+    def embedded(self) -> ModelInput:
+        """Return what the model reads: the text, or the segment."""
+        return self.embedded_text if self.media is None else self.media
 
     @property
     def embedded_text(self) -> str:

@@ -24,7 +24,7 @@ _SPLITS: dict[str, Split] = {
 def make_chunker(spec: ChunkingSpec, tokenizer: str | None, embed: EmbedSentences | None) -> Chunker:
     """Return the chunker of a recipe.
 
-    Tokens are the model's own if `tokenizer` is its tokenizer.json (the text, without truncation and padding).
+    Tokens are the model's own if `tokenizer` is its tokenizer.json (the text).
     Otherwise they are estimated from the characters. `embed` makes the vectors of sentences for method 'semantic'; the
     others need none.
     """

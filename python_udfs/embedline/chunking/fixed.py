@@ -23,7 +23,7 @@ def fixed_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -> S
     found: list[Span] = []
     start = 0
     while start < len(text):
-        end, starts = _end_of_chunk(measure, text, start, room.capacity)
+        end, starts = _end_of_chunk(measure, text, start, room)
         if found and end <= found[-1][1]:
             # The overlap alone fills the chunk, because tokens differ in a text that begins within a word.
             start = found[-1][1]
@@ -36,11 +36,12 @@ def fixed_split(measure: Measure, text: str, room: Room, on_piece: OnPiece) -> S
     return [(span, "") for span in closed_spans(text, found)]
 
 
-def _end_of_chunk(measure: Measure, text: str, start: int, capacity: int) -> tuple[int, Sequence[int]]:
+def _end_of_chunk(measure: Measure, text: str, start: int, room: Room) -> tuple[int, Sequence[int]]:
     """Return the end of the chunk that begins at `start`, and the starts of its units.
 
-    The starts are counted from the chunk's own beginning.
+    The starts are counted from the chunk's own beginning. They are left out if there is no overlap to find.
     """
+    capacity = room.capacity
     reach = _FIRST_CHARACTERS_PER_UNIT * capacity
     longest = max(_LONGEST_CHUNK, _CHARACTERS_PER_UNIT * capacity)
     while True:
@@ -58,6 +59,8 @@ def _end_of_chunk(measure: Measure, text: str, start: int, capacity: int) -> tup
         if end >= len(window):
             break
         window = window[:end]
+        if not room.overlap and measure.sizes([window])[0] <= capacity:
+            return start + end, ()
         starts = measure.starts(window)
     return start + len(window), starts
 

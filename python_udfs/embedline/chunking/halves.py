@@ -39,6 +39,8 @@ def halves(chunk: Chunk) -> tuple[Chunk, Chunk] | None:
 
     None if it is too short to be cut.
     """
+    if chunk.media is not None:
+        return None
     content = chunk.content
     body = content.strip()
     if estimated_size(body) < SMALLEST_CUT:

@@ -48,6 +48,53 @@ def sql_root() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "sql"
 
 
+# A superuser runs the revisions. An operator or a function of another role's, in a schema of the superuser's search_path, might
+# fit its operands better than PostgreSQL's own.
+OWN_NAMES = "SET LOCAL search_path = pg_catalog, pg_temp"
+# CREATE SCHEMA IF NOT EXISTS and CREATE OR REPLACE leave what is there to its owner, who could change it later.
+NO_OWNERS_BESIDES = """
+DO $do$
+DECLARE
+    place text;
+    holder name;
+BEGIN
+    SELECT o.place, r.rolname INTO place, holder
+    FROM (
+        SELECT 'schema ' || n.nspname AS place, n.nspowner AS owner FROM pg_namespace AS n
+        WHERE n.nspname IN ('embedline', 'embedline_data', 'embedline_expression', 'embedline_search')
+        UNION ALL
+        SELECT 'function ' || p.oid::regprocedure::text, p.proowner FROM pg_proc AS p
+        WHERE p.oid = to_regprocedure('public.embed_pending(integer, text)')
+            OR p.pronamespace = to_regnamespace('embedline')
+    ) AS o INNER JOIN pg_roles AS r ON r.oid = o.owner
+    WHERE NOT r.rolsuper ORDER BY o.place LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'embedline: % belongs to role "%", who is no superuser', place, holder
+            USING HINT = 'If Embedline made it, give it to a superuser with ALTER ... OWNER TO; otherwise drop or rename it.';
+    END IF;
+END
+$do$"""
+# After a deadlock. An application locks a source first, then what its triggers and views read. So this order waits for
+# applications, which then wait for the upgrade, and none for each other.
+LOCK_SOURCES = """
+DO $do$
+DECLARE
+    source text;
+BEGIN
+    FOR source IN
+        SELECT c.oid::regclass::text FROM embedline.pipeline AS p INNER JOIN pg_class AS c ON c.oid = p.source::oid
+        ORDER BY c.oid
+    LOOP
+        EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', source);
+    END LOOP;
+END
+$do$"""
+_WITH_VECTOR = (
+    "SELECT pg_catalog.set_config('search_path', 'pg_catalog, ' || pg_catalog.quote_ident(n.nspname) || ', pg_temp', true)"
+    " FROM pg_catalog.pg_extension AS e JOIN pg_catalog.pg_namespace AS n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
+)
+
+
 def object_files() -> Iterator[Path]:
     """Yield the files of all replayed objects in the order in which they are run."""
     for folder in OBJECT_FOLDERS:
@@ -63,14 +110,11 @@ def replay(connection: Connection) -> None:
     """Replace every function, procedure, view and grant by this package's text."""
     # Bodies may name objects that a later file creates.
     run_script(connection, "SET LOCAL check_function_bodies = off")
-    # Type vector is named without its schema, because pgvector may be in any.
-    run_script(
-        connection,
-        "SELECT set_config('search_path', 'pg_catalog, ' || quote_ident(n.nspname), true) FROM pg_extension AS e"
-        " JOIN pg_namespace AS n ON n.oid = e.extnamespace WHERE e.extname = 'vector'",
-    )
     for path in object_files():
+        # Signatures name type vector without its schema, because pgvector may be in any. Bodies have a path of their own.
+        run_script(connection, _WITH_VECTOR if path.parent.name == "functions" else OWN_NAMES)
         run_script(connection, path.read_text(encoding="utf-8"))
+    run_script(connection, OWN_NAMES)
     version = embedline.__version__.replace("'", "")
     run_script(
         connection,

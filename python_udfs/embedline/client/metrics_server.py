@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType
 from typing import Any
@@ -97,8 +98,8 @@ def parse_address(listen: str) -> tuple[str, int]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], scraper: Scraper) -> None:
-        self.scraper = scraper
+    def __init__(self, address: tuple[str, int], read: Callable[[], str | None]) -> None:
+        self.read = read
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
 
@@ -111,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/metrics":
-            text = self.server.scraper.read()
+            text = self.server.read()
             self._answer(200 if text is not None else 503, text if text is not None else _AWAY)
         else:
             self._answer(200 if path == "/" else 404, _PAGE)
@@ -137,7 +138,7 @@ def serve(dsn: str, address: tuple[str, int], say: Callable[[str], None]) -> Non
     Raises OSError if the address cannot be used.
     """
     scraper = Scraper(dsn, say)
-    server = _Server(address, scraper)
+    server = _Server(address, scraper.read)
 
     def end(_: int, __: FrameType | None) -> None:
         # shutdown() waits for the loop, which this thread runs.
@@ -145,12 +146,32 @@ def serve(dsn: str, address: tuple[str, int], say: Callable[[str], None]) -> Non
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    host, port = server.server_address[:2]
-    shown = f"[{host!s}]" if ":" in str(host) else str(host)
-    say(f"serving http://{shown}:{port}/metrics")
+    say(f"serving {_url(server)}")
     with server:
         server.serve_forever(poll_interval=0.2)
     scraper.close()
+
+
+@contextlib.contextmanager
+def serving(address: tuple[str, int], read: Callable[[], str], say: Callable[[str], None]) -> Iterator[None]:
+    """Serve what `read` returns, from a thread, for the length of a block.
+
+    Raises OSError if the address cannot be used.
+    """
+    server = _Server(address, read)
+    thread = threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True)
+    thread.start()
+    say(f"serving {_url(server)}")
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _url(server: _Server) -> str:
+    host, port = server.server_address[:2]
+    return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/metrics"
 
 
 def _message(error: object) -> str:

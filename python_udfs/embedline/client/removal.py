@@ -112,6 +112,16 @@ _REMOVE = f"""
         FOR doomed IN SELECT format('DROP VIEW %s', v.oid::regclass) FROM ({_VIEWS}) AS v LOOP
             EXECUTE doomed;
         END LOOP;
+        -- Without its tables a publication would stay, empty.
+        FOR doomed IN
+            SELECT format('DROP PUBLICATION %I', p.pubname) FROM pg_catalog.pg_publication AS p WHERE EXISTS (
+                SELECT FROM pg_catalog.pg_publication_rel AS r JOIN pg_catalog.pg_class AS c ON c.oid = r.prrelid
+                WHERE r.prpubid = p.oid AND c.relnamespace = 'embedline_data'::regnamespace
+                    AND p.pubname = 'embedline_' || left(c.relname, -length('_routing'))
+                    AND right(c.relname, length('_routing')) = '_routing')
+        LOOP
+            EXECUTE doomed;
+        END LOOP;
         PERFORM set_config('client_min_messages', 'warning', true);
         -- Not DELETE: an index that a revision builds in this transaction would still have the deleted rows in it.
         TRUNCATE embedline.pipeline CASCADE;

@@ -7,6 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from embedline.core.endpoints import LOOPBACK
+from embedline.core.media import ModelInput
+
 if TYPE_CHECKING:
     pass
 
@@ -41,6 +44,8 @@ class ModelConfig:
     task: Task = "embed"
     # Deviations from OpenAI's interface that earlier answers of the endpoint have shown; see EmbeddingBlock.learned.
     learned: Mapping[str, str] = field(default_factory=dict)
+    # Addresses that may be asked, as scheme://host:port; rows of embedline.allowed_endpoint. See core/endpoints.py.
+    allowed_endpoints: Sequence[str] = LOOPBACK
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class EmbeddingBlock:
     data: bytes
     tokens: int | None = None
     learned: Mapping[str, str] = field(default_factory=dict, hash=False)
+    # Why inputs have no vector, by their places: files that cannot be decoded. Their rows hold NaN.
+    faults: Mapping[int, str] = field(default_factory=dict, hash=False)
+    # That of the model that answered, if it has several towers.
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,14 @@ class ModelInfo:
 
     `dimensions` is 0 for a reranker, which returns scores. `max_tokens` is the longest text in the model's own tokens,
     special tokens already taken off; None if unknown. `tokenizer_path` is a Hugging Face tokenizer.json that the server
-    can read; None if the tokens are not known offline.
+    can read; None if the tokens are not known offline. `modalities` are the kinds of contents that it makes vectors of.
     """
 
     dimensions: int
     max_tokens: int | None
     tokenizer_path: str | None
     fingerprint: str
+    modalities: tuple[str, ...] = ("text",)
     learned: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -81,8 +91,10 @@ class Embedder(Protocol):
     Its threads run with all signals blocked and never touch the database.
     """
 
-    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
-        """Start embedding the texts, with the prefix of their kind added.
+    def submit(self, texts: Sequence[ModelInput], kind: Kind) -> Future[EmbeddingBlock]:
+        """Start embedding texts or segments of media.
+
+        Texts get the prefix of their kind.
 
         The future raises ProviderError (or a subclass). At most `ModelConfig.concurrency` requests are in flight.
         """

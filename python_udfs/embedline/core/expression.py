@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from embedline.errors import InvalidParameter
 
-# PostgreSQL's lexical rules, as far as they decide where a quotation begins and ends. A letter or a dollar sign within
-# a word does not begin a quotation. A quotation without an end is "broken". standard_conforming_strings is pinned on.
-_TOKENS = re.compile(
-    r"""
-    (?P<constant> [eE]'(?:[^'\\]|\\.|'')*' | (?:[uU]&|[bBxXnN])?'(?:[^']|'')*' | (?:[uU]&)?"(?:[^"]|"")*"
-      | (?P<tag>\$(?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?\$).*?(?P=tag) )
-    | (?P<broken> [eE]' | \$(?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?\$ )
-    | (?P<word> [\w\x80-\U0010ffff][\w$\x80-\U0010ffff]*+ )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
 _CLOSING = {")": "(", "]": "["}
+
+
+@functools.cache
+def _tokens() -> re.Pattern[str]:
+    """Return the pattern of what can hold a quotation in SQL.
+
+    These are PostgreSQL's lexical rules, as far as they decide where a quotation begins and ends. A letter or a dollar
+    sign within a word does not begin one. A quotation without an end is "broken".
+    standard_conforming_strings is pinned on. The pattern is compiled on first use: that takes 10 ms, and a session's
+    first search imports this module.
+    """
+    return re.compile(
+        r"""
+        (?P<constant> [eE]'(?:[^'\\]|\\.|'')*' | (?:[uU]&|[bBxXnN])?'(?:[^']|'')*' | (?:[uU]&)?"(?:[^"]|"")*"
+          | (?P<tag>\$(?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?\$).*?(?P=tag) )
+        | (?P<broken> [eE]' | \$(?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?\$ )
+        | (?P<word> [\w\x80-\U0010ffff][\w$\x80-\U0010ffff]*+ )
+        """,
+        re.VERBOSE | re.DOTALL,
+    )
 
 
 def _bare(match: re.Match[str]) -> str:
@@ -32,7 +42,7 @@ def require_single_expression(expression: str, parameter: str) -> str:
     A second statement, a comment or a closing parenthesis too many would change the statement around it. Raises
     InvalidParameter otherwise.
     """
-    bare = _TOKENS.sub(_bare, expression)
+    bare = _tokens().sub(_bare, expression)
     open_brackets: list[str] = []
     matched = True
     for character in bare:

@@ -59,6 +59,11 @@ def capture_suffix(event: str) -> str:
     return f"capture_{event}"
 
 
+def publication(pipeline: str) -> str:
+    """Return the name of a pipeline's publication, and of a subscription to it."""
+    return f"embedline_{pipeline}"
+
+
 def index_job(pipeline: str, number: int, precision: str | None = None) -> str:
     """Return the name of pg_cron's job that builds a version's index."""
     return f"{index_jobs(pipeline)}v{number}" + (f" {precision}" if precision else "")

@@ -7,6 +7,8 @@ from decimal import Decimal
 from embedline.errors import InvalidParameter
 
 TOKENS_PER_PRICE = 1_000_000
+# Share of the ordinary price that a batch endpoint takes: half of it, at OpenAI and at those that follow its form.
+BATCH_PRICE_SHARE = Decimal("0.5")
 
 
 def check_price(price: Decimal | None) -> Decimal | None:

@@ -119,6 +119,8 @@ class PipelineSpec:
     capture: str
     weight: float | None
     keyword: str | None
+    modality: str = "text"
+    is_reference: bool = False
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, Any]) -> Self:
@@ -135,6 +137,8 @@ class PipelineSpec:
             capture=given["capture"],
             weight=given["weight"],
             keyword=given["keyword"],
+            modality=given["modality"],
+            is_reference=given["changed_by"] is not None,
         )
 
 

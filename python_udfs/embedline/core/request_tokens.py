@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from embedline.core.media import MediaPart, ModelInput
+
 # Most bytes per token in a provider's count that is believed. The usual tokenizers have about four, and hardly ever 64.
 _LONGEST_TOKEN_BYTES = 64
 # Tokens per text that a count may have above one per byte, because a server may add an instruction of its own or
@@ -14,28 +16,33 @@ _LONGEST_TOKEN_BYTES = 64
 _ADDED_TOKENS = 512
 
 
-def most_tokens(text: str) -> int:
+def most_tokens(text: ModelInput) -> int:
     """Return the tokens by which requests are packed: two bytes of UTF-8 per token.
 
     This is an upper estimate. English has about four bytes per token; Chinese, at three bytes a character, has two to
     three.
     """
+    if isinstance(text, MediaPart):
+        return text.tokens
     return (len(text) if text.isascii() else len(text.encode())) // 2 + 1
 
 
-def likely_tokens(text: str) -> int:
+def likely_tokens(text: ModelInput) -> int:
     """Return the tokens to reserve before a call: three bytes of UTF-8 per token.
 
     The estimate is on the safe side.
     """
+    if isinstance(text, MediaPart):
+        return text.tokens
     return (len(text) if text.isascii() else len(text.encode())) // 3 + 1
 
 
-def plausible_tokens(counted: int | None, texts: Collection[str], prefix: str) -> int | None:
+def plausible_tokens(counted: int | None, inputs: Collection[ModelInput], prefix: str) -> int | None:
     """Return a provider's count of tokens, None if the texts cannot have that many.
 
-    `texts` were each sent with `prefix`. A count that is too small or too large for their bytes is refused.
+    `inputs` were each sent with `prefix`. A count that is too small or too large for their bytes is refused.
     """
+    texts = [given for given in inputs if isinstance(given, str)]
     size = sum(len(text.encode()) for text in texts) + len(texts) * len(prefix.encode())
     fewest = max(len(texts), size // _LONGEST_TOKEN_BYTES)
     most = size + len(texts) * _ADDED_TOKENS

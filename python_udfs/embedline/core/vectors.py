@@ -126,6 +126,16 @@ def copy_binary(chunk_ids: npt.NDArray[np.int64], matrix: FloatMatrix, column_ty
     return buffer
 
 
+def vectors_to_send(matrix: FloatMatrix, column_type: str) -> list[bytes]:
+    """Return each row of an array in the form of vector_send or halfvec_send.
+
+    The shape is (vectors, dimensions).
+    """
+    head = matrix.shape[1].to_bytes(2, "big") + b"\x00\x00"
+    element = ">f4" if column_type == "vector" else ">f2"
+    return [head + row.tobytes() for row in matrix.astype(element)]
+
+
 def vectors_from_send(blobs: list[bytes], column_type: str) -> FloatMatrix:
     """Return vectors in the form of vector_send or halfvec_send as a float32 array.
 

@@ -19,6 +19,7 @@ from embedline.chunking import Chunk
 from embedline.core import vectors
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.documents.values import Vector
+from embedline.errors import InsufficientDisk
 from embedline.postgres.session import Session
 from embedline.queue.outbox import Key
 
@@ -104,16 +105,42 @@ def _server_file(data: bytes | bytearray) -> Iterator[str]:
     It ends with the process, however that ends. COPY opens it by its descriptor's name, in the same process. A system
     without such files gets one of mode 0600 in the server's temporary directory.
     """
-    if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
-        with os.fdopen(os.memfd_create("embedline-copy"), "wb") as file:
-            file.write(data)
-            file.flush()
-            yield f"/proc/self/fd/{file.fileno()}"
-        return
-    descriptor, path = tempfile.mkstemp(prefix="embedline-copy-")
+    in_memory = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+    descriptor, path = _create_file(in_memory)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        yield path
+        try:
+            _write_all(descriptor, data)
+            yield f"/proc/self/fd/{descriptor}" if in_memory else path
+        finally:
+            os.close(descriptor)
     finally:
-        Path(path).unlink()
+        if not in_memory:
+            Path(path).unlink()
+
+
+@contextmanager
+def _no_room() -> Iterator[None]:
+    """Raise InsufficientDisk for a failure to write.
+
+    That error passes, so a worker keeps its answers and tries again.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InsufficientDisk(
+            f"the file for COPY cannot be written: {error.strerror}",
+            hint="Free memory, or space in the server's temporary directory.",
+        ) from error
+
+
+def _create_file(in_memory: bool) -> tuple[int, str]:
+    """Return descriptor and path of a new file."""
+    with _no_room():
+        return (os.memfd_create("embedline-copy"), "") if in_memory else tempfile.mkstemp(prefix="embedline-copy-")
+
+
+def _write_all(descriptor: int, data: bytes | bytearray) -> None:
+    rest = memoryview(data)
+    with _no_room():
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]

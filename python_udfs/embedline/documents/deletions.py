@@ -19,6 +19,8 @@ from embedline.postgres.session import Session
 _KEYS = 1000
 # Age at which they are removed in any case, because a provider may be away for days.
 _LONGEST_WAIT = "10 minutes"
+# Rows that wait for a provider's batch, for hours, have found no vector of theirs and use none later.
+_IS_NEAR = "o.not_before < clock_timestamp() + interval '1 hour'"
 
 # $1 is the number of keys. Keys that are `is_ready` no longer wait for the serving version.
 _TAKE = """
@@ -26,7 +28,7 @@ _TAKE = """
         SELECT least(
             (SELECT min(i.enqueued_at) FROM {inbox} AS i),
             (SELECT min(c.enqueued_at) FROM {claim} AS c),
-            (SELECT min(o.enqueued_at) FROM {outbox} AS o)) AS enqueued_at
+            (SELECT min(o.enqueued_at) FROM {outbox} AS o WHERE {is_near})) AS enqueued_at
     ), sized AS (
         SELECT d.place, sum(d.key_count) OVER (ROWS UNBOUNDED PRECEDING) - d.key_count AS before FROM (
             SELECT t.ctid AS place, cardinality(t.{first}) AS key_count FROM {deleted} AS t
@@ -49,14 +51,15 @@ _EARLIER = "t.enqueued_at < coalesce((SELECT o.enqueued_at FROM oldest AS o), 'i
 _SEEN = """
     t.seen_at < coalesce((
         SELECT min(q.enqueued_at) FROM embedline.version_queue AS q JOIN embedline.version AS v USING (version_id)
-        WHERE v.pipeline_id = $2 AND q.chunk_ids IS NOT NULL), 'infinity')
+        WHERE v.pipeline_id = $2 AND q.chunk_ids IS NOT NULL
+            AND q.not_before < clock_timestamp() + interval '1 hour'), 'infinity')
 """
 _NOTE = """
     WITH oldest AS MATERIALIZED (
         SELECT least(
             (SELECT min(i.enqueued_at) FROM {inbox} AS i),
             (SELECT min(c.enqueued_at) FROM {claim} AS c),
-            (SELECT min(o.enqueued_at) FROM {outbox} AS o)) AS enqueued_at
+            (SELECT min(o.enqueued_at) FROM {outbox} AS o WHERE {is_near})) AS enqueued_at
     ), front AS MATERIALIZED (
         SELECT t.ctid AS place FROM {deleted} AS t WHERE t.seen_at IS NULL AND {earlier} FOR UPDATE SKIP LOCKED
     ), noted AS (
@@ -71,13 +74,14 @@ _FORGET = """
         SELECT least(
             (SELECT min(i.enqueued_at) FROM {inbox} AS i),
             (SELECT min(c.enqueued_at) FROM {claim} AS c),
-            (SELECT min(o.enqueued_at) FROM {outbox} AS o)) AS enqueued_at
+            (SELECT min(o.enqueued_at) FROM {outbox} AS o WHERE {is_near})) AS enqueued_at
     )
     DELETE FROM {lent} WHERE ctid = ANY (ARRAY(
         SELECT t.ctid FROM {lent} AS t
         WHERE (t.kept_at < coalesce((SELECT o.enqueued_at FROM oldest AS o), 'infinity') AND NOT EXISTS (
                 SELECT FROM embedline.version_queue AS q JOIN embedline.version AS v USING (version_id)
-                WHERE v.pipeline_id = $1 AND q.chunk_ids IS NOT NULL))
+                WHERE v.pipeline_id = $1 AND q.chunk_ids IS NOT NULL
+                    AND q.not_before < clock_timestamp() + interval '1 hour'))
             OR t.kept_at < clock_timestamp() - interval '{longest}'
         FOR UPDATE SKIP LOCKED))
 """
@@ -100,6 +104,7 @@ def remove_some(session: Session, pipeline: Pipeline) -> bool:
         "arrays": ", ".join(f"taken.{column}" for column in pipeline.quoted_key_columns),
         "texts": ", ".join(f"array_agg(key.{column}::text) AS {column}" for column in pipeline.quoted_key_columns),
         "longest": _LONGEST_WAIT,
+        "is_near": _IS_NEAR,
         "earlier": _EARLIER,
     }
     found = session.query(

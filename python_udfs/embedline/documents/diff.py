@@ -36,6 +36,7 @@ def stored_chunks(
     rows = session.query(
         f"""
         SELECT k.ordinality, c.chunk_id, uuid_send(c.content_hash) AS digest, c.seq, c.start_offset, c.end_offset,
+            {"c.content" if pipeline.modality != "text" else "NULL::text"} AS caption,
             {usable if is_own else f"${count + 1}::text IS NOT DISTINCT FROM ${count + 1}"} AS usable
         FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, ordinality)
         JOIN {pipeline.document} AS d ON {pipeline.key_join("d", "k")}
@@ -51,7 +52,7 @@ def stored_chunks(
         position = (row["seq"], row["start_offset"], row["end_offset"])
         # A chunk without a usable vector matches nothing, so it is deleted and its content is added again.
         digest = row["digest"] if row["usable"] else b""
-        stored[wanted[row["ordinality"] - 1]].append(StoredChunk(row["chunk_id"], digest, position))
+        stored[wanted[row["ordinality"] - 1]].append(StoredChunk(row["chunk_id"], digest, position, row["caption"]))
     return stored
 
 
@@ -60,22 +61,22 @@ def diff(
 ) -> tuple[list[int], list[tuple[int, Chunk]], list[Chunk]]:
     """Return (chunk ids to delete, stored chunks that only moved, chunks to add).
 
-    Chunks are matched by content.
+    Chunks are matched by content, segments of media by their caption, too: a keyword index knows a chunk by its id.
     """
-    by_digest: dict[bytes, list[StoredChunk]] = {}
+    by_content: dict[tuple[bytes, str | None], list[StoredChunk]] = {}
     for candidate in sorted(stored, key=lambda c: c.position, reverse=True):
-        by_digest.setdefault(candidate.digest, []).append(candidate)
+        by_content.setdefault((candidate.digest, candidate.caption), []).append(candidate)
     moved: list[tuple[int, Chunk]] = []
     added: list[Chunk] = []
     for chunk in wanted:
-        candidates = by_digest.get(chunk.digest)
+        candidates = by_content.get((chunk.digest, None if chunk.media is None else chunk.content))
         if not candidates:
             added.append(chunk)
             continue
         kept = candidates.pop()
         if kept.position != (chunk.sequence, chunk.start, chunk.end):
             moved.append((kept.chunk_id, chunk))
-    removed = [left.chunk_id for candidates in by_digest.values() for left in candidates]
+    removed = [left.chunk_id for candidates in by_content.values() for left in candidates]
     return removed, moved, added
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from embedline.catalog.load import load_pipeline, load_version
+from embedline.catalog.modality import require_text
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
 from embedline.chunking import Chunk
@@ -60,6 +61,7 @@ def add_loan(
     """
     require_control(session, pipeline_name)
     pipeline = version_of(session, pipeline_name, version)
+    require_text(pipeline, "a loan of vectors")
     if None in content_hashes or None in sent or len(content_hashes) != len(sent):
         raise InvalidParameter("there must be one hash for each vector, and none of them NULL")
     matrix_of(pipeline, sent)

@@ -35,8 +35,8 @@ def read_rows(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_byt
                 AND coalesce(s.embedded_at >= ${count + 3}::timestamptz, true) AS same
         ) AS m
         CROSS JOIN LATERAL (
-            SELECT coalesce(m.same AND s.state = CASE WHEN r.content_hash IS NULL THEN 'empty' ELSE 'embedded' END, false)
-                AS current, coalesce(m.same AND s.state = 'dead' AND s.content_hash IS NOT NULL, false) AS given_up
+            SELECT coalesce(m.same AND s.state = CASE WHEN r.content_hash IS NULL THEN 'empty' ELSE 'embedded' END,
+            false) AS current, coalesce(m.same AND s.state = 'dead' AND s.content_hash IS NOT NULL, false) AS given_up
         ) AS c
         """
     values = [*key_columns(keys, count), max_bytes, pipeline.recipe, pipeline.version.vectors_valid_from]
@@ -81,10 +81,10 @@ def still_current(session: Session, pipeline: Pipeline, keys: Sequence[Key]) -> 
 
 
 _ROW_BYTES = """
-    SELECT sum(pg_relation_size(c.oid) + 3 * CASE WHEN c.reltoastrelid = 0 THEN 0 ELSE pg_relation_size(c.reltoastrelid) END)
-        / nullif(sum(greatest(c.reltuples::double precision, pg_stat_get_live_tuples(c.oid), 0)), 0) AS bytes
-    FROM (SELECT $1::oid AS relid UNION SELECT relid FROM pg_partition_tree($1::oid::regclass) WHERE isleaf) AS leaf
-    JOIN pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
+    SELECT sum(pg_relation_size(c.oid) + 3 * CASE WHEN c.reltoastrelid = 0 THEN 0 ELSE pg_relation_size(c.reltoastrelid)
+    END) / nullif(sum(greatest(c.reltuples::double precision, pg_stat_get_live_tuples(c.oid), 0)), 0) AS bytes FROM
+    (SELECT $1::oid AS relid UNION SELECT relid FROM pg_partition_tree($1::oid::regclass) WHERE isleaf) AS leaf JOIN
+    pg_class AS c ON c.oid = leaf.relid AND c.relkind = 'r'
 """
 
 
@@ -145,3 +145,25 @@ def show_again(session: Session, pipeline: Pipeline, marks: Mapping[int, list[st
     if places:
         hidden = pipeline.generated("hidden")
         session.query(f"DELETE FROM {hidden} WHERE ctid = ANY ($1::text[]::tid[])", ["text[]"], places)
+
+
+def read_contents(session: Session, pipeline: Pipeline, keys: Sequence[Key], max_bytes: int) -> dict[int, ReadRow]:
+    """Read the content of keys as the source's owner.
+
+    It is read whether or not it is embedded already. A key without a row, and one whose row the filter refuses, is
+    missing from the result.
+    """
+    query = f"""
+        SELECT r.ordinality, r.deferred, r.content, r.content_hash, r.prefix
+        FROM {pipeline.generated("read")}({pipeline.key_arrays()}, ${len(pipeline.key_columns) + 1}) AS r WHERE
+        r.accepted
+    """
+    values = [*key_columns(keys, len(pipeline.key_columns)), max_bytes]
+    types = [*pipeline.key_parameter_types, "bigint"]
+    rows = read_and_release(session, lambda: session.query(query, types, *values))
+    return {
+        row["ordinality"] - 1: ReadRow(
+            True, row["deferred"], False, False, row["content"], row["content_hash"], row["prefix"] or ""
+        )
+        for row in rows
+    }

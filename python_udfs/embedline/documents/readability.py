@@ -8,12 +8,14 @@ dump in one line may be a single unknown token. Such chunks crowd together and a
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from embedline.chunking.measure import TokenMeasure, measure_of
+from embedline.chunking.parts import Parts, PartValues
 from embedline.errors import UnreadableText
 
 if TYPE_CHECKING:
@@ -27,19 +29,36 @@ _COUNTED_AT_ONCE = 64
 class Readability:
     """A model's tokenizer with its unknown token.
 
-    `limit` is the largest share of unknown tokens in a chunk that is embedded.
+    `limit` is the largest share of unknown tokens in a chunk that is embedded. `parts` divides texts into words, and
+    `are_known` tells whether all tokens of a word are known.
     """
 
     tokenizer: Any
     unknown_id: int
     limit: float
+    parts: Parts | None
+    are_known: PartValues[bool]
 
     def shares(self, texts: Sequence[str]) -> list[float]:
         """Return the share of unknown tokens of each text.
 
         Tokens without letters and digits do not count.
         """
-        return [self._share(found) for found in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        # Few texts have an unknown token at all, and words that were seen before need no tokenizer.
+        doubtful = set(texts).difference(self._known(texts))
+        found = dict(zip(doubtful, map(self._share, _encoded(self.tokenizer, doubtful)), strict=True))
+        return [found.get(text, 0.0) for text in texts]
+
+    def _known(self, texts: Sequence[str]) -> Iterator[str]:
+        """Yield the texts whose words are all known for certain."""
+        if self.parts is None:
+            return
+        divided = [(text, self.parts.divide(text)) for text in texts if self.parts.is_divisible(text)]
+        # All new words at once, because each call of the tokenizer has a cost of its own.
+        are_known = iter(self.are_known.of([word for _, words in divided for word in words]))
+        for text, words in divided:
+            if all(list(itertools.islice(are_known, len(words)))):
+                yield text
 
     def _share(self, encoding: Any) -> float:
         unknown = int(encoding.ids.count(self.unknown_id))
@@ -57,12 +76,12 @@ def readability(tokenizer: str | None, limit: float) -> Readability | None:
     That is so if no token is unknown to the model, or the limit allows all. `tokenizer` is its tokenizer.json (the
     text), None if it is not known here.
     """
-    found = _unknown_token(tokenizer) if tokenizer is not None and limit < 1 else None
-    return None if found is None else Readability(*found, limit)
+    found = _readability(tokenizer) if tokenizer is not None and limit < 1 else None
+    return None if found is None else replace(found, limit=limit)
 
 
 @functools.lru_cache(maxsize=8)
-def _unknown_token(tokenizer: str) -> tuple[Any, int] | None:
+def _readability(tokenizer: str) -> Readability | None:
     model = json.loads(tokenizer).get("model", {})
     # Bytes spell out characters that have no token of their own.
     if model.get("byte_fallback"):
@@ -74,7 +93,19 @@ def _unknown_token(tokenizer: str) -> tuple[Any, int] | None:
     number = model.get("unk_id")
     if number is None and model.get("unk_token") is not None:
         number = measure.tokenizer.token_to_id(model["unk_token"])
-    return None if number is None else (measure.tokenizer, int(number))
+    if number is None:
+        return None
+    unknown_id, own = int(number), measure.tokenizer
+
+    def are_known(words: Sequence[str]) -> list[bool]:
+        return [unknown_id not in encoding.ids for encoding in _encoded(own, words)]
+
+    return Readability(own, unknown_id, 1.0, measure.parts, PartValues(are_known))
+
+
+def _encoded(tokenizer: Any, texts: Iterable[str]) -> Sequence[Any]:
+    found: Sequence[Any] = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return found
 
 
 def mark_unreadable(found: Sequence[Document], check: Readability, breathe: Callable[[], None]) -> None:

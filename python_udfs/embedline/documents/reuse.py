@@ -5,22 +5,33 @@ They are of this or another version, kept of a deleted row, or lent from outside
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from embedline.catalog.load import load_versions
 from embedline.catalog.values import ChunkSet, Pipeline
+from embedline.chunking import Chunk
 from embedline.core import vectors
 from embedline.core.sql_text import quote_ident
 from embedline.documents.loans import borrow
 from embedline.documents.values import Document, Vector
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
+from embedline.queue import provider_batches
 
 
 def known_vectors(session: Session, pipeline: Pipeline, documents: Sequence[Document]) -> dict[bytes, Vector]:
     """Return the vectors of documents' chunks that need no model, by digest."""
     chunks = {chunk.digest: chunk for document in documents for chunk in document.chunks}
     found = lend_vectors(session, pipeline, list(chunks))
+    if pipeline.modality != "text":
+        # Loans know contents by their text.
+        return found
+    if pipeline.version.model.config.provider == "openai":
+        lacking = [digest for digest in chunks if digest not in found]
+        answers = provider_batches.answers(session, pipeline, lacking)
+        found |= {digest: np.frombuffer(vector, dtype="<f4") for digest, vector in answers.items()}
     return borrow(session, pipeline, [chunk for digest, chunk in chunks.items() if digest not in found]) | found
 
 
@@ -83,6 +94,29 @@ def keep_vectors(session: Session, pipeline: Pipeline, chunk_set: ChunkSet, chun
                 list(chunk_ids),
                 version.version.version_id,
             )
+
+
+def keep_answers(session: Session, pipeline: Pipeline, chunks: Iterable[Chunk], known: Mapping[bytes, Vector]) -> None:
+    """Keep vectors of chunks that cannot be written now for the next try.
+
+    An application may lock a row for minutes: each try paid for its texts again, twice a second.
+    """
+    found = {chunk.digest: known[chunk.digest] for chunk in chunks if chunk.digest in known}
+    answers = {digest: vector for digest, vector in found.items() if vector.size}
+    if not answers:
+        return
+    session.query(
+        f"""
+        INSERT INTO {pipeline.generated("lent")} (version_id, content_hash, vector)
+        SELECT $3, a.content_hash, a.vector FROM unnest($1::uuid[], $2) AS a (content_hash, vector)
+        WHERE NOT EXISTS (
+            SELECT FROM {pipeline.generated("lent")} AS l WHERE l.version_id = $3 AND l.content_hash = a.content_hash)
+        """,
+        ["text[]", "bytea[]", "bigint"],
+        [digest.hex() for digest in answers],
+        vectors.vectors_to_send(np.stack(list(answers.values())), pipeline.version.column_type),
+        pipeline.version.version_id,
+    )
 
 
 def _lenders(session: Session, pipeline: Pipeline) -> list[Pipeline]:

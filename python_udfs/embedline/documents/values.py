@@ -21,13 +21,13 @@ NO_VECTOR: Vector = np.empty(0, dtype=np.float32)
 class Document:
     """A source row on its way: its claim, and the content read from it.
 
-    `prefix` stands before each chunk when it is embedded. `other_chunks` are its chunks in the other chunk sets, by
-    set; other versions embed them.
+    `prefix` stands before each chunk of a text when it is embedded; of a file it is the caption. `other_chunks` are its
+    chunks in the other chunk sets, by set; other versions embed them.
     """
 
     row: ClaimedRow
     content_hash: bytes | None = None
-    content: str | None = None
+    content: str | bytes | None = None
     prefix: str = ""
     chunks: list[Chunk] = field(default_factory=list)
     other_chunks: dict[int, list[Chunk]] = field(default_factory=dict)
@@ -52,17 +52,18 @@ class ReadRow(NamedTuple):
     deferred: bool
     current: bool
     given_up: bool
-    content: str | None
+    content: str | bytes | None
     content_hash: bytes | None
     prefix: str
 
 
 class StoredChunk(NamedTuple):
-    """A chunk that is in the table."""
+    """A chunk that is in the table; `caption` is that of a segment of media."""
 
     chunk_id: int
     digest: bytes
     position: tuple[int, int, int]
+    caption: str | None = None
 
 
 @dataclass

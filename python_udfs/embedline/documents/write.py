@@ -16,11 +16,12 @@ from embedline.documents.diff import Changes, apply, diff, stored_chunks
 from embedline.documents.keys import place_documents, take_back, unlocked
 from embedline.documents.read import hidden_marks, read_rows, show_again
 from embedline.documents.readability import message_of
-from embedline.documents.reuse import keep_vectors
+from embedline.documents.reuse import keep_answers, keep_vectors
 from embedline.documents.values import Document, Vector, WriteResult
 from embedline.errors import UnreadableText
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
+from embedline.queue import provider_batches
 from embedline.queue.dead_letters import forget_dead_letters
 from embedline.queue.outbox import Key, key_columns
 
@@ -61,9 +62,16 @@ def write_documents(
             continue
         changes.add(document.key, change)
         result.written.append(index)
-        if index in marks:
+        if index in marks or pipeline.modality != "text":
+            # A file with another caption keeps its vectors.
             replaced += change[0]
     keep_vectors(session, pipeline, pipeline.chunk_set, replaced)
+    # Of a text that was changed some chunks may be the same, if it has several. Without any place, the recipe or the
+    # endpoint was altered meanwhile, and these are not its vectors.
+    later = [documents[i] for i in result.busy] + [documents[i] for i in result.stale if len(documents[i].chunks) > 1]
+    if not (fresh or free):
+        later = []
+    keep_answers(session, pipeline, [chunk for document in later for chunk in document.chunks], known)
     ids = apply(session, pipeline, pipeline.chunk_set, changes)
     if ids.size:
         _write_vectors(session, pipeline, ids, [known[chunk.digest] for _, chunk in changes.added])
@@ -78,6 +86,7 @@ def write_documents(
     take_back(session, pipeline, [documents[i] for i in sorted(fresh - written)])
     if written:
         forget_dead_letters(session, pipeline, [documents[i].key for i in result.written])
+        provider_batches.forget(session, pipeline, {c.digest for i in written for c in documents[i].chunks})
         show_again(session, pipeline, marks, written)
     return result
 
@@ -146,7 +155,7 @@ def _write_other_set(
         document = documents[index]
         change = diff(stored[index], document.other_chunks.get(chunk_set.number, []))
         changes.add(document.key, change)
-        if index in marked:
+        if index in marked or pipeline.modality != "text":
             replaced += change[0]
     keep_vectors(session, pipeline, chunk_set, replaced)
     return apply(session, pipeline, chunk_set, changes)

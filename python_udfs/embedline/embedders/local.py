@@ -21,15 +21,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.core.media import MediaPart, Modality, ModelInput
 from embedline.core.processes import start_thread
 from embedline.core.reranking import RerankScores
+from embedline.embedders.host_answers import block_reader, read_info, read_segments, scores_reader
 from embedline.errors import (
-    DimensionMismatch,
     InputRejected,
-    InvalidScores,
     InvalidVectors,
     ModelHostUnavailable,
     ProviderError,
@@ -37,8 +37,11 @@ from embedline.errors import (
 from embedline.model_host.host_settings import HostSettings, settings_of
 from embedline.model_host.launcher import connect_or_start, log_tail
 from embedline.model_host.place import Owner, prepare_place
-from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame, pack_texts
+from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame, pack_media, pack_texts
 from embedline.model_host.wire_errors import read_error
+
+if TYPE_CHECKING:
+    from embedline.chunking import ChunkingSpec
 
 _RECEIVE_BYTES = 1 << 18
 # Attempts at a request. After two hosts that died of it there is no third, because the request may be the cause.
@@ -102,15 +105,33 @@ class LocalEmbedder:
 
     # The main thread
 
-    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
-        """Start embedding; the future raises ProviderError."""
+    def submit(self, texts: Sequence[ModelInput], kind: Kind) -> Future[EmbeddingBlock]:
+        """Start embedding texts, or segments of media; the future raises ProviderError."""
         future: Future[EmbeddingBlock] = Future()
         if not texts:
             future.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
             return future
+        if (parts := [text for text in texts if isinstance(text, MediaPart)]) and len(parts) == len(texts):
+            self._send_parts(kind, parts, future)
+            return future
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
-        given = [prefix + text for text in texts]
-        self._send({"op": "embed", "kind": kind}, given, future, self._block_reader(len(texts)))
+        given = [prefix + text for text in texts if isinstance(text, str)]
+        if parts:
+            raise InputRejected("a request has either texts or files")
+        self._send({"op": "embed", "kind": kind}, given, future, block_reader(len(texts), self._config.dimensions))
+        return future
+
+    def submit_segments(
+        self, files: Sequence[bytes], modality: Modality, spec: ChunkingSpec
+    ) -> Future[list[list[tuple[int, int]] | str]]:
+        """Start finding the segments of files.
+
+        The result holds the reason for a file that cannot be decoded.
+        """
+        future: Future[list[list[tuple[int, int]] | str]] = Future()
+        chunking = {"method": spec.method, "options": dict(spec.options)}
+        header = {"op": "segment", "modality": modality, "chunking": chunking, "lengths": list(map(len, files))}
+        self._start_checked(header, b"".join(files), future, read_segments)
         return future
 
     def submit_rerank(self, query: str, texts: Sequence[str]) -> Future[RerankScores]:
@@ -123,7 +144,7 @@ class LocalEmbedder:
     def probe(self) -> Future[ModelInfo]:
         """Ask the model host for the model's dimensions and limits."""
         future: Future[ModelInfo] = Future()
-        self._start({"op": "probe"}, b"", future, _read_info)
+        self._start({"op": "probe"}, b"", future, read_info)
         return future
 
     def close(self) -> None:
@@ -153,6 +174,24 @@ class LocalEmbedder:
             future.set_exception(InputRejected("a text holds characters that UTF-8 cannot express"))
         except ProtocolError as error:
             future.set_exception(InputRejected("the texts are too large for one request", detail=str(error)))
+
+    def _send_parts(self, kind: Kind, parts: Sequence[MediaPart], future: Future[EmbeddingBlock]) -> None:
+        fields, payload = pack_media(parts)
+        self._start_checked(
+            {"op": "embed", "kind": kind, **fields}, payload, future, block_reader(len(parts), self._config.dimensions)
+        )
+
+    def _start_checked(
+        self, header: dict[str, Any], payload: bytes, future: Future[Any], read: Callable[[Frame], object]
+    ) -> None:
+        """Start a request with files.
+
+        The future raises InputRejected if they are too large for it.
+        """
+        try:
+            self._start(header, payload, future, read)
+        except ProtocolError as error:
+            future.set_exception(InputRejected("the files are too large for one request", detail=str(error)))
 
     def _start(
         self, header: dict[str, Any], payload: bytes, future: Future[Any], read: Callable[[Frame], object]
@@ -339,32 +378,6 @@ class LocalEmbedder:
             else:
                 _resolve(call.future, failure)
 
-    # Answers
-
-    def _block_reader(self, count: int) -> Callable[[Frame], EmbeddingBlock]:
-        def read(frame: Frame) -> EmbeddingBlock:
-            got, dimensions = int(frame.header["count"]), int(frame.header["dimensions"])
-            if got != count or len(frame.payload) != 4 * count * dimensions:
-                raise InvalidVectors("the model host did not return one vector for each text")
-            if self._config.dimensions is not None and dimensions != self._config.dimensions:
-                detail = f"Expected {self._config.dimensions} dimensions, got {dimensions}."
-                raise DimensionMismatch(detail=detail)
-            return EmbeddingBlock(count, dimensions, frame.payload)
-
-        return read
-
-
-def scores_reader(count: int) -> Callable[[Frame], RerankScores]:
-    """Return the reader of an answer with one score for each of `count` texts."""
-
-    def read(frame: Frame) -> RerankScores:
-        got, width = int(frame.header["count"]), int(frame.header["dimensions"])
-        if (got, width) != (count, 1) or len(frame.payload) != 4 * count:
-            raise InvalidScores("the model host did not return one score for each text")
-        return RerankScores(count, frame.payload, frame.header.get("units"))
-
-    return read
-
 
 def _take_all(calls: deque[_Call]) -> list[_Call]:
     taken = []
@@ -385,8 +398,3 @@ def _resolve(future: Future[Any], result: object) -> None:
         future.set_exception(result)
     else:
         future.set_result(result)
-
-
-def _read_info(frame: Frame) -> ModelInfo:
-    names = ("dimensions", "max_tokens", "tokenizer_path", "fingerprint")
-    return ModelInfo(**{name: frame.header[name] for name in names})

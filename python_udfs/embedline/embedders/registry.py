@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from embedline.core.embedding import TASKS, Embedder, ModelConfig
 from embedline.errors import InvalidParameter
+from embedline.providers.allowed import require_allowed
 
 if TYPE_CHECKING:
     from embedline.core.reranking import Reranker
@@ -53,6 +54,10 @@ def create_embedder(config: ModelConfig) -> Embedder:
 
         return LocalEmbedder(config)
     if config.provider == "openai":
+        if config.options.get("image_form"):
+            from embedline.providers.image_endpoint import ImageEndpoint
+
+            return ImageEndpoint(config)
         from embedline.providers.openai_compatible import OpenAIEmbedder
 
         return OpenAIEmbedder(config)
@@ -60,6 +65,9 @@ def create_embedder(config: ModelConfig) -> Embedder:
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=ENTRY_POINT_GROUP, name=config.provider):
+        if config.base_url is not None:
+            # The package's own clients check it before each request.
+            require_allowed(config, config.base_url)
         embedder: Embedder = entry.load()(config)
         return embedder
     raise InvalidParameter(

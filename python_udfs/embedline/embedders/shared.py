@@ -13,7 +13,8 @@ from concurrent.futures import Future
 
 from embedline.core.embedding import EmbeddingBlock, ModelConfig
 from embedline.core.reranking import RerankScores
-from embedline.embedders.local import LocalEmbedder, scores_reader
+from embedline.embedders.host_answers import block_reader, scores_reader
+from embedline.embedders.local import LocalEmbedder
 from embedline.errors import InputRejected
 from embedline.model_host.host_settings import remote_settings
 from embedline.model_host.protocol import ProtocolError, pack_texts
@@ -42,7 +43,7 @@ class SharedEmbedder(LocalEmbedder):
         try:
             lengths, payload = pack_texts([text])
             header = {"op": "embed", "config": given, "identity": _identity(config, fingerprint), "lengths": lengths}
-            self._start(header, payload, future, self._block_reader(1))
+            self._start(header, payload, future, block_reader(1, None))
         except (UnicodeEncodeError, ProtocolError) as error:
             future.set_exception(InputRejected("the query cannot be sent", detail=type(error).__name__))
         return future

@@ -18,11 +18,12 @@ import numpy as np
 
 from embedline.catalog import progress
 from embedline.catalog.load import load_pipeline
+from embedline.catalog.modality import require_text
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
 from embedline.chunking import ChunkingSpec
 from embedline.chunking.chunk import Span
-from embedline.core import vectors
+from embedline.core import statistics, vectors
 from embedline.core.prices import TOKENS_PER_PRICE
 from embedline.core.processes import prepare_environment
 from embedline.core.sql_text import quote_ident
@@ -31,7 +32,6 @@ from embedline.errors import InvalidParameter, NotReady, UnusableText
 from embedline.estimate.answer_spans import Answers, Place, best_places, found_share, joined, query_blocks
 from embedline.estimate.cut_sample import chunkings
 from embedline.estimate.measure import count_tokens
-from embedline.gate import statistics
 from embedline.gate.queries import QuerySet, draw_places, key_parts, load_queries
 from embedline.postgres.entry import calling_ours, entry_point, require_given
 from embedline.postgres.session import Session
@@ -91,6 +91,7 @@ def compare_chunkings(
     require_control(session, name)
     prepare_environment()
     pipeline = load_pipeline(session, name)
+    require_text(pipeline, "a comparison of chunkings")
     compared = chunkings(pipeline, specs)
     with progress.reported(session, "compare_chunkings", pipeline):
         progress.report(session, "reading the queries", 0, None)
@@ -169,7 +170,7 @@ def _questions(session: Session, queries: QuerySet, sample: _Sample, canaries: s
     texts: list[str] = []
     answers: list[Answers] = []
     lost = 0
-    for text, grades in zip(queries.texts, queries.grades, strict=True):
+    for text, grades in zip(queries.words, queries.grades, strict=True):
         places: dict[int, list[Span]] = {}
         for key in grades:
             content = sample.contents[number_of[key]] if key in number_of else ""

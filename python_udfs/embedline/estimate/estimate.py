@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from embedline.core.prices import TOKENS_PER_PRICE
+from embedline.core.prices import BATCH_PRICE_SHARE, TOKENS_PER_PRICE
 from embedline.core.processes import prepare_environment
 from embedline.core.sql_text import quote_literal
 from embedline.estimate.estimators import Amount
@@ -95,10 +95,16 @@ def _cost(speed: Speed, tokens: Amount, suffix: str) -> list[Figure]:
         else "not known before its first use: no paid request is made for it"
     )
     note = f"{rate:,.0f} {origins[speed.origin]}" if rate else unknown
-    return [
+    figures = [
         Figure(f"money{suffix}", money, "money", price, 4),
         Figure(f"hours{suffix}", hours, "hours", note, 3),
     ]
+    if speed.has_batches and money is not None:
+        batched = f"{BATCH_PRICE_SHARE:f} of that: what a backfill takes through the batch endpoint, within a day"
+        figures.insert(
+            1, Figure(f"money{suffix} in batches", money.times(float(BATCH_PRICE_SHARE)), "money", batched, 4)
+        )
+    return figures
 
 
 def _remaining(session: Session, plan: Plan, own: Speed, measured: Measured) -> list[Figure]:

@@ -29,7 +29,7 @@ COMPARED_TEXTS = 256
 
 _MODELS = """
     SELECT m.name, m.provider, m.tokenizer, m.price_per_million_tokens AS price,
-        r.tokens_per_second, r.origin
+        r.tokens_per_second, r.origin, m.options @> '{"batch_api": true}' AS has_batches
     FROM embedline.model AS m LEFT JOIN embedline._measured_rates() AS r ON r.model_id = m.model_id
     WHERE m.task = 'embed' ORDER BY m.name
 """
@@ -45,6 +45,7 @@ class Speed:
     price: Decimal | None
     tokens_per_second: float | None
     origin: str
+    has_batches: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def measure(session: Session, plan: Plan, model: Model, sample_rows: int) -> Mea
 def _tokenizer(definition: str) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(definition)
+    tokenizer = Tokenizer.from_str(definition)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def count_tokens(tokenizer: str | None, texts: Sequence[str]) -> float:
@@ -129,7 +133,7 @@ def speeds(session: Session) -> dict[str, Speed]:
     return {
         row["name"]: Speed(
             row["name"], row["provider"] == "sentence-transformers", row["tokenizer"], row["price"],
-            row["tokens_per_second"], row["origin"] or "",
+            row["tokens_per_second"], row["origin"] or "", row["has_batches"],
         )
         for row in session.query(_MODELS)
     }  # fmt: skip

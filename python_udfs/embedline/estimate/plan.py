@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedline.catalog.load import load_embedding_model, load_pipeline
+from embedline.catalog.modality import require_text
 from embedline.catalog.values import Model, Pipeline, Version
 from embedline.chunking import ChunkingSpec
 from embedline.core import names
@@ -100,6 +101,7 @@ def _table(session: Session, subject: str) -> list[dict[str, Any]]:
 
 def _pipeline_plan(session: Session, name: str, row: dict[str, Any], model_name: str | None) -> tuple[Plan, Model]:
     pipeline = load_pipeline(session, name)
+    require_text(pipeline, "an estimate")
     version = pipeline.version
     model = version.model if model_name is None else load_embedding_model(session, model_name)
     expressions = _expressions(session, pipeline)

@@ -5,24 +5,28 @@ Quality is compared with the serving version. The evidence is stored.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from embedline.catalog import progress
 from embedline.catalog.load import load_pipeline, load_version
 from embedline.catalog.values import Pipeline, Version
+from embedline.core import statistics
 from embedline.core.processes import prepare_environment
+from embedline.core.scores import score_rankings
+from embedline.core.statistics import FloatArray, Verdict
 from embedline.errors import NotReady
-from embedline.gate import report, statistics
+from embedline.gate import report
 from embedline.gate.evaluate_mode import compare_mode, evidence_of
 from embedline.gate.index_fidelity import Fidelity, measure, require_index
 from embedline.gate.options import GateOptions
 from embedline.gate.queries import QuerySet, load_queries
 from embedline.gate.report import Row
-from embedline.gate.scores import score_rankings
-from embedline.gate.statistics import FloatArray, Verdict
 from embedline.postgres.entry import entry_point, require_given
 from embedline.postgres.session import Session
 from embedline.queue.coverage import missing_chunks
@@ -183,13 +187,30 @@ def _compare(subjects: Sequence[_Subject], queries: QuerySet, options: GateOptio
     if len(subjects) == 1:
         # Never "pass": once another version serves, this row must not allow a cutover back without a gate.
         return "inconclusive", report.own_quality_rows(scores[0], options.k, options.seed)
-    compared = statistics.judge_columns(scores[0], scores[1], options.margin, options.seed)
-    rows = report.quality_rows(compared, options.k, options.margin, queries.more_come_from)
+    verdict, rows = _judge_kinds(scores, queries, options)
     found = [subject.search.rankings.keys for subject in subjects]
     rows.append(report.overlap_row(found[0], found[1], options.k))
     if options.breakdown is not None:
         rows += report.group_rows(scores[0], scores[1], queries.groups, options.breakdown, options)
-    return compared[statistics.DECIDING].verdict, rows
+    return verdict, rows
+
+
+def _judge_kinds(scores: Sequence[FloatArray], queries: QuerySet, options: GateOptions) -> tuple[Verdict, list[Row]]:
+    """Judge words and files apart, each by its own canaries; all of them have to pass.
+
+    A model's towers are trained apart, and one can become worse where the other becomes better.
+    """
+    kinds = np.array(queries.kinds)
+    verdicts: list[Verdict] = []
+    rows: list[Row] = []
+    for kind in dict.fromkeys(queries.kinds):
+        old, new = (found[kinds == kind] for found in scores)
+        compared = statistics.judge_columns(old, new, options.margin, options.seed)
+        shown = report.quality_rows(compared, options.k, options.margin, queries.more_come_from)
+        is_only = len(verdicts) == 0 and (kinds == kind).all()
+        rows += shown if is_only else [replace(row, measure=f"{row.measure} by {kind}") for row in shown]
+        verdicts.append(compared[statistics.DECIDING].verdict)
+    return functools.reduce(report.overall, verdicts), rows
 
 
 def _latency(session: Session, subjects: Sequence[_Subject], queries: QuerySet) -> list[Row]:

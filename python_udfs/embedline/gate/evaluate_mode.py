@@ -13,12 +13,13 @@ from typing import Any
 
 from embedline.catalog import progress
 from embedline.catalog.values import Pipeline
+from embedline.core import statistics
+from embedline.core.scores import score_rankings
 from embedline.errors import InvalidParameter
-from embedline.gate import report, statistics
+from embedline.gate import report
 from embedline.gate.options import GateOptions
 from embedline.gate.queries import QuerySet, load_queries
 from embedline.gate.report import Row
-from embedline.gate.scores import score_rankings
 from embedline.postgres.session import Session
 from embedline.search.modes import find_documents
 from embedline.search.query_batches import QueryVectors, embed_queries
@@ -76,7 +77,7 @@ def _ask(
     """Return the keys that each mode finds for each query, and the seconds."""
     keys: dict[str, list[list[str]]] = {mode: [] for mode in modes}
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    for number, text in enumerate(queries.texts):
+    for number, text in enumerate(queries.words):
         progress.report(session, "ranking the queries", number, len(queries.texts))
         literal = vectors.literal(number) if vectors.usable[number] else None
         for mode in modes:

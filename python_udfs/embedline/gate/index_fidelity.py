@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from embedline.catalog import progress
 from embedline.catalog.values import Pipeline
+from embedline.core import statistics
 from embedline.core.retrieval_metrics import recall_by_distance
 from embedline.core.sql_text import quote_literal
+from embedline.core.statistics import Verdict
 from embedline.errors import NotReady
-from embedline.gate import statistics
-from embedline.gate.statistics import Verdict
 from embedline.indexes import lists, precision
 from embedline.indexes.definitions import VectorIndex
 from embedline.postgres.session import Session

@@ -15,21 +15,23 @@ import numpy as np
 
 from embedline.catalog import progress
 from embedline.catalog.load import load_embedding_model, load_pipeline
+from embedline.catalog.modality import require_text
 from embedline.catalog.rights import require_control
 from embedline.catalog.values import Model, Pipeline
-from embedline.core import vectors
+from embedline.core import statistics, vectors
 from embedline.core.processes import prepare_environment
 from embedline.core.request_tokens import plausible_tokens
+from embedline.core.scores import score_rankings
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidParameter, InvalidVectors, NotReady
-from embedline.gate import report, statistics
+from embedline.gate import report
 from embedline.gate.evaluate import Evaluation, record
 from embedline.gate.model_bridge import Bridge, fit_bridge
 from embedline.gate.options import GateOptions
 from embedline.gate.queries import PROBES, QuerySet, draw_places, load_queries
 from embedline.gate.report import Row
-from embedline.gate.scores import score_rankings
+from embedline.gate.training import require_untrained
 from embedline.models import circuit
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.postgres.claims import CALLERS_TRANSACTION
@@ -73,9 +75,12 @@ def preview_version(
         )
     prepare_environment()
     pipeline, model = load_pipeline(session, pipeline_name), load_embedding_model(session, model_name)
+    require_text(pipeline, "a preview")
     with progress.reported(session, "preview_version", pipeline):
         progress.report(session, "reading the queries", 0, None)
         queries = load_queries(session, [pipeline], canaries, query_count, None, seed)
+        if canaries is not None:
+            require_untrained(session, [model], queries.words, canaries)
         bridge = _bridge(session, pipeline, model, sample, seed)
         scores = _scores(session, pipeline, model, bridge, queries, k)
     compared = statistics.judge_columns(scores[0], scores[1], margin, seed)
@@ -185,6 +190,7 @@ def embed_chunks(session: Session, name: str, model_name: str, chunk_ids: Sequen
     prepare_environment()
     model = load_embedding_model(session, model_name)
     pipeline = _with_model(load_pipeline(session, name), model)
+    require_text(pipeline, "a preview")
     if circuit.is_open(session, model.model_id):
         raise NotReady(f'model "{model_name}" is unavailable for now', hint="SELECT * FROM embedline.circuit;")
     rows = session.query(

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from embedline.catalog.values import Pipeline
+from embedline.core.media import ModelInput
 from embedline.core.sql_text import quote_ident
 from embedline.core.text import repair_text
 from embedline.errors import InvalidParameter, NotReady, UnusableText
 from embedline.gate.synthetic_queries import known_item_queries
+from embedline.gate.training import require_untrained
 from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import sqlstate_of
 from embedline.search.query_batches import key_expression
+from embedline.search.query_vector import query_input
 from embedline.search.ranking import version_view
 
 # Places in the range of chunk_id that are probed per known item, because two places may have the same next chunk.
@@ -54,11 +57,26 @@ class QuerySet:
     """
 
     source: str
-    texts: list[str]
+    texts: list[ModelInput]
     grades: list[dict[str, float]]
     groups: list[str | None]
     note: str
     is_all: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """Return the queries, which must all be texts."""
+        words = [query for query in self.texts if isinstance(query, str)]
+        if len(words) < len(self.texts):
+            raise InvalidParameter(
+                "files are canaries of the gate alone", hint="Leave the rows that have a file out of the table."
+            )
+        return words
+
+    @property
+    def kinds(self) -> list[str]:
+        """Return what each query is: text, image or audio."""
+        return ["text" if isinstance(query, str) else query.modality for query in self.texts]
 
     @property
     def more_come_from(self) -> str:
@@ -100,16 +118,16 @@ def _canaries(session: Session, versions: Sequence[Pipeline], table: str, breakd
             detail=f"The first of {len(given)} is {given[0]!r}.",
             hint=f"SELECT key FROM embedline.search('{versions[0].name}', 'some words'); shows keys as they must stand there.",
         )
-    grades: dict[str, dict[str, float]] = {}
+    grades: dict[str | bytes, dict[str, float]] = {}
     for row in rows:
         if row["key"] in found and row["grade"] > 0:
-            key, of_query = found[row["key"]].key, grades.setdefault(row["query"], {})
+            key, of_query = found[row["key"]].key, grades.setdefault(_asked(row), {})
             of_query[key] = max(of_query.get(key, 0.0), float(row["grade"]))
     if not grades:
         raise InvalidParameter(
             f"no grade in {table} is above 0", hint="A grade above 0 makes a row relevant; 1 will do."
         )
-    queries = len({row["query"] for row in rows})
+    queries = len({_asked(row) for row in rows})
     left_out = [
         f"{count} {what} left out"
         for count, what in (
@@ -117,12 +135,28 @@ def _canaries(session: Session, versions: Sequence[Pipeline], table: str, breakd
         )
         if count
     ]  # fmt: skip
+    words = [query for query in grades if isinstance(query, str)]
+    require_untrained(session, [version.version.model for version in versions], words, table)
     group_of = {place.key: place.group for place in found.values()}
     groups = [group_of[max(keys, key=lambda key: (keys[key], key))] for keys in grades.values()]
-    texts = [_repaired(text, table) for text in grades]
+    texts = [_input(versions, query, table) for query in grades]
     return QuerySet(
         "canary", texts, list(grades.values()), groups, "; ".join([f"{len(grades)} canaries of {table}", *left_out])
     )
+
+
+def _asked(row: Mapping[str, Any]) -> str | bytes:
+    """Return the words of a canary or its file."""
+    asked: str | bytes = row["query"] if row["query"] is not None else row["file"]
+    return asked
+
+
+def _input(versions: Sequence[Pipeline], query: str | bytes, table: str) -> ModelInput:
+    """Return a canary as the models of all versions take it."""
+    if isinstance(query, str):
+        _repaired(query, table)
+    first, *_ = [query_input(version, query) for version in versions]
+    return first
 
 
 def _repaired(text: str, table: str) -> str:
@@ -145,7 +179,7 @@ def _escaped(text: str) -> str:
 def _read_canaries(session: Session, table: str) -> list[dict[str, Any]]:
     present = {str(row["name"]): row for row in session.query(_COLUMNS, ["text"], table)}
     for name, (category, what) in _CANARY_COLUMNS.items():
-        if name not in present and name != "grade":
+        if name not in present and name != "grade" and not (name == "query" and "file" in present):
             raise InvalidParameter(
                 f"{table} has no column {name}",
                 detail=f"Canaries have the columns query, key and grade; {name} is {what}.",
@@ -168,12 +202,28 @@ def _read_canaries(session: Session, table: str) -> list[dict[str, Any]]:
         if "grade" in present
         else "1::pg_catalog.float8"
     )
-    rows = session.execute(f"SELECT query::text, key::text, {grade} AS grade FROM {table} ORDER BY 1, 2, 3")
+    if "file" in present and str(present["file"]["type"]) != "bytea":
+        raise InvalidParameter(
+            f"column file of {table} is of type {present['file']['type']}",
+            hint="It must be bytea: an image or a recording.",
+        )
+    query, file = (
+        ("query::text" if "query" in present else "NULL::pg_catalog.text AS query"),
+        "NULL::pg_catalog.bytea AS file",
+    )
+    rows = session.execute(
+        f"SELECT {query}, key::text, {grade} AS grade, {'file' if 'file' in present else file} FROM {table} ORDER BY 1, 2, 3"
+    )
     if not rows:
         raise InvalidParameter(
             f"{table} is empty", hint=f"INSERT INTO {table} (query, key) VALUES ('some words', '1');"
         )
-    incomplete = sum(row["query"] is None or row["key"] is None or row["grade"] is None for row in rows)
+    if "file" in present and (unclear := sum((row["query"] is None) == (row["file"] is None) for row in rows)):
+        raise InvalidParameter(
+            f"{unclear} rows of {table} have both words and a file, or neither",
+            hint="Give each row either a query or a file.",
+        )
+    incomplete = sum(_asked(row) is None or row["key"] is None or row["grade"] is None for row in rows)
     if incomplete:
         raise InvalidParameter(
             f"{incomplete} rows of {table} have no query, no key or no grade",
@@ -260,6 +310,13 @@ def _known_items(
     The chunks are drawn over its chunk ids.
     """
     pipeline = versions[0]
+    if pipeline.modality != "text":
+        raise InvalidParameter(
+            "queries are made of texts, and these are images or recordings",
+            detail="A file that finds itself proves nothing.",
+            hint="CREATE TABLE canary (query text, file bytea, key text NOT NULL); give each row words or a file, and"
+            " pass canaries => 'canary'.",
+        )
     drawn = {int(row["chunk_id"]): row for row in _draw_chunks(session, pipeline, count * PROBES, breakdown, seed)}
     chosen = list(drawn.values())[:count]
     if not chosen:
@@ -272,7 +329,7 @@ def _known_items(
         # Equal texts make one query, which either of them answers.
         queries.setdefault(text, ({}, row["label"]))[0][str(row["key"])] = 1.0
     return QuerySet(
-        "known_item", list(queries), [grades for grades, _ in queries.values()], [label for _, label in queries.values()],
+        "known_item", [*queries], [grades for grades, _ in queries.values()], [label for _, label in queries.values()],
         f"{len(queries)} known-item queries made from the corpus", len(queries) < count,
     )  # fmt: skip
 

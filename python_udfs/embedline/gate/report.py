@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from embedline.gate import statistics
+from embedline.core import statistics
+from embedline.core.statistics import Comparison, FloatArray, Verdict
 from embedline.gate.index_fidelity import Fidelity
 from embedline.gate.options import GateOptions
-from embedline.gate.statistics import Comparison, FloatArray, Verdict
 
 # Share of common results below which old and new are worth checking, although a better model finds other things.
 _FEW_IN_COMMON = 0.2

@@ -138,8 +138,13 @@ def wanted_lists(pipeline: Pipeline, count: int) -> int:
     return int(str(pipeline.version.index_options.get("lists", default_lists(count))))
 
 
-def create_index_statement(pipeline: Pipeline, index: VectorIndex, count: int) -> str:
-    """Return the CREATE INDEX CONCURRENTLY of one index over `count` vectors."""
+def create_index_statement(
+    pipeline: Pipeline, index: VectorIndex, count: int, *, method: str = "CREATE INDEX CONCURRENTLY"
+) -> str:
+    """Return the statement that creates one index over `count` vectors.
+
+    By default it does not block writes.
+    """
     given = pipeline.version.index_options
     if index.method == "ivfflat":
         chosen: dict[str, object] = {"lists": wanted_lists(pipeline, count)}
@@ -148,7 +153,7 @@ def create_index_statement(pipeline: Pipeline, index: VectorIndex, count: int) -
         chosen = {"ef_construction": EF_CONSTRUCTION, **({} if "lists" in given else given)}
     options = ", ".join(f"{name} = {int(str(value))}" for name, value in sorted(chosen.items()))
     return (
-        f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {quote_ident(index.name)} ON {pipeline.vectors}"
+        f"{method} IF NOT EXISTS {quote_ident(index.name)} ON {pipeline.vectors}"
         f" USING {index.method} ({index.operand.format(quote_ident(pipeline.version.column))} {index.operator_class})"
         f" WITH ({options})"
     )

@@ -150,7 +150,8 @@ def _open(data: bytes) -> _Opened:
 def unpack(pages: Sequence[bytes], lengths: npt.NDArray[np.int64], mean_length: float) -> Postings:
     """Return what was packed with these lengths.
 
-    Counts come back exactly as long as the steps of the weights tell them apart, up to about 15; higher ones nearly.
+    Counts come back exactly as long as the steps of the weights tell them apart. That is up to 7 in a short chunk, about
+    15 in one of usual length; higher ones come back nearly.
     """
     parts: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
     for data in pages:

@@ -14,6 +14,9 @@ import resource
 import signal
 from typing import NoReturn
 
+from embedline.model_host.host_settings import HostSettings
+from embedline.model_host.memory import limit_data
+
 # Makes the kernel's out-of-memory killer prefer the host, because the host is cheap to start again and PostgreSQL is
 # not.
 OOM_SCORE_ADJUSTMENT = 900
@@ -38,13 +41,11 @@ def _detach() -> None:
     os.chdir("/")
 
 
-def _limit(memory_limit_mb: int) -> None:
+def _limit(settings: HostSettings) -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as adjustment:
         adjustment.write(str(OOM_SCORE_ADJUSTMENT))
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = memory_limit_mb << 20
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if not settings.may_use_accelerator:
+        limit_data(settings.memory_limit_mb)
     # A core dump would hold the users' texts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -59,14 +60,13 @@ def main() -> NoReturn:
     parser.add_argument("--owner-start", type=int, required=True)
     arguments = parser.parse_args()
     _detach()
-    settings = json.loads(arguments.config_json)
-    _limit(settings["memory_limit_mb"])
+    settings = HostSettings(**json.loads(arguments.config_json))
+    _limit(settings)
 
-    from embedline.model_host.host_settings import HostSettings
     from embedline.model_host.place import Owner
     from embedline.model_host.server import serve
 
-    serve(arguments.socket, HostSettings(**settings), Owner(arguments.owner_pid, arguments.owner_start))
+    serve(arguments.socket, settings, Owner(arguments.owner_pid, arguments.owner_start))
 
 
 if __name__ == "__main__":

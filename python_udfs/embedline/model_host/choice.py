@@ -13,6 +13,8 @@ from typing import Any
 
 # The file that makes a directory a prepared ONNX model; see prepared.py.
 MANIFEST = "embedline.json"
+# The file that makes a directory a model of texts, images and recordings; see towers.py.
+TOWERS = "towers.json"
 # Types that numpy's reader of safetensors knows; only torch reads the others.
 _TABLE_TYPES = ("F16", "F32", "F64")
 # Most bytes of a header, at which safetensors itself stops reading. The header of a static model has a few hundred
@@ -21,14 +23,17 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def choose_backend(directory: str) -> str:
-    """Return "static", "onnx" or "torch" for the directory of a model.
+    """Return "static", "onnx", "towers" or "torch" for the directory of a model.
 
     - static: a table of token vectors, perhaps followed by a normalisation; numpy runs it.
     - onnx: a prepared graph.
+    - towers: a graph or a table for each of texts, images and recordings.
     - torch: any other model, and a directory that does not exist.
     """
     if os.path.exists(os.path.join(directory, MANIFEST)):
         return "onnx"
+    if os.path.exists(os.path.join(directory, TOWERS)):
+        return "towers"
     return "static" if static_modules(directory) is not None else "torch"
 
 

@@ -61,8 +61,12 @@ def load_error(settings: HostSettings, error: Exception) -> ProviderError:
         extras = "local"
         if settings.backend == "onnx":
             extras = "onnx" if "onnx" in str(error) else "local,onnx"
+        elif settings.backend == "towers":
+            extras = "media,onnx"
+        elif any(name in str(error) for name in ("PIL", "soundfile", "soxr")):
+            extras = "media"
         hint = f"Install what is missing into the server's Python: pip install 'embedline[{extras}]'."
-        if settings.backend != "onnx":
+        if settings.backend not in ("onnx", "towers"):
             hint += (
                 ' Models of the BERT family run without torch: options => \'{"backend": "onnx"}\''
                 " (pip install 'embedline[onnx]')."

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import embedline
@@ -31,6 +31,8 @@ _REMOTE_IDLE_SECONDS = 3600.0
 _REMOTE_START_SECONDS = 5.0
 PRECISIONS = {"torch": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}
 _ALL_PRECISIONS = tuple(dict.fromkeys(name for names in PRECISIONS.values() for name in names))
+# Files of the drivers of accelerators: NVIDIA's, AMD's, and that of Linux inside Windows.
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def _choice(names: tuple[str, ...], hint: str) -> Option:
@@ -40,7 +42,8 @@ def _choice(names: tuple[str, ...], hint: str) -> Option:
 _OPTIONS = {
     "backend": _choice(("auto", *PRECISIONS), 'onnx is faster on processors: options => \'{"backend": "onnx"}\'.'),
     "precision": _choice(
-        _ALL_PRECISIONS, 'For example options => \'{"backend": "onnx", "precision": "int8"}\' on a processor.'
+        ("auto", *_ALL_PRECISIONS),
+        'For example options => \'{"backend": "onnx", "precision": "int8"}\' on a processor.',
     ),
     "device": Option(
         lambda value: isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None,
@@ -64,7 +67,8 @@ _OPTIONS = {
 class HostSettings:
     """The settings that a host needs to load its model and to limit itself.
 
-    `backend` is torch, onnx or static; auto for a model of the hub, because the host has yet to see its files.
+    `backend` is torch, onnx, static or towers; auto for a model of the hub, because the host has yet to see its files.
+    `precision` auto is float32, or half precision on an accelerator if the vectors are the same.
     """
 
     model: str
@@ -81,6 +85,13 @@ class HostSettings:
     def reranks(self) -> bool:
         """Return True if the model scores pairs of a query and a text."""
         return self.task == "rerank"
+
+    @property
+    def may_use_accelerator(self) -> bool:
+        """Return True if the model may run on an accelerator of this machine."""
+        if self.backend in ("static", _REMOTE) or self.device == "cpu":
+            return False
+        return self.device is not None or any(map(os.path.exists, _DRIVERS))
 
     @property
     def is_remote(self) -> bool:
@@ -139,6 +150,10 @@ def settings_of(config: ModelConfig) -> HostSettings:
                 f'option "precision" of model "{config.name}": the graph of a reranker is used as it is',
                 hint="Leave the option out, and give a directory whose model.onnx has the precision that you want.",
             )
+    if "backend" in fields and config.task == "embed" and choose_backend(config.model) == "towers":
+        raise InvalidParameter(
+            f'option "backend" of model "{config.name}": its towers name their own files', hint="Leave the option out."
+        )
     fields.setdefault("backend", _backend_of(config.model, fields))
     backend, precision = fields["backend"], fields.get("precision", "float32")
     offered = PRECISIONS.get(backend, ("float32",))
@@ -148,7 +163,10 @@ def settings_of(config: ModelConfig) -> HostSettings:
             f'option "precision" of model "{config.name}": backend {backend} has no {precision}',
             hint=f'Add "backend": "{others[0]}", or choose {" or ".join(offered)}.',
         )
-    return HostSettings(model=config.model, revision=config.revision, **fields)
+    settings = HostSettings(model=config.model, revision=config.revision, **fields)
+    # A processor is slower in half precision, so a machine without an accelerator has nothing to choose.
+    is_open = "precision" not in fields and backend in ("torch", "auto") and not settings.reranks
+    return replace(settings, precision="auto") if is_open and settings.may_use_accelerator else settings
 
 
 def _backend_of(model: str, fields: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ def _spawn(place: HostPlace, settings: HostSettings, owner: Owner) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(settings),
+            env=host_environment(settings),
             start_new_session=True,
         )
     except OSError as error:
@@ -162,13 +162,18 @@ def interpreter() -> str:
     return path if os.access(path, os.X_OK) else "/usr/bin/python3"
 
 
-def _environment(settings: HostSettings) -> dict[str, str]:
+def host_environment(settings: HostSettings) -> dict[str, str]:
+    """Return the environment of a host, whichever session starts it."""
     # The host of remote models asks providers in the sessions' place, so it needs the keys that they would read.
     kept = {n: value for n, value in os.environ.items() if settings.is_remote or _ENVIRONMENT.fullmatch(n)}
     # OpenMP threads that wait by spinning take the cores from the threads they wait for, as soon as the server is busy,
     # too. Beside two busy processes on 2 cores, one MiniLM query took 134 ms, and 26 ms with threads that sleep.
     # Batches had 21 and 82 texts/s.
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A backend sets these for itself, and a worker's backend before it starts a host. So they are no choice of the server.
+    # The host is one process for all backends, and its tokenizer and its passes may have all cores.
+    cores = str(len(os.sched_getaffinity(0)))
+    kept |= {"OMP_NUM_THREADS": cores, "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true"}
     return kept | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry), "PYTHONUNBUFFERED": "1"}
 
 

@@ -33,6 +33,8 @@ FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 class OnnxBackend:
     """A prepared ONNX model that is ready for use."""
 
+    modalities = ("text",)
+
     def __init__(self, directory: str, manifest: Manifest, device: str | None) -> None:
         from tokenizers import Tokenizer
 

@@ -16,11 +16,14 @@ from typing import Any
 from embedline.errors import InputRejected, ModelHostUnavailable
 from embedline.model_host.host_settings import HostSettings
 from embedline.model_host.launcher import launch_lock, peer_uid
+from embedline.model_host.memory import private_mb
 from embedline.model_host.place import HostPlace, Owner
 from embedline.model_host.protocol import Frame, FrameDecoder, ProtocolError, encode_frame
 from embedline.model_host.wire_errors import error_fields
 
 CHECK_SECONDS = 1.0
+# Seconds between two checks of the memory of a host with an accelerator.
+_MEMORY_SECONDS = 0.2
 _LOCK_SECONDS = 2.0
 # Seconds after which a stuck loop ends the process: longer than a library takes to load from a cold disk.
 _STARVED_SECONDS = 120
@@ -69,6 +72,8 @@ class HostProcess(abc.ABC):
         log.info("model host %d listens for %s", os.getpid(), self.settings.model)
         self.begin()
         self._watch_owner()
+        if self.settings.may_use_accelerator:
+            self._watch_memory()
         ticks = self.loop.create_task(self._tick())
         status = await self._status
         ticks.cancel()
@@ -101,6 +106,17 @@ class HostProcess(abc.ABC):
         with contextlib.suppress(OSError):
             os.rmdir(self.place.directory)
         self.stop(0, "its server is gone")
+
+    def _watch_memory(self) -> None:
+        """End the host if it uses more memory than its limit.
+
+        The kernel's limit would count the device's memory, too.
+        """
+        used, most = private_mb(), self.settings.memory_limit_mb
+        if used > most:
+            self.stop(1, f"it uses {used} MB of memory, and memory_limit_mb is {most}")
+        else:
+            self.loop.call_later(_MEMORY_SECONDS, self._watch_memory)
 
     async def _tick(self) -> None:
         while True:

@@ -5,7 +5,7 @@ A frame is a length-prefixed JSON header, then raw bytes:
     4 bytes  length of the header, big-endian
     4 bytes  length of the payload, big-endian
     header   a JSON object, UTF-8
-    payload  the texts of a request one after another, or the float32 values of an answer
+    payload  the texts or files of a request one after another, or the float32 values of an answer
 
 Pure: there are no sockets here. A frame that breaks a rule raises ProtocolError. The connection is then closed, because
 the start of the next frame is lost.
@@ -19,8 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from embedline.core.media import MediaPart
+
 # Part of the socket's name, so that sessions of an upgraded package do not meet a host with the old form.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_PAYLOAD_BYTES = 64 << 20
 _LENGTHS = struct.Struct(">II")
@@ -107,15 +109,52 @@ def unpack_texts(lengths: object, payload: bytes) -> list[str]:
 
     Raises ProtocolError if lengths and payload do not belong together.
     """
+    try:
+        return [text.decode() for text in unpack_files(lengths, payload)]
+    except UnicodeDecodeError as error:
+        raise ProtocolError("a text is not UTF-8") from error
+
+
+def unpack_files(lengths: object, payload: bytes) -> list[bytes]:
+    """Return the pieces of a payload.
+
+    Raises ProtocolError if lengths and payload do not belong together.
+    """
     if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
         raise ProtocolError("the text lengths are not a list of natural numbers")
     if sum(lengths) != len(payload):
         raise ProtocolError("the text lengths do not add up to the payload")
-    texts, start = [], 0
+    pieces, start = [], 0
     for length in lengths:
-        try:
-            texts.append(payload[start : start + length].decode())
-        except UnicodeDecodeError as error:
-            raise ProtocolError("a text is not UTF-8") from error
+        pieces.append(payload[start : start + length])
         start += length
-    return texts
+    return pieces
+
+
+def pack_media(parts: Sequence[MediaPart]) -> tuple[dict[str, Any], bytes]:
+    """Return the header's fields for segments, and their files as one payload.
+
+    Each file stands there once.
+    """
+    places: dict[int, int] = {}
+    files: list[bytes] = []
+    listed = []
+    for part in parts:
+        if id(part.data) not in places:
+            places[id(part.data)] = len(files)
+            files.append(part.data)
+        listed.append([part.modality, places[id(part.data)], part.start, part.end])
+    return {"lengths": list(map(len, files)), "media": listed}, b"".join(files)
+
+
+def unpack_media(listed: object, lengths: object, payload: bytes) -> list[MediaPart]:
+    """Undo pack_media; raises ProtocolError."""
+    files = unpack_files(lengths, payload)
+    parts = []
+    for entry in listed if isinstance(listed, list) else [None]:
+        match entry:
+            case [("image" | "audio") as modality, int(place), int(start), int(end)] if 0 <= place < len(files):
+                parts.append(MediaPart(modality, files[place], start, end))
+            case _:
+                raise ProtocolError("a segment is not a modality, a file and a place")
+    return parts

@@ -22,6 +22,7 @@ from embedline.model_host.process import HostConnection, HostProcess
 from embedline.model_host.protocol import Frame, ProtocolError, unpack_texts
 from embedline.model_host.query_cache import QueryCache, cache_key
 from embedline.model_host.wire_errors import error_fields
+from embedline.providers.image_endpoint import ImageEndpoint
 from embedline.providers.openai_compatible import OpenAIEmbedder
 from embedline.providers.rerank_endpoint import RerankEndpoint
 
@@ -49,10 +50,25 @@ class QueryEmbedder(OpenAIEmbedder):
             self._resume_at = min(self._resume_at, time.monotonic() + _LONGEST_PAUSE_SECONDS)
 
 
+class ImageQueryEmbedder(ImageEndpoint):
+    """A client of a provider that takes images, for the queries of many sessions."""
+
+    idle_connection_seconds = _IDLE_CONNECTION_SECONDS
+
+
 class QueryReranker(RerankEndpoint):
     """A provider's client for the scores of many sessions."""
 
     idle_connection_seconds = _IDLE_CONNECTION_SECONDS
+
+
+_Client: TypeAlias = QueryEmbedder | ImageQueryEmbedder | QueryReranker
+
+
+def _client_of(config: ModelConfig) -> _Client:
+    if config.task == "rerank":
+        return QueryReranker(config)
+    return ImageQueryEmbedder(config) if config.options.get("image_form") else QueryEmbedder(config)
 
 
 class RemoteHost(HostProcess):
@@ -61,7 +77,7 @@ class RemoteHost(HostProcess):
     def __init__(self, place: HostPlace, settings: HostSettings, owner: Owner) -> None:
         super().__init__(place, settings, owner)
         self.cache = QueryCache()
-        self._clients: OrderedDict[str, QueryEmbedder | QueryReranker] = OrderedDict()
+        self._clients: OrderedDict[str, _Client] = OrderedDict()
         self._imports = threading.Thread(target=_import_client, name="embedline-imports", daemon=True)
 
     def begin(self) -> None:
@@ -83,7 +99,7 @@ class RemoteHost(HostProcess):
         """Return True, because each request has a timeout of its own."""
         return True
 
-    def client(self, config: str) -> QueryEmbedder | QueryReranker:
+    def client(self, config: str) -> _Client:
         """Return the client of a model, given as JSON.
 
         Raises ProviderError, or ProtocolError if the JSON is not a model.
@@ -94,7 +110,7 @@ class RemoteHost(HostProcess):
                 given = ModelConfig(**json.loads(config) | {"concurrency": _MAX_QUERIES})
             except (TypeError, ValueError) as error:
                 raise ProtocolError("the request's model is not one") from error
-            found = QueryReranker(given) if given.task == "rerank" else QueryEmbedder(given)
+            found = _client_of(given)
         self._clients[config] = found
         if len(self._clients) > _MAX_MODELS:
             _, oldest = self._clients.popitem(last=False)

@@ -38,6 +38,8 @@ _NO_LIMIT = 1_000_000
 class OnnxReranker:
     """A cross-encoder's graph in onnxruntime."""
 
+    modalities = ("text",)
+
     def __init__(self, directory: str, device: str | None) -> None:
         from tokenizers import Tokenizer
 
@@ -104,6 +106,8 @@ class OnnxReranker:
 
 class TorchReranker:
     """A CrossEncoder of sentence-transformers."""
+
+    modalities = ("text",)
 
     def __init__(self, settings: HostSettings) -> None:
         import torch

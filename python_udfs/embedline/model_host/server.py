@@ -1,4 +1,4 @@
-"""Run the model host: an asyncio loop for connections, one thread for the model."""
+"""Run the model host: a loop for connections, threads for tokens and the model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import logging
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from embedline.core.media import MediaPart
 from embedline.core.reranking import Pair
 from embedline.errors import InputRejected, ModelHostUnavailable, ProviderError
 from embedline.model_host.faults import describe
 from embedline.model_host.host_settings import HostSettings
-from embedline.model_host.inference import LoadedModel, load_model
+from embedline.model_host.inference import LoadedModel, Running, Slice, load_model
 from embedline.model_host.place import HostPlace, Owner
 from embedline.model_host.process import HostConnection, HostProcess, log
-from embedline.model_host.protocol import Frame, ProtocolError, unpack_texts
+from embedline.model_host.protocol import Frame, ProtocolError, unpack_media, unpack_texts
 from embedline.model_host.scheduler import Part, Request, Scheduler
+from embedline.model_host.tokenizing import Tokenizing
+from embedline.model_host.tokens import Tokens
 from embedline.model_host.wire_errors import error_fields
 
 if TYPE_CHECKING:
@@ -32,8 +36,13 @@ if TYPE_CHECKING:
 _FAREWELL_SECONDS = 1.0
 
 
-def serve(socket_path: str, settings: HostSettings, owner: Owner) -> NoReturn:
-    """Serve until idle or until the owner is gone, then end the process."""
+def serve(
+    socket_path: str, settings: HostSettings, owner: Owner, load: Callable[[HostSettings], LoadedModel] = load_model
+) -> NoReturn:
+    """Serve until idle or until the owner is gone, then end the process.
+
+    `load` makes the model.
+    """
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log.setLevel(logging.INFO)
     # The loop thread answers queries while the model thread runs Python. The default of 5 ms would be most of a query's
@@ -42,7 +51,7 @@ def serve(socket_path: str, settings: HostSettings, owner: Owner) -> NoReturn:
     threading.excepthook = _die_with_thread
     status = 1
     try:
-        status = asyncio.run(_host(HostPlace.of_socket(socket_path), settings, owner).run())
+        status = asyncio.run(_host(HostPlace.of_socket(socket_path), settings, owner, load).run())
     except BaseException:
         log.exception("the model host failed")
     finally:
@@ -50,12 +59,14 @@ def serve(socket_path: str, settings: HostSettings, owner: Owner) -> NoReturn:
         os._exit(status)
 
 
-def _host(place: HostPlace, settings: HostSettings, owner: Owner) -> HostProcess:
+def _host(
+    place: HostPlace, settings: HostSettings, owner: Owner, load: Callable[[HostSettings], LoadedModel]
+) -> HostProcess:
     if settings.is_remote:
         from embedline.model_host.remote import RemoteHost
 
         return RemoteHost(place, settings, owner)
-    return Host(place, settings, owner)
+    return Host(place, settings, owner, load)
 
 
 def _die_with_thread(arguments: threading.ExceptHookArgs) -> None:
@@ -72,9 +83,17 @@ def _die_with_thread(arguments: threading.ExceptHookArgs) -> None:
 class Host(HostProcess):
     """The host of a local model; lives in the loop's thread, except `_work`."""
 
-    def __init__(self, place: HostPlace, settings: HostSettings, owner: Owner) -> None:
+    def __init__(
+        self,
+        place: HostPlace,
+        settings: HostSettings,
+        owner: Owner,
+        load: Callable[[HostSettings], LoadedModel],
+    ) -> None:
         super().__init__(place, settings, owner)
         self.scheduler = Scheduler()
+        self._load = load
+        self._tokenizing: Tokenizing | None = None
         self.failure: ProviderError | None = None
         self._slices_done = self._slices_seen = 0
 
@@ -96,34 +115,55 @@ class Host(HostProcess):
         before, self._slices_seen = self._slices_seen, self._slices_done
         return before != self._slices_done or not self.model.done()
 
+    def put(self, request: Request) -> None:
+        """Have a request's texts embedded.
+
+        Those of documents are tokenised beside the model.
+        """
+        is_text = isinstance(request.texts[0], str)
+        if self._tokenizing is not None and request.kind == "document" and is_text:
+            self._tokenizing.put(request)
+        else:
+            self.scheduler.put(request)
+
     # The model thread
 
     def _work(self) -> None:
         try:
-            model = load_model(self.settings)
+            model = self._load(self.settings)
         except ProviderError as error:
             log.error("%s; %s", error.message, error.detail)
             self.loop.call_soon_threadsafe(self._fail, error)
             return
+        if model.flat is not None:
+            self._tokenizing = Tokenizing(model.flat, self.scheduler.put)
         self.loop.call_soon_threadsafe(self.model.set_result, model)
-        while True:
-            parts = self.scheduler.take(model.limits)
-            try:
-                encode_parts(model, parts)
-            except Exception as error:
-                # Only a lost device raises here, and a new process is the only remedy.
-                log.exception("the device is lost")
-                failure = ModelHostUnavailable("the model host lost its device", detail=describe(error))
-                for request, _ in parts:
-                    request.fail(failure)
-                self.loop.call_soon_threadsafe(self._fail, failure)
-                return
-            self._slices_done += 1
+        running: deque[tuple[list[Part], Running]] = deque()
+        parts: list[Part] = []
+        try:
+            while True:
+                parts = []
+                if len(running) < model.in_flight:
+                    parts = self.scheduler.take(model.limits, wait=not running)
+                if parts:
+                    running.append((parts, begin_parts(model, parts)))
+                else:
+                    parts, begun = running.popleft()
+                    finish_parts(model, parts, begun)
+                    self._slices_done += 1
+        except Exception as error:
+            # Only a lost device raises here, and a new process is the only remedy.
+            log.exception("the device is lost")
+            failure = ModelHostUnavailable("the model host lost its device", detail=describe(error))
+            for request, _ in [*parts, *(part for begun, _ in running for part in begun)]:
+                request.fail(failure)
+            self.loop.call_soon_threadsafe(self._fail, failure)
 
     def _fail(self, error: ProviderError) -> None:
         self.failure = error
         self.remove_socket()
-        for request in self.scheduler.drain():
+        waiting = self._tokenizing.drain() if self._tokenizing is not None else []
+        for request in [*waiting, *self.scheduler.drain()]:
             request.fail(error)
         if not self.model.done():
             self.model.set_exception(error)
@@ -137,17 +177,30 @@ class Host(HostProcess):
 
 
 def encode_parts(model: LoadedModel, parts: list[Part]) -> None:
-    """Encode one slice.
+    """Encode one slice, whose parts are of one or more requests."""
+    finish_parts(model, parts, begin_parts(model, parts))
+
+
+def begin_parts(model: LoadedModel, parts: list[Part]) -> Running:
+    """Begin one slice; the parts all have their tokens, or none has."""
+    texts = [request.texts[index] for request, indexes in parts for index in indexes]
+    tokens = [request.tokens.select(indexes) for request, indexes in parts if request.tokens is not None]
+    return model.begin(Slice(texts, Tokens.joined(tokens) if tokens else None))
+
+
+def finish_parts(model: LoadedModel, parts: list[Part], begun: Running) -> None:
+    """Hand the rows of a slice to its requests.
 
     If it fails, each request of it is tried alone, so that a bad text fails only its own request.
     """
-    texts = [request.texts[index] for request, indexes in parts for index in indexes]
     try:
-        rows = model.encode(texts)
+        rows = model.finish(begun)
     except InputRejected as error:
         if len(parts) > 1:
             for part in parts:
                 encode_parts(model, [part])
+        elif isinstance(parts[0][0].texts[parts[0][1][0]], MediaPart):
+            _encode_files(model, *parts[0], error)
         else:
             log.warning("%s; %s", error.message, error.detail)
             parts[0][0].fail(error)
@@ -156,6 +209,19 @@ def encode_parts(model: LoadedModel, parts: list[Part]) -> None:
     for request, indexes in parts:
         request.fill(indexes, rows[start : start + len(indexes)])
         start += len(indexes)
+
+
+def _encode_files(model: LoadedModel, request: Request, indexes: list[int], error: InputRejected) -> None:
+    """Encode segments one by one.
+
+    A file that cannot be decoded has no vector, and the others do.
+    """
+    if len(indexes) > 1:
+        for index in indexes:
+            encode_parts(model, [(request, [index])])
+    else:
+        request.faults[indexes[0]] = error.message
+        request.fill_missing(indexes, model.dimensions)
 
 
 class Connection(HostConnection):
@@ -175,8 +241,9 @@ class Connection(HostConnection):
             self._embed(number, frame)
         elif operation == "rerank":
             self._rerank(number, frame)
-        elif operation == "probe":
-            task = asyncio.get_running_loop().create_task(self._probe(number))
+        elif operation in ("probe", "segment"):
+            work = self._probe(number) if operation == "probe" else self._segment(number, frame)
+            task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
@@ -205,10 +272,28 @@ class Connection(HostConnection):
         kind = frame.header.get("kind")
         if kind != "query" and kind != "document":
             raise ProtocolError("the request's kind is unknown")
-        texts = unpack_texts(frame.header.get("lengths"), frame.payload)
-        if not texts:
+        lengths, media = frame.header.get("lengths"), frame.header.get("media")
+        items: Sequence[Item] = (
+            unpack_texts(lengths, frame.payload) if media is None else unpack_media(media, lengths, frame.payload)
+        )
+        if not items:
             raise ProtocolError("the request has no texts")
-        self._enqueue(number, kind, texts)
+        self._enqueue(number, kind, items)
+
+    async def _segment(self, number: int, frame: Frame) -> None:
+        """Answer with the segments of files; decoding runs beside the model."""
+        from embedline.model_host.segments import find_segments
+
+        try:
+            payload = await asyncio.to_thread(find_segments, frame)
+            self.answer(number, {"count": len(payload)}, payload)
+        except ProviderError as error:
+            self.answer(number, error_fields(error))
+        except Exception as error:
+            # Such as a library that is not installed. Without an answer the session would wait.
+            log.exception("segments could not be found")
+            failure = ModelHostUnavailable("the model host cannot look into files", detail=describe(error))
+            self.answer(number, error_fields(failure))
 
     def _rerank(self, number: int, frame: Frame) -> None:
         """Begin to score pairs; the first text is the query of all others."""
@@ -228,7 +313,7 @@ class Connection(HostConnection):
 
         request = Request(kind, items, deliver)
         self._requests[number] = request
-        self._host.scheduler.put(request)
+        self._host.put(request)
 
     def _finish(self, number: int, result: NDArray[np.float32] | ProviderError) -> None:
         request = self._requests.pop(number, None)
@@ -237,7 +322,12 @@ class Connection(HostConnection):
         if isinstance(result, ProviderError):
             self.answer(number, error_fields(result))
         else:
-            self.answer(number, {"count": result.shape[0], "dimensions": result.shape[1]}, result.tobytes())
+            header: dict[str, object] = {"count": result.shape[0], "dimensions": result.shape[1]}
+            if request.faults:
+                header["faults"] = request.faults
+            if identity := self._host.model.result().identity:
+                header["fingerprint"] = identity
+            self.answer(number, header, result.tobytes())
 
     async def _probe(self, number: int) -> None:
         try:

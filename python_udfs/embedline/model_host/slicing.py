@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from embedline.model_host.scheduler import SliceLimits
 
-# Longest seconds of a slice of several texts, because a query waits for at most one slice.
+# Longest seconds of the slices that are begun, unless one is a text alone. A query waits for them.
 MAX_SLICE_SECONDS = 0.2
 LEAST_CHARACTERS = 512
 _MOST_CHARACTERS = 1 << 22
@@ -52,8 +52,9 @@ class SliceTuner:
     The size never exceeds the limits of memory and of queries.
     """
 
-    def __init__(self, characters: int) -> None:
+    def __init__(self, characters: int, most_seconds: float = MAX_SLICE_SECONDS) -> None:
         self._size = characters
+        self._most_seconds = most_seconds
         self._ceiling = _MOST_CHARACTERS
         self._trial: _Trial | None = None
         self._steps: list[float] = []
@@ -93,7 +94,7 @@ class SliceTuner:
 
         A few such slices in a row halve the size; one ends a trial.
         """
-        if seconds <= MAX_SLICE_SECONDS or len(lengths) == 1:
+        if seconds <= self._most_seconds or len(lengths) == 1:
             self._slow = 0
             return False
         if self._trial is not None:
@@ -111,7 +112,7 @@ class SliceTuner:
             self._steps = [2.0, 0.5]
         while self._steps:
             candidate = int(self._size * self._steps[0])
-            too_slow = candidate > self._size and 2 * seconds > MAX_SLICE_SECONDS
+            too_slow = candidate > self._size and 2 * seconds > self._most_seconds
             if LEAST_CHARACTERS <= candidate <= self._ceiling and not too_slow:
                 self._trial = _Trial((self._size, candidate))
                 return

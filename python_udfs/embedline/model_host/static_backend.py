@@ -30,6 +30,7 @@ class StaticBackend:
     # A table has no longest text.
     max_tokens: int | None = None
     slice_characters = _CHARACTERS
+    modalities = ("text",)
 
     def __init__(self, directory: str) -> None:
         from tokenizers import Tokenizer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from embedline.core.media import MEDIA, ModelInput
 from embedline.errors import ProviderMisconfigured
 
 if TYPE_CHECKING:
@@ -33,20 +35,44 @@ class TorchBackend:
         # If a model also takes images, sounds or films, the library fetches a text that is an address, and opens one
         # that is a path. A text that is named as one is neither fetched nor opened. Before 5.4 there are no such models
         # and no names.
-        self._names_texts = set(getattr(model, "modalities", ["text"])) != {"text"}
+        known = tuple(getattr(model, "modalities", ["text"]))
+        self._names_texts = set(known) != {"text"}
+        self.modalities = tuple(modality for modality in ("text", *MEDIA) if modality in known)
         if self.is_static:
             self.slice_characters = _STATIC_CHARACTERS
         else:
             self.slice_characters = _CPU_CHARACTERS if model.device.type == "cpu" else _ACCELERATOR_CHARACTERS
 
-    def forward(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return float32 rows of shape (len(texts), dimensions), not normalised."""
+    def forward(self, texts: Sequence[ModelInput]) -> NDArray[np.float32]:
+        """Return float32 rows of shape (len(texts), dimensions), not normalised.
+
+        Raises InputRejected for a file that cannot be decoded.
+        """
         import numpy as np
 
         # The empty prompt overrides a default prompt of the model's own config, because the client adds the prefixes.
-        inputs = [{"text": text} for text in texts] if self._names_texts else list(texts)
+        inputs = list(map(self._named, texts)) if self._names_texts else list(texts)
         rows = self.model.encode(inputs, prompt="", batch_size=len(texts), show_progress_bar=False)
         return np.asarray(rows, dtype="<f4")
+
+    def _named(self, given: ModelInput) -> dict[str, object]:
+        """Return an input under the name of its modality, decoded."""
+        if isinstance(given, str):
+            return {"text": given}
+        if given.modality == "image":
+            from embedline.media.images import picture
+
+            return {"image": picture(given)}
+        from embedline.media.audio import samples
+
+        return {"audio": {"array": samples(given, self._rate), "sampling_rate": self._rate}}
+
+    @functools.cached_property
+    def _rate(self) -> int:
+        """The samples a second that the model hears."""
+        processor = self.model[0].processor
+        extractor = getattr(processor, "feature_extractor", processor)
+        return int(extractor.sampling_rate)
 
     def free_memory(self) -> None:
         """Free the memory of a failed pass."""
@@ -73,6 +99,13 @@ class TorchBackend:
         return Tokenizer.from_str(fast.to_str()) if isinstance(fast, Tokenizer) else None
 
 
+def is_on_cuda(settings: HostSettings) -> bool:
+    """Return True if the model will run on a CUDA device."""
+    import torch
+
+    return (settings.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+
+
 def load_torch(settings: HostSettings, **model_kwargs: object) -> TorchBackend:
     """Load the model; `model_kwargs` go to transformers.
 
@@ -81,7 +114,7 @@ def load_torch(settings: HostSettings, **model_kwargs: object) -> TorchBackend:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    if (settings.device or "").startswith("cuda") and not torch.cuda.is_available():
+    if (settings.device or "").startswith("cuda") and not is_on_cuda(settings):
         raise ProviderMisconfigured(
             f'cannot load model "{settings.model}": this machine offers torch no CUDA device',
             hint='Set "device" to "auto" or "cpu", or install a CUDA build of torch and its driver.',
@@ -93,7 +126,7 @@ def load_torch(settings: HostSettings, **model_kwargs: object) -> TorchBackend:
         backend="torch",
         device=settings.device,
         # The type is explicit, because the default is the type in which the weights were saved.
-        model_kwargs={"dtype": settings.precision, **model_kwargs},
+        model_kwargs={"dtype": "float32" if settings.precision == "auto" else settings.precision, **model_kwargs},
         trust_remote_code=False,
     )
     return TorchBackend(model)

@@ -9,6 +9,7 @@ import numpy as np
 from embedline.catalog.values import Pipeline
 from embedline.core import vectors
 from embedline.core.embedding import Embedder, ModelConfig
+from embedline.core.media import ModelInput
 from embedline.core.vectors import FloatMatrix
 from embedline.errors import InvalidVectors
 from embedline.models.pool import let_cancel_through, wait_result
@@ -30,7 +31,7 @@ def lowest_cosine(config: ModelConfig) -> float:
     return _MIN_COSINE_INT8 if config.options.get("precision") == "int8" else _MIN_COSINE
 
 
-def embed_texts(session: Session, pipeline: Pipeline, embedder: Embedder, texts: Sequence[str]) -> FloatMatrix:
+def embed_texts(session: Session, pipeline: Pipeline, embedder: Embedder, texts: Sequence[ModelInput]) -> FloatMatrix:
     """Return one finite vector with a direction for each text.
 
     Raises ProviderError otherwise.

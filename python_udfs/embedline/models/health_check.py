@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from embedline.core.embedding import EmbeddingBlock
+from embedline.core.media import harmless_input
 from embedline.errors import EmbedlineError, InvalidVectors
 from embedline.models.pool import embedder_for
+from embedline.models.space import space_fault
 from embedline.postgres.session import Session
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ def ask(session: Session, version: Version, since: float, in_flight: Future[Embe
         return Verdict(pending=in_flight)
     if probe is None or probe.cancelled() or (answers.probe_sent_at < since and probe.done()):
         answers.probe_sent_at = time.monotonic()
-        probe = answers.probe = embedder_for(session, version.model).submit([PROBE_TEXT], "document")
+        harmless = harmless_input(version.model.modalities, PROBE_TEXT)
+        probe = answers.probe = embedder_for(session, version.model).submit([harmless], "document")
     if not probe.done():
         return Verdict(pending=probe)
     error = _error_of(probe, version)
@@ -98,6 +101,8 @@ def _error_of(probe: Future[EmbeddingBlock], version: Version) -> EmbedlineError
             return error
         raise error
     block = probe.result()
+    if fault := space_fault(version.model, block):
+        return fault
     try:
         matrix = vectors.matrix_from_bytes(block.data, block.count, block.dimensions)
         vectors.check_shape(matrix, 1, version.dimensions)

@@ -12,29 +12,43 @@ from typing import TYPE_CHECKING, TypeVar
 
 from embedline.catalog.values import Model
 from embedline.core.embedding import Embedder, EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.core.media import Modality, ModelInput
 from embedline.embedders import create_embedder
+from embedline.errors import InputRejected
 from embedline.postgres.session import Session
 
 if TYPE_CHECKING:
-    pass
+    from embedline.chunking import ChunkingSpec
 
 
 T = TypeVar("T")
+# Key of a session's function that makes embedders, if it is not create_embedder.
+EMBEDDER_FACTORY = "embedline.embedder_factory"
 _POLL_SECONDS = 0.1
 
 
-class _PooledEmbedder:
+class PooledEmbedder:
     """An embedder with its requests in flight, so that a replacement loses none."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
         self._in_flight: set[Future[EmbeddingBlock]] = set()
 
-    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
+    def submit(self, texts: Sequence[ModelInput], kind: Kind) -> Future[EmbeddingBlock]:
         future = self._embedder.submit(texts, kind)
         self._in_flight.add(future)
         future.add_done_callback(self._in_flight.discard)
         return future
+
+    def submit_segments(
+        self, files: Sequence[bytes], modality: Modality, spec: ChunkingSpec
+    ) -> Future[list[list[tuple[int, int]] | str]]:
+        """Start finding the segments of files; only local models do."""
+        from embedline.embedders.local import LocalEmbedder
+
+        if not isinstance(self._embedder, LocalEmbedder):
+            raise InputRejected("this provider finds no segments")
+        return self._embedder.submit_segments(files, modality, spec)
 
     def probe(self) -> Future[ModelInfo]:
         return self._embedder.probe()
@@ -48,15 +62,15 @@ class _PooledEmbedder:
         return not self._in_flight
 
 
-def embedder_for(session: Session, model: Model) -> Embedder:
+def embedder_for(session: Session, model: Model) -> PooledEmbedder:
     """Return the session's embedder of a model, made on first use and kept."""
-    pool: dict[tuple[int, ModelConfigKey], _PooledEmbedder] = session.cache.setdefault("embedline.embedders", {})
+    pool: dict[tuple[int, ModelConfigKey], PooledEmbedder] = session.cache.setdefault("embedline.embedders", {})
     # Replaced embedders with requests in flight. The answers to these are paid for, and are still written.
-    replaced: list[_PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
+    replaced: list[PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
     key = (model.model_id, _config_key(model.config))
     if key not in pool:
         replaced += [pool.pop(stale) for stale in [other for other in pool if other[0] == model.model_id]]
-        pool[key] = _PooledEmbedder(create_embedder(model.config))
+        pool[key] = PooledEmbedder(session.cache.get(EMBEDDER_FACTORY, create_embedder)(model.config))
     for embedder in [embedder for embedder in replaced if embedder.is_idle]:
         replaced.remove(embedder)
         embedder.close()
@@ -65,8 +79,8 @@ def embedder_for(session: Session, model: Model) -> Embedder:
 
 def renew_embedders(session: Session, model_id: int) -> None:
     """Forget the pauses that answers to this session asked for."""
-    pool: dict[tuple[int, ModelConfigKey], _PooledEmbedder] = session.cache.get("embedline.embedders", {})
-    replaced: list[_PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
+    pool: dict[tuple[int, ModelConfigKey], PooledEmbedder] = session.cache.get("embedline.embedders", {})
+    replaced: list[PooledEmbedder] = session.cache.setdefault("embedline.replaced_embedders", [])
     replaced += [pool.pop(key) for key in [key for key in pool if key[0] == model_id]]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from embedline.catalog.values import Version
 from embedline.core.embedding import EmbeddingBlock
+from embedline.core.media import ModelInput
 from embedline.embedders import RERANK_PROVIDERS
 from embedline.errors import ModelHostUnavailable, ProviderError
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
@@ -39,8 +40,8 @@ class QueryEmbedding:
     The caller may do other work before it asks for the `result`.
     """
 
-    def __init__(self, session: Session, version: Version, text: str) -> None:
-        """Start to embed one repaired text."""
+    def __init__(self, session: Session, version: Version, text: ModelInput) -> None:
+        """Start to embed one repaired text, image or recording."""
         self._session, self._version, self._text = session, version, text
         self._started_at = time.monotonic()
         shared = _shared(session, version, text)
@@ -150,15 +151,15 @@ def shared_host(session: Session, provider: str) -> SharedEmbedder | None:
         return None
 
 
-def _shared(session: Session, version: Version, text: str) -> Future[EmbeddingBlock] | None:
+def _shared(session: Session, version: Version, text: ModelInput) -> Future[EmbeddingBlock] | None:
     """Start the query at the host of remote models.
 
     Returns None if the session has to ask the provider itself.
     """
     config = version.model.config
-    host = shared_host(session, config.provider)
+    host = shared_host(session, config.provider) if isinstance(text, str) else None
     try:
-        return None if host is None else host.submit_query(config, _stamp(version), text)
+        return None if host is None or not isinstance(text, str) else host.submit_query(config, _stamp(version), text)
     except (ProviderError, OSError):
         do_without_host(session)
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from embedline.catalog.load import load_allowed_endpoints
 from embedline.catalog.rights import require_superuser
 from embedline.core.embedding import ModelConfig, ModelInfo
 from embedline.core.prices import check_price
@@ -34,15 +35,15 @@ _LIMITS = {
 INSERT_MODEL = """
     INSERT INTO embedline.model (name, provider, model, revision, dimensions, max_tokens, tokenizer, base_url,
         api_key_env, document_prefix, query_prefix, max_batch_items, max_batch_tokens, concurrency, timeout_seconds,
-        options, fingerprint, price_per_million_tokens, learned, task)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
+        options, fingerprint, price_per_million_tokens, learned, task, modalities)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
 """
 INSERT_TYPES = (
     ["text"] * 4
     + ["integer"] * 2
     + ["text"] * 5
     + ["integer"] * 3
-    + ["double precision", "jsonb", "text", "numeric", "jsonb", "text"]
+    + ["double precision", "jsonb", "text", "numeric", "jsonb", "text", "text[]"]
 )
 
 
@@ -75,6 +76,7 @@ def create_model(session: Session, parameters: dict[str, Any]) -> str:
         config.base_url, config.api_key_env, config.document_prefix, config.query_prefix, config.max_batch_items,
         config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)),
         info.fingerprint, price, json.dumps(dict(info.learned)), config.task,
+        list(info.modalities),
     )  # fmt: skip
     warm_up(session, config.provider)
     return config.name
@@ -205,5 +207,5 @@ def _validated_config(session: Session, spec: ModelSpec) -> ModelConfig:
         name=spec.name, provider=spec.provider, model=spec.model, dimensions=spec.dimensions, revision=spec.revision,
         base_url=spec.base_url, api_key_env=spec.api_key_env, document_prefix=spec.document_prefix,
         query_prefix=spec.query_prefix, options=options, task="rerank" if spec.task == "rerank" else "embed",
-        **asdict(spec.limits),
+        allowed_endpoints=load_allowed_endpoints(session), **asdict(spec.limits),
     )  # fmt: skip

@@ -31,7 +31,7 @@ def set_canaries(session: Session, pipeline_name: str, table: str | None) -> int
     queries: list[dict[str, Any]] = []
     if table is not None:
         found = load_queries(session, [load_pipeline(session, pipeline_name)], table, 0, None, 0)
-        queries = [{"query": text, "grades": grades} for text, grades in zip(found.texts, found.grades, strict=True)]
+        queries = [{"query": text, "grades": grades} for text, grades in zip(found.words, found.grades, strict=True)]
         if len(queries) > _MOST:
             raise InvalidParameter(
                 f"{table} has {len(queries)} queries, and a check asks {_MOST} at most",
@@ -50,6 +50,9 @@ def store_canaries(session: Session, pipeline_name: str, queries: str) -> None:
     Only set_canaries calls it.
     """
     require_control(session, pipeline_name)
+    # A text among jsonb values arrives here without its quotes.
+    if not queries.startswith("["):
+        raise InvalidParameter("the canaries are not a list")
     pipeline_id = load_pipeline(session, pipeline_name).pipeline_id
     for statement in (
         "DELETE FROM embedline.canary WHERE pipeline_id = $1",

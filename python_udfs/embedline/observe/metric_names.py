@@ -93,6 +93,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("reach_recall_ratio", "gauge", "Lowest measured recall@10 of the index, from 0 to 1.", _VERSION),
     Metric("index_bytes", "gauge", "Bytes of a valid vector index.", ("pipeline", "version", "index")),
     Metric("index_build_ratio", "gauge", "Progress of a phase of a build, 0 to 1.", ("pipeline", "version", "index")),
+    # Derived vectors.
+    Metric(
+        "derived_pending_subjects",
+        "gauge",
+        "Subjects of derived vectors that wait to be computed; one that is queued twice counts twice.",
+        ("derived",),
+    ),
+    Metric(
+        "derived_oldest_pending_age_seconds",
+        "gauge",
+        "Age of the oldest change that derived vectors do not have yet; 0 if there is none.",
+        ("derived",),
+    ),
     # The work, of all batches ever.
     Metric("batches_total", "counter", "Batches that are through.", _VERSION),
     Metric("rows_total", "counter", "Rows of these batches; of a fill, chunks.", _VERSION),

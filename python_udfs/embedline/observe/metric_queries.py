@@ -160,6 +160,12 @@ _FAILURES = """
     INNER JOIN embedline.version AS v ON v.version_id = r.version_id
     GROUP BY p.name, v.number, r.class ORDER BY 1, 2, 3
 """
+_DERIVED = """
+    SELECT d.name AS derived, d.waiting AS derived_pending_subjects,
+        coalesce(round(extract(epoch FROM clock_timestamp() - d.oldest_enqueued_at)::numeric, 3)::float8, 0)
+            AS derived_oldest_pending_age_seconds
+    FROM embedline.derived_status AS d
+"""
 _MODELS = """
     SELECT m.name AS model, coalesce(c.failure_count > 0 AND c.open_until > clock_timestamp(), false)::int AS circuit_open,
         coalesce(c.failure_count, 0) AS circuit_failures
@@ -199,6 +205,6 @@ _MACHINE = """
     FROM embedline._server_facts() AS f
 """
 QUERIES = (
-    *(_PIPELINES, _FINDINGS, _VERSION_INFO, _VERSIONS, _INDEXES, _DONE, _FAILURES),
+    *(_PIPELINES, _FINDINGS, _VERSION_INFO, _VERSIONS, _INDEXES, _DERIVED, _DONE, _FAILURES),
     *(_MODELS, _MONEY, _BUDGETS, _WORKERS, _MACHINE),
 )

@@ -15,10 +15,13 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from embedline.core.processes import start_thread
+from embedline.core.redaction import redact
 from embedline.observe.ended_span import Ended
 from embedline.postgres.session import Session
 from embedline.postgres.spans import Attributes, register
@@ -171,5 +174,19 @@ def _complain_seldom() -> None:
 
 
 def _say(message: str) -> None:
+    # The SDK repeats a header that it cannot read, and a collector may repeat the ones that it was sent.
+    for secret in sorted(_header_values(os.environ), key=len, reverse=True):
+        message = redact(message, secret)
     # A backend's stderr is the server's log. Only the main thread may call plpy.
     print(f"embedline OTLP: {message}", file=sys.stderr, flush=True)
+
+
+def _header_values(environment: Mapping[str, str]) -> set[str]:
+    """Return the values of the environment's headers, with and without a scheme."""
+    found = set()
+    for signal in ("", "TRACES_", "METRICS_"):
+        for header in environment.get(f"OTEL_EXPORTER_OTLP_{signal}HEADERS", "").split(","):
+            # Without "=" it is no header, and the SDK says so.
+            value = (header.partition("=")[2] or header).strip()
+            found |= {value, unquote(value).strip(), *unquote(value).split()[-1:]}
+    return found - {""}

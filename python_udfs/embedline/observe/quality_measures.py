@@ -149,6 +149,8 @@ def index(session: Session, pipeline: Pipeline, kinds: Collection[Kind]) -> Step
 def drift(session: Session, pipeline: Pipeline, _: Collection[Kind]) -> Steps:
     """Embed the probe texts again, and compare with their first vectors."""
     version, model = pipeline.version, pipeline.version.model
+    if "text" not in model.modalities:
+        return []
     known = session.query(_REFERENCE, ["bigint", "text"], version.version_id, model.fingerprint)
     texts = [str(row["probe"]) for row in known] or list(_PROBES)
     _require_available(session, pipeline)

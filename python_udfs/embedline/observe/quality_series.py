@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from embedline.catalog.values import Pipeline
-from embedline.gate import statistics
-from embedline.gate.statistics import FloatArray
+from embedline.core import statistics
+from embedline.core.statistics import FloatArray
 from embedline.postgres.session import Session
 
 Kind = Literal["canary", "reach", "fidelity", "drift", "lag"]

@@ -48,7 +48,9 @@ _PUBLISHED = """
     SELECT p.pubname, count(*) AS tables, coalesce((
         SELECT string_agg(DISTINCT quote_ident(o.schemaname), ', ') FROM pg_publication_tables AS o
         WHERE o.pubname = p.pubname AND o.schemaname NOT IN ('embedline', 'embedline_data')
-    ), 'public') AS schemas, string_agg(
+    ), 'public') AS schemas,
+    -- Embedline's own publications hold what a subscriber searches, and no queue.
+    bool_or(p.schemaname = 'embedline' OR p.tablename ~ '_(inbox|claim|outbox)$') AS has_queues, string_agg(
         format('ALTER TABLE %I.%I REPLICA IDENTITY FULL;', p.schemaname, p.tablename), ' '
     ) FILTER (
         WHERE c.relreplident = 'n' OR (c.relreplident = 'd' AND NOT EXISTS (
@@ -95,7 +97,7 @@ def publications(session: Session) -> Iterator[Finding]:
         if row["remedy"]:
             what = "it publishes tables without a replica identity, so PostgreSQL refuses to change them"
             yield Finding("critical", "publication_stops", name, what, str(row["remedy"]))
-        else:
+        elif row["has_queues"]:
             what = f"it publishes {row['tables']} of Embedline's tables: each claim goes to every subscriber"
             remedy = f'DROP PUBLICATION "{name}"; CREATE PUBLICATION "{name}" FOR TABLES IN SCHEMA {row["schemas"]};'
             yield Finding("note", "publication_of_queues", name, what, remedy)

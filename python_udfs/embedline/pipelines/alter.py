@@ -29,8 +29,8 @@ from embedline.pipelines.functions import (
 )
 from embedline.pipelines.inputs import PARAMETERS, expressions_in_use, store_inputs
 from embedline.pipelines.keyword_index import known_config, set_keyword
-from embedline.pipelines.plan import current_plan
-from embedline.pipelines.recipe_check import check_weight, next_chunking
+from embedline.pipelines.plan import content_kind, current_plan
+from embedline.pipelines.recipe_check import check_weight, content_or_address, next_chunking, prefix_or_caption
 from embedline.pipelines.register import version_fingerprint
 from embedline.pipelines.replaced_views import refresh_views
 from embedline.pipelines.state import load_alone
@@ -97,10 +97,10 @@ def alter_pipeline(session: Session, name: str, parameters: dict[str, Any]) -> N
 
     Search goes on meanwhile with what is stored. Chunks that come out as before keep their vectors and cost nothing.
     """
-    changes = PipelineChanges.from_parameters(parameters)
     require_control(session, name)
     bound_lock_wait(session)
     pipeline = load_alone(session, name)
+    changes = PipelineChanges.from_parameters(_for_modality(pipeline, parameters))
     # Alterations of one pipeline follow each other. NO KEY: a worker that writes a dead letter does not wait.
     stored = Expressions(**session.query(_STORED, ["text"], name)[0])
     current = _Wanted(stored, pipeline.spec, pipeline.weight, pipeline.keyword)
@@ -124,6 +124,18 @@ def alter_pipeline(session: Session, name: str, parameters: dict[str, Any]) -> N
         _begin_backfill(session, pipeline, wanted)
 
 
+def _for_modality(pipeline: Pipeline, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters with a caption as what it is stored as."""
+    given = {
+        **parameters,
+        "document_prefix": prefix_or_caption(parameters, pipeline.modality),
+        "content": content_or_address(parameters, is_reference=pipeline.is_reference),
+    }
+    if pipeline.modality != "text" and parameters["drop"]:
+        given["drop"] = ["document_prefix" if part == "caption" else part for part in parameters["drop"]]
+    return given
+
+
 def _wanted(pipeline: Pipeline, current: _Wanted, changes: PipelineChanges, keyword: str | None) -> _Wanted:
     if unknown := changes.dropped - set(_OPTIONAL):
         raise InvalidParameter(
@@ -137,7 +149,7 @@ def _wanted(pipeline: Pipeline, current: _Wanted, changes: PipelineChanges, keyw
             )
     kept = {name: text for name, text in current.expressions.texts().items() if name not in changes.dropped}
     weight = check_weight(current.weight if changes.weight is None else changes.weight)
-    spec = next_chunking(changes.chunking, pipeline.spec, pipeline.version.model)
+    spec = next_chunking(changes.chunking, pipeline.spec, pipeline.version.model, pipeline.modality)
     kept_keyword = None if "keyword" in changes.dropped else current.keyword
     return _Wanted(Expressions(**{**kept, **given}), spec, weight, keyword or kept_keyword)
 
@@ -151,7 +163,8 @@ def _replace_expressions(session: Session, pipeline: Pipeline, changed: list[str
     # What CREATE TRIGGER needs below. Taken first: so no write and no other alteration comes between the two.
     session.execute(f"LOCK TABLE {source.qualified} IN SHARE ROW EXCLUSIVE MODE")
     plan, source = plan_in_use(session, pipeline)
-    found = deparsed(session, source, changes.expressions.only(changed), changes.search_path)
+    expressions = changes.expressions.only(changed)
+    found = deparsed(session, source, expressions, changes.search_path, content_kind(pipeline))
     plan = replace(
         plan,
         content=found.get("content", plan.content),

@@ -9,6 +9,7 @@ from typing import Any
 from embedline.catalog.load import load_embedding_model, load_pipeline
 from embedline.catalog.rights import caller
 from embedline.core import names
+from embedline.core.media import require_modality
 from embedline.core.recipe import PipelineSpec
 from embedline.errors import AlreadyExists, InvalidParameter
 from embedline.pipelines.ddl.search_functions import create_search_functions
@@ -17,7 +18,15 @@ from embedline.pipelines.ddl.triggers import trigger_function_statements, trigge
 from embedline.pipelines.functions import create_functions
 from embedline.pipelines.keyword_index import create_tables, known_config
 from embedline.pipelines.plan import load_source, make_plan, source_oid
-from embedline.pipelines.recipe_check import check_choices, check_version, check_weight, first_chunking
+from embedline.pipelines.recipe_check import (
+    check_choices,
+    check_modality,
+    check_version,
+    check_weight,
+    content_or_address,
+    first_chunking,
+    prefix_or_caption,
+)
 from embedline.pipelines.register import create_version_table, grant_tables, register
 from embedline.pipelines.views import create_routing_view, create_version_view, shown_version, write_serving_function
 from embedline.postgres.entry import entry_point
@@ -35,16 +44,23 @@ def create_pipeline(session: Session, parameters: dict[str, Any]) -> str:
 
     Takes O(blocks) of the source and embeds nothing.
     """
-    spec = PipelineSpec.from_parameters(parameters)
+    is_reference = parameters["changed_by"] is not None
+    given = {
+        "document_prefix": prefix_or_caption(parameters),
+        "content": content_or_address(parameters, is_reference=is_reference),
+    }
+    spec = PipelineSpec.from_parameters({**parameters, **given})
     name = _validated_name(session, spec.name)
     role = caller(session)
     source = load_source(session, source_oid(session, spec.source), role)
     model = load_embedding_model(session, spec.model)
+    modality = require_modality(spec.modality)
+    check_modality(modality, model)
     check_version(spec.version, model)
     check_choices({"capture": spec.capture})
     check_weight(spec.weight)
     bound_lock_wait(session)
-    chunking = first_chunking(spec.chunking, model)
+    chunking = first_chunking(spec.chunking, model, modality)
     plan = make_plan(session, spec, source)
     for statement in storage_statements(plan):
         session.execute(statement)

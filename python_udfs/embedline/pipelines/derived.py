@@ -21,6 +21,7 @@ from embedline.pipelines.expressions import deparsed_value
 from embedline.pipelines.plan import load_source, source_oid
 from embedline.postgres.entry import entry_point, require_given
 from embedline.postgres.locks import bound_lock_wait, hold_source
+from embedline.postgres.readable import grant_select
 from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
 from embedline.postgres.session import Session
 
@@ -208,9 +209,8 @@ def _readers(derived: Derived) -> list[str]:
 
 
 def _grant_tables(session: Session, plan: DerivedPlan, tables: list[str]) -> None:
-    owner = quote_ident(plan.events.owner)
-    session.execute(f"GRANT SELECT ON {', '.join(tables)} TO embedline_reader, {owner}")
-    session.execute(f"GRANT USAGE ON SCHEMA {SEARCH_SCHEMA} TO {owner}")
+    grant_select(session, tables, plan.events.owner)
+    session.execute(f"GRANT USAGE ON SCHEMA {SEARCH_SCHEMA} TO {quote_ident(plan.events.owner)}")
 
 
 def follow_owner(session: Session, derived: Derived) -> None:

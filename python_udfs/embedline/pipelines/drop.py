@@ -6,7 +6,7 @@ from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.rights import require_control
 from embedline.core import names
 from embedline.indexes.cron_jobs import forget_index_jobs
-from embedline.pipelines import derived
+from embedline.pipelines import derived, published
 from embedline.pipelines.ddl.plan import FUNCTIONS, TABLES, TRIGGER_FUNCTIONS
 from embedline.pipelines.ddl.search_functions import drop_search_functions
 from embedline.pipelines.functions import generated_functions
@@ -28,6 +28,7 @@ def drop_pipeline(session: Session, name: str) -> None:
     bound_lock_wait(session)
     forget_index_jobs(session, name)
     derived.remove_all(session, name)
+    published.remove(session, name)
     for row in session.query(
         """
         SELECT format('%I', t.tgname) AS trigger, t.tgrelid::regclass::text AS source FROM pg_trigger AS t

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from embedline.catalog.source import Source
 from embedline.core.expression import require_single_expression
+from embedline.core.media import Modality
 from embedline.core.recipe import Expressions
 from embedline.core.sql_text import quote_ident
 from embedline.errors import InvalidParameter
@@ -53,6 +54,31 @@ _FOREIGN = """
 """
 
 
+@dataclass(frozen=True)
+class ContentKind:
+    """What a content is: a text, a file of a modality, or the address of one."""
+
+    modality: Modality
+    is_reference: bool = False
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the rows hold the file itself."""
+        return self.modality != "text" and not self.is_reference
+
+
+TEXT = ContentKind("text")
+
+
+@dataclass(frozen=True)
+class StoredExpression:
+    """An expression as its user wrote it, with the parameter that it was given as."""
+
+    text: str
+    parameter: str
+    search_path: str
+
+
 @dataclass
 class _Reading:
     """How to read an expression: the names that it knows columns by, by those of now.
@@ -62,6 +88,7 @@ class _Reading:
 
     known_as: dict[str, str]
     is_value: bool = False
+    is_file: bool = False
     type: str = ""
     foreign: str | None = None
 
@@ -94,28 +121,36 @@ def _type_of(session: Session, source: Source, table: str, text: str) -> str:
 
 
 def deparsed(
-    session: Session, source: Source, expressions: Expressions, search_path: str
+    session: Session, source: Source, expressions: Expressions, search_path: str, content: ContentKind = TEXT
 ) -> dict[str, SourceExpression]:
-    """Return the expressions as PostgreSQL reads them, by parameter."""
+    """Return the expressions as PostgreSQL reads them, by parameter.
+
+    `content` says what the content is.
+    """
+    is_media = content.modality != "text"
+    # The caption of an image has the place that the prefix of a text has.
+    labels = {"document_prefix": "caption"} if is_media else {}
     found = {
-        parameter: _deparse(session, source, text, parameter, search_path)
+        parameter: _deparse(
+            session, source, text, labels.get(parameter, parameter), search_path, _Reading({}, is_file=content.is_file)
+        )
         for parameter, text in expressions.texts().items()
     }
     if "content" in found and not found["content"].columns:
-        raise InvalidParameter(
-            "content names no column of the source", hint="For example content => $$title || E'\\n\\n' || body$$."
-        )
+        example = "content => 'picture'" if is_media else "content => $$title || E'\\n\\n' || body$$"
+        raise InvalidParameter("content names no column of the source", hint=f"For example {example}.")
     return found
 
 
 def deparse_again(
-    session: Session, source: Source, expression: str, parameter: str, search_path: str, known_as: dict[str, str]
+    session: Session, source: Source, stored: StoredExpression, known_as: dict[str, str], *, is_file: bool
 ) -> SourceExpression:
     """Read a stored expression again, whose columns may have been renamed.
 
     `known_as` maps the current names to those that it uses.
     """
-    return _deparse(session, source, expression, parameter, search_path, _Reading(known_as))
+    reading = _Reading(known_as, is_file=is_file)
+    return _deparse(session, source, stored.text, stored.parameter, stored.search_path, reading)
 
 
 def _rename_columns(session: Session, table: str, known_as: dict[str, str]) -> list[tuple[str, str]]:
@@ -156,7 +191,8 @@ def _deparse(
     # IS TRUE takes a boolean only; anything can be the text of a content.
     cast, test = ("", " IS TRUE") if parameter == "filter" else ("::pg_catalog.text", " IS NULL")
     reading = reading or _Reading({})
-    if reading.is_value:
+    if reading.is_value or (reading.is_file and parameter == "content"):
+        # Bytes have no text form that could be meant; the content's function tells whether the type is right.
         cast = ""
     text, columns, volatile = "", [], None
     try:

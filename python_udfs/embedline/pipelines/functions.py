@@ -8,7 +8,7 @@ from typing import Any
 from embedline.catalog.source import Source
 from embedline.core import names
 from embedline.core.sql_text import quote_ident
-from embedline.errors import EmbedlineError
+from embedline.errors import EmbedlineError, InvalidParameter
 from embedline.pipelines.ddl.audit import audit_function_statements
 from embedline.pipelines.ddl.functions import (
     changed_function_statement,
@@ -22,6 +22,7 @@ from embedline.pipelines.ddl.triggers import trigger_function_statements, trigge
 from embedline.postgres.relations import EXPRESSION_SCHEMA
 from embedline.postgres.run_as import create_scratch_schema, run_as_owner
 from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import WRONG_RESULT_TYPE, sqlstate_of
 
 _NOTE_SOURCE = """
     UPDATE embedline.pipeline AS p SET key_types = $2, source_columns = s.columns
@@ -66,7 +67,16 @@ def _create_expression_functions(session: Session, plan: CapturePlan, source: So
     """
     schema = create_scratch_schema(session, source.owner)
     for suffix, statement in content_function_statements(plan, schema).items():
-        run_as_owner(session, source.owner, statement)
+        try:
+            run_as_owner(session, source.owner, statement)
+        except Exception as error:
+            if suffix != "content" or sqlstate_of(error) != WRONG_RESULT_TYPE:
+                raise
+            raise InvalidParameter(
+                f"the content of a file must be of type bytea: {error}",
+                hint="Name the column that holds the file, or decode(column, 'base64'); for a column of addresses add"
+                " changed_by => '...'.",
+            ) from error
         created = session.query(
             """
             SELECT p.oid::regprocedure::text AS signature FROM pg_proc AS p

@@ -89,7 +89,8 @@ def set_keyword(session: Session, pipeline: Pipeline, plan: CapturePlan, source:
     numbers = plan.chunk_sets
     for version in load_versions(session, pipeline.name):
         drop_keyword_functions(session, version)
-    drop_tables(session, pipeline, numbers)
+    if pipeline.keyword is not None:
+        drop_tables(session, pipeline, numbers)
     session.query(_FORGET, ["bigint"], pipeline.pipeline_id)
     session.query(_STORE, ["bigint", "text"], pipeline.pipeline_id, config)
     if session.query(_FORGET_MODES, ["bigint"], pipeline.pipeline_id):

@@ -8,11 +8,12 @@ from typing import Any
 from embedline.catalog.source import Source, hidden_source
 from embedline.catalog.values import Pipeline
 from embedline.core import names
+from embedline.core.media import require_modality
 from embedline.core.recipe import PipelineSpec
 from embedline.core.sql_text import quote_ident
 from embedline.errors import InvalidParameter, NotFound, NotPermitted
 from embedline.pipelines.ddl.plan import CapturePlan, KeyColumn, SourceExpression
-from embedline.pipelines.expressions import deparsed
+from embedline.pipelines.expressions import ContentKind, deparsed
 from embedline.postgres.relations import EXPRESSION_SCHEMA
 from embedline.postgres.session import Session
 
@@ -194,13 +195,20 @@ def make_plan(session: Session, spec: PipelineSpec, source: Source) -> CapturePl
             detail="Its statement triggers do not fire on a write through its parent.",
             hint="Leave capture out: auto takes row triggers here.",
         )
-    expressions = deparsed(session, source, spec.expressions, spec.search_path)
+    content = ContentKind(require_modality(spec.modality), spec.is_reference)
+    expressions = deparsed(session, source, spec.expressions, spec.search_path, content)
     return CapturePlan(
         name=spec.name, source=source.qualified, keys=keys, content=expressions["content"],
         filter=expressions.get("filter"), capture=mode, always=source.subscribed or spec.capture == "row",
         watch_all=bool(session.scalar(BEFORE_UPDATE, ["bigint"], source.oid)),
         prefix=expressions.get("document_prefix"), tenant=expressions.get("tenant"), partitioned=source.partitioned,
+        is_file=content.is_file,
     )  # fmt: skip
+
+
+def content_kind(pipeline: Pipeline) -> ContentKind:
+    """Return what the contents of a pipeline are."""
+    return ContentKind(pipeline.modality, pipeline.is_reference)
 
 
 def _key_column_name(source_name: str, position: int) -> str:
@@ -262,7 +270,10 @@ def current_plan(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sou
         ),
     )
     plan = CapturePlan(pipeline.name, source.qualified, keys, inputs, None, str(first["capture"]))
-    return replace(plan, chunk_sets=chunk_set_numbers(pipeline), partitioned=source.partitioned), source
+    sets = chunk_set_numbers(pipeline)
+    return replace(
+        plan, chunk_sets=sets, partitioned=source.partitioned, is_file=content_kind(pipeline).is_file
+    ), source
 
 
 def chunk_set_numbers(pipeline: Pipeline) -> tuple[int, ...]:

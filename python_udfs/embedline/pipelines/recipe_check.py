@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from embedline.catalog.values import Model
 from embedline.chunking import ChunkingSpec, chunking_spec
+from embedline.core.expression import require_single_expression
+from embedline.core.file_addresses import content_expression
 from embedline.core.ivfflat import MAX_LISTS
+from embedline.core.media import Modality
 from embedline.core.recipe import METHOD_NAMES, ChunkingChoice, VersionSpec
 from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import InvalidParameter
@@ -26,6 +30,7 @@ _OPTIONS_HINT = {
     "ivfflat": f"IVFFlat takes lists (1 to {MAX_LISTS}); without it the number of rows decides when the index is built.",
 }
 _DEFAULT_CHUNK_TOKENS = 256
+_CONTENTS = {"text": "texts", "image": "images", "audio": "recordings"}
 
 
 def check_choices(given: Mapping[str, str | None]) -> None:
@@ -70,24 +75,95 @@ def check_weight(weight: float | None) -> float:
     return weight
 
 
-def first_chunking(choice: ChunkingChoice, model: Model) -> ChunkingSpec:
+def check_modality(modality: Modality, model: Model) -> None:
+    """Raise InvalidParameter unless the model makes vectors of such contents."""
+    if modality not in model.modalities:
+        raise InvalidParameter(
+            f'model "{model.config.name}" makes no vectors of {_CONTENTS[modality]}',
+            detail=f"It makes vectors of {' and '.join(_CONTENTS[known] for known in model.modalities)}.",
+            hint=f"SELECT name FROM embedline.model WHERE '{modality}' = ANY (modalities); lists the models that do.",
+        )
+
+
+def prefix_or_caption(given: Mapping[str, Any], modality: str | None = None) -> str | None:
+    """Return the expression of each text's prefix, or of each file's caption.
+
+    `modality` is that of the pipeline, if `given` does not tell it.
+    """
+    prefix, caption = given["document_prefix"], given["caption"]
+    is_text = (modality or given["modality"]) == "text"
+    if is_text and caption is not None:
+        raise InvalidParameter(
+            "caption is for images and recordings", hint="A text has a document_prefix, or a longer content."
+        )
+    if not is_text and prefix is not None:
+        raise InvalidParameter(
+            "document_prefix is for texts: a model reads no text beside an image", hint="Use caption => '...'."
+        )
+    found: str | None = prefix if is_text else caption
+    return found
+
+
+def content_or_address(given: Mapping[str, Any], *, is_reference: bool) -> str | None:
+    """Return the expression of the content.
+
+    Beside an address stands what changes when the file does.
+    """
+    content, changed_by = given["content"], given["changed_by"]
+    if not is_reference or (content is None and changed_by is None):
+        if changed_by is not None:
+            raise InvalidParameter("changed_by is for pipelines whose rows hold addresses of files")
+        found: str | None = content
+        return found
+    if given.get("modality") == "text":
+        raise InvalidParameter(
+            "changed_by is for addresses of images and recordings", hint="Add modality => 'image' or 'audio'."
+        )
+    if content is None or changed_by is None:
+        raise InvalidParameter("give the address and what changes with its file together: content and changed_by")
+    for parameter, expression in (("content", content), ("changed_by", changed_by)):
+        require_single_expression(expression, parameter)
+    return content_expression(content, changed_by)
+
+
+def first_chunking(choice: ChunkingChoice, model: Model, modality: Modality = "text") -> ChunkingSpec:
     """Return the chunking of a new pipeline, if the model reads that many tokens."""
+    method = choice.method or ("recursive" if modality == "text" else "none")
+    if modality != "text":
+        return _of_files(method, choice, choice.options or {}, model, modality)
     tokens = _default_tokens(model) if choice.tokens is None else choice.tokens
-    return _fitting(chunking_spec(str(choice.method), tokens, choice.overlap, choice.options or {}), model)
+    return _fitting(chunking_spec(method, tokens, choice.overlap, choice.options or {}), model)
 
 
-def next_chunking(choice: ChunkingChoice, current: ChunkingSpec, model: Model) -> ChunkingSpec:
+def next_chunking(
+    choice: ChunkingChoice, current: ChunkingSpec, model: Model, modality: Modality = "text"
+) -> ChunkingSpec:
     """Return the current chunking with a choice's changes, if it fits the model."""
     method = choice.method or current.method
     options = choice.options
     if options is None:
         # Options belong to a method.
         options = dict(current.options) if method == current.method else {}
+    if modality != "text":
+        return _of_files(method, choice, options, model, modality)
     tokens = current.tokens if choice.tokens is None else choice.tokens
     if tokens is None:
         tokens = _default_tokens(model)
     overlap = current.overlap if choice.overlap is None else choice.overlap
     return _fitting(chunking_spec(method, tokens, overlap, options), model)
+
+
+def _of_files(
+    method: str, choice: ChunkingChoice, options: Mapping[str, Any], model: Model, modality: Modality
+) -> ChunkingSpec:
+    """Return the chunking of images or recordings, if the model's provider can do it."""
+    spec = chunking_spec(method, choice.tokens, choice.overlap, options, modality)
+    if spec.method != "none" and model.config.provider != "sentence-transformers":
+        raise InvalidParameter(
+            f'chunking "{spec.method}" decodes files, which only the host of a local model does',
+            hint="Use chunking => 'none': each file is embedded whole.",
+        )
+    return spec
 
 
 def _default_tokens(model: Model) -> int:

@@ -12,10 +12,10 @@ from embedline.catalog.values import Model
 from embedline.chunking import ChunkingSpec
 from embedline.core.fingerprint import recipe_fingerprint, recipe_stamp
 from embedline.core.recipe import PipelineSpec, VersionSpec
-from embedline.core.sql_text import quote_ident
 from embedline.pipelines.ddl.plan import CODE_VERSION, CapturePlan
 from embedline.pipelines.ddl.tables import version_statements
 from embedline.pipelines.inputs import store_inputs
+from embedline.postgres.readable import grant_select
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
 
@@ -38,22 +38,22 @@ def register(
         INSERT INTO embedline.pipeline (name, source, content_expression, filter_expression, expression_search_path,
             key_attributes, input_attributes, key_columns, key_types, view_columns, capture, created_by,
             document_prefix_expression, tenant_expression, weight, code_version, source_name, source_columns,
-            keyword)
+            keyword, modality, is_reference)
         SELECT $1, $2::oid::regclass, $3, $4, $5,
             (SELECT array_agg(a.attnum ORDER BY k.position) FROM unnest($6) WITH ORDINALITY AS k (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = $2::oid AND a.attname = k.name),
             '{}', $7, $8, '{}', $9, $10, $11, $12, $13, $14, format('%I.%I', $15::text, $16::text),
             (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
-                WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped), $17
+                WHERE a.attrelid = $2::oid AND a.attnum > 0 AND NOT a.attisdropped), $17, $18, $19
         RETURNING pipeline_id
         """,
         ["text", "bigint", "text", "text", "text", "name[]", "text[]", "text[]", "text", "text", "text", "text",
-         "double precision", "integer", "text", "text", "text"],
+         "double precision", "integer", "text", "text", "text", "text", "boolean"],
         plan.name, source.oid, spec.expressions.content, spec.expressions.filter, spec.search_path,
         [key.source_name for key in plan.keys], [key.name for key in plan.keys], [key.type for key in plan.keys],
         plan.capture, caller(session),
         spec.expressions.document_prefix, spec.expressions.tenant, spec.weight, CODE_VERSION, source.schema, source.name,
-        spec.keyword,
+        spec.keyword, spec.modality, spec.is_reference,
     )  # fmt: skip
     store_inputs(session, plan)
     session.query("SELECT embedline._resolve_attributes()")
@@ -138,5 +138,4 @@ def grant_tables(session: Session, plan: CapturePlan, source: Source, suffixes: 
     The views run with their reader's rights (security_invoker), so the source's own grants and row-level security decide at
     each query, also those given later. Readers have no USAGE on embedline_data: they cannot name the tables directly.
     """
-    tables = ", ".join(plan.generated(suffix) for suffix in suffixes)
-    session.execute(f"GRANT SELECT ON {tables} TO embedline_reader, {quote_ident(source.owner)}")
+    grant_select(session, [plan.generated(suffix) for suffix in suffixes], source.owner)

@@ -23,11 +23,11 @@ from embedline.pipelines.changed_keys import KeySwap
 from embedline.pipelines.ddl.plan import CHUNK_COLUMNS, TABLES, CapturePlan, KeyColumn, SourceExpression
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.triggers import trigger_statements
-from embedline.pipelines.expressions import deparse_again
+from embedline.pipelines.expressions import StoredExpression, deparse_again
 from embedline.pipelines.functions import rewrite_trigger_functions
 from embedline.pipelines.inputs import PARAMETERS, Input, load_inputs, store_inputs
 from embedline.pipelines.keyword_index import table_suffixes
-from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers
+from embedline.pipelines.plan import BEFORE_UPDATE, chunk_set_numbers, content_kind
 from embedline.pipelines.register import grant_tables
 from embedline.pipelines.replaced_views import attributes_by_name
 from embedline.pipelines.views import (
@@ -166,7 +166,8 @@ class ReshapedPipeline:
             text = as_mapping(self.stored["expressions"])[suffix]
             known_as = {name: i.known_as for i, (name, _) in zip(inputs, named, strict=True)}
             path = str(self.stored["expression_search_path"])
-            expressions[suffix] = deparse_again(self.session, source, text, PARAMETERS[suffix], path, known_as)
+            was = StoredExpression(text, PARAMETERS[suffix], path)
+            expressions[suffix] = deparse_again(self.session, source, was, known_as, is_file=self._is_file)
             changed.append(suffix)
         always = source.subscribed or bool(self.stored["always"])
         needs_rows = source.partitioned or source.subscribed or source.is_child or always
@@ -176,8 +177,12 @@ class ReshapedPipeline:
             filter=expressions.get("filter"), capture="row" if needs_rows else str(same), always=always,
             watch_all=bool(self.stored["watches_all"]) or bool(self.session.scalar(BEFORE_UPDATE, ["bigint"], source.oid)),
             prefix=expressions.get("prefix"), tenant=expressions.get("tenant_value"),
-            chunk_sets=chunk_set_numbers(self.pipeline), partitioned=source.partitioned,
+            chunk_sets=chunk_set_numbers(self.pipeline), partitioned=source.partitioned, is_file=self._is_file,
         ), changed  # fmt: skip
+
+    @property
+    def _is_file(self) -> bool:
+        return content_kind(self.pipeline).is_file
 
     def _lacks(self, source: Source, column: Input, suffix: str) -> DependentObjects:
         parameter, name = PARAMETERS[suffix], self.pipeline.name

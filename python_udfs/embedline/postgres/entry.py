@@ -24,6 +24,9 @@ P = ParamSpec("P")
 # Classes of errors in our statements that the caller's own circumstances cause: read-only transaction, serialization
 # failure or deadlock, missing privilege, lock timeout, cancellation. Python frames say nothing about them.
 _CALLERS_OWN = ("25", "40", "42501", "55P03", "57")
+# Read-only transaction, and unlogged tables during recovery; then what to do about both on a standby.
+_OF_STANDBY = ("25006", "0A000")
+_ON_THE_PRIMARY = "This server is a standby, which only reads. Run it on the primary."
 # Key in GD of the number of our functions that are running inside each other.
 _DEPTH = "embedline.depth"
 
@@ -49,9 +52,12 @@ def entry_point(
             told = postgres_error(plpy, error)
             raise told from None
         except Exception as error:
-            if not sqlstate_of(error).startswith(_CALLERS_OWN):
+            needs_primary = _needs_primary(plpy, error)
+            if not needs_primary and not sqlstate_of(error).startswith(_CALLERS_OWN):
                 raise
             told = in_plain_words(plpy, error)
+            if needs_primary:
+                told.hint = _ON_THE_PRIMARY  # type: ignore[attr-defined]
             if sqlstate_of(error) == LOCK_NOT_AVAILABLE and not getattr(told, "hint", None):
                 # PostgreSQL reports that the wait ended, not which session held the lock.
                 with contextlib.suppress(Exception):
@@ -65,6 +71,18 @@ def entry_point(
 
     wrapper.__doc__ = function.__doc__
     return wrapper
+
+
+def _needs_primary(plpy: Plpy, error: Exception) -> bool:
+    """Return True if the error is a standby's.
+
+    A standby writes nothing, and reads no unlogged table.
+    """
+    if sqlstate_of(error) not in _OF_STANDBY:
+        return False
+    with contextlib.suppress(Exception):
+        return bool(plpy.execute("SELECT pg_is_in_recovery() AS is_standby")[0]["is_standby"])
+    return False
 
 
 def is_nested(session: Session) -> bool:
@@ -123,6 +141,12 @@ def check_version(session: Session) -> None:
     if "embedline.version_checked" in session.cache:
         return
     installed = session.scalar("SELECT value FROM embedline.setting WHERE name = 'version'")
+    if installed is None:
+        raise VersionSkew(
+            "Embedline's tables are there, and their data are not",
+            detail="A dump of the schema alone was restored.",
+            hint="Restore the data, too, as a superuser: pg_restore --data-only --disable-triggers",
+        )
     if installed != embedline.__version__:
         raise VersionSkew(
             f"the server runs embedline {embedline.__version__}, this database has {installed}",

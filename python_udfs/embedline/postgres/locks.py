@@ -56,6 +56,8 @@ QUALITY_LOCK_CLASS = 1164802353
 KEYWORD_LOCK_CLASS = 1164798769
 # First key of the transaction lock of sessions that compute derived vectors ("Emd1"); the second is their id.
 DERIVED_LOCK_CLASS = 1164796977
+# First key of the session lock of the worker that deals with a provider's batch ("Emb1"); the second is its number.
+PROVIDER_BATCH_LOCK_CLASS = 1164796465
 # First keys of the locks that tell which version a statement works on ("Emq1"), and at which step it is ("Emp1").
 VERSION_LOCK_CLASS, STEP_LOCK_CLASS = 1164800305, 1164800049
 

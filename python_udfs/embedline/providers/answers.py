@@ -45,8 +45,8 @@ def text_numbers(items: Sequence[object], *, keeps_order: bool) -> tuple[list[in
     rise from vector to vector, the vectors are in that order. Otherwise a single missing number is the one left over,
     because servers written in Go leave a 0 out.
 
-    Raises UnknownOrder if the numbers contradict each other. It also does if vectors would be taken by position
-    although an earlier answer had them in another order (not `keeps_order`).
+    Raises UnknownOrder if the numbers contradict each other, or do not tell one vector from the same one. It also does if
+    vectors would be taken by position although an earlier answer had them in another order (not `keeps_order`).
     """
     raw = [item.get("index") if isinstance(item, dict) else None for item in items]
     given = [_index(value) for value in raw]
@@ -55,22 +55,35 @@ def text_numbers(items: Sequence[object], *, keeps_order: bool) -> tuple[list[in
     if len(usable) == len(items):
         return list(usable.values()), all(type(value) is int for value in raw)
     if not usable or any(place != number for place, number in usable.items()):
-        if len(usable) == len(items) - 1 and None in counts:
+        if len(usable) == len(items) - 1 and None in counts and not _has_repeated_vector(items):
             (left,) = set(range(len(items))) - set(usable.values())
             return [usable.get(place, left) for place in range(len(items))], False
         tells_nothing = not usable or None not in counts
         keeps_order = keeps_order and tells_nothing and _rises([number for number in given if number is not None])
-    if len(items) > 1 and not keeps_order:
+    if len(items) > 1 and (not keeps_order or _has_repeated_vector(items)):
         raise UnknownOrder
     return list(range(len(items))), False
 
 
-def _rises(numbers: Sequence[int]) -> bool:
-    """Return True if the numbers rise.
+def _has_repeated_vector(items: Sequence[object]) -> bool:
+    """Return True if two items have the same vector.
 
-    They may begin again at the first of them for each part of a request.
+    Different texts seldom have one vector, but an item may stand in the place of another.
     """
-    return all(second >= first or second == numbers[0] == min(numbers) for first, second in itertools.pairwise(numbers))
+    found = [item.get("embedding") for item in items if isinstance(item, dict)]
+    vectors = [repr(vector) for vector in found if vector is not None]
+    return len(set(vectors)) < len(vectors)
+
+
+def _rises(numbers: Sequence[int]) -> bool:
+    """Return True if the numbers rise one by one or by more, or are all the same.
+
+    They may begin again at 0 for each part of a request, if each part counts up one by one.
+    """
+    pairs = list(itertools.pairwise(numbers))
+    if len(set(numbers)) <= 1 or all(second > first for first, second in pairs):
+        return True
+    return numbers[0] == 0 and all(second in (0, first + 1) for first, second in pairs)
 
 
 def _index(value: object) -> int | None:

@@ -17,8 +17,11 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.core.embedding import ModelConfig
 from embedline.core.processes import start_thread
+from embedline.core.redaction import redact
 from embedline.errors import InputRejected, ProviderMisconfigured, TransientProviderError
-from embedline.providers.openai_errors import never_left, redact, status_error
+from embedline.providers.allowed import require_allowed
+from embedline.providers.guard import Refused, event_hooks, refused
+from embedline.providers.openai_errors import never_left, status_error
 from embedline.providers.tls import no_authorities, tls_context, untrusted
 
 if TYPE_CHECKING:
@@ -106,6 +109,7 @@ class Endpoint:
 
         A rate limit that an earlier request met is raised without asking.
         """
+        require_allowed(self._config, self._url)
         if self._slots is None:
             self._slots = asyncio.Semaphore(max(1, self._config.concurrency))
         async with self._slots:
@@ -146,16 +150,18 @@ class Endpoint:
         except (openai.APITimeoutError, TimeoutError) as error:
             message = f"{self._address} did not answer within {self._config.timeout_seconds:g} s"
             raise TransientProviderError(message, unreachable=never_left(error)) from None
-        except openai.APIConnectionError as error:
-            if refused := untrusted(self._config, self._address, error):
+        except (openai.APIConnectionError, Refused) as error:
+            if guarded := refused(self._address, error, key):
+                raise guarded from None
+            if distrusted := untrusted(self._config, self._address, error):
                 # The next request reads the authorities again: they may have been replaced meanwhile.
                 self._client = None
-                raise refused from None
+                raise distrusted from None
             message = f"the connection to {self._address} failed"
             detail = redact(f"{type(error.__cause__).__name__}: {error.__cause__}", key)
             raise TransientProviderError(message, detail=detail, unreachable=never_left(error)) from None
         except UnicodeEncodeError:
-            raise InputRejected("a text or the API key holds characters that cannot be sent") from None
+            raise InputRejected("a text holds characters that cannot be sent") from None
         except openai.OpenAIError as error:
             detail = redact(str(error), key)
             raise TransientProviderError(f"the request to {self._address} failed", detail=detail) from None
@@ -180,6 +186,9 @@ class Endpoint:
                     trust_env=not self._is_loopback(),
                     verify=self._verification(),
                     limits=self._limits(),
+                    # The size of a compressed answer is known too late.
+                    headers={"Accept-Encoding": "identity"},
+                    event_hooks=event_hooks(),
                 ),
             )
         return self._client
@@ -217,6 +226,13 @@ class Endpoint:
         if variable is None:
             return None
         key = os.environ.get(variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            # The HTTP library would repeat the key in its error, or take it for a fault of the texts.
+            raise ProviderMisconfigured(
+                f'the API key of model "{self._config.name}" holds characters that cannot be sent',
+                detail=f"{variable} in the server's environment has a line break, or a character that is not ASCII.",
+                hint=f"Set {variable} to one line of ASCII and restart the server.",
+            )
         if key:
             return key
         if self._is_loopback():

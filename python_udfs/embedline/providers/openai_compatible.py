@@ -16,11 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
+from embedline.core.media import ModelInput, only_texts
+from embedline.core.redaction import redact
 from embedline.errors import DimensionMismatch, ProviderError, TransientProviderError
 from embedline.providers.answers import UnknownOrder
 from embedline.providers.endpoint import OPENAI_URL, Endpoint
+from embedline.providers.guard import MOST_BYTES
 from embedline.providers.openai_answer import is_about_encoding, read_answer
-from embedline.providers.openai_errors import redact
 from embedline.providers.options import given_bodies, request_body
 
 OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -29,6 +31,11 @@ _OPENAI_MAX_TOKENS = 8191
 _OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
 # Models that return any number of dimensions up to their own; others refuse the parameter.
 _SHORTENED_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large"})
+# Largest width of a vector that can be stored, for models whose width is not known yet.
+_MOST_DIMENSIONS = 16_000
+# Most bytes of an answer: those of a number in a list, those beside the numbers of a vector, those beside all vectors. The
+# longest form of a float64 has 24 characters; a list may be indented, each number on a line of its own.
+_BYTES_OF_NUMBER, _BYTES_BESIDE_VECTOR, _BYTES_BESIDE = 64, 4096, 1 << 20
 # Encodings to ask for, the compact one first; "none" sends no encoding_format at all.
 ENCODINGS = ("base64", "float", "none")
 
@@ -43,7 +50,7 @@ class OpenAIEmbedder(Endpoint):
 
     # The main thread
 
-    def submit(self, texts: Sequence[str], kind: Kind) -> Future[EmbeddingBlock]:
+    def submit(self, texts: Sequence[ModelInput], kind: Kind) -> Future[EmbeddingBlock]:
         """Start embedding; the future raises ProviderError.
 
         Cancelling the future ends the request.
@@ -53,7 +60,7 @@ class OpenAIEmbedder(Endpoint):
             done.set_result(EmbeddingBlock(0, self._config.dimensions or 0, b""))
             return done
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
-        embedding = self._embed([prefix + text for text in texts], kind, time.monotonic())
+        embedding = self._embed([prefix + text for text in only_texts(texts)], kind, time.monotonic())
         return asyncio.run_coroutine_threadsafe(embedding, self._running_loop())
 
     def probe(self) -> Future[ModelInfo]:
@@ -140,6 +147,8 @@ class OpenAIEmbedder(Endpoint):
         if encoding == "none":
             # The client fills in what is not given.
             body["encoding_format"] = openai.Omit()
+        width = self._config.dimensions or _MOST_DIMENSIONS
+        MOST_BYTES.set(_BYTES_BESIDE + len(texts) * (_BYTES_BESIDE_VECTOR + width * _BYTES_OF_NUMBER))
         response = await self._answered(
             key,
             client.embeddings.with_raw_response.create(

@@ -10,13 +10,12 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from embedline.core.redaction import redact
 from embedline.errors import InputRejected, ProviderError, ProviderMisconfigured, TransientProviderError
 
 _MAX_RETRY_AFTER = 86_400.0
 # Names that the HTTP library gives to errors after which the request was never sent.
 _UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout"})
-_MESSAGE_CHARACTERS = 500
-_SECRETS = re.compile(r"\b[sp]k-[^\s\"',;}\])]+|(?i:bearer)\s+[^\s\"',;}]+|(?<=://)[^/\s@]+@")
 # Characters of an error's body that are read.
 _READ_CHARACTERS = 4000
 _TRANSIENT = frozenset({408, 409, 425, 429})
@@ -50,14 +49,6 @@ class _Response(Protocol):
 def never_left(error: BaseException) -> bool:
     """Return True if the request was never sent."""
     return type(error.__cause__).__name__ in _UNREACHABLE
-
-
-def redact(text: str, key: str | None) -> str:
-    """Return one bounded line of the text, without the key or lookalikes of one."""
-    # Before the text is cut, because half a key would not be recognised.
-    if key:
-        text = text.replace(key, "[redacted]")
-    return " ".join(_SECRETS.sub("[redacted]", text).split())[:_MESSAGE_CHARACTERS]
 
 
 def error_text(body: str) -> str:

@@ -75,6 +75,16 @@ OPENAI_OPTIONS = {
         "the absolute path of a file on the server",
         'For example options => \'{"ca_file": "/etc/ssl/private-ca.pem"}\'.',
     ),
+    "image_form": Option(
+        lambda value: value in ("vllm", "cohere", "voyage"),
+        '"vllm", "cohere" or "voyage"',
+        "The form in which the endpoint takes images beside texts.",
+    ),
+    "batch_api": Option(
+        lambda value: type(value) is bool,
+        "true or false",
+        "true: backfills go through the provider's batch endpoint, which answers within a day at half the price.",
+    ),
     "extra_body": _body('{"extra_body": {"truncate": "END"}}'),
     "document_body": _body('{"document_body": {"input_type": "passage"}}'),
     "query_body": _body('{"query_body": {"input_type": "query"}}'),

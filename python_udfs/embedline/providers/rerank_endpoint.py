@@ -15,17 +15,21 @@ from concurrent.futures import Future
 from typing import Any
 
 from embedline.core.embedding import ModelConfig, ModelInfo
+from embedline.core.redaction import redact
 from embedline.core.request_tokens import most_tokens
 from embedline.core.reranking import RerankScores
 from embedline.core.retry import circuit_seconds
 from embedline.errors import InputRejected, ProviderMisconfigured, TransientProviderError
 from embedline.providers.endpoint import Endpoint
-from embedline.providers.openai_errors import redact
+from embedline.providers.guard import MOST_BYTES
 from embedline.providers.options import given_bodies
 from embedline.providers.rerank_forms import RERANK_FORMS, read_scores
 
 # Longest seconds for which an endpoint that was away is not asked. No worker tries it meanwhile, as for embeddings.
 _LONGEST_REST_SECONDS = 30.0
+
+# Most bytes of an answer beside its texts: for each of them, and for all.
+_BYTES_BESIDE_TEXT, _BYTES_BESIDE = 4096, 1 << 20
 
 
 class RerankEndpoint(Endpoint):
@@ -110,6 +114,8 @@ class RerankEndpoint(Endpoint):
         return read_scores(self._form, content, len(texts), lambda text: redact(text, key))
 
     async def _post(self, query: str, texts: list[str], key: str | None) -> bytes:
+        # An answer may repeat each text, escaped, beside its score.
+        MOST_BYTES.set(_BYTES_BESIDE + len(texts) * _BYTES_BESIDE_TEXT + 6 * sum(map(len, texts)))
         options: Any = {"headers": self._headers(key)}
         body = self._form.body(self._config.model, query, texts, self._config.options.get("extra_body") or {})
         answer = self._open_client().post("/rerank", cast_to=bytes, body=body, options=options)

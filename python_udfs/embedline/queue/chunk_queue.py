@@ -219,18 +219,22 @@ def finish(session: Session, queue_ids: Sequence[int], claims: Claims) -> None:
     )
 
 
-def requeue(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], retry: Retry) -> None:
-    """Queue chunks again, to be tried together after a delay."""
+def requeue(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], retry: Retry) -> list[int]:
+    """Queue chunks again, to be tried together after a delay.
+
+    Return the numbers of their lists.
+    """
+    numbers: list[int] = []
 
     def history(row: ClaimedRow) -> tuple[int, int]:
         return retry.attempts(row), row.crash_count
 
     for (attempts, crash_count), members in groupby(sorted(rows, key=history), key=history):
-        session.query(
+        added = session.scalar(
             """
             INSERT INTO embedline.version_queue (version_id, chunk_ids, attempts, crash_count, of_backfill, last_error,
                 not_before)
-            VALUES ($1, $2, $3, $4, $5, $6, clock_timestamp() + make_interval(secs => $7))
+            VALUES ($1, $2, $3, $4, $5, $6, clock_timestamp() + make_interval(secs => $7)) RETURNING queue_id
             """,
             ["bigint", "bigint[]", "smallint", "smallint", "boolean", "text", "double precision"],
             pipeline.version.version_id,
@@ -241,6 +245,8 @@ def requeue(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], re
             retry.message,
             retry.delay_seconds,
         )
+        numbers.append(int(added))
+    return numbers
 
 
 def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, live: list[int]) -> None:

@@ -14,6 +14,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.postgres.claims import Claims
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
+from embedline.queue import bulk_changes
 from embedline.queue.claim import Claim
 from embedline.queue.outbox import ClaimedRow, Key, in_flight_query, key_columns
 
@@ -71,7 +72,10 @@ def claim_inbox(session: Session, pipeline: Pipeline, limit: int, claims: Claims
         row = session.query(statement, ["integer", "integer[]", *claims.types], limit, live, *claims.values)[0]
         if row["row_count"]:
             keys = zip(*(row[column] or () for column in pipeline.key_columns), strict=True)
-            return Claim(list(map(ClaimedRow, keys)), enqueued_at=row["enqueued_at"], claim_id=row["claim_id"])
+            rows = list(map(ClaimedRow, keys))
+            if pipeline.has_bulk_rule and rows:
+                bulk_changes.mark(session, pipeline, rows, row["embedline_starts"])
+            return Claim(rows, enqueued_at=row["enqueued_at"], claim_id=row["claim_id"])
     return None
 
 
@@ -84,13 +88,17 @@ def _claim_statement(pipeline: Pipeline, front: str, *, is_marked: bool) -> str:
         if is_marked
         else "SELECT NULL::bigint AS claim_id WHERE false"
     )
+    last = starts = ""
+    if pipeline.has_bulk_rule:
+        last = f", max(taken.enqueued_at) OVER (PARTITION BY {pipeline.key_list_of('k')}) AS embedline_last"
+        starts = " array_agg(embedline_last::text) FILTER (WHERE NOT busy) AS embedline_starts,"
     return f"""
         WITH front AS MATERIALIZED ({front}
         ), taken AS (
             DELETE FROM {pipeline.generated("inbox")} WHERE ctid = ANY (ARRAY(SELECT place FROM front)) RETURNING *
         ), key AS MATERIALIZED (
             -- Equal keys may be spelled differently (1.0 and 1.00): all go by the spelling of one.
-            SELECT DISTINCT ON ({keys}) k.*, taken.enqueued_at FROM taken
+            SELECT DISTINCT ON ({keys}) k.*, taken.enqueued_at{last} FROM taken
             CROSS JOIN LATERAL unnest({", ".join(f"taken.{column}" for column in columns)}) AS k ({keys})
             ORDER BY {keys}, taken.enqueued_at
         ), judged AS MATERIALIZED (
@@ -101,7 +109,7 @@ def _claim_statement(pipeline: Pipeline, front: str, *, is_marked: bool) -> str:
             {claimed}
         )
         SELECT (SELECT count(*) FROM front) AS row_count, (SELECT claim_id FROM claimed) AS claim_id,
-            min(enqueued_at)::text AS enqueued_at,
+            min(enqueued_at)::text AS enqueued_at,{starts}
             {", ".join(f"array_agg({column}::text) FILTER (WHERE NOT busy) AS {column}" for column in columns)}
         FROM judged
         """

@@ -35,6 +35,8 @@ class ClaimedRow:
     outbox_ids: list[int] = field(default_factory=list)
     attempts: int = 1
     crash_count: int = 0
+    # Whether its change may wait for a provider's batch.
+    may_wait: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,21 +224,23 @@ def finish(session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], cla
 
 def requeue(
     session: Session, pipeline: Pipeline, rows: Sequence[ClaimedRow], retry: Retry, *, enqueued_at: str | None = None
-) -> None:
+) -> list[int]:
     """Put rows back, to be tried again together after a delay.
 
-    Rows of the inbox keep the time of their change, because the vectors of deleted rows are kept for older changes.
+    Return their numbers in the outbox. Rows of the inbox keep the time of their change, because the vectors of deleted rows
+    are kept for older changes.
     """
     fresh = [row for row in rows if not row.outbox_ids]
     known = [row for row in rows if row.outbox_ids]
     count = len(pipeline.key_columns)
+    numbers = [outbox_id for row in known for outbox_id in row.outbox_ids]
     if fresh:
-        session.query(
+        added = session.query(
             f"INSERT INTO {pipeline.outbox} ({pipeline.key_list}, attempts, crash_count, not_before, last_error, of_backfill,"
             " enqueued_at)"
             f" SELECT k.*, (SELECT clock_timestamp()) + make_interval(secs => ${count + 3}), ${count + 4}, ${count + 5},"
             f" coalesce(${count + 6}::timestamptz, now())"
-            f" FROM unnest({pipeline.key_arrays()}, ${count + 1}, ${count + 2}) AS k",
+            f" FROM unnest({pipeline.key_arrays()}, ${count + 1}, ${count + 2}) AS k RETURNING outbox_id",
             [*pipeline.key_parameter_types, "smallint[]", "smallint[]", "double precision", "text", "boolean", "text"],
             *key_columns([row.key for row in fresh], count),
             [retry.attempts(row) for row in fresh],
@@ -246,6 +250,7 @@ def requeue(
             retry.of_backfill,
             enqueued_at,
         )
+        numbers += [int(row["outbox_id"]) for row in added]
     if known:
         pairs = [(i, retry.attempts(row)) for row in known for i in row.outbox_ids]
         session.query(
@@ -260,6 +265,7 @@ def requeue(
             retry.delay_seconds,
             retry.message,
         )
+    return numbers
 
 
 def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, dead: list[int]) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 from embedline.catalog.values import Pipeline
 from embedline.core import names
 from embedline.core.sql_text import quote_ident
+from embedline.errors import InvalidParameter
 from embedline.indexes import precision
 from embedline.postgres.relations import vector_schema
 from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import INSUFFICIENT_PRIVILEGE, sqlstate_of
 from embedline.search.query_batches import key_expression
 from embedline.search.ranking import Ranker, Row, in_order, newest_rows, version_view
 
@@ -30,6 +32,8 @@ _FEW = 5_000
 _EF_FACTOR = 6
 _CHUNKS = "SELECT reltuples FROM pg_class WHERE relname = $1 AND relnamespace = 'embedline_data'::regnamespace"
 _SPARE = 10
+# Classes of errors that an expression raises: of its syntax and names, of its values, of what PostgreSQL does not offer.
+_FILTERS_FAULT = ("42", "22", "0A")
 _LIMITS = """
     SELECT set_config('hnsw.max_scan_tuples', '1000000', true), set_config('hnsw.scan_mem_multiplier', '16', true)
 """
@@ -64,8 +68,19 @@ class FilteredRows:
     def run(self, sql: str, types: list[str], *values: Any) -> list[Row]:
         """Run a statement with the filter in it; its plan is not kept."""
         with self.as_caller():
-            plan = self._session.plpy.prepare(sql, types)
-            return list(self._session.plpy.execute(plan, list(values)))
+            try:
+                plan = self._session.plpy.prepare(sql, types)
+                return list(self._session.plpy.execute(plan, list(values)))
+            except Exception as error:
+                state = sqlstate_of(error)
+                if not state.startswith(_FILTERS_FAULT) or state == INSUFFICIENT_PRIVILEGE:
+                    raise
+                refused = InvalidParameter(
+                    f"the filter cannot be evaluated: {error}",
+                    hint="It is a condition over the columns of the pipeline's view, for example filter => 'id > 10'.",
+                )
+                refused.sqlstate = state
+                raise refused from None
 
     def estimate(self) -> int:
         """Return how many chunks the planner expects."""

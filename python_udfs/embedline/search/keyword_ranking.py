@@ -22,6 +22,7 @@ from embedline.keywords.build import built_share
 from embedline.keywords.postings import Entries, WordList
 from embedline.postgres.session import Session
 from embedline.search.filters import FilteredRows
+from embedline.search.held_postings import take_postings
 
 Row = dict[str, Any]
 
@@ -84,9 +85,8 @@ class KeywordRanker:
         return dict(list(zip(words, row["counts"], strict=True))[:_MOST_WORDS])
 
     def _scores(self, words: dict[int, int]) -> _Scores:
-        rows = self._session.query(
-            f"SELECT * FROM {self._pipeline.search_function('keyword_read')}($1)", ["bigint[]"], list(words)
-        )
+        read_words = f"SELECT {self._pipeline.search_function('keyword_read')}($1)"
+        rows = take_postings(self._session, self._session.scalar(read_words, ["bigint[]"], list(words)))
         head = next(row for row in rows if row["segment_id"] is None)
         heads = {row["segment_id"]: row for row in rows if row["segment_id"] is not None and row["word"] is None}
         lists: dict[int, dict[int, WordList]] = {segment_id: {} for segment_id in heads}

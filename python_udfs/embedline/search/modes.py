@@ -31,11 +31,21 @@ def rank(session: Session, pipeline: Pipeline, request: SearchRequest) -> list[R
     mode = request.mode or pipeline.version.search_mode
     if mode != "vector":
         require_index(session, pipeline)
-    arms = _arms(session, pipeline, request, mode)
-    if request.explain:
-        return _plans(session, arms)
-    wanted = request.k if request.reranker is None else max(request.k, request.reranked)
-    rows = _enough(arms, request, wanted)
+    filtered = None
+    if request.filter is not None:
+        filtered = FilteredRows(session, pipeline, request.filter, request.filter_search_path)
+    semantic = _VectorArm(session, pipeline, request, filtered) if mode != "keyword" else None
+    try:
+        arms = _arms(session, pipeline, request, mode, semantic, filtered)
+        if request.explain:
+            return _plans(session, arms)
+        wanted = request.k if request.reranker is None else max(request.k, request.reranked)
+        rows = _enough(arms, request, wanted)
+    except BaseException:
+        # The keywords may fail, or be cancelled, while the provider works on the query's vector.
+        if semantic is not None:
+            semantic.cancel()
+        raise
     if request.reranker is not None:
         rows = _reranked(session, pipeline, request, rows)
     return [
@@ -89,17 +99,17 @@ class _Arms:
     statements: Callable[[], list[_Statement]]
 
 
-def _arms(session: Session, pipeline: Pipeline, request: SearchRequest, mode: str) -> _Arms:
-    """Return the arms of a mode.
-
-    The provider works on the query's vector from here on.
-    """
-    filtered = None
-    if request.filter is not None:
-        filtered = FilteredRows(session, pipeline, request.filter, request.filter_search_path)
-    semantic = _VectorArm(session, pipeline, request, filtered) if mode != "keyword" else None
+def _arms(
+    session: Session,
+    pipeline: Pipeline,
+    request: SearchRequest,
+    mode: str,
+    semantic: _VectorArm | None,
+    filtered: FilteredRows | None,
+) -> _Arms:
+    """Return the arms of a mode; `semantic` has asked the provider already."""
     words = KeywordRanker(session, pipeline, filtered) if mode != "vector" else None
-    query = request.query or ""
+    query = request.words
 
     def statements() -> list[_Statement]:
         found = [semantic.statement()] if semantic else []
@@ -132,6 +142,10 @@ class _VectorArm:
         if self._filtered is None:
             return self._ranker.nearest(self._vector(), limit)
         return self._filtered.nearest(self._ranker, self._vector(), limit)
+
+    def cancel(self) -> None:
+        """End the request for the query's vector, if it has not ended."""
+        self._pending.cancel()
 
     def statement(self) -> _Statement:
         """Return the statement of the arm."""
@@ -178,7 +192,7 @@ def _reranked(session: Session, pipeline: Pipeline, request: SearchRequest, rows
     if not read:
         return []
     texts = [str(row["chunk"]) for row in read]
-    pending = Reranking(session, str(request.reranker), request.query or "", texts, pipeline.pipeline_id)
+    pending = Reranking(session, str(request.reranker), request.words, texts, pipeline.pipeline_id)
     for row, score in zip(read, pending.result(), strict=True):
         row["score"] = score
     return sorted(read, key=lambda row: (-row["score"], str(row["key"]), row["chunk_id"]))

@@ -5,6 +5,7 @@ Its model embeds them in batches, and search's own ranker answers them.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ import numpy.typing as npt
 from embedline.catalog import progress
 from embedline.catalog.values import Pipeline
 from embedline.core import vectors
+from embedline.core.media import MediaPart, ModelInput
 from embedline.core.sql_text import quote_ident
 from embedline.core.vectors import FloatMatrix
+from embedline.errors import UnreadableMedia
 from embedline.models.pool import embedder_for, let_cancel_through, wait_result
 from embedline.postgres.session import Session
 from embedline.search.ranking import Ranker
@@ -48,21 +51,23 @@ class Rankings:
     seconds: list[float] = field(default_factory=list)
 
 
-def embed_queries(session: Session, pipeline: Pipeline, texts: Sequence[str]) -> QueryVectors:
+def embed_queries(session: Session, pipeline: Pipeline, texts: Sequence[ModelInput]) -> QueryVectors:
     """Embed the repaired texts as search embeds a query.
 
     The statement stays cancellable.
     """
     version, breathe = pipeline.version, let_cancel_through(session)
     embedder = embedder_for(session, version.model)
-    size = min(version.model.config.max_batch_items, _REQUEST_TEXTS)
-    futures = [embedder.submit(texts[start : start + size], "query") for start in range(0, len(texts), size)]
+    requests = _requests(texts, min(version.model.config.max_batch_items, _REQUEST_TEXTS))
+    futures = [embedder.submit([texts[place] for place in request], "query") for request in requests]
     parts = []
     for number, future in enumerate(futures):
-        progress.report(session, "embedding the queries", number * size, len(texts))
+        progress.report(session, "embedding the queries", sum(map(len, requests[:number])), len(texts))
         block = wait_result(future, breathe)
+        if block.faults:
+            raise UnreadableMedia(f"a query cannot be decoded: {next(iter(block.faults.values()))}")
         parts.append(vectors.matrix_from_bytes(block.data, block.count, block.dimensions))
-    matrix = np.concatenate(parts)
+    matrix = np.concatenate(parts)[np.argsort(list(itertools.chain(*requests)))]
     vectors.check_shape(matrix, len(texts), version.dimensions)
     ready, faults = vectors.usable_vectors(matrix, version.column_type, version.distance != "l2")
     usable = np.ones(len(texts), dtype=bool)
@@ -70,7 +75,17 @@ def embed_queries(session: Session, pipeline: Pipeline, texts: Sequence[str]) ->
     return QueryVectors(ready, usable)
 
 
-def embedding_seconds(session: Session, pipeline: Pipeline, text: str) -> float:
+def _requests(queries: Sequence[ModelInput], size: int) -> list[list[int]]:
+    """Return the places of the queries of each request.
+
+    A request has up to `size` texts, or a single file.
+    """
+    words = [place for place, query in enumerate(queries) if isinstance(query, str)]
+    files = [[place] for place, query in enumerate(queries) if isinstance(query, MediaPart)]
+    return [words[start : start + size] for start in range(0, len(words), size)] + files
+
+
+def embedding_seconds(session: Session, pipeline: Pipeline, text: ModelInput) -> float:
     """Return the seconds that embedding one query takes, alone."""
     began = time.perf_counter()
     wait_result(embedder_for(session, pipeline.version.model).submit([text], "query"), let_cancel_through(session))

@@ -7,17 +7,44 @@ import math
 from array import array
 
 from embedline.catalog.values import Pipeline
+from embedline.core.media import MAX_MEDIA_BYTES, MediaPart, ModelInput, modality_of
 from embedline.core.text import repair_text
-from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors
+from embedline.errors import DimensionMismatch, InvalidParameter, InvalidVectors, UnreadableMedia
 from embedline.models.query_embedding import QueryEmbedding
+from embedline.models.space import space_fault
 from embedline.postgres.session import Session
 
+_QUERIES = {"text": "a text", "image": "an image", "audio": "a recording"}
 
-def start(session: Session, pipeline: Pipeline, query: str | None) -> QueryEmbedding:
-    """Ask the version's model for the vector of a text, which must be given."""
+
+def start(session: Session, pipeline: Pipeline, query: str | bytes | None) -> QueryEmbedding:
+    """Ask the version's model for the vector of a text, an image or a recording.
+
+    Raises InvalidParameter if it is NULL.
+    """
     if query is None:
         raise InvalidParameter("the query must not be NULL")
-    return QueryEmbedding(session, pipeline.version, repair_text(query))
+    return QueryEmbedding(session, pipeline.version, query_input(pipeline, query))
+
+
+def query_input(pipeline: Pipeline, query: str | bytes) -> ModelInput:
+    """Return a query as the version's model takes it.
+
+    Raises InvalidParameter if the model has no vectors of such contents, because only vectors of one model can be compared.
+    """
+    model = pipeline.version.model
+    modality = "text" if isinstance(query, str) else modality_of(query, model.modalities)
+    if modality not in model.modalities:
+        others = " or ".join(_QUERIES[known] for known in model.modalities)
+        raise InvalidParameter(
+            f'model "{model.config.name}" of pipeline "{pipeline.name}" cannot be asked with {_QUERIES[modality]}',
+            hint=f"Search with {others}, or add a version whose model takes {_QUERIES[modality]}.",
+        )
+    if isinstance(query, str):
+        return repair_text(query)
+    if not 0 < len(query) <= MAX_MEDIA_BYTES:
+        raise InvalidParameter(f"a query of {len(query):,} bytes cannot be read: use 1 to {MAX_MEDIA_BYTES:,}")
+    return MediaPart(modality, query)
 
 
 def finish(pipeline: Pipeline, pending: QueryEmbedding) -> str:
@@ -26,6 +53,10 @@ def finish(pipeline: Pipeline, pending: QueryEmbedding) -> str:
     It is normalised if the version's vectors are.
     """
     version, block = pipeline.version, pending.result()
+    if block.fingerprint is not None and (fault := space_fault(version.model, block)):
+        raise fault
+    if block.faults:
+        raise UnreadableMedia(f"the query cannot be decoded: {block.faults[0]}")
     if (block.count, block.dimensions) != (1, version.dimensions):
         raise DimensionMismatch(
             f"the model returned {block.dimensions} dimensions, pipeline {pipeline.name} has {version.dimensions}"

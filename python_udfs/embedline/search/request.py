@@ -23,7 +23,7 @@ _RERANKED = 20
 class SearchRequest:
     """The parameters of search; see sql/functions/search.sql."""
 
-    query: str | None
+    query: str | bytes | None
     k: int
     per_document: bool
     ef_search: int | None
@@ -44,8 +44,16 @@ class SearchRequest:
         require_given(**{name: given[name] for name in required})
         request = cls(**{parameter.name: given[parameter.name] for parameter in fields(cls)})
         request._check()
+        if isinstance(request.query, bytes):
+            request = replace(request, mode="vector")
         per_document, explain = bool(request.per_document), bool(request.explain)
         return replace(request, per_document=per_document, explain=explain)
+
+    @classmethod
+    def of_media(cls, given: Mapping[str, Any]) -> Self:
+        """Return the request of a search with a file; raise InvalidParameter."""
+        words = {"semantic_weight": 1.0, "keyword_weight": 1.0, "rrf_k": 60, "window_size": None, "reranker": None}
+        return cls.from_parameters({**words, **given})
 
     @classmethod
     def of_documents(cls, query: str, k: int) -> Self:
@@ -68,8 +76,17 @@ class SearchRequest:
             raise InvalidParameter(f"rrf_k must be between 1 and {_MAX_K}, not {self.rrf_k}")
         if self.window_size is not None and not self.k <= self.window_size <= _MAX_K:
             raise InvalidParameter(f"window_size must be between k and {_MAX_K}, not {self.window_size}")
+        if isinstance(self.query, bytes) and (self.mode not in (None, "vector") or self.reranker is not None):
+            raise InvalidParameter(
+                "an image or a recording has no words to search by", hint="Leave mode and reranker out."
+            )
         if self.filter is not None:
             require_single_expression(self.filter, "filter")
+
+    @property
+    def words(self) -> str:
+        """Return the words of the query; an image or a recording has none."""
+        return self.query if isinstance(self.query, str) else ""
 
     @property
     def is_plain(self) -> bool:

@@ -22,7 +22,10 @@ from embedline.queue.dead_letters import letter_of
 # Rows of each queue that are searched for a key, because its keys have no index.
 _SEARCHED_ROWS = 10_000
 _SOURCE_TROUBLE = "SELECT message FROM embedline._source_trouble($1) WHERE state IS NOT NULL"
-_CIRCUIT = "SELECT last_error, open_until::timestamptz(0)::text AS until FROM embedline.circuit WHERE model_id = $1"
+_CIRCUIT = """
+    SELECT embedline._shown_error(last_error) AS last_error, open_until::timestamptz(0)::text AS until
+    FROM embedline.circuit WHERE model_id = $1
+"""
 _WORKERS = "SELECT workers_alive FROM embedline._workers_alive() AS w (workers_alive)"
 
 Answer = dict[str, Any]
@@ -178,7 +181,8 @@ class _RowState:
                 JOIN {self._wanted} ON {pipeline.key_join("t", "k")}
                 UNION ALL {of_arrays}
             )
-            SELECT min(enqueued_at)::text AS since, max(last_error) AS last_error, max(attempts) AS attempts,
+            SELECT min(enqueued_at)::text AS since, embedline._shown_error(max(last_error)) AS last_error,
+                max(attempts) AS attempts,
                 max(not_before)::timestamptz(0)::text AS not_before, coalesce(bool_or(is_claim), false) AS is_claimed
             FROM queued
             """,

@@ -34,6 +34,19 @@ def embed_query(session: Session, pipeline_name: str, query: str) -> str:
 
     The model of the serving version makes it.
     """
+    return _query_vector(session, pipeline_name, query)
+
+
+@entry_point
+def embed_query_media(session: Session, pipeline_name: str, query: bytes) -> str:
+    """Return the vector of an image or a recording in pgvector's text form.
+
+    The model of the serving version makes it.
+    """
+    return _query_vector(session, pipeline_name, query)
+
+
+def _query_vector(session: Session, pipeline_name: str, query: str | bytes) -> str:
     from embedline.catalog.serving import serving_number
 
     pipeline = load_pipeline(session, pipeline_name)
@@ -72,8 +85,23 @@ def search(
 
     Rows are of key, chunk, score, semantic_rank, keyword_rank, chunk_start, chunk_end.
     """
-    request = SearchRequest.from_parameters(parameters)
+    return _search(session, pipeline_name, tenant, session_key, SearchRequest.from_parameters(parameters))
 
+
+@entry_point
+def search_media(
+    session: Session, pipeline_name: str, tenant: str | None, session_key: str | None, parameters: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the k best chunks for an image or a recording, or documents.
+
+    Rows are those of search.
+    """
+    return _search(session, pipeline_name, tenant, session_key, SearchRequest.of_media(parameters))
+
+
+def _search(
+    session: Session, pipeline_name: str, tenant: str | None, session_key: str | None, request: SearchRequest
+) -> list[dict[str, Any]]:
     def rank(pipeline: Pipeline) -> list[dict[str, Any]]:
         if (request.mode or pipeline.version.search_mode) == "vector" and request.is_plain:
             return _rank(session, pipeline, request)
@@ -86,10 +114,10 @@ def search(
     serving = load_pipeline(session, pipeline_name)
     with span("search", {"pipeline": pipeline_name}):
         rows = answer(session, serving, tenant, session_key, request.k, rank)
-    if request.query and serving.query_sample_share and random.random() < serving.query_sample_share:
+    if request.words and serving.query_sample_share and random.random() < serving.query_sample_share:
         from embedline.search import query_samples
 
-        query_samples.note(session, serving, request.query)
+        query_samples.note(session, serving, request.words)
     return rows
 
 

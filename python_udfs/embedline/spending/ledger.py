@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from embedline.catalog.values import Pipeline
+from embedline.core.prices import BATCH_PRICE_SHARE
 from embedline.errors import NotReady
 from embedline.postgres.claims import CALLERS_TRANSACTION, Claims
 from embedline.postgres.entry import entry_point
@@ -48,8 +49,8 @@ _METER = """
     WHERE m.model_id = $2
 """
 _RESERVE = """
-    INSERT INTO embedline.reservation (model_id, pipeline_id, worker_id, requests, tokens, price)
-    VALUES ($1, $2, $3, $4, $5, $6) RETURNING reservation_id
+    INSERT INTO embedline.reservation (model_id, pipeline_id, worker_id, requests, tokens, price, is_batch)
+    VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING reservation_id
 """
 # Fenced by settled_at, so that a second settlement changes nothing. A row that was rolled up meanwhile keeps its
 # estimate.
@@ -57,25 +58,33 @@ _SETTLE = """
     UPDATE embedline.reservation SET tokens = coalesce($2, tokens), settled_at = clock_timestamp()
     WHERE reservation_id = $1 AND settled_at IS NULL
 """
-# A rate limit needs the last 60 s. An open reservation without a living worker is closed at its estimate.
+# A rate limit needs the last 60 s. An open reservation without a living worker is closed at its estimate, unless it is that of
+# a batch that the provider still has.
 _ROLL_UP = """
     WITH old AS (
         DELETE FROM embedline.reservation AS r
         WHERE r.reserved_at < clock_timestamp() - interval '2 minutes'
             AND (r.settled_at IS NOT NULL OR r.worker_id IS NULL OR NOT r.worker_id = ANY ($1))
+            AND NOT (r.is_batch AND r.settled_at IS NULL AND EXISTS (
+                SELECT FROM embedline.provider_batch AS b
+                WHERE b.reservation_id = r.reservation_id AND b.state <> 'done'))
         RETURNING r.*
     ), summed AS (
         SELECT (o.reserved_at AT TIME ZONE 'UTC')::date AS day, o.model_id, o.pipeline_id, sum(o.requests) AS requests,
             sum(o.tokens) AS tokens, coalesce(sum(o.tokens * o.price), 0) / 1000000 AS money, count(*) AS row_count,
-            range_agg(tstzrange(o.reserved_at, greatest(o.settled_at, o.reserved_at), '[]')) AS busy
+            coalesce(sum(o.tokens) FILTER (WHERE o.is_batch), 0) AS batch_tokens,
+            range_agg(tstzrange(o.reserved_at, greatest(o.settled_at, o.reserved_at), '[]')) FILTER (WHERE NOT o.is_batch)
+                AS busy
         FROM old AS o GROUP BY 1, 2, 3
     ), added AS (
-        INSERT INTO embedline.usage_day AS d (day, model_id, pipeline_id, requests, tokens, money, busy_seconds)
-        SELECT s.day, s.model_id, s.pipeline_id, s.requests, s.tokens, s.money, (
-            SELECT sum(extract(epoch FROM upper(b.span) - lower(b.span))) FROM unnest(s.busy) AS b (span))
+        INSERT INTO embedline.usage_day AS d
+            (day, model_id, pipeline_id, requests, tokens, money, batch_tokens, busy_seconds)
+        SELECT s.day, s.model_id, s.pipeline_id, s.requests, s.tokens, s.money, s.batch_tokens, coalesce((
+            SELECT sum(extract(epoch FROM upper(b.span) - lower(b.span))) FROM unnest(s.busy) AS b (span)), 0)
         FROM summed AS s
         ON CONFLICT (day, model_id, pipeline_id) DO UPDATE SET requests = d.requests + excluded.requests,
             tokens = d.tokens + excluded.tokens, money = d.money + excluded.money,
+            batch_tokens = d.batch_tokens + excluded.batch_tokens,
             busy_seconds = d.busy_seconds + excluded.busy_seconds
     )
     SELECT coalesce(sum(row_count), 0)::bigint AS row_count FROM summed
@@ -120,6 +129,8 @@ class _Meter:
     price: Decimal | None
     capped: bool
     rated: bool
+    # Of a batch endpoint: at its price, outside the limits of a minute.
+    is_batch: bool = False
 
     @property
     def limited(self) -> bool:
@@ -137,6 +148,19 @@ def reserve(session: Session, pipeline: Pipeline, tokens: Sequence[int], claims:
     if meter is None:
         return Grant(len(tokens), None, None, None)
     return _reserve(session, payer, meter, tokens, claims)
+
+
+def reserve_batch(session: Session, pipeline: Pipeline, tokens: Sequence[int], claims: Claims) -> Grant:
+    """Reserve the texts of a provider's batch at its price, in order.
+
+    No limit of a minute applies. The reservation stays open for as long as the batch does, whichever worker began it.
+    """
+    payer = Payer.of(pipeline)
+    meter = _load_meter(session, payer)
+    if meter is None:
+        return Grant(len(tokens), None, None, None)
+    price = None if meter.price is None else meter.price * BATCH_PRICE_SHARE
+    return _reserve(session, payer, _Meter(price, meter.capped, False, True), tokens, claims)
 
 
 def reserve_scores(session: Session, payer: Payer, amount: int) -> Grant:
@@ -278,13 +302,14 @@ def _append(session: Session, payer: Payer, meter: _Meter, tokens: Sequence[int]
     reservation_id = int(
         session.scalar(
             _RESERVE,
-            ["bigint", "bigint", "integer", "integer", "bigint", "numeric"],
+            ["bigint", "bigint", "integer", "integer", "bigint", "numeric", "boolean"],
             payer.model_id,
             payer.pipeline_id,
             claims.worker_id,
             len(tokens),
             sum(tokens),
             meter.price,
+            meter.is_batch,
         )
     )
     if claims.is_resident and reservation_id % _ROLL_UP_EVERY == 0:

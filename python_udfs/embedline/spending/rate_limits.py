@@ -39,7 +39,7 @@ _WINDOWS = """
             SELECT a.age, sum(u.requests::float8) OVER newer AS newer_requests, sum(u.tokens::float8) OVER newer AS newer_tokens
             FROM embedline.reservation AS u
             CROSS JOIN LATERAL (SELECT extract(epoch FROM clock_timestamp() - u.reserved_at)::float8 AS age) AS a
-            WHERE u.model_id = r.model_id AND u.reserved_at > clock_timestamp() - interval '60 seconds'
+            WHERE u.model_id = r.model_id AND u.reserved_at > clock_timestamp() - interval '60 seconds' AND NOT u.is_batch
             WINDOW newer AS (ORDER BY u.reserved_at DESC, u.reservation_id DESC ROWS UNBOUNDED PRECEDING)
         ) AS n
     ) AS w

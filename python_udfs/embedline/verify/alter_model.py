@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from embedline.catalog.load import load_model, load_versions
+from embedline.catalog.load import load_model, load_pipeline, load_versions
 from embedline.catalog.rights import require_superuser
 from embedline.catalog.values import Model, Pipeline
 from embedline.core import vectors
@@ -26,11 +26,13 @@ from embedline.core.embedding import Embedder, ModelConfig, ModelInfo
 from embedline.core.prices import check_price
 from embedline.core.recipe import ModelChanges
 from embedline.core.sql_text import quote_ident, quote_literal
+from embedline.documents.files import stored_inputs
 from embedline.embedders import create_embedder
 from embedline.errors import DimensionMismatch, InvalidParameter, NotReady
 from embedline.models.document_embedding import embed_texts, lowest_cosine
 from embedline.models.pool import let_cancel_through, wait_result
 from embedline.models.register import check_directory, check_endpoint, check_limits, checked_options, probe
+from embedline.pipelines import published
 from embedline.pipelines.register import version_fingerprint
 from embedline.pipelines.state import load_alone
 from embedline.postgres.claims import CALLERS_TRANSACTION
@@ -67,7 +69,8 @@ _STORE_TYPES = [
     "bigint", "text", "text", "text", "integer", "integer", "integer", "double precision", "jsonb", "numeric", "integer",
 ]  # fmt: skip
 _STORE_PROBED = """
-    UPDATE embedline.model SET fingerprint = $2, probed_fingerprint = nullif($3, $2), learned = $4 WHERE model_id = $1
+    UPDATE embedline.model SET fingerprint = $2, probed_fingerprint = nullif($3, $2), learned = $4, modalities = $5
+    WHERE model_id = $1
 """
 # Found through the primary key, so that the cost is the same on any table. model_drift does the same with the keys.
 _CHOOSE = """
@@ -123,6 +126,9 @@ def alter_model(session: Session, name: str, parameters: dict[str, Any]) -> None
         config.max_batch_tokens, config.concurrency, config.timeout_seconds, json.dumps(dict(config.options)), price,
         config.options.get("max_tokens", model.max_tokens),
     )  # fmt: skip
+    for row in session.query(_USERS, ["bigint"], model.model_id):
+        # Readers of subscribers choose their model by these rows.
+        published.write_routing(session, load_pipeline(session, str(row["name"])))
 
 
 def _differ_only(before: ModelConfig, after: ModelConfig, fields: Sequence[str]) -> bool:
@@ -157,12 +163,18 @@ def _wanted_options(model: Model, given: str) -> dict[str, Any]:
     config = model.config
     changes = checked_options(config.name, config.provider, given)
     for option in _DECISIVE_OPTIONS if config.task == "embed" else ():
-        if option in changes and changes[option] != config.options.get(option):
+        before, after = (_decisive_value(option, options.get(option)) for options in (config.options, changes))
+        if option in changes and before != after:
             raise InvalidParameter(
                 f'option "{option}" of model "{config.name}" decides its vectors and cannot be altered',
                 hint=_other_way(config.name, None),
             )
     return {option: value for option, value in {**config.options, **changes}.items() if value is not None}
+
+
+def _decisive_value(option: str, value: object) -> object:
+    """Return a value; a precision that is left open is that of float32."""
+    return "float32" if option == "precision" and value in (None, "auto") else value
 
 
 def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
@@ -194,11 +206,12 @@ def _ask_endpoint(session: Session, model: Model, config: ModelConfig) -> None:
 def _store_probed(session: Session, model: Model, fingerprint: str, info: ModelInfo) -> None:
     session.query(
         _STORE_PROBED,
-        ["bigint", "text", "text", "jsonb"],
+        ["bigint", "text", "text", "jsonb", "text[]"],
         model.model_id,
         fingerprint,
         info.fingerprint,
         json.dumps(dict(info.learned)),
+        list(info.modalities),
     )
     # The failures that opened it were those of the earlier endpoint.
     session.query("DELETE FROM embedline.circuit WHERE model_id = $1", ["bigint"], model.model_id)
@@ -210,6 +223,7 @@ def _checked_fingerprint(session: Session, model: Model, info: ModelInfo, embedd
     It is the stored one if the endpoint gives the stored vectors.
     """
     versions = _versions(session, model)
+    _require_same_towers(model, info, versions)
     compared = _compare(session, versions, embedder)
     if not compared and versions:
         # A worker may be about to write the first vectors, made by the earlier endpoint.
@@ -239,6 +253,21 @@ def _checked_fingerprint(session: Session, model: Model, info: ModelInfo, embedd
         )
     session.plpy.notice(f'model "{model.config.name}": {len(compared)} stored chunks came back the same: {figures}')
     return model.fingerprint
+
+
+def _require_same_towers(model: Model, info: ModelInfo, versions: Sequence[Pipeline]) -> None:
+    """Raise InvalidParameter if a model of towers in use would get another tower.
+
+    The stored vectors are those of one tower. Another tower of texts would be asked beside them, and nothing would tell.
+    """
+    is_local = model.config.provider == "sentence-transformers"
+    is_other = set(info.modalities) != set(model.modalities) or (is_local and info.fingerprint != model.fingerprint)
+    if versions and model.has_towers and is_other:
+        raise InvalidParameter(
+            f'model "{model.config.name}" would have other towers than those of the stored vectors',
+            detail="Towers belong together: none can be changed alone.",
+            hint=_other_way(model.config.name, versions[0].name),
+        )
 
 
 def _versions(session: Session, model: Model) -> list[Pipeline]:
@@ -275,7 +304,10 @@ def _compare_version(session: Session, pipeline: Pipeline, embedder: Embedder, s
     rows = session.query(query, ["integer"], sample)
     if not rows:
         return []
-    texts = [row["prefix"] + row["content"].strip() for row in rows]
+    found = stored_inputs(session, pipeline, rows)
+    if not found:
+        return []
+    rows, texts = [dict(row) for row, _ in found], [given for _, given in found]
     # A token has about four characters; two are on the safe side.
     grant = ledger.reserve(session, pipeline, [1 + sum(map(len, texts)) // 2], CALLERS_TRANSACTION)
     if not grant.count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from embedline.catalog.modality import require_text
 from embedline.catalog.rights import require_control
 from embedline.documents.loans import matrix_of, version_of
 from embedline.errors import InvalidParameter
@@ -25,6 +26,7 @@ def check_vectors(
     """
     require_control(session, pipeline_name)
     pipeline = version_of(session, pipeline_name, version)
+    require_text(pipeline, "a loan of vectors")
     if None in texts or None in sent or len(texts) != len(sent) or not 1 <= len(texts) <= MAX_SAMPLE:
         raise InvalidParameter(f"there must be 1 to {MAX_SAMPLE} texts with a vector each, and none of them NULL")
     matrix = matrix_of(pipeline, sent)

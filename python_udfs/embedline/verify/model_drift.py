@@ -18,7 +18,9 @@ from embedline.catalog import keys
 from embedline.catalog.values import Pipeline
 from embedline.core import vectors
 from embedline.core.json_values import as_mapping
+from embedline.core.media import ModelInput
 from embedline.core.sql_text import quote_ident
+from embedline.documents.files import stored_inputs
 from embedline.errors import ProviderError
 from embedline.models import circuit
 from embedline.models.document_embedding import embed_texts, lowest_cosine
@@ -104,7 +106,7 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
     if not chosen:
         return Drift()
     try:
-        fresh, fingerprint = embed_fresh(session, pipeline, [str(row["text"]) for row in chosen])
+        fresh, fingerprint = embed_fresh(session, pipeline, [row["text"] for row in chosen])
     except ProviderError as error:
         return Drift(error=str(error))
     stored = vectors.vectors_from_send([row["vector"] for row in chosen], pipeline.version.column_type)
@@ -122,7 +124,7 @@ def examine(session: Session, pipeline: Pipeline, sample: int) -> Drift:
     return Drift(len(chosen), foreign, changed)
 
 
-def embed_fresh(session: Session, pipeline: Pipeline, texts: Sequence[str]) -> tuple[vectors.FloatMatrix, str]:
+def embed_fresh(session: Session, pipeline: Pipeline, texts: Sequence[ModelInput]) -> tuple[vectors.FloatMatrix, str]:
     """Return the vectors that the model gives texts now, and its present fingerprint.
 
     Raises ProviderError if the model cannot be asked, also because of a budget.
@@ -161,7 +163,7 @@ def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str,
     rows = session.query(
         f"""
         WITH {random_chunks(pipeline)}
-        SELECT uuid_send(c.content_hash) AS digest, {keys.as_json(pipeline, "c")} AS key, c.prefix, c.content,
+        SELECT c.chunk_id, uuid_send(c.content_hash) AS digest, {keys.as_json(pipeline, "c")} AS key, c.prefix, c.content,
             {vector_schema(session)}.{version.column_type}_send(v.{quote_ident(version.column)}) AS vector
         FROM picked AS p
         JOIN {pipeline.vectors} AS v ON v.chunk_id = p.chunk_id
@@ -178,9 +180,8 @@ def _choose(session: Session, pipeline: Pipeline, sample: int) -> list[dict[str,
     matrix = (
         vectors.vectors_from_send([row["vector"] for row in rows], version.column_type) if rows else np.zeros((0, 1))
     )
-    return [
-        {**row, "text": (row["prefix"] or "") + row["content"].strip()} for i, row in enumerate(rows) if matrix[i].any()
-    ]
+    compared = [row for i, row in enumerate(rows) if matrix[i].any()]
+    return [{**row, "text": given} for row, given in stored_inputs(session, pipeline, compared)]
 
 
 def replace_vectors(session: Session, pipeline: Pipeline, foreign: Sequence[StoredVector]) -> int:
@@ -221,9 +222,11 @@ def replace_vectors(session: Session, pipeline: Pipeline, foreign: Sequence[Stor
 def accept_fingerprint(session: Session, pipeline: Pipeline, found: Drift) -> None:
     """Register the model's present fingerprint.
 
-    That is done if its vectors are the stored ones, or if all vectors are replaced.
+    That is done if its vectors are the stored ones, or if all vectors are replaced. The stored vectors of a model of towers
+    do not tell whether another tower has changed.
     """
-    if found.fingerprint is not None and (found.is_everywhere or not found.foreign):
+    is_same = not found.foreign and not pipeline.version.model.has_towers
+    if found.fingerprint is not None and (found.is_everywhere or is_same):
         session.query(
             "UPDATE embedline.model SET fingerprint = $2, probed_fingerprint = NULL WHERE model_id = $1",
             ["bigint", "text"],

@@ -45,7 +45,10 @@ def nightly_step(session: Session, step: str, pipeline_name: str | None, repair:
 
     Only run_nightly calls it.
     """
-    this = NightlyStep(step)
+    try:
+        this = NightlyStep(step)
+    except ValueError:
+        raise InvalidParameter(f'the nightly run has no step "{step}"') from None
     if this is NightlyStep.PURGE:
         _purge(session)
     elif pipeline_name is None:

@@ -14,13 +14,14 @@ from embedline.core.fingerprint import recipe_stamp
 from embedline.core.recipe import METHOD_NAMES, ChunkingChoice, IndexSpec, VersionChoice, VersionSpec
 from embedline.core.storage_size import INDEX_DIMENSIONS
 from embedline.errors import AlreadyExists
+from embedline.gate.training import require_untrained_canaries
 from embedline.pipelines.alter import restart_ranges
 from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import chunk_set_statements
 from embedline.pipelines.functions import rewrite_trigger_functions
 from embedline.pipelines.keyword_index import create_tables
 from embedline.pipelines.plan import current_plan
-from embedline.pipelines.recipe_check import check_version, next_chunking
+from embedline.pipelines.recipe_check import check_modality, check_version, next_chunking
 from embedline.pipelines.register import (
     NewVersion,
     create_version_table,
@@ -56,7 +57,9 @@ def add_embedding_version(session: Session, name: str, parameters: dict[str, Any
     check_backfill(choice.backfill)
     model = load_embedding_model(session, choice.model)
     pipeline = load_alone(session, name)
+    require_untrained_canaries(session, pipeline, model)
     spec = _version_spec(session, pipeline, model, choice)
+    check_modality(pipeline.modality, model)
     check_version(spec, model)
     chunking, set_number = _chunk_set(session, pipeline, model, choice.chunking)
     fingerprint = version_fingerprint(model, spec.column_type, spec.distance, chunking, pipeline.document_prefix)
@@ -140,7 +143,7 @@ def _chunk_set(session: Session, pipeline: Pipeline, model: Model, choice: Chunk
             f" the chunks that are there have up to {spec.tokens} of another model's.",
         )
         return replace(spec, tokens=tokens, overlap=min(spec.overlap, tokens - 1)), _next_set(pipeline)
-    wanted = next_chunking(choice, spec, model) if choice.is_given else spec
+    wanted = next_chunking(choice, spec, model, pipeline.modality) if choice.is_given else spec
     if wanted == spec and is_readable:
         return spec, pipeline.chunk_set.number
     return wanted, _next_set(pipeline)

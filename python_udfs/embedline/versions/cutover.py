@@ -16,7 +16,9 @@ from embedline.catalog.rights import require_control
 from embedline.catalog.values import Pipeline
 from embedline.core.processes import prepare_environment
 from embedline.errors import NotReady
+from embedline.gate.training import require_untrained_canaries
 from embedline.models import circuit
+from embedline.pipelines import published
 from embedline.pipelines.plan import current_plan
 from embedline.pipelines.replaced_views import LetGo, await_view, require_swappable, show_version
 from embedline.pipelines.state import load_alone
@@ -89,6 +91,7 @@ def cutover(session: Session, name: str, number: int, override_reason: str | Non
         return
     coverage.require_complete(target)
     coverage.require_index(session, target)
+    published.require_published(session, target)
     evaluation_id, override_reason = _require_gate(session, target, override_reason)
     require_swappable(session, target)
     require_derived(session, target, _CUTOVER_SECONDS)
@@ -160,7 +163,10 @@ def _require_gate(session: Session, target: Pipeline, override_reason: str | Non
     rows = session.query(_GATE, ["bigint"], target.version.version_id)
     verdict = rows[0]["verdict"] if rows else None
     evaluation_id = int(rows[0]["evaluation_id"]) if rows else None
-    if verdict == "pass" or (override_reason or "").strip():
+    if (override_reason or "").strip():
+        return evaluation_id, override_reason
+    require_untrained_canaries(session, target, target.version.model)
+    if verdict == "pass":
         return evaluation_id, override_reason
     if _is_empty(session, target):
         return evaluation_id, _EMPTY
@@ -228,6 +234,7 @@ def _swap(
 ) -> None:
     plan, source = current_plan(session, target)
     session.query(_SERVE, ["bigint", "bigint"], target.pipeline_id, target.version.version_id)
+    published.write_routing(session, target)
     leaving, coming = outgoing.version, target.version
     cutover_id = session.scalar(
         _LOG,

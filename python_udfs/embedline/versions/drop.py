@@ -11,7 +11,7 @@ from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
 from embedline.errors import NotReady
 from embedline.indexes.cron_jobs import forget_index_jobs
-from embedline.pipelines import derived
+from embedline.pipelines import derived, published
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.search_functions import drop_search_functions
 from embedline.pipelines.functions import rewrite_trigger_functions
@@ -60,6 +60,7 @@ def drop_embedding_version(session: Session, name: str, number: int, window: str
     )
     forget_index_jobs(session, name, number)
     session.query("DELETE FROM embedline.version WHERE version_id = $1", ["bigint"], doomed.version.version_id)
+    published.write_routing(session, pipeline)
     if is_last:
         session.query(
             "DELETE FROM embedline.chunk_set WHERE chunk_set_id = $1", ["bigint"], doomed.chunk_set.chunk_set_id

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from embedline.catalog.values import Pipeline
 from embedline.core.embedding import EmbeddingBlock
+from embedline.core.media import ModelInput
 from embedline.core.request_tokens import likely_tokens, most_tokens
 from embedline.documents.readability import Readability
 from embedline.documents.values import Document, Vector
@@ -36,12 +37,13 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class Request:
-    """Texts that are sent together, by digest. `future` is None until it is sent.
+    """Texts or segments that are sent together, by digest.
 
-    It is granted in a transaction and sent after the commit: a crash in between must not forget the reservation.
+    `future` is None until it is sent. It is granted in a transaction and sent after the commit: a crash in between must
+    not forget the reservation.
     """
 
-    texts: dict[bytes, str]
+    texts: dict[bytes, ModelInput]
     future: Future[EmbeddingBlock] | None = None
     # When it was sent and answered, of time.monotonic.
     sent_at: float = 0.0
@@ -68,16 +70,17 @@ class Unit:
     of each request that failed. `failures` counts the requests with these texts that failed before in this batch.
     `split` holds the sizes of all parts of the first one that was refused. `cut_sizes` are the estimated sizes of
     texts that were refused as too long and are asked for in halves. `verdict` is the answer to a harmless text that a
-    failed unit waits for. Times are of time.monotonic: `sent_at`, when the last request that failed was sent,
-    `failed_at`, when that was seen.
+    failed unit waits for. `undecodable` tells why files have no vector. Times are of time.monotonic: `sent_at`, when the
+    last request that failed was sent, `failed_at`, when that was seen.
     """
 
     documents: list[Document]
     vectors: dict[bytes, Vector] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     faults: dict[bytes, str] = field(default_factory=dict)
+    undecodable: dict[bytes, str] = field(default_factory=dict)
     error: EmbedlineError | None = None
-    failed: list[dict[bytes, str]] = field(default_factory=list)
+    failed: list[dict[bytes, ModelInput]] = field(default_factory=list)
     failures: int = 0
     split: Split | None = None
     cut_sizes: frozenset[int] = frozenset()
@@ -99,20 +102,25 @@ class Batch:
 
     source: WorkSource
     claim: Claim
-    # When a write was last tried.
+    # When a write was last tried, and before when it is not tried again.
     written_at: float = 0.0
+    write_at: float = 0.0
     # Bytes of content that are read of its rows; the rows beyond are requeued, and counted.
     max_bytes: int = MAX_BATCH_BYTES
     deferred_count: int = 0
+    # Of rows that hold addresses: where files may be fetched, and documents that are left to a later batch.
+    media_prefixes: tuple[str, ...] = ()
+    postponed: list[Document] = field(default_factory=list)
     # How its chunks are checked before they are embedded; None: not at all.
     readability: Readability | None = None
     found: list[Document] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
     embedded_count: int = 0
+    # How many of these a remote worker was told of.
+    told_count: int = 0
     content_bytes: int = 0
     vector_bytes: int = 0
     grant_at: float = 0.0
-    write_at: float = 0.0
     claimed_at: float = field(default_factory=time.monotonic)
     answered_at: float = 0.0
     longest_write: float = 0.0
@@ -153,6 +161,11 @@ class Batch:
         if letters:
             self.meter.dead_count += len(letters)
             self.source.quarantine(self.claim, letters)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether its last write was put off."""
+        return self.write_at > self.written_at
 
     @property
     def first_requests(self) -> int:
@@ -213,10 +226,10 @@ def pack(
     units: list[Unit] = []
     items, most = first_items or request_items(pipeline), _request_tokens(pipeline, tokens_left)
     members: list[Document] = []
-    texts: dict[bytes, str] = {}
+    texts: dict[bytes, ModelInput] = {}
     tokens = 0
     for document in found:
-        wanted = {c.digest: c.embedded_text for c in document.chunks if c.digest not in known}
+        wanted = {c.digest: c.embedded for c in document.chunks if c.digest not in known}
         size = sum(map(most_tokens, wanted.values()))
         if members and (len(texts) + len(wanted) > items or tokens + size > most):
             units.append(_unit(members, texts, known, _split(texts, tokens, items, most)))
@@ -235,13 +248,16 @@ def unit_of(pipeline: Pipeline, members: list[Document], known: Mapping[bytes, V
 
     Its requests are no larger than the model takes.
     """
-    texts = {c.digest: c.embedded_text for document in members for c in document.chunks if c.digest not in known}
+    texts = {c.digest: c.embedded for document in members for c in document.chunks if c.digest not in known}
     tokens = sum(map(most_tokens, texts.values()))
     return _unit(members, texts, known, _split(texts, tokens, request_items(pipeline), _request_tokens(pipeline, None)))
 
 
 def _unit(
-    members: list[Document], texts: dict[bytes, str], known: Mapping[bytes, Vector], parts: Iterable[dict[bytes, str]]
+    members: list[Document],
+    texts: dict[bytes, ModelInput],
+    known: Mapping[bytes, Vector],
+    parts: Iterable[dict[bytes, ModelInput]],
 ) -> Unit:
     vectors = {c.digest: known[c.digest] for d in members for c in d.chunks if c.digest in known} if known else {}
     return Unit(members, vectors, [Request(part) for part in parts])
@@ -254,7 +270,7 @@ def halved_requests(unit: Unit) -> list[Request]:
     """
     if all(len(texts) == 1 for texts in unit.failed):
         return []
-    parts: list[dict[bytes, str]] = []
+    parts: list[dict[bytes, ModelInput]] = []
     for failed in unit.failed:
         texts = list(failed.items())
         middle = (len(texts) + 1) // 2
@@ -267,7 +283,7 @@ def _request_tokens(pipeline: Pipeline, tokens_left: int | None) -> int:
     return most if tokens_left is None else max(1, min(most, tokens_left))
 
 
-def _split(texts: dict[bytes, str], tokens: int, items: int, most: int) -> Iterator[dict[bytes, str]]:
+def _split(texts: dict[bytes, ModelInput], tokens: int, items: int, most: int) -> Iterator[dict[bytes, ModelInput]]:
     """Yield the texts in parts of up to `items` texts and `most` tokens.
 
     All of them have `tokens`.
@@ -276,7 +292,7 @@ def _split(texts: dict[bytes, str], tokens: int, items: int, most: int) -> Itera
         if texts:
             yield texts
         return
-    part: dict[bytes, str] = {}
+    part: dict[bytes, ModelInput] = {}
     size_of_part = 0
     for digest, text in texts.items():
         size = most_tokens(text)

@@ -29,8 +29,9 @@ _DEPTHS = """
 class Capacity:
     """The models of the pipelines, and how many requests each works on at a time."""
 
-    def __init__(self, depths: dict[int, int] | None = None) -> None:
+    def __init__(self, depths: dict[int, int] | None = None, at_least: int = 1) -> None:
         self._depths = depths or {}
+        self._at_least = at_least
         self.providers: set[str] = set()
 
     def reload(self, session: Session, pipeline_name: str | None) -> None:
@@ -39,7 +40,10 @@ class Capacity:
         One may have come while all others' models are busy.
         """
         models = session.query(_DEPTHS, ["text"], pipeline_name)
-        self._depths = {int(row["model_id"]): _depth(str(row["provider"]), int(row["concurrency"])) for row in models}
+        self._depths = {
+            int(row["model_id"]): max(_depth(str(row["provider"]), int(row["concurrency"])), self._at_least)
+            for row in models
+        }
         self.providers = {str(row["provider"]) for row in models}
 
     @property

@@ -28,6 +28,9 @@ class Claimant:
         self._live_shares: dict[WorkKey, LiveShare] = {}
         self._had_suspects: set[WorkKey] = set()
         self.is_isolating = False
+        # Whether this session embeds for a remote worker, and how many rows it takes at once.
+        self.is_remote = False
+        self.max_rows: int | None = None
         # The source that `claim` was asking when it failed, and those that had nothing when they were asked.
         self.asking: WorkSource | None = None
         self.asked: list[WorkKey] = []
@@ -80,7 +83,8 @@ class Claimant:
             self.asking = source = by_key[key]
             claim = None
             if not self._is_blocked(source):
-                claim = self._claim_of(source, rows(source), live, is_idle=is_idle, embed_backfill=embed_backfill)
+                limit = rows(source) if self.max_rows is None else min(rows(source), self.max_rows)
+                claim = self._claim_of(source, limit, live, is_idle=is_idle, embed_backfill=embed_backfill)
             else:
                 self.has_removed |= source.remove_deleted()
             if claim is not None:
@@ -108,6 +112,8 @@ class Claimant:
             self._permits.end_isolation()
 
     def _is_blocked(self, source: WorkSource) -> bool:
+        if source.pipeline.is_remote and not self.is_remote:
+            return True
         if self._is_hidden(source) or not self._permits.is_available(source.pipeline):
             return True
         is_out_of_money = not self._permits.has_money(source.pipeline)

@@ -16,6 +16,7 @@ from embedline.worker import batch_history
 from embedline.worker.batch import Batch
 from embedline.worker.models import DatabaseModels
 from embedline.worker.permits import DatabasePermits
+from embedline.worker.stages.defer import Defer
 from embedline.worker.stages.embed import Embed
 from embedline.worker.stages.failures import Failures
 from embedline.worker.stages.prepare import Prepare
@@ -28,16 +29,17 @@ _CANCEL_SECONDS = 0.1
 class Engine:
     """Embeds batches for one session.
 
-    `patience` is how many seconds a batch may wait for a grant of rate limit or budget before its rows are requeued.
+    `patience` is how many seconds a batch may wait for a grant of rate limit or budget before its rows are requeued. With
+    `begins_batches` what can wait is left to the provider's batch endpoint.
     """
 
-    def __init__(self, session: Session, claims: Claims, patience: float) -> None:
+    def __init__(self, session: Session, claims: Claims, patience: float, *, begins_batches: bool = False) -> None:
         self._session = session
         self._claims = claims
         models = DatabaseModels(session)
         self.failures = Failures(models)
         self.embed = Embed(models, DatabasePermits(session, claims), patience)
-        self.prepare = Prepare(session, self.embed, self.failures)
+        self.prepare = Prepare(session, self.embed, self.failures, Defer(session, begins_batches))
         self.write = Write(self.embed, self.failures)
 
     def run(self, batch: Batch, is_over: Callable[[], bool] = lambda: False) -> None:

@@ -6,6 +6,7 @@ import time
 
 from embedline.postgres.session import Session
 from embedline.postgres.sqlstates import ENDING, sqlstate_of
+from embedline.queue.clock import follow_clock
 from embedline.worker import batch_history
 
 # Seconds between two rounds at least. A round takes 10 ms, and 0.4 s with 1,000 pipelines.
@@ -38,6 +39,7 @@ class Housekeeping:
         started = time.monotonic()
         try:
             with self._session.plpy.subtransaction():
+                follow_clock(self._session)
                 self._session.query("SELECT embedline._note_alerts()")
                 batch_history.move_old(self._session)
                 self._session.query("SELECT embedline._purge_query_samples()")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 from embedline.catalog.health import isolate_failure
 from embedline.catalog.values import WorkKey
 from embedline.keywords.build import build
 from embedline.models.query_embedding import keep_warm
+from embedline.postgres.claims import Claims
 from embedline.postgres.session import Session
 from embedline.queue import signals
 from embedline.search.index_recall import Measurement
+from embedline.worker.batch_jobs import BatchJobs
 from embedline.worker.derivation import Derivation
 from embedline.worker.index_maintenance import unfinished
 from embedline.worker.work_source import WorkSource
@@ -32,7 +36,13 @@ class Maintenance:
     `asking` is told which source is worked on, so that a failure is the fault of that one.
     """
 
-    def __init__(self, session: Session, pipeline_name: str | None, asking: Callable[[WorkSource], None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        pipeline_name: str | None,
+        asking: Callable[[WorkSource], None],
+        claims: Claims | None = None,
+    ) -> None:
         self._session = session
         self._pipeline_name = pipeline_name
         self._asking = asking
@@ -49,6 +59,8 @@ class Maintenance:
         # Pipelines whose chunks may wait for their first entry in the keyword index.
         self._unindexed: dict[WorkKey, WorkSource] = {}
         self._derivation = Derivation(session, pipeline_name)
+        # With claims, it deals with the batches of providers, too.
+        self._batches = None if claims is None else BatchJobs(session, claims, pipeline_name)
 
     def touch(self, source: WorkSource) -> None:
         """Note that a source's pipeline is written to."""
@@ -146,15 +158,33 @@ class Maintenance:
         return bool(self._unindexed)
 
     def derive(self) -> bool:
-        """Compute some derived vectors that wait; return True if there were any."""
-        return self._derivation.step()
+        """Compute some derived vectors that wait; return True if there were any.
 
-    def derive_overdue(self, now: float) -> bool:
-        """Compute some derived vectors that cannot wait for an idle worker.
-
-        Return True if there were any.
+        Return True, too, if answers of a provider's batch are to be read.
         """
+        return self._derivation.step() or (self._batches is not None and self._batches.is_reading)
+
+    def work_overdue(self, now: float) -> bool:
+        """Do a piece of work that cannot wait for an idle worker.
+
+        Return True if there was any. It is on derived vectors, or on a batch of a provider.
+        """
+        if self._batches is not None and self._batches.step():
+            return True
         return self._derivation.is_overdue(now) and self._derivation.step()
+
+    @property
+    def futures(self) -> list[Future[Any]]:
+        """Calls of batch endpoints that are not answered.
+
+        They are waited for as requests are: while a worker sleeps in the server, no other thread of it runs.
+        """
+        return [] if self._batches is None else self._batches.futures
+
+    def end(self) -> None:
+        """Leave the batches of providers to the next worker."""
+        if self._batches is not None:
+            self._batches.end()
 
     def _is_unmeasured(self, source: WorkSource) -> bool:
         version = source.pipeline.version

@@ -19,8 +19,8 @@ from embedline.postgres.entry import entry_point, in_plain_words, postgres_error
 from embedline.postgres.locks import SLOT_LOCK_CLASS, WORKER_LOCK_CLASS
 from embedline.postgres.session import Plpy, Session, SessionCache
 from embedline.postgres.spans import start_exporters
-from embedline.postgres.sqlstates import CHANGED_TABLE, ENDING, sqlstate_of
-from embedline.queue import signals
+from embedline.postgres.sqlstates import CHANGED_TABLE, ENDING, INSUFFICIENT_RESOURCES, QUERY_CANCELED, sqlstate_of
+from embedline.worker import lease
 from embedline.worker.engine import now_and_then
 from embedline.worker.state import ResidentWorker
 from embedline.worker.steps import Answer, Step
@@ -31,6 +31,8 @@ _POLL_SECONDS = (0.05, 1.0)
 # The share of the time, and of a core, that polls may take. An outbox full of dead rows (a long transaction pins them) is
 # polled less often, and 1,000 pipelines cost no more than one.
 _POLL_COST_SHARE, _POLL_CORE_SHARE = 0.1, 0.02
+# Longest pause after maintenance. It takes 20 to 50 ms of a core now and then, for which a change would wait a second.
+_LONGEST_AFTER_WORK_SECONDS = 0.25
 # Seconds between two checks for a cancel; each is a transaction.
 _CANCEL_SECONDS = 0.1
 # Attempts to release a claim; each waits up to 2 s. The claim expires with the session anyway.
@@ -77,18 +79,10 @@ def _begin(session: Session, slot: int | None, pipeline_name: str | None) -> Ans
         session.plpy.warning(f"embedline worker: {trouble}")
     if pipeline_name is not None:
         load_active_pipelines(session, pipeline_name)
-    worker_id = int(session.scalar("SELECT nextval('embedline.worker_id_seq')"))
+    worker_id = lease.next_worker_id(session)
     # Known to the session before the lock is held: if the next statement fails, the end finds the lock to release.
     session.cache[_CACHE_KEY] = ResidentWorker(session, worker_id, pipeline_name)
-    session.query("SELECT pg_advisory_lock($1, $2)", ["integer", "integer"], WORKER_LOCK_CLASS, worker_id)
-    signals.renew(session)
-    signals.note_dead_workers(session)
-    session.query(
-        "INSERT INTO embedline.worker (worker_id, slot, pid) VALUES ($1, $2, pg_backend_pid())",
-        ["integer", "integer"],
-        worker_id,
-        slot,
-    )
+    lease.take(session, worker_id, slot, None)
     return Answer.DONE
 
 
@@ -123,7 +117,7 @@ def run_worker(
         gc.set_threshold(_COLLECTION_THRESHOLD)
         _step(plpy, cache, Step.BEGIN, slot, pipeline_name)
         plpy.commit()
-        _loop(plpy, cache, time.monotonic() + max_seconds, until_idle)
+        _loop(plpy, cache, time.monotonic() + max_seconds, until_idle, is_scheduled=slot is not None)
         if until_idle:
             # For the client that waits for it; a scheduled worker has none. `embedline worker` reads this, too.
             plpy.notice(f"embedline worker: {cache[_CACHE_KEY].embedded}")
@@ -176,11 +170,13 @@ def _end(plpy: Plpy, cache: SessionCache) -> None:
         plpy.execute(f"SELECT pg_catalog.pg_advisory_unlock({WORKER_LOCK_CLASS}, {int(worker_id)})")
 
 
-def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) -> None:
+def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool, *, is_scheduled: bool) -> None:
     resident: ResidentWorker = cache[_CACHE_KEY]
     claim_at = 0.0
     while True:
-        resident.is_ending = resident.is_ending or time.monotonic() >= deadline
+        # No client waits for a scheduled worker, and its successor would pay again for answers that it cannot write now.
+        is_needed = is_scheduled and any(batch.is_held_up for batch in resident.batches)
+        resident.is_ending = resident.is_ending or (time.monotonic() >= deadline and not is_needed)
         if not resident.is_ending and time.monotonic() >= claim_at and resident.has_room:
             started, core_started = time.monotonic(), time.process_time()
             answer = _claim(plpy, cache, resident)
@@ -191,15 +187,14 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
             elif answer is Answer.IDLE:
                 if until_idle and not resident.batches and _step(plpy, cache, Step.IS_WAITING) is Answer.NO:
                     return
-                pause = max(
-                    (time.monotonic() - started) / _POLL_COST_SHARE,
-                    (time.process_time() - core_started) / _POLL_CORE_SHARE,
-                    _POLL_SECONDS[0],
-                )
-                claim_at = time.monotonic() + min(pause, _POLL_SECONDS[1])
+                now = time.monotonic(), time.process_time()
+                polled_at = resident.polled_at or now
+                pause = _pause(polled_at[0] - started, polled_at[1] - core_started)
+                # What an idle worker does besides says little of the next poll.
+                longer = min(_pause(now[0] - started, now[1] - core_started), _LONGEST_AFTER_WORK_SECONDS)
+                claim_at = now[0] + max(pause, longer)
         elif resident.is_report_due:
-            resident.is_ending = _step(plpy, cache, Step.REPORT) is Answer.STOP or resident.is_ending
-            plpy.commit()
+            resident.is_ending = _report(plpy, cache) is Answer.STOP or resident.is_ending
         if resident.has_answers:
             _write(plpy, cache, resident)
             if until_idle and not resident.batches:
@@ -209,6 +204,12 @@ def _loop(plpy: Plpy, cache: SessionCache, deadline: float, until_idle: bool) ->
             return
         elif resident.is_ending or time.monotonic() < claim_at or not resident.has_room:
             _rest(plpy, resident, claim_at)
+
+
+def _pause(seconds: float, core_seconds: float) -> float:
+    """Return the seconds to the next poll after one that took so long."""
+    pause = max(seconds / _POLL_COST_SHARE, core_seconds / _POLL_CORE_SHARE, _POLL_SECONDS[0])
+    return min(pause, _POLL_SECONDS[1])
 
 
 def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> Answer:
@@ -223,12 +224,15 @@ def _claim(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> Answer:
         plpy.commit()
         return answer
     except Exception as error:
-        source = resident.claimant.asking
-        if sqlstate_of(error) in ENDING or source is None:
+        source, sqlstate = resident.claimant.asking, sqlstate_of(error)
+        if sqlstate in ENDING or (sqlstate not in PASSING_FAULTS and source is None):
             raise
         plpy.rollback()
         resident.undo()
-        resident.claim_failed(source, sqlstate_of(error))
+        if source is None:
+            # What a worker does besides claiming must not end one that keeps answers.
+            return Answer.IDLE
+        resident.claim_failed(source, sqlstate)
         _record_fault(plpy, cache, str(error))
         plpy.warning(f"embedline worker, pipeline {source.pipeline.name}: {error}")
         plpy.commit()
@@ -247,6 +251,22 @@ def _record_fault(plpy: Plpy, cache: SessionCache, message: str) -> None:
         if sqlstate_of(error) in ENDING:
             raise
         plpy.rollback()
+
+
+def _report(plpy: Plpy, cache: SessionCache) -> Answer:
+    """Ask whether to stop, and show this worker's state.
+
+    A full disk or a lock must not end a worker that keeps answers until it can write them.
+    """
+    try:
+        answer = _step(plpy, cache, Step.REPORT)
+        plpy.commit()
+        return answer
+    except Exception as error:
+        if sqlstate_of(error) not in PASSING_FAULTS:
+            raise
+        plpy.rollback()
+        return Answer.DONE
 
 
 def _rest(plpy: Plpy, resident: ResidentWorker, claim_at: float) -> None:
@@ -270,7 +290,12 @@ def _prepare(plpy: Plpy, cache: SessionCache, resident: ResidentWorker) -> None:
     """Read, chunk and submit the batch that was just claimed."""
 
     def prepare() -> None:
-        is_done = _step(plpy, cache, Step.READ) is Answer.DONE
+        try:
+            is_done = _step(plpy, cache, Step.READ) is Answer.DONE
+        except Exception as error:
+            if sqlstate_of(error) == QUERY_CANCELED and resident.current is not None:
+                resident.cancelled_in = resident.current.source.key
+            raise
         plpy.commit()
         if is_done:
             # Chunking a large document takes seconds: no transaction is open, and a cancel gets through.
@@ -316,7 +341,10 @@ def _guarded(
             raise
         plpy.rollback()
         resident.undo()
-        if can_wait and sqlstate in PASSING_FAULTS and resident.put_off_write():
+        if can_wait and sqlstate in PASSING_FAULTS and resident.put_off_write(sqlstate):
+            if sqlstate.startswith(INSUFFICIENT_RESOURCES):
+                # A lock is free soon. A full disk needs a person, and PostgreSQL logs no error that is caught.
+                plpy.warning(f"embedline worker: a write is put off: {error}")
             return
         if resident.current is not None:
             resident.count_fault(resident.current.source, sqlstate)

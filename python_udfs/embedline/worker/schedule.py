@@ -16,6 +16,7 @@ from embedline.errors import InvalidParameter
 from embedline.postgres import cron
 from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
+from embedline.postgres.sqlstates import ENDING, sqlstate_of
 
 _MAX_WORKERS = 64
 # A resident worker ends after this long and pg_cron starts another: memory and plans do not grow old.
@@ -315,14 +316,23 @@ def wake_launcher(session: Session) -> None:
     In libpq mode the launcher of pg_cron 1.4 heeds no interrupt while a job is running, and a resident worker always
     is. DROP DATABASE waits until every process has taken note, so it would hang until the worker's end. Measured:
     over 16 s and going on; 1 s with this. A change in cron.job makes the launcher read its jobs again, and take note.
+    A failure ends no worker: it is a service to that other session.
     """
-    if cron.has_cron(session) and session.scalar(
+    if not cron.has_cron(session) or not session.scalar(
         "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'ProcSignalBarrier' LIMIT 1"
     ):
-        session.execute(
-            "UPDATE cron.job SET active = active WHERE jobid = ("
-            "SELECT min(jobid) FROM cron.job WHERE database = current_database() AND jobname LIKE 'embedline worker %')"
-        )
+        return
+    try:
+        with session.plpy.subtransaction():
+            session.execute(
+                "UPDATE cron.job SET active = active WHERE jobid = ("
+                "SELECT min(jobid) FROM cron.job"
+                " WHERE database = current_database() AND jobname LIKE 'embedline worker %')"
+            )
+    except session.plpy.SPIError as error:
+        if sqlstate_of(error) in ENDING:
+            raise
+        session.plpy.warning(f"embedline worker: pg_cron's launcher could not be woken: {error}")
 
 
 def _unschedule(session: Session, above: int) -> None:

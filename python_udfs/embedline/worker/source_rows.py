@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from embedline.catalog import health
 from embedline.catalog.source import hidden_source
 from embedline.catalog.values import Pipeline, WorkKey
-from embedline.core.retry import MAX_ATTEMPTS, ROWS_PER_CLAIM_AFTER_CRASHES
+from embedline.core.retry import MAX_ATTEMPTS, ROWS_PER_CLAIM_AFTER_CRASHES, backoff_seconds
 from embedline.documents import deletions
 from embedline.documents.keys import queued_anew, take_documents
 from embedline.documents.read import can_hold_source, likely_row_bytes, read_rows, still_current
@@ -24,7 +24,7 @@ from embedline.postgres.claims import Claims
 from embedline.postgres.locks import live_workers
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
-from embedline.postgres.sqlstates import sqlstate_of
+from embedline.postgres.sqlstates import NOT_OF_A_ROW, OF_A_ROW, sqlstate_of
 from embedline.queue import backfill, dead_letters, inbox, outbox, signals, source_queue
 from embedline.queue.claim import Claim
 from embedline.queue.dead_letters import DeadLetter
@@ -185,7 +185,8 @@ class SourceRows:
         absent: list[Document] = []
         settled: list[ClaimedRow] = []
         deferred: list[ClaimedRow] = []
-        for row, read in self._read_all(claim, rows, max_bytes):
+        failed: list[tuple[ClaimedRow, Exception]] = []
+        for row, read in self._read_all(rows, max_bytes, failed):
             if read is not None and read.deferred:
                 deferred.append(row)
             elif read is None or not read.accepted:
@@ -200,39 +201,48 @@ class SourceRows:
         reading.deferred_count = len(deferred)
         if deferred:
             self.requeue(claim, deferred, 0.0, charged=False, error=None)
-            if claim.claim_id is not None:
-                gone = {row.key for row in deferred}
-                kept = [row.key for row in claim.rows if row.key not in gone]
-                inbox.narrow_claim(self.session, self.pipeline, claim.claim_id, kept, self.claims)
+        if (put_back := deferred + self._fail_unread(claim, failed)) and claim.claim_id is not None:
+            gone = {row.key for row in put_back}
+            kept = [row.key for row in claim.rows if row.key not in gone]
+            inbox.narrow_claim(self.session, self.pipeline, claim.claim_id, kept, self.claims)
         self._settle_absent(claim, absent)
         return reading
 
     def _read_all(
-        self, claim: Claim, rows: Sequence[ClaimedRow], max_bytes: int
+        self, rows: Sequence[ClaimedRow], max_bytes: int, failed: list[tuple[ClaimedRow, Exception]]
     ) -> Iterator[tuple[ClaimedRow, ReadRow | None]]:
+        """Read rows. Those whose expression raises go to `failed`, alone."""
         if not rows:
             return
         try:
             read = read_rows(self.session, self.pipeline, [row.key for row in rows], max_bytes)
         except Exception as error:
-            if not _is_row_fault(error):
+            if sqlstate_of(error)[:2] in NOT_OF_A_ROW:
                 raise
-            # Hidden since the claim: a fault of the whole source, not of these rows.
-            hidden = hidden_source(self.session, self.pipeline.source_oid)
-            if hidden is not None:
-                raise hidden from error
-            # Find the rows whose expression raises, by halves; those are given up, their neighbours go on.
+            if (hidden := hidden_source(self.session, self.pipeline.source_oid)) is not None:
+                raise hidden from error  # A fault of the whole source, since the claim.
             if len(rows) == 1:
-                message = str(error).removeprefix("spiexceptions.")
-                code = sqlstate_of(error) or "EL022"
-                self.quarantine(claim, [DeadLetter(rows[0], "read", code, message, None)])
+                failed.append((rows[0], error))
             else:
-                middle = len(rows) // 2
-                yield from self._read_all(claim, rows[:middle], max_bytes)
-                yield from self._read_all(claim, rows[middle:], max_bytes)
+                for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                    yield from self._read_all(half, max_bytes, failed)
             return
         for index, row in enumerate(rows):
             yield row, read.get(index)
+
+    def _fail_unread(self, claim: Claim, failed: Sequence[tuple[ClaimedRow, Exception]]) -> list[ClaimedRow]:
+        """Give up rows that cannot be read, or put them back and return them."""
+        letters, put_back = [], []
+        for row, error in failed:
+            state, message = sqlstate_of(error), str(error).removeprefix("spiexceptions.")
+            if state[:2] in OF_A_ROW or row.attempts >= MAX_ATTEMPTS:
+                letters.append(DeadLetter(row, "read", state, message, None))
+            else:
+                self.requeue(claim, [row], backoff_seconds(row.attempts), charged=True, error=message)
+                put_back.append(row)
+        if letters:
+            self.quarantine(claim, letters)
+        return put_back
 
     def _settle_current(self, claim: Claim, rows: Sequence[ClaimedRow]) -> None:
         if not rows:
@@ -291,10 +301,10 @@ class SourceRows:
 
     def requeue(
         self, claim: Claim, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
-    ) -> None:
+    ) -> list[int]:
         """Put rows into the outbox."""
         retry = outbox.Retry(delay, charged, error, of_backfill=claim.range_id is not None)
-        outbox.requeue(self.session, self.pipeline, rows, retry, enqueued_at=claim.enqueued_at)
+        return outbox.requeue(self.session, self.pipeline, rows, retry, enqueued_at=claim.enqueued_at)
 
     def _requeue_busy(self, claim: Claim, rows: Sequence[ClaimedRow]) -> None:
         if rows:
@@ -387,8 +397,3 @@ class SourceRows:
         if not self.can_claim():
             return None
         return likely_row_bytes(self.session, self.pipeline) or LIKELY_ROW_BYTES
-
-
-def _is_row_fault(error: Exception) -> bool:
-    # Data exceptions, wrong text for a type, an error raised by a function of the expression, a missing right or function.
-    return sqlstate_of(error)[:2] in ("21", "22", "23", "38", "39", "42", "P0")

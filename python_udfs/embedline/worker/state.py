@@ -48,6 +48,9 @@ _PATIENCE_SECONDS = 60.0
 class ResidentWorker:
     """State of a resident worker between its steps."""
 
+    # Whether it leaves texts to the batch endpoints of providers.
+    begins_batches = True
+
     def __init__(self, session: Session, worker_id: int, pipeline_name: str | None) -> None:
         self.worker_id = worker_id
         self._session = session
@@ -56,9 +59,9 @@ class ResidentWorker:
         self._claims = claims = WorkerClaims(worker_id)
         self._sources = WorkSources(session, claims)
         self._candidates = Candidates(self._sources)
-        self._engine = Engine(session, claims, _PATIENCE_SECONDS)
+        self._engine = Engine(session, claims, _PATIENCE_SECONDS, begins_batches=self.begins_batches)
         self.claimant = Claimant(claims, DatabasePermits(session, claims), settings.live_share)
-        self._maintenance = Maintenance(session, pipeline_name, self._ask)
+        self._maintenance = Maintenance(session, pipeline_name, self._ask, claims if self.begins_batches else None)
         self._capacity, self._paces = Capacity(), Paces(settings)
         self._troubles = Troubles()
         self._report = Report(session, worker_id)
@@ -67,16 +70,17 @@ class ResidentWorker:
         self.batches: list[Batch] = []
         self.current: Batch | None = None
         self.is_ending = False
-        # Rows written of each source since its tables were last analysed here.
-        self._written = Counter[WorkKey]()
+        # The source during whose reading a cancel came, which may be a row's own doing.
+        self.cancelled_in: WorkKey | None = None
+        self._written = Counter[WorkKey]()  # Rows of each source since its tables were last analysed here.
         self._before: list[tuple[Batch, list[Unit], dict[int, int | None]]] = []
 
     # What the loop asks between steps
 
     @property
     def futures(self) -> list[Future[EmbeddingBlock]]:
-        """Requests in flight, of all batches."""
-        return [future for batch in self.batches for future in batch.futures]
+        """Requests in flight, of all batches, and calls of batch endpoints."""
+        return [future for batch in self.batches for future in batch.futures] + self._maintenance.futures
 
     @property
     def has_room(self) -> bool:
@@ -116,6 +120,7 @@ class ResidentWorker:
     def claim(self) -> Answer:
         """Claim the next batch."""
         self.claimant.asking = None
+        self.polled_at: tuple[float, float] | None = None
         self._limit_lock_waits(_LOCK_TIMEOUT)
         asked = signals.ask(self._session, self._claims, self._pipeline_name)
         if asked.is_to_stop:
@@ -126,26 +131,22 @@ class ResidentWorker:
             signals.note_dead_workers(self._session)
             return Answer.AGAIN
         started = time.monotonic()
-        if self._maintenance.derive_overdue(started):
+        if self._maintenance.work_overdue(started):
             return Answer.AGAIN
         awake = [key for key in asked.keys if not self._troubles.is_asleep(key)]
         is_through = self._candidates.choose(awake, self.claimant.order, self._with_room)
-        if self._maintenance.is_overdue(started):
-            # There was always something to claim, or no room.
+        if self._maintenance.is_overdue(started):  # There was always something to claim, or no room.
             self._maintenance.put_off(started)
             self._close_backfills()
             self._maintain(started)
             return Answer.AGAIN
-        self.current = self.claimant.claim(
-            self._with_room(self._candidates.loaded),
-            lambda source: self._paces.of(source).rows,
-            is_idle=not self.batches,
-        )
+        found = self._with_room(self._candidates.loaded)
+        self.current = self.claimant.claim(found, lambda source: self._paces.of(source).rows, is_idle=not self.batches)
         # A batch in flight, which nothing else waits for, says nothing about its source.
         answered = set(self.claimant.asked) - {batch.source.key for batch in self.batches}
         self._troubles.forget_answered(self._candidates.loaded, answered)
-        quiet = {source.key for source in self.claimant.quiet}
-        self._candidates.note_seen(quiet, is_over=is_through or self.current is not None)
+        is_over, quiet = is_through or self.current is not None, {source.key for source in self.claimant.quiet}
+        self._candidates.note_seen(quiet, is_over=is_over)
         if self.current is not None:
             self._report.claim_seconds = time.monotonic() - started
             self.current.max_bytes = self._paces.of(self.current.source).bytes
@@ -157,6 +158,7 @@ class ResidentWorker:
             source.clear_signals(asked)
         if self.claimant.has_removed or self._close_backfills() or not is_through:
             return Answer.AGAIN
+        self.polled_at = time.monotonic(), time.process_time()
         if self._maintenance.is_due(started):
             self._maintain(started)
         has_more = self._maintenance.derive() or self._maintenance.index_words() or self._maintenance.measure()
@@ -212,7 +214,7 @@ class ResidentWorker:
         self._limit_lock_waits(_WRITE_LOCK_TIMEOUT)
         now = time.monotonic()
         self._before = [(batch, list(batch.units), dict(batch.tokens_used)) for batch in self.batches]
-        # Least recently written first: answers to one batch, which come all the time, must not hold up another.
+        # Least recently written first: answers to one batch come all the time and must not hold up another.
         for batch in sorted(self.batches, key=lambda batch: batch.written_at):
             if not self._has_work(batch, now):
                 continue
@@ -280,13 +282,12 @@ class ResidentWorker:
                     request.is_granted, request.reservation_id = False, None
         self._before = []
 
-    def put_off_write(self) -> bool:
+    def put_off_write(self, sqlstate: str) -> bool:
         """Write the current batch later; return False if its patience is over."""
-        batch = self.current
-        if batch is None or batch not in self.batches:
+        if (batch := self.current) is None or batch not in self.batches:
             return False
-        batch.write_at, has_patience = self._troubles.put_off_write(batch.source.key)
-        return has_patience
+        batch.write_at, is_kept = self._troubles.put_off_write(batch.source.key, sqlstate, is_ending=self.is_ending)
+        return is_kept
 
     def count_fault(self, source: WorkSource, sqlstate: str) -> None:
         """Count a fault of a source."""
@@ -300,8 +301,8 @@ class ResidentWorker:
     def record_fault(self, message: str) -> Answer:
         """Show why nothing could be claimed of the source that was asked."""
         self._limit_lock_waits(_LOCK_TIMEOUT)
-        if self.claimant.asking is not None:
-            self._troubles.show(self.claimant.asking, message)
+        if (source := self.claimant.asking) is not None:
+            self._troubles.show(source, message)
         return Answer.DONE
 
     def abandon(self, message: str | None) -> Answer:
@@ -333,11 +334,12 @@ class ResidentWorker:
     def end(self) -> Answer:
         """Release every claim of this worker, uncounted.
 
-        Claims that are locked now are reclaimed later, as a dead worker's.
+        Claims that are locked now, or are of `cancelled_in`, are reclaimed later, as a dead worker's.
         """
         self._limit_lock_waits(_WRITE_LOCK_TIMEOUT)
         self._housekeeping.end()
-        for source in self._sources.load_all():
+        self._maintenance.end()
+        for source in [source for source in self._sources.load_all() if source.key != self.cancelled_in]:
             try:
                 source.release_all()
             except Exception as error:
@@ -348,7 +350,8 @@ class ResidentWorker:
             future.cancel()
         self.batches, self.current = [], None
         self.claimant.end_isolation()
-        self._report.remove()
+        if self.cancelled_in is None:
+            self._report.remove()
         return Answer.DONE
 
     # The server
@@ -360,11 +363,8 @@ class ResidentWorker:
         """
         unable = self.claimant.out_of_money | self.claimant.hidden | self._troubles.lasting
         self._limit_lock_waits(_LOCK_TIMEOUT)
-        names = [
-            self._candidates.known[key].pipeline.name
-            for key in unable
-            if key.kind == "pipeline" and key in self._candidates.known
-        ]
+        known = self._candidates.known
+        names = [known[key].pipeline.name for key in unable if key.kind == "pipeline" and key in known]
         versions = [key.number for key in unable if key.kind == "version"]
         found = is_anything_waiting(self._session, self._pipeline_name, names, versions)
         return Answer.YES if found else Answer.NO

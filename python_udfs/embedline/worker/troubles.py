@@ -10,16 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
 from embedline.catalog.values import WorkKey
-from embedline.postgres.sqlstates import LOCK_NOT_AVAILABLE
+from embedline.postgres.sqlstates import DISK_FULL, LOCK_NOT_AVAILABLE
 from embedline.worker.work_source import WorkSource
 
 # A statement that ran into a lock, a deadlock or a full disk is tried again: the answers are paid for and kept.
-PASSING_FAULTS = ("40001", "40P01", "53100", "53200", "53300", LOCK_NOT_AVAILABLE)
+PASSING_FAULTS = ("40001", "40P01", DISK_FULL, "53200", "53300", LOCK_NOT_AVAILABLE)
 # Faults in a row after which `until_idle` does not wait for a source: they may never pass.
 _LASTING_FAULTS = 3
 # Seconds until a failed step is tried again: the first time, and at most; each pause is twice the last.
 SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
-# Seconds for which a batch may keep its claim while its writes fail.
+# Faults that last as long as someone else makes them last. However long that is, answers are kept, because the next ones
+# would be paid for and lost, too. Memory that is short may be so for this batch alone.
+_OUTSIDE_FAULTS = ("40001", "40P01", DISK_FULL, LOCK_NOT_AVAILABLE)
+# Seconds for which a batch may keep its claim while its writes fail for another cause, or while its worker is to end.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -44,10 +47,11 @@ class Troubles:
         pause, _ = self._next_pause(key)
         self._asleep[key] = self._clock() + pause
 
-    def put_off_write(self, key: WorkKey) -> tuple[float, bool]:
+    def put_off_write(self, key: WorkKey, sqlstate: str, *, is_ending: bool) -> tuple[float, bool]:
         """Return when to try a write again, and True if its batch has patience."""
         pause, total = self._next_pause(key)
-        return self._clock() + pause, total < _PATIENCE_SECONDS
+        is_kept = sqlstate in _OUTSIDE_FAULTS and not is_ending
+        return self._clock() + pause, is_kept or total < _PATIENCE_SECONDS
 
     def count(self, key: WorkKey, sqlstate: str) -> None:
         """Count a fault of a source, unless it is one that passes."""

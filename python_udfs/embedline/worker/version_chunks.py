@@ -14,12 +14,14 @@ from embedline.catalog import health, keys
 from embedline.catalog.values import Pipeline, WorkKey
 from embedline.chunking import Chunk
 from embedline.documents.copy import copy_vectors, stacked
+from embedline.documents.files import read_files
+from embedline.documents.read import can_hold_source
 from embedline.documents.reuse import known_vectors
 from embedline.documents.values import Document, Vector
 from embedline.postgres.claims import Claims
 from embedline.postgres.locks import live_workers
 from embedline.postgres.session import Session
-from embedline.queue import chunk_queue
+from embedline.queue import chunk_queue, provider_batches
 from embedline.queue.claim import Claim
 from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow, Retry
@@ -38,7 +40,7 @@ class VersionChunks:
     session: Session
     claims: Claims
     pipeline: Pipeline
-    # The source is not read, so its row-level security does not matter; writers leave no signals.
+    # The source of texts is not read, so its row-level security does not matter; writers leave no signals.
     is_hidden: bool = False
     has_signals: bool = False
     # The chunks are those of other versions, too.
@@ -55,8 +57,11 @@ class VersionChunks:
         return self.pipeline.weight * _WEIGHT
 
     def can_claim(self) -> bool:
-        """Return True: the source is not read, and a TRUNCATE locks the chunks last."""
-        return True
+        """Return True if chunks can be claimed now.
+
+        That is always so if the source is not read, because a TRUNCATE locks the chunks last.
+        """
+        return self.pipeline.modality == "text" or can_hold_source(self.session, self.pipeline)
 
     def has_work(self, live: Sequence[int]) -> bool:
         """Return True: to peek locks no table of the pipeline."""
@@ -107,17 +112,36 @@ class VersionChunks:
             [row.key[0] for row in rows],
         )
         reading = Reading()
+        chunks: dict[int, Chunk] = {}
         for row in found:
             if row["before"] < max_bytes:
                 content, prefix = row["content"], row["prefix"] or ""
-                chunk = Chunk(0, 0, len(content), content, bytes(row["digest"]), prefix)
-                reading.documents.append(Document(rows[row["ordinality"] - 1], chunks=[chunk]))
+                chunks[row["ordinality"] - 1] = Chunk(0, 0, len(content), content, bytes(row["digest"]), prefix)
                 reading.content_bytes += len(content)
-        deferred = [rows[row["ordinality"] - 1] for row in found if row["before"] >= max_bytes]
+        left = {row["ordinality"] - 1 for row in found if row["before"] >= max_bytes}
+        if self.pipeline.modality != "text":
+            chunks, later = self._with_files(rows, chunks, max_bytes, reading)
+            left |= later
+        reading.documents += [Document(rows[place], chunks=[chunk]) for place, chunk in chunks.items()]
+        deferred = [rows[place] for place in sorted(left)]
         reading.deferred_count = len(deferred)
         if deferred:
             self.requeue(claim, deferred, 0.0, charged=False, error=None)
         return reading
+
+    def _with_files(
+        self, rows: Sequence[ClaimedRow], chunks: Mapping[int, Chunk], max_bytes: int, reading: Reading
+    ) -> tuple[dict[int, Chunk], set[int]]:
+        """Return the chunks with their files.
+
+        The second value are the places of those that are left for another read. A chunk whose row has another file by
+        now is left out: it is replaced soon, and the new one is queued.
+        """
+        places = list(chunks)
+        files, deferred = read_files(self.session, self.pipeline, [rows[place].key[0] for place in places], max_bytes)
+        reading.content_bytes += sum(len(part.data) for part in files.values())
+        found = {place: chunks[place]._replace(media=files[i]) for i, place in enumerate(places) if i in files}
+        return found, {places[i] for i in deferred}
 
     def known_vectors(self, documents: Sequence[Document]) -> dict[bytes, Vector]:
         """Return the vectors that are stored of the same chunks anywhere in the pipeline."""
@@ -126,8 +150,8 @@ class VersionChunks:
     def write(self, claim: Claim, documents: Sequence[Document], vectors: Mapping[bytes, Vector]) -> list[int]:
         """Write the vectors of chunks that are still there and lack one.
 
-        The chunks are locked first, so that no other session writes the same; SKIP LOCKED, because an application may be
-        deleting them. Only the chunks depend on the versions' state, so a cutover is no reason to wait.
+        The chunks are locked first, so that no other session writes the same; SKIP LOCKED, because an application may
+        be deleting them. Only the chunks depend on the versions' state, so a cutover is no reason to wait.
         """
         ids = [int(document.key[0]) for document in documents]
         fingerprint = self._hold_fingerprint()
@@ -159,6 +183,7 @@ class VersionChunks:
             written_ids = [ids[i] for i in written]
             copy_vectors(self.session, self.pipeline, np.asarray(written_ids, dtype=np.int64), matrix)
             keep_late(self.session, self.pipeline, written_ids)
+            provider_batches.forget(self.session, self.pipeline, {documents[i].chunks[0].digest for i in written})
         if busy:
             self.requeue(claim, busy, BUSY_SECONDS, charged=False, error=None)
         return written
@@ -183,9 +208,9 @@ class VersionChunks:
 
     def requeue(
         self, claim: Claim, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
-    ) -> None:
+    ) -> list[int]:
         """Put chunks into a list of their own."""
-        chunk_queue.requeue(self.session, self.pipeline, rows, Retry(delay, charged, error, claim.of_backfill))
+        return chunk_queue.requeue(self.session, self.pipeline, rows, Retry(delay, charged, error, claim.of_backfill))
 
     def quarantine(self, claim: Claim, letters: Sequence[DeadLetter]) -> None:
         """Write dead letters of the version, but for chunks that are gone."""

@@ -16,8 +16,13 @@ _IS_WAITING = """
     SELECT EXISTS (
         SELECT FROM embedline.version_queue AS q JOIN embedline.version AS v ON v.version_id = q.version_id
         JOIN served AS p ON p.pipeline_id = v.pipeline_id WHERE q.version_id <> ALL ($3)
+            -- Others wait for a provider's batch.
+            AND (q.first_id IS NOT NULL OR q.claimed_by IS NOT NULL OR q.not_before < clock_timestamp() + interval '1 hour')
+    ) OR EXISTS (
+        SELECT FROM embedline.provider_batch AS b JOIN served AS p ON p.pipeline_id = b.pipeline_id
+        WHERE b.state IN ('collecting', 'sending') AND b.last_error IS NULL
     ) OR (
-        SELECT bool_or(s.pending > 0 OR s.backfill_done < s.backfill_total) FROM embedline.status AS s
+        SELECT bool_or(s.pending > s.in_batches OR s.backfill_done < s.backfill_total) FROM embedline.status AS s
         WHERE s.pipeline IN (SELECT name FROM served) AND s.pipeline <> ALL ($2)
     )
 """

@@ -150,10 +150,10 @@ class WorkSource(Protocol):
 
     def requeue(
         self, claim: Claim, rows: Sequence[ClaimedRow], delay: float, *, charged: bool, error: str | None
-    ) -> None:
+    ) -> list[int]:
         """Put rows back into the queue, to be tried again after a delay.
 
-        Only a `charged` try counts.
+        Return the numbers of their entries. Only a `charged` try counts.
         """
 
     def quarantine(self, claim: Claim, letters: Sequence[DeadLetter]) -> None:

@@ -14,10 +14,13 @@ from embedline.client.cli import estimate as estimate
 from embedline.client.cli import evaluate as evaluate
 from embedline.client.cli import export as export
 from embedline.client.cli import export_onnx as export_onnx
+from embedline.client.cli import finetune as finetune
 from embedline.client.cli import import_vectors as import_vectors
 from embedline.client.cli import mcp as mcp
 from embedline.client.cli import metrics as metrics
 from embedline.client.cli import migrate as migrate
+from embedline.client.cli import ray_backfill as ray_backfill
+from embedline.client.cli import remote_worker as remote_worker
 from embedline.client.cli import report as report
 from embedline.client.cli import requeue as requeue
 from embedline.client.cli import search as search

@@ -13,7 +13,9 @@ _MODELS = "SELECT jsonb_object_agg(m.name, to_jsonb(m))::text FROM embedline.mod
 _PIPELINES = """
     SELECT jsonb_agg(jsonb_build_object('name', p.name, 'source', p.source::oid::regclass::text,
         'source_oid', p.source::oid::bigint, 'content', p.content_expression, 'filter', p.filter_expression,
-        'document_prefix', p.document_prefix_expression, 'tenant', p.tenant_expression, 'weight', p.weight,
+        'document_prefix', CASE p.modality WHEN 'text' THEN p.document_prefix_expression END,
+        'modality', p.modality, 'caption', CASE WHEN p.modality <> 'text' THEN p.document_prefix_expression END,
+        'tenant', p.tenant_expression, 'weight', p.weight,
         'capture', p.capture, 'keyword', p.keyword::regconfig::text, 'keyword_names', jsonb_build_array(
             p.keyword, p.keyword::regconfig::text), 'versions', (
             SELECT jsonb_agg(jsonb_build_object('number', v.number, 'serving', v.version_id = p.serving_version_id,

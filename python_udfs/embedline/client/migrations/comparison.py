@@ -40,9 +40,9 @@ RECIPE = (
     "model", "column_type", "distance", "chunking", "chunk_tokens", "chunk_overlap", "chunking_options",
 )  # fmt: skip
 # A change of one of these concerns the rows one by one: embedline.alter_pipeline.
-ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight", "keyword")
+ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight", "keyword", "caption")
 # The options that embedline.alter_pipeline's drop can remove.
-_OPTIONAL = ("filter", "document_prefix", "tenant", "keyword")
+_OPTIONAL = ("filter", "document_prefix", "tenant", "keyword", "caption")
 # The text of a table's name as SplitIdentifierString of varlena.c reads it. From PostgreSQL 16 on to_regclass returns NULL
 # for any other text, as for a table that does not exist yet; before, it raises an error.
 _NAME = r'(?:"(?:[^"]|"")*"|[^."\s][^.\s]*)'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -148,12 +149,12 @@ def _check_keys(path: Path, label: str, kind: Any, given: Mapping[str, Any], fil
 def _check_value(path: Path, label: str, name: str, value: Any, declared_type: str) -> None:
     """Raise CommandError unless the value fits the field's type and known values."""
     # Loads tokenizers, so it is imported only if a file declares something.
-    from embedline.chunking.spec import METHODS
+    from embedline.chunking.spec import METHODS_BY_MODALITY
 
     accepted, wanted = _TYPES[declared_type]
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise CommandError(f"{path}: [{label}] {name} is {value!r}. HINT: It must be {wanted}.")
-    known = {**_VALUES, "chunking": METHODS}.get(name)
+    known = {**_VALUES, "chunking": tuple(dict.fromkeys(itertools.chain(*METHODS_BY_MODALITY.values())))}.get(name)
     if known is not None and value not in known:
         raise CommandError(f"{path}: [{label}] {name} is {value!r}. HINT: It must be one of {', '.join(known)}.")
 

@@ -20,7 +20,9 @@ _PIPELINE = """
     SELECT to_jsonb(p) || jsonb_build_object('keyword_names', jsonb_build_array(p.keyword, p.keyword::regconfig::text),
         'source', p.source::oid = to_regclass(:source), 'model', m.name,
         'content', p.content_expression, 'filter', p.filter_expression, 'tenant', p.tenant_expression,
-        'document_prefix', p.document_prefix_expression, 'column_type', v.column_type, 'distance', v.distance,
+        'document_prefix', CASE p.modality WHEN 'text' THEN p.document_prefix_expression END,
+        'caption', CASE WHEN p.modality <> 'text' THEN p.document_prefix_expression END,
+        'column_type', v.column_type, 'distance', v.distance,
         'index_method', v.index_method, 'index_options', v.index_options, 'chunking', s.chunking,
         'chunk_tokens', s.chunk_tokens, 'chunk_overlap', s.chunk_overlap, 'chunking_options', s.chunking_options)
     FROM embedline.pipeline AS p JOIN embedline.version AS v ON v.version_id = p.serving_version_id

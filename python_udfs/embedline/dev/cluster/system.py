@@ -19,6 +19,8 @@ OLDEST_MAJOR, NEWEST_MAJOR = 15, 18
 _SERVERS = Path("/usr/lib/postgresql")
 # Browsers that the tests of pages can drive, and the packages of the same names; the first is the smaller one.
 BROWSERS = ("chromium-headless-shell", "chromium")
+# The emoji and icons of make demo-images.
+PICTURES = ("fonts-noto-color-emoji", "adwaita-icon-theme")
 _NO_MAIN_CLUSTER = Path("/etc/postgresql-common/createcluster.d/embedline.conf")
 
 
@@ -157,6 +159,16 @@ def ensure_browser() -> None:
         say("apt knows no browser: tests of pages are skipped")
     else:
         install(f"Installing a browser for the tests of pages: {package}", [package])
+
+
+def ensure_pictures() -> None:
+    """Install the packages with the demo's emoji and icons."""
+    absent = missing(PICTURES)
+    if absent:
+        update_lists()
+        install(f"Installing the emoji and icons of the demo: {' '.join(absent)}", absent)
+    else:
+        say("The emoji and icons are installed")
 
 
 def _ensure_manual(major: int) -> None:

@@ -23,7 +23,7 @@ from embedline.dev.cluster.settings import Settings
 # followed.
 _TORCH = ("torch==2.13.0", "torch>=2.6")
 _CUDA_PACKAGE = re.compile(r"nvidia-|cuda-|triton")
-_TORCH_EXTRA, _TOOLS_EXTRA, _DEMO_EXTRA, _DOCS_EXTRA = "local", "dev", "demo", "docs"
+_TORCH_EXTRA, _TOOLS_EXTRA, _DEMO_EXTRA, _DOCS_EXTRA = "train", "dev", "demo", "docs"
 # Longest interpreter line that the kernel reads (BINPRM_BUF_SIZE); pip writes another form for longer paths.
 _SHEBANG_BYTES = 127
 
@@ -59,7 +59,7 @@ def ensure_site_builder(settings: Settings) -> None:
 
 
 def ensure_torch(settings: Settings, wish: str) -> None:
-    """Install torch and sentence-transformers.
+    """Install torch, sentence-transformers, and what trains with them.
 
     `wish` is "1" for always, "0" for never, and "" for a build without CUDA if one is offered.
     """

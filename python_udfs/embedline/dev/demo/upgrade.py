@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg import sql
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from embedline.client.build_index import PsycopgClient, build
 from embedline.dev.cluster.models import cut_static_model
 from embedline.dev.demo.demos import DEMOS, Demo
 from embedline.dev.demo.manual import manual_folder, read_index_terms, read_pages
 from embedline.dev.demo.run import DemoFailed, await_worker, build_index, drain, headline, recreate, scalar
+from embedline.dev.demo.steps import gate, index, say, store_terms
 from embedline.dev.demo.traffic import LiveTraffic, Tally
 
 NAME, OLD_MODEL, NEW_MODEL = "manual_upgrade", "minilm", "bge-small"
@@ -61,7 +58,10 @@ def run_upgrade(dsn: str, console: Console) -> list[str]:
         build_index(connection, _DEMO, console)
         known = {page.name for page in pages}
         terms = {term: found & known for term, found in read_index_terms(folder).items() if found & known}
-        _create_canaries(connection, terms, console)
+        store_terms(connection, f"{NAME}_canary", terms)
+        console.print(
+            f"canaries: [bold]{len(terms):,}[/bold] index terms with the pages that answer them ({NAME}_canary)"
+        )
         await_worker(connection, console)
         with LiveTraffic(dsn, NAME, sorted(known), list(terms)) as traffic:
             shortfalls += _upgrade(connection, traffic.tally, console)
@@ -100,28 +100,11 @@ def _bad_name() -> str:
     return f"static-{_BAD_DIMENSIONS}"
 
 
-def _create_canaries(
-    connection: psycopg.Connection[Any], terms: Mapping[str, frozenset[str]], console: Console
-) -> None:
-    """Store the manual's own index as labelled queries.
-
-    Each term stands with the pages that its entry names.
-    """
-    table = sql.Identifier("public", f"{NAME}_canary")
-    connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table))
-    connection.execute(sql.SQL("CREATE TABLE {} (query text, key text, grade integer DEFAULT 1)").format(table))
-    with connection.cursor() as cursor, cursor.copy(sql.SQL("COPY {} (query, key) FROM STDIN").format(table)) as copy:
-        for term, relevant in terms.items():
-            for page in sorted(relevant):
-                copy.write_row((term, page))
-    console.print(f"canaries: [bold]{len(terms):,}[/bold] index terms with the pages that answer them ({NAME}_canary)")
-
-
 def _upgrade(connection: psycopg.Connection[Any], tally: Tally, console: Console) -> list[str]:
     shortfalls: list[str] = []
     number = _expand(connection, NEW_MODEL, console)
-    _index(connection, number, console)
-    verdict = _gate(connection, number, console)
+    index(connection, NAME, number, console)
+    verdict = gate(connection, NAME, number, console)
     if verdict != "pass":
         shortfalls.append(f"the gate of {NEW_MODEL} says {verdict}")
         return shortfalls
@@ -139,14 +122,10 @@ def _upgrade(connection: psycopg.Connection[Any], tally: Tally, console: Console
     return shortfalls
 
 
-def _say(console: Console, statement: str) -> None:
-    console.print(f"[green]{escape(statement)};[/green]", soft_wrap=True)
-
-
 def _expand(connection: psycopg.Connection[Any], model: str, console: Console) -> int:
     headline(console, f"Expand: a version of {model}, written with every change from here on, filled by the worker")
     statement = f"SELECT embedline.add_embedding_version('{NAME}', '{model}')"
-    _say(console, statement)
+    say(console, statement)
     started = time.perf_counter()
     number = int(scalar(connection, statement))
     console.print(f"  returned after {(time.perf_counter() - started) * 1000:.0f} ms")
@@ -172,38 +151,6 @@ def _expand(connection: psycopg.Connection[Any], model: str, console: Console) -
     return number
 
 
-def _index(connection: psycopg.Connection[Any], number: int, console: Console) -> None:
-    headline(console, "Index: HNSW, CONCURRENTLY")
-    started = time.perf_counter()
-    with console.status("building"):
-        statement = build(PsycopgClient(connection), NAME, number)
-    _say(console, statement or f"embedline build-index {NAME} --version {number}")
-    console.print(f"  valid after {time.perf_counter() - started:.1f} s")
-
-
-def _gate(connection: psycopg.Connection[Any], number: int, console: Console) -> str:
-    headline(console, "Gate: the index against exact search, the new model against the old one on the canaries")
-    _say(console, f"SELECT * FROM embedline.evaluate('{NAME}', {number}, canaries => '{NAME}_canary')")
-    table = Table()
-    for column in ("measure", "old", "new", "difference", "95 % interval", "verdict"):
-        table.add_column(column, justify="left" if column in ("measure", "verdict") else "right")
-    rows = connection.execute(
-        "SELECT measure, old, new, difference, low, high, verdict, detail FROM embedline.evaluate(%s, %s, %s::regclass)",
-        (NAME, number, f"public.{NAME}_canary"),
-    ).fetchall()
-    for measure, old, new, difference, low, high, verdict, _ in rows:
-        interval = "" if low is None else f"{low:.3f} to {high:.3f}"
-        table.add_row(measure, _figure(old), _figure(new), _figure(difference), interval, verdict or "")
-    console.print(table)
-    return str(
-        scalar(connection, "SELECT gate FROM embedline.versions WHERE pipeline = %s AND version = %s", (NAME, number))
-    )
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
 def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, console: Console) -> float:
     """Run a swap; return the longest time in seconds of a read during it."""
     begin = time.monotonic()
@@ -212,7 +159,7 @@ def _swap(connection: psycopg.Connection[Any], statement: str, tally: Tally, con
     # A read that began in the swap may still be running.
     time.sleep(0.5)
     pause = tally.longest_between(begin, end)
-    _say(console, statement)
+    say(console, statement)
     console.print(f"  {(end - begin) * 1000:.0f} ms; the longest read meanwhile {pause * 1000:.0f} ms")
     return pause
 
@@ -246,7 +193,7 @@ def _contract(connection: psycopg.Connection[Any], console: Console) -> None:
     statement = f"SELECT embedline.drop_embedding_version('{NAME}', 1, rollback_window => '0')"
     size = scalar(connection, "SELECT pg_total_relation_size(to_regclass(%s))", [f"embedline_data.{NAME}_v1"])
     connection.execute(statement.encode())
-    _say(console, statement)
+    say(console, statement)
     console.print(f"  {size / 1e6:.1f} MB of vectors and their index are free")
 
 
@@ -258,15 +205,15 @@ def _offer_bad_model(connection: psycopg.Connection[Any], console: Console) -> l
     headline(console, f"A bad model, static-256's vectors cut to {_BAD_DIMENSIONS} dimensions, is offered and refused")
     _register_bad(connection)
     number = _expand(connection, _bad_name(), console)
-    _index(connection, number, console)
-    verdict = _gate(connection, number, console)
+    index(connection, NAME, number, console)
+    verdict = gate(connection, NAME, number, console)
     statement = f"SELECT embedline.cutover('{NAME}', {number})"
     refusal = None
     try:
         connection.execute(statement.encode())
     except psycopg.errors.ObjectNotInPrerequisiteState as error:
         refusal = error.diag.message_primary
-    _say(console, statement)
+    say(console, statement)
     console.print(f"  [red]ERROR:  {escape(refusal or 'none')}[/red]")
     connection.execute("SELECT embedline.drop_embedding_version(%s, %s)", (NAME, number))
     connection.execute("SELECT embedline.drop_model(%s)", (_bad_name(),))

@@ -70,7 +70,7 @@ def _digest_statement(plan: CapturePlan) -> str:
         BEGIN
             {refused}
             RETURN coalesce({digest}, '');
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN OTHERS OR assert_failure THEN
             RETURN decode('00', 'hex');
         END
         """)

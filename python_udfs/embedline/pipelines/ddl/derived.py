@@ -222,7 +222,7 @@ def _guarded(columns: str, statement: str, everything: str, *, is_plain: bool) -
     A plain column has none, and spares each statement a subtransaction.
     """
     if not is_plain:
-        statement = f"BEGIN {statement} EXCEPTION WHEN OTHERS THEN {everything} END;"
+        statement = f"BEGIN {statement} EXCEPTION WHEN OTHERS OR assert_failure THEN {everything} END;"
     return f"IF {columns or 'true'} THEN {statement} ELSE {everything} END IF;"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embedline.core.media import MAX_MEDIA_BYTES
 from embedline.core.sql_text import quote_ident, quote_literal
 from embedline.pipelines.ddl.plan import CapturePlan
 
@@ -16,12 +17,13 @@ def content_function_statements(plan: CapturePlan, schema: str) -> dict[str, str
     Their parameters are the input columns. The planner inlines them where they are called.
     """
     functions = dict(plan.watched)
+    types = {"filter": "boolean", "content": plan.content_type}
     if plan.tenant is not None:
         functions["tenant_value"] = plan.tenant
     return {
         suffix: f"""CREATE FUNCTION {plan.expression(suffix, schema)}(
             {", ".join(f"{quote_ident(name)} {column_type}" for name, column_type in expression.columns)})
-        RETURNS {"boolean" if suffix == "filter" else "text"} LANGUAGE sql STABLE
+        RETURNS {types.get(suffix, "text")} LANGUAGE sql STABLE
         BEGIN ATOMIC SELECT {expression.text}; END"""
         for suffix, expression in functions.items()
         if expression.text
@@ -50,7 +52,7 @@ def changed_function_statement(plan: CapturePlan) -> str:
         AS """ + quote_literal(f"""
         BEGIN
             RETURN {" OR ".join(differences)};
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN OTHERS OR assert_failure THEN
             -- The application's write goes through; the worker will meet the same error and keep it as a dead letter.
             RETURN true;
         END
@@ -68,6 +70,8 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
     arrays = ", ".join(f"{quote_ident(key.name)} {key.type}[]" for key in plan.keys)
     unnested = plan.key_names
     max_bytes = f"${len(plan.keys) + 1}"
+    # Of a file that is too large a byte more than is allowed is enough to tell.
+    shown = f"substr(r.content, 1, {MAX_MEDIA_BYTES + 1})" if plan.is_file else "r.content"
     wanted = f"unnest({unnested}) WITH ORDINALITY AS wanted ({unnested}, ordinality)"
     join = " AND ".join(
         f"source_row.{quote_ident(key.source_name)} = wanted.{quote_ident(key.name)}" for key in plan.keys
@@ -77,11 +81,12 @@ def read_function_statements(plan: CapturePlan) -> list[str]:
         # Contents up to max_bytes in all; past that the row comes back deferred, and is asked for again.
         f"""CREATE OR REPLACE FUNCTION {plan.generated("read")}({arrays}, max_bytes bigint)
         RETURNS TABLE (
-            ordinality bigint, accepted boolean, deferred boolean, content text, content_hash bytea, prefix text)
+            ordinality bigint, accepted boolean, deferred boolean, content {plan.content_type}, content_hash bytea,
+            prefix text)
         LANGUAGE sql STABLE {DEFINER}
         BEGIN ATOMIC
         SELECT r.ordinality, r.accepted, r.before >= {max_bytes},
-            CASE WHEN r.before < {max_bytes} THEN r.content END,
+            CASE WHEN r.before < {max_bytes} THEN {shown} END,
             CASE WHEN r.before < {max_bytes} THEN {content_hash_sql(plan, "r.content", "r.prefix")} END,
             CASE WHEN r.before < {max_bytes} THEN r.prefix END
         FROM (
@@ -123,7 +128,7 @@ def content_hash_sql(plan: CapturePlan, content: str, prefix: str) -> str:
 
     A row with another hash must be embedded again.
     """
-    hashed = f"sha256(convert_to({content}, 'UTF8'))"
+    hashed = f"sha256(convert_to({content}, 'UTF8'))" if plan.content_type == "text" else f"sha256({content})"
     if plan.prefix is None:
         return hashed
     # The hash of two hashes: no other pair of texts gives the same bytes. NULL where the content is.
@@ -153,7 +158,7 @@ def tenant_function_statements(plan: CapturePlan) -> list[str]:
         + quote_literal(f"""
         BEGIN
             RETURN {plan.expression("tenant_value")}({places});
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN OTHERS OR assert_failure THEN
             RETURN NULL;
         END
         """),

@@ -4,7 +4,7 @@
     embedline_data.<pipeline>_keyword_segment   up to 65,536 chunks each
     embedline_data.<pipeline>_keyword_page      the words of a segment, with their chunks
     embedline_search.<pipeline>_v<n>_keyword_terms(content)              the words of a text
-    embedline_search.<pipeline>_v<n>_keyword_read(words)                 what a ranking needs, in one statement
+    embedline_search.<pipeline>_v<n>_keyword_read(words)                 what a ranking needs, put into the session's memory
     embedline_search.<pipeline>_v<n>_keyword_shown(segments, ...)        the chunks of a ranking, as the source shows them
     embedline_search.<pipeline>_v<n>_keyword_segments()                  the segments that there are
 
@@ -96,27 +96,29 @@ def function_statements(plan: CapturePlan, pipeline: Pipeline) -> list[str]:
             FROM (SELECT hashtextextended(u.lexeme, 0) AS word, least(cardinality(u.positions), {_MOST})::smallint AS count
                 FROM unnest(to_tsvector({config}, left(content, {_CHARACTERS}))) AS u) AS t;
         END""",
-        # One statement, so one snapshot: a chunk that moves from the entries to a segment is seen once.
+        # One statement, so one snapshot: a chunk that moves from the entries to a segment is seen once. The caller is given
+        # a number in place of the postings.
         f"""CREATE OR REPLACE FUNCTION {read}(words bigint[])
-        RETURNS TABLE (segment_id bigint, word bigint, chunk_count integer, total_length bigint, mean_length real,
-            heads bytea, postings bytea, counts bytea)
-        LANGUAGE sql STABLE PARALLEL SAFE
+        RETURNS bigint LANGUAGE sql VOLATILE
         BEGIN ATOMIC
-            SELECT s.segment_id, NULL::bigint, s.chunk_count, s.total_length, s.mean_length,
-                NULL::bytea, NULL::bytea, NULL::bytea
+            SELECT embedline_data._hold_postings(array_agg(r.segment_id), array_agg(r.word), array_agg(r.chunk_count),
+                array_agg(r.total_length), array_agg(r.heads), array_agg(r.postings), array_agg(r.counts))
+            FROM (
+            SELECT s.segment_id, NULL::bigint AS word, s.chunk_count, s.total_length,
+                NULL::bytea AS heads, NULL::bytea AS postings, NULL::bytea AS counts
             FROM {segment} AS s
             UNION ALL
-            SELECT s.segment_id, w.word, NULL, NULL, NULL, NULL, p.postings, NULL
+            SELECT s.segment_id, w.word, NULL, NULL, NULL, p.postings, NULL
             FROM {segment} AS s CROSS JOIN unnest(words) AS w (word)
             CROSS JOIN LATERAL (
                 SELECT g.last_word, g.postings FROM {page} AS g
                 WHERE g.segment_id = s.segment_id AND g.first_word <= w.word ORDER BY g.first_word DESC LIMIT 1
             ) AS p WHERE p.last_word >= w.word
             UNION ALL
-            SELECT NULL, NULL, count(*)::integer, sum(e.length)::bigint, NULL,
-                string_agg(e.head, ''::bytea),
+            SELECT NULL, NULL, count(*)::integer, sum(e.length)::bigint, string_agg(e.head, ''::bytea),
                 string_agg(e.words, ''::bytea), string_agg(e.counts, ''::bytea)
-            FROM {entry} AS e;
+            FROM {entry} AS e
+            ) AS r;
         END""",
         f"""CREATE OR REPLACE FUNCTION {of_ranking}(
             segments bigint[], ordinals integer[], segment_scores double precision[],

@@ -9,7 +9,7 @@ from embedline.core.sql_text import quote_ident
 from embedline.postgres.relations import EXPRESSION_SCHEMA, data_name
 
 # The next upgrade regenerates the functions of pipelines that have another number. Raise it when they change.
-CODE_VERSION = 10
+CODE_VERSION = 12
 # Suffixes of the generated functions, in an order in which they can be dropped: those that call others come first.
 FUNCTIONS = (
     *("read", "lock", "look", "missing", "range", "tenant", "audit", "gone", "present", "foreign"),
@@ -70,6 +70,13 @@ class CapturePlan:
     tenant: SourceExpression | None = None
     chunk_sets: tuple[int, ...] = (1,)
     partitioned: bool = False
+    # Whether the content is a file; an address of one is a text.
+    is_file: bool = False
+
+    @property
+    def content_type(self) -> str:
+        """The type of the content expression's value."""
+        return "bytea" if self.is_file else "text"
 
     @property
     def rows(self) -> str:

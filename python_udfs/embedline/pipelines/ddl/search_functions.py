@@ -26,6 +26,7 @@ from embedline.pipelines.ddl import keyword_tables
 from embedline.pipelines.ddl.plan import CapturePlan
 from embedline.pipelines.ddl.row_functions import row_function_statements
 from embedline.pipelines.ddl.view import SHOWN_TEXT, is_shown, shown_key
+from embedline.postgres.readable import grant_select
 from embedline.postgres.relations import SEARCH_SCHEMA, vector_schema
 from embedline.postgres.session import Session
 
@@ -145,7 +146,7 @@ def create_search_functions(session: Session, pipeline: Pipeline, plan: CaptureP
     grantees = f"embedline_reader, {quote_ident(source.owner)}"
     functions = _functions(pipeline)
     session.execute(f"REVOKE ALL ON FUNCTION {functions} FROM public")
-    session.execute(f"GRANT SELECT ON {pipeline.exact} TO {grantees}")
+    grant_select(session, [pipeline.exact], source.owner)
     session.execute(f"GRANT EXECUTE ON FUNCTION {functions} TO {grantees}")
     session.execute(f"GRANT USAGE ON SCHEMA {SEARCH_SCHEMA} TO {quote_ident(source.owner)}")
 

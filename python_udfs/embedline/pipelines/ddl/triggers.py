@@ -159,7 +159,7 @@ def _hide(plan: CapturePlan, arrays: str) -> str:
     return f"""
         BEGIN
             INSERT INTO {hidden} ({plan.key_names}) SELECT * FROM {plan.generated("foreign")}({arrays});
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN OTHERS OR assert_failure THEN
             INSERT INTO {hidden} ({plan.key_names}) SELECT * FROM unnest({arrays});
         END;
         -- A search_path that an expression of the owner's has set would outlive it.

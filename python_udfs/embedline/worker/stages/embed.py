@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 
 from embedline.core.embedding import EmbeddingBlock
 from embedline.core.request_tokens import plausible_tokens
-from embedline.errors import EmbedlineError, InvalidVectors, ProviderMisconfigured, TransientProviderError
+from embedline.errors import (
+    EmbedlineError,
+    InvalidVectors,
+    ProviderError,
+    ProviderMisconfigured,
+    TransientProviderError,
+)
+from embedline.models.space import space_fault
 from embedline.postgres.spans import Attributes, record
 from embedline.worker.batch import Batch, Request, Unit
 from embedline.worker.meter import Stage, failure_class
@@ -161,11 +168,13 @@ class Embed:
         if unit.split is not None:
             unit.split.passed |= sizes
 
-    def _take_over(self, batch: Batch, unit: Unit, request: Request, block: EmbeddingBlock) -> InvalidVectors | None:
+    def _take_over(self, batch: Batch, unit: Unit, request: Request, block: EmbeddingBlock) -> ProviderError | None:
         """Take over the vectors of an answer; return the fault of the answer as a whole."""
         from embedline.core import vectors
 
         version = batch.pipeline.version
+        if block.fingerprint is not None and (fault := space_fault(version.model, block)):
+            return fault
         if remark := self._models.keep_learned(batch.pipeline, block.learned):
             batch.source.record_error(remark)
         digests = list(request.texts)
@@ -176,12 +185,14 @@ class Embed:
             return invalid
         normalise = version.distance != "l2"
         # A normalised vector fits float16 whatever the model's scale.
+        unit.undecodable |= {digests[index]: reason for index, reason in block.faults.items()}
         usable, faults = vectors.usable_vectors(matrix, "vector" if normalise else version.column_type, normalise)
         unit.vectors.update(zip(digests, usable, strict=True))
         for index, reason in faults.items():
-            unit.faults[digests[index]] = reason
+            if index not in block.faults:
+                unit.faults[digests[index]] = reason
             del unit.vectors[digests[index]]
-        if len(faults) < len(digests):
+        if len(faults) < len(digests) or block.faults:
             self._models.note_answer(version.model, request.sent_at)
         return None
 

@@ -17,6 +17,7 @@ from embedline.errors import (
     ProviderError,
     ProviderMisconfigured,
     TransientProviderError,
+    UnreadableMedia,
 )
 from embedline.models.request_size import Split
 from embedline.queue.dead_letters import DeadLetter
@@ -72,8 +73,12 @@ class Failures:
     def without_faults(self, batch: Batch, unit: Unit) -> list[Document]:
         """Return the documents whose vectors are all usable.
 
-        The others are asked for once more, then judged.
+        The others are asked for once more, then judged. Files that cannot be decoded are given up.
         """
+        if unit.undecodable:
+            doomed = [d for d in unit.documents if any(chunk.digest in unit.undecodable for chunk in d.chunks)]
+            batch.quarantine([_letter_of_file(document, unit.undecodable) for document in doomed])
+            unit = replace(unit, documents=[d for d in unit.documents if d not in doomed], undecodable={})
         if not unit.faults:
             return unit.documents
         faulty = [d for d in unit.documents if any(chunk.digest in unit.faults for chunk in d.chunks)]
@@ -182,7 +187,8 @@ class Failures:
         known = batch.source.known_vectors([document])
         again = unit_of(batch.pipeline, [document], unit.vectors | known)
         again.failures, again.split = unit.failures + 1, unit.split
-        sizes = {estimated_size(text) for text in refused.values()} if error.is_too_long else set()
+        texts = [text for text in refused.values() if isinstance(text, str)] if error.is_too_long else []
+        sizes = {estimated_size(text) for text in texts}
         again.cut_sizes = unit.cut_sizes | sizes
         batch.units.append(again)
         return True
@@ -197,6 +203,11 @@ def dead_letter(document: Document, stage: str, error: EmbedlineError | None) ->
 def _letter_of_faults(document: Document, faults: Mapping[bytes, str]) -> DeadLetter:
     reason = next(faults[chunk.digest] for chunk in document.chunks if chunk.digest in faults)
     return DeadLetter(document.row, "embed", InvalidVectors.sqlstate, reason, document.content_hash)
+
+
+def _letter_of_file(document: Document, undecodable: Mapping[bytes, str]) -> DeadLetter:
+    reason = next(undecodable[chunk.digest] for chunk in document.chunks if chunk.digest in undecodable)
+    return DeadLetter(document.row, "embed", UnreadableMedia.sqlstate, reason, document.content_hash)
 
 
 def _halve(batch: Batch, unit: Unit) -> bool:

@@ -25,6 +25,7 @@ from embedline.queue.outbox import ClaimedRow
 from embedline.spending import ledger
 from embedline.worker.batch import Batch, pack, vector_memory
 from embedline.worker.meter import Stage
+from embedline.worker.stages.defer import Defer
 from embedline.worker.stages.embed import Embed
 from embedline.worker.stages.failures import Failures, dead_letter
 
@@ -36,6 +37,7 @@ class Prepare:
     session: Session
     embed: Embed
     failures: Failures
+    defer: Defer
 
     def read(self, batch: Batch) -> None:
         """Read the rows; give up those that have ended too many workers."""
@@ -51,6 +53,10 @@ class Prepare:
         batch.found += reading.documents
         batch.content_bytes += reading.content_bytes
         batch.deferred_count = reading.deferred_count
+        if batch.pipeline.is_reference:
+            from embedline.worker.stages.fetch import load_prefixes
+
+            batch.media_prefixes = load_prefixes(self.session)
         if batch.pipeline.spec.method == "semantic" and batch.pipeline.metered:
             self._reserve_sentences(batch)
 
@@ -59,7 +65,7 @@ class Prepare:
 
         The estimate counts as spent.
         """
-        contents = [document.content for document in batch.found if document.content is not None]
+        contents = [document.content for document in batch.found if isinstance(document.content, str)]
         if not contents:
             return
         if not self.embed.reserve_at_once(batch, sum(map(likely_tokens, contents))):
@@ -71,7 +77,12 @@ class Prepare:
         Touches no table: the resident worker holds no transaction meanwhile.
         """
         with batch.meter.stage(Stage.CHUNK):
-            if any(document.content is not None for document in batch.found):
+            if batch.pipeline.modality != "text":
+                # Loaded by workers of such pipelines alone.
+                from embedline.worker.stages.media import chunk_media
+
+                chunk_media(self.session, batch, check_interrupts)
+            elif any(document.content is not None for document in batch.found):
                 self._chunk_documents(batch, check_interrupts)
             if batch.readability is not None:
                 mark_unreadable(batch.found, batch.readability, check_interrupts)
@@ -80,7 +91,7 @@ class Prepare:
         chunker = self._chunker(batch, batch.pipeline.chunk_set)
         others = {chunk_set.number: self._chunker(batch, chunk_set) for chunk_set in batch.pipeline.other_sets}
         for document in batch.found:
-            if document.content is not None:
+            if isinstance(document.content, str):
                 try:
                     text = repair_text(document.content)
                     document.chunks = chunker(text, check_interrupts, document.prefix)
@@ -95,6 +106,10 @@ class Prepare:
 
         Texts without anything to embed are given up.
         """
+        if batch.pipeline.is_reference:
+            from embedline.worker.stages.fetch import settle_problems
+
+            settle_problems(batch)
         problems = [document for document in batch.found if document.problem is not None]
         unusable = [document for document in problems if isinstance(document.problem, UnusableText)]
         batch.quarantine([dead_letter(document, "validate", document.problem) for document in unusable])
@@ -106,6 +121,8 @@ class Prepare:
         batch.found = []
         left = ledger.tokens_left(self.session, batch.pipeline) if batch.pipeline.metered else None
         sound, known = self._cut_long_texts(batch, sound)
+        if batch.pipeline.version.model.config.provider == "openai":
+            sound = self.defer.hold(batch, sound, known)
         wanted = {chunk.digest for document in sound for chunk in document.chunks} - known.keys()
         trial = request_size.size_to_try(self.session, batch.pipeline.version.model, len(wanted))
         batch.units += pack(batch.pipeline, sound, known, left, trial)
@@ -128,6 +145,8 @@ class Prepare:
 
     def _readability(self, batch: Batch) -> Readability | None:
         """Return the check of the batch's chunks, as the setting is now."""
+        if batch.pipeline.modality != "text":
+            return None
         model_id = batch.pipeline.version.model.model_id
         cache: dict[int, str | None] = self.session.cache.setdefault("embedline.tokenizers", {})
         if model_id not in cache:

@@ -92,6 +92,8 @@ class CreatePipelineOp(PipelineOperation):
     tenant: str | None = None
     weight: float | None = None
     keyword: str | None = None
+    modality: str | None = None
+    caption: str | None = None
     expression_search_path: str | None = None
 
     @classmethod
@@ -150,6 +152,7 @@ class AlterPipelineOp(PipelineOperation):
     tenant: str | None = None
     weight: float | None = None
     keyword: str | None = None
+    caption: str | None = None
     drop: Sequence[str] = ()
     expression_search_path: str | None = None
     before: Options = field(default_factory=dict)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from embedline.gate import statistics
-from embedline.gate.statistics import FloatArray
+from embedline.core import statistics
+from embedline.core.statistics import FloatArray
 
 
 def score_rankings(keys: Sequence[Sequence[str]], grades: Sequence[dict[str, float]], k: int) -> FloatArray:

@@ -1,0 +1,1 @@
+"""Publish pipelines to servers that only search, and write what these need."""

@@ -1,0 +1,1 @@
+"""Work that SQL functions hand out to processes outside the database."""

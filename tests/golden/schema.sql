@@ -50,6 +50,7 @@ CREATE TABLE embedline.backfill_range (
     done boolean DEFAULT false NOT NULL,
     claimed_by integer,
     crash_count smallint DEFAULT 0 NOT NULL,
+    keys text[],
     CONSTRAINT backfill_range_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES embedline.pipeline(pipeline_id) ON DELETE CASCADE,
     CONSTRAINT backfill_range_pkey PRIMARY KEY (range_id)
 ) WITH (fillfactor=70);

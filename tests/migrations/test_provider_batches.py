@@ -31,7 +31,7 @@ def test_going_back_makes_rows_due_that_wait_for_a_batch(database: psycopg.Conne
     )
     database.execute(_BATCH)
     database.execute(_HOLD.format(outbox=outbox).encode())
-    command.downgrade(alembic_config(database_dsn), "0031-1")
+    command.downgrade(alembic_config(database_dsn), "0030")
     assert scalar(database, f"SELECT bool_and(not_before <= clock_timestamp()) FROM {outbox}")
     assert scalar(database, "SELECT to_regclass('embedline.provider_batch') IS NULL")
     command.upgrade(alembic_config(database_dsn), "head")

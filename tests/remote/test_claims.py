@@ -96,6 +96,33 @@ def test_a_row_that_changes_in_flight_keeps_no_vector_of_its_old_text(
     assert assert_all_settled(page, stub.dimensions) == 24
 
 
+@pytest.mark.parametrize("is_changed_first", [True, False])
+def test_a_row_of_the_backfill_that_is_changed_is_in_flight_once(
+    page: psycopg.Connection, remote: psycopg.Connection, remote_dsn: str, stub: StubProvider, is_changed_first: bool
+) -> None:
+    edit = "UPDATE page SET body = body || ' edited' WHERE id <= 20"
+    if is_changed_first:
+        # The changes are claimed by the one worker, the range of the same rows by the other.
+        page.execute(edit)
+        _, first = _claim(remote)
+    else:
+        # A range that is claimed is read after the change, which the other worker claims.
+        assert scalar(remote, "SELECT state FROM embedline.claim_batch('page')") == "claimed"
+        page.execute(edit)
+        first = []
+    with psycopg.connect(remote_dsn, autocommit=True) as other:
+        second = _claim_all(other)
+        first += _claim_all(remote)
+        seen = [text for _, _, texts in [*first, *second] for text in texts]
+        assert sorted(seen) == sorted(set(seen))
+        assert len(seen) == 25
+        _finish(other, second, stub.dimensions)
+        _finish(remote, first, stub.dimensions)
+        # Rows that the other worker had in flight wait for an instant, and prove to be up to date.
+        wait_until(lambda: _claim(other)[0] == "empty", 10, "nothing waits")
+    assert assert_all_settled(page, stub.dimensions) == 25
+
+
 def test_limits_bound_what_is_handed_out(page: psycopg.Connection, remote: psycopg.Connection) -> None:
     _, few = _claim(remote, max_rows=3)
     assert sum(len(texts) for _, _, texts in few) <= 25

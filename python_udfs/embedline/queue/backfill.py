@@ -5,7 +5,7 @@ A sweep closes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embedline.catalog.values import Pipeline
@@ -14,7 +14,7 @@ from embedline.postgres.claims import Claims
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
 from embedline.queue.claim import Claim
-from embedline.queue.outbox import ClaimedRow, Key
+from embedline.queue.outbox import ClaimedRow, Key, in_flight_query, key_columns
 
 # Rows that one closing sweep queues at most.
 _SWEEP_ROWS = 100_000
@@ -50,11 +50,12 @@ def delete_ranges(session: Session, pipeline_id: int) -> None:
 
 
 def claim_range(
-    session: Session, pipeline: Pipeline, limit: int, claims: Claims, *, crash_count: int = 0
+    session: Session, pipeline: Pipeline, limit: int, claims: Claims, live: list[int], *, crash_count: int = 0
 ) -> Claim | None:
     """Claim the next rows of an open range; None if no range is open and free.
 
-    The claimed range is no longer than its rows: the rest of a longer one stays open.
+    The claimed range is no longer than its rows: the rest of a longer one stays open. Rows that one of the `live` workers has
+    in flight for a change are left to it, so that no text is paid for twice.
     """
     while True:
         rows = session.query(
@@ -78,8 +79,11 @@ def claim_range(
         if row["unmoved"]:
             if crash_count:
                 limit = min(limit, ROWS_PER_CLAIM_AFTER_CRASHES.get(crash_count, 1))
-            keys, last_tid = _read_range(session, pipeline, row, limit)
-            range_id = _mark(session, row, last_tid if len(keys) == limit else None, claims)
+            found, last_tid = _read_range(session, pipeline, row, limit)
+            keys = _free_keys(session, pipeline, found, live)
+            range_id = _mark(session, row, last_tid if len(found) == limit else None, claims)
+            if claims.is_resident:
+                show_keys(session, pipeline, range_id, keys)
             claimed = [ClaimedRow(key, crash_count=crash_count) for key in keys]
             return Claim(claimed, of_backfill=True, is_suspect=crash_count > 0, range_id=range_id)
         _restart_ranges(session, pipeline, int(row["relation"]))
@@ -100,6 +104,32 @@ def _read_range(
         limit,
     )[0]
     return list(zip(*(found[column] or () for column in pipeline.key_columns), strict=True)), found["last_tid"]
+
+
+def _free_keys(session: Session, pipeline: Pipeline, keys: list[Key], live: list[int]) -> list[Key]:
+    """Return the keys that no living worker has in flight."""
+    if not keys or not live:
+        return keys
+    count = len(pipeline.key_columns)
+    busy = session.scalar(
+        f"SELECT array_agg(k.place) FROM unnest({pipeline.key_arrays()}) WITH ORDINALITY AS k ({pipeline.key_list}, place)"
+        f" WHERE ({pipeline.key_list_of('k')}) IN ({in_flight_query(pipeline, f'${count + 1}')})",
+        [*pipeline.key_parameter_types, "integer[]"],
+        *key_columns(keys, count),
+        live,
+    )
+    places = set(busy or ())
+    return [key for place, key in enumerate(keys, 1) if place not in places]
+
+
+def show_keys(session: Session, pipeline: Pipeline, range_id: int, keys: Sequence[Key]) -> None:
+    """Show other claims the keys of a claimed range that are in flight."""
+    session.query(
+        "UPDATE embedline.backfill_range SET keys = $2 WHERE range_id = $1",
+        ["bigint", "text[]"],
+        range_id,
+        key_columns(keys, len(pipeline.key_columns)) if keys else None,
+    )
 
 
 def _mark(session: Session, row: Mapping[str, Any], last_tid: str | None, claims: Claims) -> int:
@@ -160,7 +190,7 @@ def _restart_ranges(session: Session, pipeline: Pipeline, relation: int) -> None
 def finish_range(session: Session, range_id: int, claims: Claims) -> None:
     """Mark a claimed range as read, fenced by the claim."""
     session.query(
-        "UPDATE embedline.backfill_range SET done = true, claimed_by = NULL, crash_count = 0"
+        "UPDATE embedline.backfill_range SET done = true, claimed_by = NULL, keys = NULL, crash_count = 0"
         f" WHERE range_id = $1{claims.fence(2)}",
         ["bigint", *claims.types],
         range_id,
@@ -171,7 +201,7 @@ def finish_range(session: Session, range_id: int, claims: Claims) -> None:
 def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, dead: list[int]) -> None:
     """Free ranges that were in flight when their worker died."""
     session.query(
-        "UPDATE embedline.backfill_range SET claimed_by = NULL, crash_count = crash_count + 1"
+        "UPDATE embedline.backfill_range SET claimed_by = NULL, keys = NULL, crash_count = crash_count + 1"
         " WHERE pipeline_id = $1 AND claimed_by = ANY ($2)",
         ["bigint", "integer[]"],
         pipeline.pipeline_id,
@@ -182,7 +212,7 @@ def reclaim_from_dead_workers(session: Session, pipeline: Pipeline, dead: list[i
 def release(session: Session, pipeline: Pipeline, worker_id: int, range_id: int | None = None) -> None:
     """Free all ranges of a worker, or one of them."""
     session.query(
-        "UPDATE embedline.backfill_range SET claimed_by = NULL"
+        "UPDATE embedline.backfill_range SET claimed_by = NULL, keys = NULL"
         " WHERE pipeline_id = $1 AND claimed_by = $2 AND ($3 IS NULL OR range_id = $3)",
         ["bigint", "integer", "bigint"],
         pipeline.pipeline_id,

@@ -68,9 +68,13 @@ def in_flight_query(pipeline: Pipeline, live: str) -> str:
     `live` is the parameter with their ids.
     """
     arrays = ", ".join(f"c.{quote_ident(column)}" for column in pipeline.key_columns)
+    slices = ", ".join(f"r.keys[{i + 1}:{i + 1}]::{key_type}[]" for i, key_type in enumerate(pipeline.key_types))
     return (
         f"SELECT {pipeline.key_list_of('k')} FROM {pipeline.generated('claim')} AS c CROSS JOIN LATERAL unnest({arrays})"
         f" AS k ({pipeline.key_list}) WHERE c.claimed_by = ANY ({live})"
+        f" UNION ALL SELECT {pipeline.key_list_of('k')} FROM embedline.backfill_range AS r"
+        f" CROSS JOIN LATERAL unnest({slices}) AS k ({pipeline.key_list})"
+        f" WHERE r.pipeline_id = {pipeline.pipeline_id} AND NOT r.done AND r.claimed_by = ANY ({live})"
         f" UNION ALL SELECT {pipeline.key_list_of('b')} FROM {pipeline.outbox} AS b WHERE b.claimed_by = ANY ({live})"
     )
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from embedline.catalog.values import Pipeline
+from embedline.postgres.claims import Claims
 from embedline.postgres.session import Session
+from embedline.queue import backfill, inbox
+from embedline.queue.claim import Claim
+from embedline.queue.outbox import ClaimedRow
 
 
 def peek(session: Session, pipeline: Pipeline, live: list[int]) -> dict[str, bool]:
@@ -53,3 +59,18 @@ def claimants(session: Session, pipeline: Pipeline) -> set[int]:
         pipeline.pipeline_id,
     )
     return set(found or ())
+
+
+def narrow(session: Session, pipeline: Pipeline, claim: Claim, put_back: Sequence[ClaimedRow], claims: Claims) -> None:
+    """Take rows out of a claim that are in the outbox again.
+
+    Other workers may have them at once.
+    """
+    if not put_back:
+        return
+    gone = {row.key for row in put_back}
+    kept = [row.key for row in claim.rows if row.key not in gone]
+    if claim.claim_id is not None:
+        inbox.narrow_claim(session, pipeline, claim.claim_id, kept, claims)
+    if claim.range_id is not None and claims.is_resident:
+        backfill.show_keys(session, pipeline, claim.range_id, kept)

@@ -102,19 +102,19 @@ class SourceRows:
         if kind is Kind.SUSPECTS:
             return self._claim_suspects()
         if kind is Kind.BACKFILL:
-            return backfill.claim_range(self.session, self.pipeline, limit, self.claims)
+            return backfill.claim_range(self.session, self.pipeline, limit, self.claims, self._take_turns())
         return self._claim_changes(limit, waiting)
 
     def _claim_suspects(self) -> Claim | None:
         crashes = outbox.most_crashes(self.session, self.pipeline)
+        live = self._take_turns()
         if crashes is not None:
             limit = ROWS_PER_CLAIM_AFTER_CRASHES.get(crashes, 1)
-            live = self._take_turns()
             found = outbox.claim_due(self.session, self.pipeline, limit, self.claims, live, crash_count=crashes)
             return Claim(found, is_suspect=True) if found else None
         for crashes in (*ROWS_PER_CLAIM_AFTER_CRASHES, max(ROWS_PER_CLAIM_AFTER_CRASHES) + 1):
             limit = ROWS_PER_CLAIM_AFTER_CRASHES.get(crashes, 1)
-            claim = backfill.claim_range(self.session, self.pipeline, limit, self.claims, crash_count=crashes)
+            claim = backfill.claim_range(self.session, self.pipeline, limit, self.claims, live, crash_count=crashes)
             if claim is not None:
                 return claim
         return None
@@ -201,10 +201,9 @@ class SourceRows:
         reading.deferred_count = len(deferred)
         if deferred:
             self.requeue(claim, deferred, 0.0, charged=False, error=None)
-        if (put_back := deferred + self._fail_unread(claim, failed)) and claim.claim_id is not None:
-            gone = {row.key for row in put_back}
-            kept = [row.key for row in claim.rows if row.key not in gone]
-            inbox.narrow_claim(self.session, self.pipeline, claim.claim_id, kept, self.claims)
+        source_queue.narrow(
+            self.session, self.pipeline, claim, deferred + self._fail_unread(claim, failed), self.claims
+        )
         self._settle_absent(claim, absent)
         return reading
 

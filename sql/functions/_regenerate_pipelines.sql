@@ -9,8 +9,8 @@ SET search_path = pg_catalog, pg_temp
 SET quote_all_identifiers = off
 SET standard_conforming_strings = on
 AS $python$
-    from embedline.pipelines import alter
-    alter.regenerate_pipelines(plpy, GD)
+    from embedline.pipelines import regenerate
+    regenerate.regenerate_pipelines(plpy, GD)
 $python$;
 
 COMMENT ON FUNCTION embedline._regenerate_pipelines() IS 'Internal: last step of an upgrade.';

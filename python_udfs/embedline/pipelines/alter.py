@@ -1,4 +1,4 @@
-"""Alter the recipe of a pipeline in use; regenerate functions after an upgrade."""
+"""Alter the recipe of a pipeline in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from embedline.catalog.load import load_pipeline, load_versions
 from embedline.catalog.rights import require_control
 from embedline.catalog.source import Source
 from embedline.catalog.values import Pipeline
@@ -14,27 +13,22 @@ from embedline.chunking import ChunkingSpec
 from embedline.core import names
 from embedline.core.fingerprint import recipe_stamp
 from embedline.core.recipe import Expressions, PipelineChanges
-from embedline.errors import DependentObjects, EmbedlineError, InvalidParameter
+from embedline.errors import EmbedlineError, InvalidParameter
 from embedline.pipelines.ddl.plan import CODE_VERSION, FUNCTIONS, CapturePlan
-from embedline.pipelines.ddl.search_functions import create_search_functions
 from embedline.pipelines.ddl.tables import tenant_index, tenant_index_statements
 from embedline.pipelines.ddl.triggers import update_trigger_statements
 from embedline.pipelines.expressions import deparsed
 from embedline.pipelines.functions import (
     create_functions,
     generated_functions,
-    needs_row_triggers,
     rewrite_trigger_functions,
-    use_row_triggers,
 )
 from embedline.pipelines.inputs import PARAMETERS, expressions_in_use, store_inputs
 from embedline.pipelines.keyword_index import known_config, set_keyword
 from embedline.pipelines.plan import content_kind, current_plan
 from embedline.pipelines.recipe_check import check_weight, content_or_address, next_chunking, prefix_or_caption
 from embedline.pipelines.register import version_fingerprint
-from embedline.pipelines.replaced_views import refresh_views
 from embedline.pipelines.state import load_alone
-from embedline.pipelines.views import write_serving_function
 from embedline.postgres.entry import entry_point
 from embedline.postgres.locks import bound_lock_wait
 from embedline.postgres.relations import data_name
@@ -62,18 +56,6 @@ _STORE_CHUNKING = """
 """
 _STORE_CODE_VERSION = "UPDATE embedline.pipeline SET code_version = $2 WHERE name = $1"
 _TRIGGER = "SELECT tgenabled::text, tgattr::text AS columns FROM pg_trigger WHERE tgrelid = $1::oid AND tgname = $2"
-_OUTDATED = """
-    SELECT p.name FROM embedline.pipeline AS p JOIN pg_class AS c ON c.oid = p.source
-    WHERE p.code_version <> $1 AND NOT p.is_resting ORDER BY p.pipeline_id
-"""
-_REST = "UPDATE embedline.pipeline SET is_resting = true WHERE name = $1"
-
-# Made before create_pipeline refused them: their owner decides what our casts of keys do.
-_FOREIGN_KEY_TYPES = """
-    SELECT p.name, t.oid::regtype::text AS type, r.rolname AS owner
-    FROM embedline.pipeline AS p CROSS JOIN unnest(p.key_types) AS k (type) JOIN pg_type AS t ON t.oid = to_regtype(k.type)
-    JOIN pg_roles AS r ON r.oid = t.typowner WHERE NOT r.rolsuper ORDER BY p.pipeline_id
-"""
 
 
 @dataclass(frozen=True)
@@ -204,7 +186,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
     plan, source = current_plan(session, pipeline)
     expressions = expressions_in_use(session, pipeline)
     content = expressions.get("content")
-    if content is None or not _has_readers(session, pipeline):
+    if content is None or not has_readers(session, pipeline):
         raise EmbedlineError(
             f'the functions of pipeline "{pipeline.name}" are not as Embedline wrote them',
             hint=f"SELECT embedline.refresh_pipeline('{pipeline.name}');",
@@ -223,7 +205,7 @@ def plan_in_use(session: Session, pipeline: Pipeline) -> tuple[CapturePlan, Sour
     ), source
 
 
-def _has_readers(session: Session, pipeline: Pipeline) -> bool:
+def has_readers(session: Session, pipeline: Pipeline) -> bool:
     """Return True if the functions that read the source exist.
 
     They go if a column of the source is dropped with CASCADE.
@@ -284,37 +266,3 @@ def restart_ranges(session: Session, pipeline: Pipeline) -> None:
     restart_sweep(session, pipeline)
     delete_ranges(session, pipeline.pipeline_id)
     insert_ranges(session, pipeline.pipeline_id, pipeline.source_oid)
-
-
-@entry_point
-def regenerate_pipelines(session: Session) -> None:
-    """Regenerate the functions that another version of Embedline generated."""
-    for row in session.query(_OUTDATED, ["integer"], CODE_VERSION):
-        pipeline = load_pipeline(session, str(row["name"]))
-        if not _has_readers(session, pipeline):
-            # They went with a column of the source; embedline.status says what to run.
-            session.query(_REST, ["text"], pipeline.name)
-            continue
-        plan, source = plan_in_use(session, pipeline)
-        replace_functions(session, plan, source, [])
-        rewrite_trigger_functions(session, plan)
-        if needs_row_triggers(plan, source):
-            use_row_triggers(session, plan)
-            # What was written through the parent until now: the next sweep finds it.
-            restart_sweep(session, pipeline)
-        try:
-            refresh_views(session, pipeline, plan, source)
-        except DependentObjects as error:
-            # A view as it was before serves as well; an upgrade must not fail because of what users built on it.
-            session.plpy.notice(
-                f'views of pipeline "{pipeline.name}" stay as they are: {error}', detail=error.detail or ""
-            )
-        write_serving_function(session, plan, pipeline.version.number)
-        for version in load_versions(session, pipeline.name):
-            create_search_functions(session, version, plan, source)
-    for row in session.query(_FOREIGN_KEY_TYPES):
-        session.plpy.warning(
-            f'the key of pipeline "{row["name"]}" has type {row["type"]} of role "{row["owner"]}", who is no superuser',
-            detail="Keys are cast with Embedline's rights, and the owner of a type decides what its casts do.",
-            hint=f"ALTER TYPE {row['type']} OWNER TO a superuser, or drop the pipeline; of a domain, create it again.",
-        )

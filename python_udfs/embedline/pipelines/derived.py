@@ -101,7 +101,7 @@ def create_derived(session: Session, parameters: dict[str, Any]) -> str:
     plan = _register(session, pipeline, events, parameters)
     for statement in (*ddl.storage_statements(plan), *ddl.note_function_statements(plan)):
         session.execute(statement)
-    _create_readers(session, plan)
+    create_readers(session, plan)
     for statement in ddl.trigger_statements(plan):
         session.execute(statement)
     add_version(session, plan.derived, pipeline)
@@ -191,18 +191,18 @@ def _known_as(session: Session, derived: Derived, numbers: dict[str, int]) -> di
     return {name: derived.event_columns.get(number, name) for name, number in numbers.items()}
 
 
-def _create_readers(session: Session, plan: DerivedPlan) -> None:
+def create_readers(session: Session, plan: DerivedPlan) -> None:
     derived = plan.derived
     for statement in (*ddl.reader_statements(plan), ddl.seen_statement(plan)):
         session.execute(statement)
-    for signature in _readers(derived):
+    for signature in readers(derived):
         session.execute(f"REVOKE ALL ON FUNCTION {signature} FROM public")
         session.execute(f"ALTER FUNCTION {signature} OWNER TO {quote_ident(plan.events.owner)}")
     _grant_function(session, plan, derived.search_function("seen"))
     _grant_tables(session, plan, [derived.generated("subject")])
 
 
-def _readers(derived: Derived) -> list[str]:
+def readers(derived: Derived) -> list[str]:
     """Return the signatures of the functions that run as the owner of the events."""
     arguments = {"read": f"{derived.subject_type}[]", "of_items": "text[]", "all": ""}
     return [f"{derived.generated(part)}({arguments[part]})" for part in ddl.READERS]
@@ -215,7 +215,7 @@ def _grant_tables(session: Session, plan: DerivedPlan, tables: list[str]) -> Non
 
 def follow_owner(session: Session, derived: Derived) -> None:
     """Give what reads the events to their owner, if they have another one by now."""
-    former = session.scalar(_FORMER_OWNER, ["text", "bigint"], _readers(derived)[0], derived.events_oid)
+    former = session.scalar(_FORMER_OWNER, ["text", "bigint"], readers(derived)[0], derived.events_oid)
     if former is None:
         return
     plan, owner = plan_of(session, derived), quote_ident(str(former))
@@ -227,7 +227,7 @@ def follow_owner(session: Session, derived: Derived) -> None:
         session.execute(f"REVOKE ALL ON FUNCTION {function}({derived.subject_type}) FROM {owner}")
         _grant_function(session, plan, function)
     _grant_tables(session, plan, tables)
-    for signature in _readers(derived):
+    for signature in readers(derived):
         session.execute(f"ALTER FUNCTION {signature} OWNER TO {quote_ident(plan.events.owner)}")
     view = _view(session, derived)
     if view is not None:

@@ -19,10 +19,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from bench_pipelines import _processor_seconds
 from harness import Bench, Figure, percentile, scalar, timed
 from manual import sentences
-from workers import Session, create_pipeline, drain, recreate_source, register_stub, spread
+from workers import Session, create_pipeline, drain, processor_seconds, recreate_source, register_stub, spread
 
 from embedline.client import build_index
 from generated_names import BENCH
@@ -80,9 +79,9 @@ def _measure_upkeep(bench: Bench, session: Session, model: str, texts: Texts) ->
             _insert(session, bodies)
             with bench.connect() as worker:
                 worker.execute("CALL embedline.run_worker(max_seconds => 0)")
-                before = _processor_seconds(worker.info.backend_pid)
+                before = processor_seconds(worker.info.backend_pid)
                 drain(worker)
-                seconds[keyword] = _processor_seconds(worker.info.backend_pid) - before
+                seconds[keyword] = processor_seconds(worker.info.backend_pid) - before
             if scalar(session, f"SELECT count(*) FROM {BENCH('chunk')}") != WRITTEN:
                 raise SystemExit("not every row is one chunk")
             bench.progress.update(task, advance=1)

@@ -3,7 +3,8 @@
 Watched, a worker keeps each batch, sends spans to a receiver of OTLP, and is scraped each second. Unwatched, no row of a batch
 is kept, the rounds of alerts are left out, and there is neither endpoint nor scrape. Both sides run in turn on one server; the
 switch is made in the worker's session before its CALL. A busy machine spreads the rates by far more than watching costs, so the
-processor time of both sessions is compared, too.
+processor time of both sessions is compared, too. The time of what watches is taken directly as well: of the worker's own thread
+while it keeps batches, reads alerts and queues spans, and the processor time of the thread that sends them.
 Then scrapes are timed with 1,000,000 rows that wait, as one row of the inbox each, and with 1,000 pipelines.
 """
 
@@ -16,15 +17,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from bench_pipelines import _create, _processor_seconds
+from bench_pipelines import _create
 from harness import Bench, Figure, scalar, timed
-from workers import Session, check_count, create_pipeline, fill, recreate_source, register_stub, spread
+from workers import (
+    Session,
+    check_count,
+    create_pipeline,
+    fill,
+    processor_seconds,
+    recreate_source,
+    register_stub,
+    spread,
+)
 
 from generated_names import BENCH
 from stub_provider import StubProvider, stub_provider
 
 ROWS, DIMENSIONS, WAITING, PIPELINES, SCRAPES = 20_000, 384, 1_000_000, 1000, 15
 SHARE, WAITING_MS, PIPELINES_MS = 0.99, 50.0, 300.0
+# Promised of a worker's time, in percent.
+WATCHING_PERCENT = 1.0
 # Leaves out what a worker does to be watched. It is for this bench alone, so no setting does it.
 _UNWATCHED = """
     DO LANGUAGE plpython3u $$
@@ -37,6 +49,38 @@ _WATCHED = """
     DO LANGUAGE plpython3u $$
         import os
         os.environ.update(OTEL_EXPORTER_OTLP_ENDPOINT='{0}', OTEL_BSP_SCHEDULE_DELAY='1000')
+    $$
+"""
+# Takes the time of what watches, in the session of the worker.
+_TIMED = """
+    DO LANGUAGE plpython3u $$
+        import time
+        from embedline.observe import otlp
+        from embedline.worker import batch_history, housekeeping
+
+        def take_time(owner, name, clock):
+            inner = getattr(owner, name)
+            def timed(*arguments, **named):
+                started = clock()
+                try:
+                    return inner(*arguments, **named)
+                finally:
+                    spent[0] += clock() - started
+            setattr(owner, name, timed)
+
+        spent = GD['bench_watching'] = [0.0]
+        take_time(batch_history, 'keep', time.perf_counter)
+        take_time(housekeeping.Housekeeping, 'do_round', time.perf_counter)
+        take_time(otlp.OtlpExporter, 'record', time.perf_counter)
+        take_time(otlp._Open, '__exit__', time.perf_counter)
+        take_time(otlp.OtlpExporter, '_send', time.thread_time)
+    $$
+"""
+_SPENT = """
+    CREATE OR REPLACE FUNCTION pg_temp.bench_spent() RETURNS float8 LANGUAGE plpython3u AS $$
+        spent = GD['bench_watching'][0]
+        GD['bench_watching'][0] = 0.0
+        return spent
     $$
 """
 
@@ -54,6 +98,7 @@ def _compare(bench: Bench, session: Session, provider: StubProvider) -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     worked: dict[bool, list[float]] = {True: [], False: []}
     scraped: list[float] = []
+    watching: list[float] = []
     task = bench.progress.add_task("Draining", total=2 * (bench.rounds + 1))
     with _receiver() as (address, received):
         for number in range(bench.rounds + 1):
@@ -63,12 +108,13 @@ def _compare(bench: Bench, session: Session, provider: StubProvider) -> None:
                 fill(session, range(1, ROWS + 1))
                 session.execute("CHECKPOINT")
                 provider.counts()
-                elapsed, processor, scraper = _drain(bench, watched, address)
+                elapsed, processor, scraper, spent = _drain(bench, watched, address)
                 check_count(session, ROWS, provider.counts()["texts"], ROWS)
                 if number > 0:
                     seconds[watched].append(elapsed)
                     worked[watched].append(processor)
                     scraped += [scraper / elapsed * 100] if watched else []
+                    watching += [spent / elapsed * 100] if watched else []
                 bench.progress.update(task, advance=1)
     if not any("traces" in path for path in received):
         raise SystemExit("no span has arrived")
@@ -77,13 +123,22 @@ def _compare(bench: Bench, session: Session, provider: StubProvider) -> None:
     detail = f"{rates[0]:,.0f} against {rates[1]:,.0f} rows/s; {spread(shares, '.3f')}"
     bench.compare("processor time of the worker, watched", worked[True], worked[False])
     bench.add(Figure("  of a scrape each second, of a core", statistics.median(scraped), "%", None, spread(scraped)))
+    bench.add(
+        Figure(
+            "  of what watches, of the worker's time",
+            statistics.median(watching),
+            "%",
+            WATCHING_PERCENT,
+            spread(watching),
+        )
+    )
     bench.add(Figure("rate watched, of the unwatched", statistics.median(shares), "×", SHARE, detail, at_least=True))
 
 
-def _drain(bench: Bench, watched: bool, address: str) -> tuple[float, float, float]:
+def _drain(bench: Bench, watched: bool, address: str) -> tuple[float, float, float, float]:
     """Drain in a session of its own, which has worked before.
 
-    Return the seconds, the processor time of the worker, and that of the scrapes.
+    Return the seconds, the processor time of the worker, that of the scrapes, and the seconds of what watches.
     """
     with bench.connect() as session, bench.connect() as scraper:
         session.execute(_WATCHED.format(address) if watched else _UNWATCHED)
@@ -92,12 +147,16 @@ def _drain(bench: Bench, watched: bool, address: str) -> tuple[float, float, flo
         # So are those of the exporter's thread, which takes half a second of a core once in a session.
         session.execute("DO LANGUAGE plpython3u $$import time; time.sleep(3)$$")
         scraper.execute("SELECT embedline.metrics()").fetchone()
+        if watched:
+            session.execute(_TIMED)
+            session.execute(_SPENT)
         pids = (session.info.backend_pid, scraper.info.backend_pid)
-        before = [_processor_seconds(pid) for pid in pids]
+        before = [processor_seconds(pid) for pid in pids]
         with _scrapes(scraper) if watched else nullcontext():
             elapsed = timed(lambda: session.execute("CALL embedline.run_worker(until_idle => true)"))
-        worker, scrapes = (_processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True))
-        return elapsed, worker, scrapes
+        worker, scrapes = (processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True))
+        spent = scalar(session, "SELECT pg_temp.bench_spent()") if watched else 0.0
+        return elapsed, worker, scrapes, spent
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from embedline.dev.cluster.settings import Settings
 _TORCH = ("torch==2.13.0", "torch>=2.6")
 _CUDA_PACKAGE = re.compile(r"nvidia-|cuda-|triton")
 _TORCH_EXTRA, _TOOLS_EXTRA, _DEMO_EXTRA, _DOCS_EXTRA = "train", "dev", "demo", "docs"
+# Arguments of Python that compile sources, each core some of them. Those that are up to date are skipped.
+_COMPILE = ("-m", "compileall", "-q", "-j", "0")
 # Longest interpreter line that the kernel reads (BINPRM_BUF_SIZE); pip writes another form for longer paths.
 _SHEBANG_BYTES = 127
 
@@ -76,7 +78,7 @@ def ensure_torch(settings: Settings, wish: str) -> None:
         refused.write_text(_fingerprint(settings))
         _say_without_torch()
         return
-    run_step(f"Installing {requirement or _TORCH[-1]}", [*_pip(settings), requirement or _TORCH[-1]])
+    run_step(f"Installing {requirement or _TORCH[-1]}", [*_install(settings), requirement or _TORCH[-1]])
     _ensure_layer(settings, _TORCH_EXTRA, "")
 
 
@@ -86,8 +88,7 @@ def compile_sources(settings: Settings) -> None:
     Up-to-date ones are skipped. The server's OS user may write nothing here, so without this each of its sessions
     compiles them again, for 0.1 s.
     """
-    command = [str(settings.python), "-m", "compileall", "-q", str(settings.source)]
-    if subprocess.run(command, check=False).returncode != 0:
+    if subprocess.run([str(settings.python), *_COMPILE, str(settings.source)], check=False).returncode != 0:
         say("The sources cannot be compiled ahead; sessions of the server begin more slowly")
 
 
@@ -115,6 +116,11 @@ def _pip(settings: Settings) -> list[str]:
     return [str(settings.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
 
 
+def _install(settings: Settings) -> list[str]:
+    """Return the command that installs packages as they are; what compiles them uses all cores, unlike pip."""
+    return [*_pip(settings), "--no-compile"]
+
+
 def _ensure_layer(settings: Settings, extra: str, present: str) -> None:
     """Install the package with an extra, unless that was done for this pyproject.toml."""
     if _is_installed(settings, extra):
@@ -122,7 +128,12 @@ def _ensure_layer(settings: Settings, extra: str, present: str) -> None:
         return
     run_step(
         f"Installing Embedline with its extra {extra}",
-        [*_pip(settings), "--upgrade-strategy", "only-if-needed", "--editable", f"{settings.root}[{extra}]"],
+        [*_install(settings), "--upgrade-strategy", "only-if-needed", "--editable", f"{settings.root}[{extra}]"],
+    )
+    say("Compiling the packages")
+    # Some packages bring templates and old sources that cannot be compiled; pip passes over them, too.
+    subprocess.run(
+        [str(settings.python), *_COMPILE, str(settings.site_packages)], stdout=subprocess.DEVNULL, check=False
     )
     _stamp(settings, extra).write_text(_fingerprint(settings))
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -15,17 +12,6 @@ from werkzeug import Response
 from pictures import picture
 from support import create_pipeline, drain, scalar, settle
 from upgrading import add_version, settle_versions, versions
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder that the server can read, with two pictures."""
-    made = Path(tempfile.mkdtemp(prefix="embedline-photos-"))
-    made.chmod(0o755)
-    for name, colour in (("red.png", "red"), ("blue.png", "blue")):
-        (made / name).write_bytes(picture(colour))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture

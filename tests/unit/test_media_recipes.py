@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from embedline.chunking.spec import METHODS, METHODS_BY_MODALITY, ChunkingSpec, chunking_spec
+from embedline.core.file_addresses import content_expression, content_parts
 from embedline.core.media import Modality
 from embedline.errors import InvalidParameter
 
@@ -71,3 +72,17 @@ def test_options_have_defaults() -> None:
     assert (spec.size, spec.shared) == (10, 0)
     spec = chunking_spec("silence", None, None, {"longest_seconds": 20}, "audio")
     assert [spec.media_option(name) for name in ("longest_seconds", "shortest_silence")] == [20, 0.3]
+
+
+@pytest.mark.parametrize("address", ["address", "'/' || \"Name\"", content_expression("a", "b")])
+@pytest.mark.parametrize("changed_by", ["etag", "size::text || ')'", content_expression("a", "b")])
+def test_an_address_is_told_from_what_changes_with_its_file(address: str, changed_by: str) -> None:
+    assert content_parts(content_expression(address, changed_by)) == (address, changed_by)
+
+
+@pytest.mark.parametrize(
+    "expression", ["address", "", content_expression("a", "b")[1:], content_expression("a", "b")[:-1]]
+)
+def test_another_expression_is_that_of_no_address(expression: str) -> None:
+    with pytest.raises(ValueError, match="no address"):
+        content_parts(expression)

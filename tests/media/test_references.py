@@ -9,6 +9,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
+from embedline.providers.files import FileFetcher
 from pictures import picture
 from support import create_pipeline, drain, scalar, settle
 from upgrading import add_version, settle_versions, versions
@@ -155,3 +156,12 @@ def test_addresses_need_what_changes_with_them(photo: psycopg.Connection) -> Non
             photo.execute(f"SELECT embedline.{call}")
     photo.execute("SELECT embedline.alter_pipeline('photo', content => $$'x' || address$$, changed_by => 'etag')")
     settle(photo)
+
+
+def test_a_fetcher_that_was_closed_fetches_again(httpserver: HTTPServer) -> None:
+    httpserver.expect_request("/shoe.png").respond_with_data(b"a file")
+    fetcher = FileFetcher()
+    for _ in range(2):
+        found = fetcher.submit(httpserver.url_for("/shoe.png"), (httpserver.url_for("/"),))
+        assert found.result(10) == b"a file"
+        fetcher.close()

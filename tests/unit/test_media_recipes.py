@@ -56,7 +56,12 @@ def test_a_method_of_another_modality_is_refused_by_its_name() -> None:
         ("windows", "audio", {"window_seconds": 4, "window_overlap": 2.5}, "more than half of window_seconds"),
         ("silence", "audio", {"shortest_silence": 0}, "number between 0.05 and 60"),
         ("silence", "audio", {"silence_decibels": 0}, "number between -90 and -1"),
-        ("silence", "audio", {"window_seconds": 5}, "It takes longest_seconds, shortest_silence, silence_decibels."),
+        (
+            "silence",
+            "audio",
+            {"window_seconds": 5},
+            "It takes longest_seconds, shortest_silence, silence_decibels, speech_probability.",
+        ),
     ],
 )
 def test_an_option_out_of_its_range_is_refused(

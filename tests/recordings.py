@@ -27,7 +27,7 @@ def recording(*parts: float | None, seconds: float = 1.0, loudness: float = 0.5,
 
 
 def voice(seconds: float, seed: int = 0, rate: int = 16_000) -> NDArray[np.float64]:
-    """Return samples in which somebody seems to speak: vowels of 0.2 s, sung by a gliding pitch."""
+    """Return samples like speech: vowels of 0.2 s, sung by a gliding pitch."""
     random, count = np.random.default_rng(seed), int(seconds * rate)
     time = np.arange(count) / rate
     pitch = 120 + 25 * np.sin(2 * np.pi * 0.7 * time) + 8 * np.sin(2 * np.pi * 5 * time)

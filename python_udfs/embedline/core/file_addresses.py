@@ -28,9 +28,9 @@ def content_expression(address: str, changed_by: str) -> str:
 
 
 def content_parts(expression: str) -> tuple[str, str]:
-    """Return the address and what changes with its file, as `content_expression` was given them.
+    """Return the address and what changes with its file.
 
-    Raises ValueError for any other expression.
+    They are those that `content_expression` was given. Raises ValueError for any other expression.
     """
     inner = expression.removeprefix(_HEAD).removesuffix(_TAIL)
     end = inner.find(_ADDRESS_AGAIN)

@@ -17,7 +17,7 @@ Read = Callable[[Sequence[Key]], Mapping[int, ReadRow]]
 def read_isolated(
     session: Session, pipeline: Pipeline, keys: Sequence[Key], read: Read
 ) -> tuple[dict[int, ReadRow], dict[int, Exception]]:
-    """Return what `read` returns of keys, and the errors of those whose expression raises.
+    """Return the rows of keys, and the errors of keys whose expression raises.
 
     Both are by index of the key. A failed read is tried again by halves until each such key stands alone. Raises an error
     that is no row's, such as that of a source whose rows are hidden.

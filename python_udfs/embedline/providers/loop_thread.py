@@ -1,4 +1,4 @@
-"""Run coroutines in an asyncio loop, in one daemon thread with every signal blocked."""
+"""Run coroutines in a daemon thread with every signal blocked."""
 
 from __future__ import annotations
 

@@ -88,6 +88,6 @@ def read_catalogue(connection: Connection) -> Catalogue:
 
 
 def with_address(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pipeline's values with `content` and `changed_by` as a revision gives them."""
+    """Return a pipeline's values with address and `changed_by` apart."""
     parts = content_parts(values["content"]) if values["is_reference"] else (values["content"], None)
     return {**values, **dict(zip(ADDRESS, parts, strict=True))}

@@ -7,7 +7,7 @@ size and largest value. Texts have the first three dimensions of static-256.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,16 @@ IMAGE: Mapping[str, Any] = {
 AUDIO: Mapping[str, Any] = {
     "graph": "audio/model.onnx", "rate": 8000, "window_seconds": 1, "shortest_seconds": 0.5,
 }  # fmt: skip
+HEARD = ("mean", "mean_size", "most")
 
 
-def make_towers_model(folder: Path, *modalities: str, dimensions: int = DIMENSIONS) -> Path:
-    """Write the model with these towers, all if none is named; return its folder."""
+def make_towers_model(
+    folder: Path, *modalities: str, dimensions: int = DIMENSIONS, heard: Sequence[str] = HEARD
+) -> Path:
+    """Write the model with these towers, all if none is named; return its folder.
+
+    `heard` are the values of HEARD in the order that the tower of recordings gives them.
+    """
     folder.mkdir(mode=0o755, exist_ok=True)
     wanted = modalities or ("text", "image", "audio")
     towers: dict[str, Any] = {}
@@ -47,7 +53,7 @@ def make_towers_model(folder: Path, *modalities: str, dimensions: int = DIMENSIO
             helper.make_node("Abs", ["x"], ["size"]),
             helper.make_node("ReduceMean", ["size"], ["mean_size"], axes=[1]),
             helper.make_node("ReduceMax", ["x"], ["most"], axes=[1]),
-            helper.make_node("Concat", ["mean", "mean_size", "most"], ["y"], axis=1),
+            helper.make_node("Concat", list(heard), ["y"], axis=1),
         ]
         _save(folder / "audio", [1, "samples"], nodes)
         towers["audio"] = AUDIO

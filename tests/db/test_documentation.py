@@ -3,11 +3,12 @@
 `EMBEDLINE_UPDATE_DOCS=1 make test ARGS='-k examples'` writes what the examples print into the pages.
 
 In a page a block marked `sql` runs, and the `text` block after it is its output. Blocks of other languages do not run.
-Four comments, which no reader sees, steer the run:
+Five comments, which no reader sees, steer the run:
 
 - `<!-- run`, statements, `-->`: what the page needs and does not show.
 - `<!-- runs -->` before an `sh` block: it runs, too, in a shell with EMBEDLINE_DSN set.
 - `<!-- numbers vary -->` before an output: its numbers are not compared.
+- `<!-- hits vary -->` before an output: its columns alone are compared, and that it has rows.
 - `<!-- provider {…} -->`: how the stub behind the variable `endpoint` behaves from here on.
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from pictures import make_catalogue
 from stub_provider import StubProvider, stub_provider
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +42,7 @@ _STEP = re.compile(
     r"^<!-- run\n(?P<hidden>.*?)^-->$"
     r"|^<!-- provider (?P<provider>.*?) -->$"
     r"|^(?:(?P<runs> *<!-- runs -->)\n\n)?(?P<indent> *)```(?P<language>sql|sh)\n(?P<statements>.*?)^(?P=indent)```\n"
-    r"(?:\n(?:(?P<vary> *<!-- numbers vary -->)\n\n)?(?P=indent)```text\n(?P<printed>.*?)^(?P=indent)```\n)?",
+    r"(?:\n(?:(?P<vary> *<!-- (?:numbers|hits) vary -->)\n\n)?(?P=indent)```text\n(?P<printed>.*?)^(?P=indent)```\n)?",
     re.MULTILINE | re.DOTALL,
 )
 _SQL_BLOCK = re.compile(r"^ *```sql\n", re.MULTILINE)
@@ -48,11 +50,15 @@ _HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _RERANKER_HUB_NAME = "cross-encoder/ms-marco-MiniLM-L12-v2"
 # Where the pages have the directories of local models.
 _MODELS = "/srv/models"
+# A model of texts and images among them, which is made for the page that has it.
+_CATALOGUE = f"{_MODELS}/catalogue"
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # What an estimate may differ by between servers. PostgreSQL 16 extends a table by other steps than 15, so the same rows lie in
 # other blocks, and other rows are drawn (0.2 % between 15.20 and 17.12); its builds take less memory for a graph (3.4 %).
 _ESTIMATE_TOLERANCE = 0.05
 _STUB_DIMENSIONS = 8
+# Line breaks in what psql prints of a result without rows: names of columns, a rule, and (0 rows).
+_LINES_WITHOUT_ROWS = 2
 # What psql prints after each example.
 _END = "-- the end of an example --"
 
@@ -200,6 +206,9 @@ class _Page:
         elif step["language"] == "sh":
             # The lines before the last tell how far a command is, one each few seconds.
             assert _words(output.split("\n")[-1]) == _words(printed.split("\n")[-1]), where
+        elif step["vary"] and "hits" in step["vary"]:
+            assert _words(output.split("\n")[0]) == _words(printed.split("\n")[0]), where
+            assert output.count("\n") > _LINES_WITHOUT_ROWS, where
         elif step["vary"]:
             assert _words(output) == _words(printed), where
         else:
@@ -288,19 +297,34 @@ def test_examples_of_the_reference_print_what_it_says(database: psycopg.Connecti
 @pytest.mark.parametrize("page", _other_pages(), ids=lambda page: str(page.relative_to(DOCS)))
 def test_examples_of_a_page_print_what_it_says(page: Path, database_dsn: str, stub: StubProvider, models: Path) -> None:
     stub.behave()
+    if _CATALOGUE in page.read_text(encoding="utf-8"):
+        make_catalogue(models)
     assert _Page(page, database_dsn, stub, models).run() > 0
 
 
 def test_tutorial_and_on_call_are_among_the_pages_that_run() -> None:
     names = {page.name for page in _other_pages()}
-    assert {"tutorial.md", "on-call.md", "dba.md", "filter-and-tenants.md", "dead-letters.md"} <= names
+    wanted = {"tutorial.md", "on-call.md", "dba.md", "filter-and-tenants.md", "dead-letters.md", "search-pictures.md"}
+    assert wanted <= names
 
 
-def test_a_wrong_output_of_a_page_is_seen(database_dsn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("statement", "marker"),
+    [
+        ("SELECT 1 AS one", ""),
+        ("SELECT 2 AS two", "<!-- numbers vary -->\n\n"),
+        ("SELECT 2 AS two", "<!-- hits vary -->\n\n"),
+        ("SELECT 2 AS one WHERE false", "<!-- hits vary -->\n\n"),
+    ],
+)
+def test_a_wrong_output_of_a_page_is_seen(database_dsn: str, tmp_path: Path, statement: str, marker: str) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```sql\nSELECT 1 AS one;\n```\n\n```text\n one\n-----\n   2\n(1 row)\n```\n", encoding="utf-8")
+    printed = "```text\n one\n-----\n   2\n(1 row)\n```\n"
+    page.write_text(f"```sql\n{statement};\n```\n\n{marker}{printed}", encoding="utf-8")
     with pytest.raises(AssertionError):
         _Page(page, database_dsn).run()
+    page.write_text(f"```sql\nSELECT 2 AS one;\n```\n\n{marker}{printed}", encoding="utf-8")
+    assert _Page(page, database_dsn).run() == 1
 
 
 def test_reference_has_a_section_for_every_public_function(database: psycopg.Connection) -> None:

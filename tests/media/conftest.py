@@ -1,4 +1,4 @@
-"""A model of texts, images and recordings, which needs no torch."""
+"""A model of texts, images and recordings, which needs no torch, and a folder of pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from pictures import picture
 from towers_model import make_towers_model
 
 
@@ -29,3 +30,14 @@ def database(database: psycopg.Connection, towers: Path) -> psycopg.Connection:
     """The test's database with model `towers`."""
     database.execute("SELECT embedline.create_model('towers', 'sentence-transformers', %s)", (str(towers),))
     return database
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the server can read, with two pictures."""
+    made = Path(tempfile.mkdtemp(prefix="embedline-photos-"))
+    made.chmod(0o755)
+    for name, colour in (("red.png", "red"), ("blue.png", "blue")):
+        (made / name).write_bytes(picture(colour))
+    yield made
+    shutil.rmtree(made)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import psycopg
 import pytest
 
-from recordings import recording
+from media_files import recorded, tone
+from recordings import recording, voice
 from support import MODELS, create_pipeline, scalar, settle
 
 BY_FILE = "SELECT key, chunk_start, chunk_end FROM embedline.search('sound', %s::bytea, k => 1{})"
@@ -80,3 +82,18 @@ def test_a_model_without_a_tower_of_texts_is_asked_with_recordings_alone(databas
     with pytest.raises(psycopg.Error, match="cannot be asked with a text"):
         database.execute("SELECT * FROM embedline.search('sound', 'words')")
     assert database.execute("SELECT * FROM embedline.verify('sound')").fetchall() == []
+
+
+def test_parts_between_pauses_of_speech_have_their_places(database: psycopg.Connection) -> None:
+    _create(database, chunking="silence")
+    talk = np.concatenate([voice(2), tone(2.0), voice(2, 3)])
+    _insert(database, 1, recorded(talk))
+    settle(database)
+    places = "SELECT chunk_start, chunk_end FROM sound_embedding ORDER BY chunk_seq"
+    assert database.execute(places).fetchall() == [(0, 6000)]
+    database.execute("SELECT embedline.alter_pipeline('sound', chunking_options => '{\"speech_probability\": 0.5}')")
+    settle(database)
+    (start, middle), (again, end) = database.execute(places).fetchall()
+    assert (start, end) == (0, 6000)
+    assert middle == again
+    assert 2200 <= middle <= 3800

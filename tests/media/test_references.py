@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -12,20 +9,10 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
+from embedline.providers.files import FileFetcher
 from pictures import picture
 from support import create_pipeline, drain, scalar, settle
 from upgrading import add_version, settle_versions, versions
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder that the server can read, with two pictures."""
-    made = Path(tempfile.mkdtemp(prefix="embedline-photos-"))
-    made.chmod(0o755)
-    for name, colour in (("red.png", "red"), ("blue.png", "blue")):
-        (made / name).write_bytes(picture(colour))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture
@@ -169,3 +156,12 @@ def test_addresses_need_what_changes_with_them(photo: psycopg.Connection) -> Non
             photo.execute(f"SELECT embedline.{call}")
     photo.execute("SELECT embedline.alter_pipeline('photo', content => $$'x' || address$$, changed_by => 'etag')")
     settle(photo)
+
+
+def test_a_fetcher_that_was_closed_fetches_again(httpserver: HTTPServer) -> None:
+    httpserver.expect_request("/shoe.png").respond_with_data(b"a file")
+    fetcher = FileFetcher()
+    for _ in range(2):
+        found = fetcher.submit(httpserver.url_for("/shoe.png"), (httpserver.url_for("/"),))
+        assert found.result(10) == b"a file"
+        fetcher.close()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from embedline.chunking.spec import METHODS, METHODS_BY_MODALITY, ChunkingSpec, chunking_spec
+from embedline.core.file_addresses import content_expression, content_parts
 from embedline.core.media import Modality
 from embedline.errors import InvalidParameter
 
@@ -55,7 +56,12 @@ def test_a_method_of_another_modality_is_refused_by_its_name() -> None:
         ("windows", "audio", {"window_seconds": 4, "window_overlap": 2.5}, "more than half of window_seconds"),
         ("silence", "audio", {"shortest_silence": 0}, "number between 0.05 and 60"),
         ("silence", "audio", {"silence_decibels": 0}, "number between -90 and -1"),
-        ("silence", "audio", {"window_seconds": 5}, "It takes longest_seconds, shortest_silence, silence_decibels."),
+        (
+            "silence",
+            "audio",
+            {"window_seconds": 5},
+            "It takes longest_seconds, shortest_silence, silence_decibels, speech_probability.",
+        ),
     ],
 )
 def test_an_option_out_of_its_range_is_refused(
@@ -71,3 +77,17 @@ def test_options_have_defaults() -> None:
     assert (spec.size, spec.shared) == (10, 0)
     spec = chunking_spec("silence", None, None, {"longest_seconds": 20}, "audio")
     assert [spec.media_option(name) for name in ("longest_seconds", "shortest_silence")] == [20, 0.3]
+
+
+@pytest.mark.parametrize("address", ["address", "'/' || \"Name\"", content_expression("a", "b")])
+@pytest.mark.parametrize("changed_by", ["etag", "size::text || ')'", content_expression("a", "b")])
+def test_an_address_is_told_from_what_changes_with_its_file(address: str, changed_by: str) -> None:
+    assert content_parts(content_expression(address, changed_by)) == (address, changed_by)
+
+
+@pytest.mark.parametrize(
+    "expression", ["address", "", content_expression("a", "b")[1:], content_expression("a", "b")[:-1]]
+)
+def test_another_expression_is_that_of_no_address(expression: str) -> None:
+    with pytest.raises(ValueError, match="no address"):
+        content_parts(expression)

@@ -1,16 +1,19 @@
-"""A host that cannot look into files says so, and goes on."""
+"""A host that cannot look into files says so, and goes on; one that listens to a long recording is waited for."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from embedline.chunking import ChunkingSpec
+from embedline.core.embedding import ModelConfig
+from embedline.embedders.local import LocalEmbedder
 from embedline.errors import ModelHostUnavailable
 from embedline.model_host import segments
 from embedline.model_host.host_settings import HostSettings
@@ -36,13 +39,26 @@ class Constant:
         """It has none."""
 
 
-def _without_decoder(frame: Frame) -> bytes:
+def _without_decoder(frame: Frame, on_progress: Callable[[], None]) -> bytes:
     raise ImportError("No module named 'PIL'")
 
 
 def load(settings: HostSettings) -> LoadedModel:
     """Return a model beside which no decoder is installed."""
     segments.find_segments = _without_decoder
+    return LoadedModel(settings, Constant())
+
+
+def _in_steps(frame: Frame, on_progress: Callable[[], None]) -> bytes:
+    for _ in range(60):
+        time.sleep(0.1)
+        on_progress()
+    return b"[[[0, 6000]]]"
+
+
+def load_patient(settings: HostSettings) -> LoadedModel:
+    """Return a model beside which a recording is heard for longer than its clients wait for a silent host."""
+    segments.find_segments = _in_steps
     return LoadedModel(settings, Constant())
 
 
@@ -54,4 +70,14 @@ def test_a_host_without_a_decoder_answers_and_goes_on() -> None:
             embedder.submit_segments([b"file"], "image", ChunkingSpec("tiles")).result(30)
         assert "PIL" in str(raised.value.detail)
         assert embedder.submit(["words"], "document").result(30).count == 1
+        embedder.close()
+
+
+def test_a_host_that_listens_to_a_long_recording_is_waited_for() -> None:
+    settings = HostSettings("/constant")
+    config = ModelConfig("injected", "sentence-transformers", settings.model, timeout_seconds=4.0)
+    with tempfile.TemporaryDirectory(prefix="el-") as root, injected_host(__file__, "load_patient", settings, root):
+        embedder = LocalEmbedder(config, owner_pid=os.getpid(), runtime_root=root, settings=settings)
+        found = embedder.submit_segments([b"file"], "audio", ChunkingSpec("silence")).result(30)
+        assert found == [[(0, 6000)]]
         embedder.close()

@@ -44,6 +44,8 @@ _OPTIONS: Mapping[str, Mapping[str, _Range]] = {
         "shortest_silence": _Range(0.05, 60),
         # Of the loudest hundredth of a second of the recording.
         "silence_decibels": _Range(-90, -1),
+        # Without it a place is quiet by its loudness.
+        "speech_probability": _Range(0.05, 0.95),
     },
 }
 # What the options of images and recordings are where a pipeline names none.

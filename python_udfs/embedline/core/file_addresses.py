@@ -11,16 +11,37 @@ from embedline.errors import InputRejected
 SCHEMES = ("file", "http", "https", "s3")
 
 
+# What stands around the expressions of a content that is an address: address, address again, what changes with its file.
+_HEAD = "CASE WHEN (\n"
+_ADDRESS_AGAIN = "\n) IS NOT NULL THEN pg_catalog.jsonb_build_array((\n"
+_CHANGED_BY = "\n)::pg_catalog.text, (\n"
+_TAIL = "\n)::pg_catalog.text)::pg_catalog.text END"
+
+
 def content_expression(address: str, changed_by: str) -> str:
     """Return the expression of a content that is an address.
 
     Beside it stands what changes when the file does. Both are expressions over a row; without an address there is no
     content.
     """
-    return (
-        f"CASE WHEN (\n{address}\n) IS NOT NULL THEN pg_catalog.jsonb_build_array((\n{address}\n)::pg_catalog.text,"
-        f" (\n{changed_by}\n)::pg_catalog.text)::pg_catalog.text END"
-    )
+    return f"{_HEAD}{address}{_ADDRESS_AGAIN}{address}{_CHANGED_BY}{changed_by}{_TAIL}"
+
+
+def content_parts(expression: str) -> tuple[str, str]:
+    """Return the address and what changes with its file.
+
+    They are those that `content_expression` was given. Raises ValueError for any other expression.
+    """
+    inner = expression.removeprefix(_HEAD).removesuffix(_TAIL)
+    end = inner.find(_ADDRESS_AGAIN)
+    while end >= 0:
+        address = inner[:end]
+        # An address may hold such a text itself.
+        before = f"{address}{_ADDRESS_AGAIN}{address}{_CHANGED_BY}"
+        if inner.startswith(before) and content_expression(address, inner[len(before) :]) == expression:
+            return address, inner[len(before) :]
+        end = inner.find(_ADDRESS_AGAIN, end + 1)
+    raise ValueError("the expression is that of no address")
 
 
 def address_of(content: str) -> str:

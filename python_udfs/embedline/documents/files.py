@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from embedline.catalog.values import Pipeline
 from embedline.core.media import MediaPart, ModelInput, media_digest
+from embedline.documents.isolated import read_isolated
 from embedline.documents.read import read_contents
 from embedline.postgres.session import Session
 from embedline.queue.outbox import Key
@@ -21,14 +23,24 @@ _LEAST_BYTES = 1
 _SAMPLE_BYTES = 64 << 20
 
 
-def read_files(
-    session: Session, pipeline: Pipeline, chunk_ids: Sequence[int | str], max_bytes: int
-) -> tuple[dict[int, MediaPart], set[int]]:
+@dataclass(frozen=True)
+class StoredFiles:
+    """What was read of stored segments, by index of the chunk.
+
+    Chunks that are gone are in none of the three, nor are those whose row has another file by now.
+    """
+
+    parts: dict[int, MediaPart] = field(default_factory=dict)
+    # Chunks that are left for another read.
+    left: set[int] = field(default_factory=set)
+    # Chunks of rows whose expressions raise.
+    failed: dict[int, Exception] = field(default_factory=dict)
+
+
+def read_files(session: Session, pipeline: Pipeline, chunk_ids: Sequence[int | str], max_bytes: int) -> StoredFiles:
     """Return the segments of chunks with their files.
 
-    The second value are the chunks that are left for another read. Both are by index into `chunk_ids`. If rows hold
-    addresses, these stand in the place of the files. Chunks that are gone are in neither, nor are those whose row has
-    another file by now. Files beyond `max_bytes` are left, but for the first.
+    If rows hold addresses, these stand in the place of the files. Files beyond `max_bytes` are left, but for the first.
     """
     keys = ", ".join(f"c.{column}::text" for column in pipeline.quoted_key_columns)
     rows = session.query(
@@ -43,10 +55,14 @@ def read_files(
     wanted: dict[Key, list[int]] = {}
     for place, row in enumerate(rows):
         wanted.setdefault(tuple(row["key"]), []).append(place)
-    contents = read_contents(session, pipeline, list(wanted), max(max_bytes, _LEAST_BYTES))
-    found: dict[int, MediaPart] = {}
-    left: set[int] = set()
+    most = max(max_bytes, _LEAST_BYTES)
+    contents, failed = read_isolated(
+        session, pipeline, list(wanted), lambda keys: read_contents(session, pipeline, keys, most)
+    )
+    found = StoredFiles()
     for position, places in enumerate(wanted.values()):
+        if position in failed:
+            found.failed.update({int(rows[place]["ordinality"]) - 1: failed[position] for place in places})
         read = contents.get(position)
         if read is None or (not read.deferred and read.content is None):
             continue
@@ -55,13 +71,13 @@ def read_files(
             row = rows[place]
             index, start, end = int(row["ordinality"]) - 1, int(row["start_offset"]), int(row["end_offset"])
             if read.deferred:
-                left.add(index)
+                found.left.add(index)
             elif isinstance(read.content, str):
                 address = read.content.encode()
-                found[index] = MediaPart(pipeline.modality, address, start, end, is_address=True)
+                found.parts[index] = MediaPart(pipeline.modality, address, start, end, is_address=True)
             elif isinstance(read.content, bytes) and media_digest(digest, start, end) == bytes(row["digest"]):
-                found[index] = MediaPart(pipeline.modality, read.content, start, end)
-    return found, left
+                found.parts[index] = MediaPart(pipeline.modality, read.content, start, end)
+    return found
 
 
 def stored_inputs(
@@ -69,13 +85,13 @@ def stored_inputs(
 ) -> list[tuple[Mapping[str, Any], ModelInput]]:
     """Return stored chunks with what their model reads.
 
-    They are rows of chunk_id, prefix and content. Segments whose row has another file by now are left out, as are those
-    beyond 64 MiB in all. Files that would have to be fetched are left out, too.
+    They are rows of chunk_id, prefix and content. Segments whose row has another file by now, or cannot be read, are left
+    out, as are those beyond 64 MiB in all. Files that would have to be fetched are left out, too.
     """
     if pipeline.modality == "text":
         return [(row, (row["prefix"] or "") + row["content"].strip()) for row in rows]
     if pipeline.is_reference:
         # A transaction is open, and must not wait for another machine.
         return []
-    files, _ = read_files(session, pipeline, [row["chunk_id"] for row in rows], _SAMPLE_BYTES)
+    files = read_files(session, pipeline, [row["chunk_id"] for row in rows], _SAMPLE_BYTES).parts
     return [(row, files[place]) for place, row in enumerate(rows) if place in files]

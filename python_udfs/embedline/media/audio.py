@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from embedline.chunking.spec import ChunkingSpec
@@ -13,7 +13,7 @@ from embedline.core.media import MediaPart
 from embedline.errors import InputRejected
 from embedline.media.kinds import RECORDINGS, decoding, kind_of, require_size
 from embedline.media.places import require_few, starts
-from embedline.media.silence import FRAMES_PER_SECOND, quiet_cuts
+from embedline.media.silence import FRAMES_PER_SECOND, quiet_cuts, speechless_cuts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,15 +34,15 @@ _UNKNOWN_FRAMES = (1 << 63) - 1
 _MILLISECONDS = 1000
 
 
-def segments(data: bytes, spec: ChunkingSpec) -> list[tuple[int, int]]:
+def segments(data: bytes, spec: ChunkingSpec, on_block: Callable[[], None] = lambda: None) -> list[tuple[int, int]]:
     """Return the places of a recording's segments in milliseconds, in order.
 
-    Only method silence decodes the recording. Raises InputRejected.
+    Only method silence decodes the recording, and calls `on_block` for each block. Raises InputRejected.
     """
     with decoding("audio"), _opened(data) as file:
         length = _milliseconds(_frames(file), file.samplerate)
         if spec.method == "silence":
-            found = quiet_cuts(_energies(file), spec)
+            found = _quiet_places(file, spec, on_block)
             cuts = [cut for second in found if 0 < (cut := round(second * _MILLISECONDS)) < length]
             edges = [0, *cuts, length]
             require_few(len(edges) - 1, "segments")
@@ -148,15 +148,33 @@ def _resampled(blocks: Iterator[NDArray[np.float32]], own: int, rate: int, soxr:
     yield stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
 
 
-def _energies(file: Any) -> NDArray[np.float32]:
+def _quiet_places(file: Any, spec: ChunkingSpec, on_block: Callable[[], None]) -> list[float]:
+    """Return the seconds at which to cut, by loudness or by speech."""
+    rate = int(file.samplerate)
+    blocks = _watched(_mixed(file, MAX_SECONDS * rate), on_block)
+    if not spec.option("speech_probability", 0.0):
+        return quiet_cuts(_energies(blocks, rate), spec)
+    import soxr
+
+    from embedline.media.speech import RATE, STEPS_PER_SECOND, speech_probabilities
+
+    return speechless_cuts(speech_probabilities(_resampled(blocks, rate, RATE, soxr)), STEPS_PER_SECOND, spec)
+
+
+def _watched(blocks: Iterator[NDArray[np.float32]], on_block: Callable[[], None]) -> Iterator[NDArray[np.float32]]:
+    for block in blocks:
+        yield block
+        on_block()
+
+
+def _energies(blocks: Iterator[NDArray[np.float32]], rate: int) -> NDArray[np.float32]:
     """Return the mean square of each hundredth of a second."""
     import numpy as np
 
-    rate = int(file.samplerate)
     frame = rate // FRAMES_PER_SECOND
     kept = np.zeros(0, dtype=np.float32)
     found: list[NDArray[np.float32]] = []
-    for block in _mixed(file, MAX_SECONDS * rate):
+    for block in blocks:
         joined = np.concatenate([kept, block])
         whole = len(joined) // frame * frame
         found.append(np.square(joined[:whole].reshape(-1, frame)).mean(axis=1))

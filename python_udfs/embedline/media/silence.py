@@ -1,4 +1,4 @@
-"""Find where a recording is quiet, and cut it there."""
+"""Find where a recording is quiet, or without speech, and cut it there."""
 
 from __future__ import annotations
 
@@ -33,13 +33,31 @@ def quiet_cuts(energies: NDArray[np.float32], spec: ChunkingSpec) -> list[float]
     loudest = float(decibels.max())
     if loudest < _FLOOR_DECIBELS:
         return []
-    quiet = decibels < loudest + spec.media_option("silence_decibels")
+    return _cuts(energies, decibels < loudest + spec.media_option("silence_decibels"), spec)
+
+
+def speechless_cuts(probabilities: NDArray[np.float32], steps_per_second: float, spec: ChunkingSpec) -> list[float]:
+    """Return the seconds at which to cut, from the probability of speech in each step.
+
+    A place is quiet if that is below `speech_probability`, however loud it is.
+    """
+    import numpy as np
+
+    frames = max(1, round(len(probabilities) / steps_per_second * FRAMES_PER_SECOND))
+    steps = (np.arange(frames) * (steps_per_second / FRAMES_PER_SECOND)).astype(np.int64)
+    speech = probabilities[np.minimum(steps, len(probabilities) - 1)]
+    return _cuts(speech, speech < spec.option("speech_probability", 0.0), spec)
+
+
+def _cuts(loudness: NDArray[np.float32], quiet: NDArray[np.bool_], spec: ChunkingSpec) -> list[float]:
+    import numpy as np
+
     shortest = spec.media_option("shortest_silence") * FRAMES_PER_SECOND
     edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8)))
     runs = [(first, last) for first, last in edges.reshape(-1, 2).tolist() if last - first >= shortest]
     cuts = [(first + last) // 2 for first, last in runs if first > 0 and last < len(quiet)]
     longest = max(2, round(spec.media_option("longest_seconds") * FRAMES_PER_SECOND))
-    smoothed = np.convolve(energies, np.ones(_SMOOTHED) / _SMOOTHED, mode="same")[: len(energies)]
+    smoothed = np.convolve(loudness, np.ones(_SMOOTHED) / _SMOOTHED, mode="same")[: len(loudness)]
     found: list[int] = []
     start = 0
     for end in [*cuts, len(quiet)]:

@@ -95,7 +95,7 @@ class Host(HostProcess):
         self._load = load
         self._tokenizing: Tokenizing | None = None
         self.failure: ProviderError | None = None
-        self._slices_done = self._slices_seen = 0
+        self._steps_done = self._steps_seen = 0
 
     def begin(self) -> None:
         """Load the model in its thread."""
@@ -111,9 +111,13 @@ class Host(HostProcess):
         return self.model.done()
 
     def has_moved(self) -> bool:
-        """Return True while the model loads, or if a slice was done since the last call."""
-        before, self._slices_seen = self._slices_seen, self._slices_done
-        return before != self._slices_done or not self.model.done()
+        """Return True while the model loads, or if something was done since the last call."""
+        before, self._steps_seen = self._steps_seen, self._steps_done
+        return before != self._steps_done or not self.model.done()
+
+    def note_progress(self) -> None:
+        """Count a slice, or a part of a file, that is done; any thread may call this."""
+        self._steps_done += 1
 
     def put(self, request: Request) -> None:
         """Have a request's texts embedded.
@@ -150,7 +154,7 @@ class Host(HostProcess):
                 else:
                     parts, begun = running.popleft()
                     finish_parts(model, parts, begun)
-                    self._slices_done += 1
+                    self.note_progress()
         except Exception as error:
             # Only a lost device raises here, and a new process is the only remedy.
             log.exception("the device is lost")
@@ -285,7 +289,7 @@ class Connection(HostConnection):
         from embedline.model_host.segments import find_segments
 
         try:
-            payload = await asyncio.to_thread(find_segments, frame)
+            payload = await asyncio.to_thread(find_segments, frame, self._host.note_progress)
             self.answer(number, {"count": len(payload)}, payload)
         except ProviderError as error:
             self.answer(number, error_fields(error))

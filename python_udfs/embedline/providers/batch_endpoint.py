@@ -6,7 +6,6 @@ files, too. A line of the file is one text, so that one that fails costs no othe
 
 from __future__ import annotations
 
-import asyncio
 import json
 import tempfile
 import time
@@ -91,7 +90,7 @@ class BatchEndpoint(OpenAIEmbedder):
             return BatchAnswer(custom_id, None, f"{error}", True)
 
     def _start(self, ask: Callable[[str | None], Awaitable[T]]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(self._in_turn(time.monotonic(), ask), self._running_loop())
+        return self._thread.start(self._in_turn(time.monotonic(), ask))
 
     # The loop's thread
 

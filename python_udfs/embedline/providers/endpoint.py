@@ -1,7 +1,6 @@
 """Post requests to a service over HTTP: connections, keys, certificates, errors.
 
-The `openai` client runs in an asyncio loop in one daemon thread with every signal blocked. It never retries, because the
-callers do.
+The `openai` client runs in a thread of its own. It never retries, because the callers do.
 """
 
 from __future__ import annotations
@@ -9,18 +8,17 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from embedline.core.embedding import ModelConfig
-from embedline.core.processes import start_thread
 from embedline.core.redaction import redact
 from embedline.errors import InputRejected, ProviderMisconfigured, TransientProviderError
 from embedline.providers.allowed import require_allowed
 from embedline.providers.guard import Refused, event_hooks, refused
+from embedline.providers.loop_thread import LoopThread
 from embedline.providers.openai_errors import never_left, status_error
 from embedline.providers.tls import no_authorities, tls_context, untrusted
 
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OPENAI_URL = "https://api.openai.com/v1"
 _CONNECT_SECONDS = 5.0
-_CLOSE_SECONDS = 1.0
 # Seconds to pause after a rate limit if the provider names no wait.
 _PAUSE_SECONDS = 0.5
 # Longest seconds that a session pauses after a rate limit. A longer wait is the circuit breaker's, which can be closed.
@@ -59,47 +56,20 @@ class Endpoint:
             raise ProviderMisconfigured(f'the base URL of model "{config.name}" is not an http or https address')
         self._host = parts.hostname
         self._address = f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = LoopThread("embedline-openai", self._release)
         self._client: openai.AsyncOpenAI | None = None
         self._slots: asyncio.Semaphore | None = None
         # Clock times of the last rate limit, of the end of the wait that the provider asks for, and of this session's
         # pause.
         self._limited_at = self._wanted_until = self._resume_at = 0.0
 
-    # The main thread
-
     def close(self) -> None:
         """End the requests in flight, the connections and the thread."""
-        if self._loop is None or self._thread is None:
-            return
-        loop, thread = self._loop, self._thread
-        self._loop = self._thread = None
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(_CLOSE_SECONDS)
-
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._run, args=(self._loop,), name="embedline-openai", daemon=True)
-            start_thread(self._thread, self)
-        return self._loop
+        self._thread.close()
 
     # The loop's thread
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_forever()
-            loop.run_until_complete(self._shut_down())
-        finally:
-            loop.close()
-
-    async def _shut_down(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def _release(self) -> None:
         client, self._client, self._slots = self._client, None, None
         if client is not None:
             await client.close()

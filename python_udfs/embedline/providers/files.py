@@ -1,7 +1,6 @@
 """Fetch files that rows refer to, from disks of the server, over HTTP and from S3.
 
-Everything runs in an asyncio loop in one daemon thread with every signal blocked. Nothing is fetched but what the table
-embedline.media_source lists.
+Everything runs in a thread of its own. Nothing is fetched but what the table embedline.media_source lists.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -17,13 +15,12 @@ from urllib.parse import quote, unquote, urlsplit
 
 from embedline.core.file_addresses import listed_prefix, shown
 from embedline.core.media import MAX_MEDIA_BYTES
-from embedline.core.processes import start_thread
 from embedline.errors import FileUnavailable, InputRejected
 from embedline.providers.guard import MOST_BYTES, AnswerTooLarge, ForbiddenAddress, event_hooks
+from embedline.providers.loop_thread import LoopThread
 
 # Files that are fetched at a time, and the seconds that one may take.
 _AT_A_TIME, _SECONDS = 8, 30.0
-_CLOSE_SECONDS = 1.0
 # Answers after which the same request may succeed later.
 _PASSING_STATUS = (408, 425, 429)
 _TOO_LARGE = f"the file has more than {MAX_MEDIA_BYTES:,} bytes, which are read at most"
@@ -34,8 +31,7 @@ class FileFetcher:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = LoopThread("embedline-files", self._release)
         self._client: Any = None
         self._slots: asyncio.Semaphore | None = None
 
@@ -44,39 +40,18 @@ class FileFetcher:
 
         The future raises InputRejected for a file that cannot be had, FileUnavailable for one that may be later.
         """
-        return asyncio.run_coroutine_threadsafe(self._fetch(address, prefixes), self._running_loop())
+        return self._thread.start(self._fetch(address, prefixes))
 
     def close(self) -> None:
         """End the requests, the connections and the thread."""
-        if self._loop is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_CLOSE_SECONDS)
-            self._loop = self._thread = None
-
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._run, args=(self._loop,), name="embedline-files", daemon=True)
-            start_thread(self._thread, self)
-        return self._loop
+        self._thread.close()
 
     # The loop's thread
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_forever()
-            loop.run_until_complete(self._shut_down())
-        finally:
-            loop.close()
-
-    async def _shut_down(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._client is not None:
-            await self._client.aclose()
+    async def _release(self) -> None:
+        client, self._client, self._slots = self._client, None, None
+        if client is not None:
+            await client.aclose()
 
     async def _fetch(self, address: str, prefixes: Sequence[str]) -> bytes:
         prefix = listed_prefix(address, prefixes)

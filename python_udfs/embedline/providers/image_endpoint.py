@@ -118,11 +118,11 @@ class ImageEndpoint(Endpoint):
             if parts and len(parts) == len(texts)
             else self._texts(only_texts(texts), kind, time.monotonic())
         )
-        return asyncio.run_coroutine_threadsafe(embedding, self._running_loop())
+        return self._thread.start(embedding)
 
     def probe(self) -> Future[ModelInfo]:
         """Embed one short text to learn the dimensions."""
-        return asyncio.run_coroutine_threadsafe(self._probe(), self._running_loop())
+        return self._thread.start(self._probe())
 
     # The loop's thread
 

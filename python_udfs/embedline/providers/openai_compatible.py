@@ -6,7 +6,6 @@ the outbox does so. The answer is read here, because the client would let wrong 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import time
@@ -61,14 +60,14 @@ class OpenAIEmbedder(Endpoint):
             return done
         prefix = self._config.query_prefix if kind == "query" else self._config.document_prefix
         embedding = self._embed([prefix + text for text in only_texts(texts)], kind, time.monotonic())
-        return asyncio.run_coroutine_threadsafe(embedding, self._running_loop())
+        return self._thread.start(embedding)
 
     def probe(self) -> Future[ModelInfo]:
         """Embed one short text to learn the dimensions.
 
         If queries have a body of their own, one more text is embedded as a query.
         """
-        return asyncio.run_coroutine_threadsafe(self._probe(), self._running_loop())
+        return self._thread.start(self._probe())
 
     # The loop's thread
 

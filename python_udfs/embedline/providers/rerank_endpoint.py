@@ -51,7 +51,7 @@ class RerankEndpoint(Endpoint):
         Cancelling the future ends the requests.
         """
         scoring = self._rerank(query, list(texts), time.monotonic())
-        return asyncio.run_coroutine_threadsafe(scoring, self._running_loop())
+        return self._thread.start(scoring)
 
     def probe(self) -> Future[ModelInfo]:
         """Return what is known of the model.

@@ -6,30 +6,31 @@ They come from the inbox, the outbox, or a range of the backfill.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from embedline.catalog import health
 from embedline.catalog.source import hidden_source
 from embedline.catalog.values import Pipeline, WorkKey
-from embedline.core.retry import MAX_ATTEMPTS, ROWS_PER_CLAIM_AFTER_CRASHES, backoff_seconds
+from embedline.core.retry import MAX_ATTEMPTS, ROWS_PER_CLAIM_AFTER_CRASHES
 from embedline.documents import deletions
+from embedline.documents.isolated import read_isolated
 from embedline.documents.keys import queued_anew, take_documents
 from embedline.documents.read import can_hold_source, likely_row_bytes, read_rows, still_current
 from embedline.documents.remove import remove_absent
 from embedline.documents.reuse import known_vectors
-from embedline.documents.values import Document, ReadRow, Vector
+from embedline.documents.values import Document, Vector
 from embedline.documents.write import write_documents
 from embedline.postgres.claims import Claims
 from embedline.postgres.locks import live_workers
 from embedline.postgres.rollback import read_and_release
 from embedline.postgres.session import Session
-from embedline.postgres.sqlstates import NOT_OF_A_ROW, OF_A_ROW, sqlstate_of
 from embedline.queue import backfill, dead_letters, inbox, outbox, signals, source_queue
 from embedline.queue.claim import Claim
 from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow
 from embedline.worker.index_maintenance import maintain_isolated
+from embedline.worker.unread import fail_unread
 from embedline.worker.work_source import BUSY_SECONDS, LIKELY_ROW_BYTES, Kind, Reading, Waiting
 
 # Rows of the inbox that a claim of a pipeline with tenants moves on at most: each tenant must be seen to have its turn.
@@ -185,8 +186,16 @@ class SourceRows:
         absent: list[Document] = []
         settled: list[ClaimedRow] = []
         deferred: list[ClaimedRow] = []
-        failed: list[tuple[ClaimedRow, Exception]] = []
-        for row, read in self._read_all(rows, max_bytes, failed):
+        found, failed = read_isolated(
+            self.session,
+            self.pipeline,
+            [row.key for row in rows],
+            lambda keys: read_rows(self.session, self.pipeline, keys, max_bytes),
+        )
+        for index, row in enumerate(rows):
+            read = found.get(index)
+            if index in failed:
+                continue
             if read is not None and read.deferred:
                 deferred.append(row)
             elif read is None or not read.accepted:
@@ -201,47 +210,10 @@ class SourceRows:
         reading.deferred_count = len(deferred)
         if deferred:
             self.requeue(claim, deferred, 0.0, charged=False, error=None)
-        source_queue.narrow(
-            self.session, self.pipeline, claim, deferred + self._fail_unread(claim, failed), self.claims
-        )
+        put_back = fail_unread(self, claim, [(rows[index], error) for index, error in failed.items()])
+        source_queue.narrow(self.session, self.pipeline, claim, deferred + put_back, self.claims)
         self._settle_absent(claim, absent)
         return reading
-
-    def _read_all(
-        self, rows: Sequence[ClaimedRow], max_bytes: int, failed: list[tuple[ClaimedRow, Exception]]
-    ) -> Iterator[tuple[ClaimedRow, ReadRow | None]]:
-        """Read rows. Those whose expression raises go to `failed`, alone."""
-        if not rows:
-            return
-        try:
-            read = read_rows(self.session, self.pipeline, [row.key for row in rows], max_bytes)
-        except Exception as error:
-            if sqlstate_of(error)[:2] in NOT_OF_A_ROW:
-                raise
-            if (hidden := hidden_source(self.session, self.pipeline.source_oid)) is not None:
-                raise hidden from error  # A fault of the whole source, since the claim.
-            if len(rows) == 1:
-                failed.append((rows[0], error))
-            else:
-                for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-                    yield from self._read_all(half, max_bytes, failed)
-            return
-        for index, row in enumerate(rows):
-            yield row, read.get(index)
-
-    def _fail_unread(self, claim: Claim, failed: Sequence[tuple[ClaimedRow, Exception]]) -> list[ClaimedRow]:
-        """Give up rows that cannot be read, or put them back and return them."""
-        letters, put_back = [], []
-        for row, error in failed:
-            state, message = sqlstate_of(error), str(error).removeprefix("spiexceptions.")
-            if state[:2] in OF_A_ROW or row.attempts >= MAX_ATTEMPTS:
-                letters.append(DeadLetter(row, "read", state, message, None))
-            else:
-                self.requeue(claim, [row], backoff_seconds(row.attempts), charged=True, error=message)
-                put_back.append(row)
-        if letters:
-            self.quarantine(claim, letters)
-        return put_back
 
     def _settle_current(self, claim: Claim, rows: Sequence[ClaimedRow]) -> None:
         if not rows:

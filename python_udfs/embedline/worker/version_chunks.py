@@ -14,7 +14,7 @@ from embedline.catalog import health, keys
 from embedline.catalog.values import Pipeline, WorkKey
 from embedline.chunking import Chunk
 from embedline.documents.copy import copy_vectors, stacked
-from embedline.documents.files import read_files
+from embedline.documents.files import StoredFiles, read_files
 from embedline.documents.read import can_hold_source
 from embedline.documents.reuse import known_vectors
 from embedline.documents.values import Document, Vector
@@ -27,6 +27,7 @@ from embedline.queue.dead_letters import DeadLetter
 from embedline.queue.outbox import ClaimedRow, Retry
 from embedline.queue.signals import Asked
 from embedline.search.exact_rows import keep_late
+from embedline.worker.unread import fail_unread
 from embedline.worker.work_source import BUSY_SECONDS, Kind, Reading, Waiting
 
 # The part of its pipeline's share of the workers that a version beside the serving one has.
@@ -120,8 +121,10 @@ class VersionChunks:
                 reading.content_bytes += len(content)
         left = {row["ordinality"] - 1 for row in found if row["before"] >= max_bytes}
         if self.pipeline.modality != "text":
-            chunks, later = self._with_files(rows, chunks, max_bytes, reading)
-            left |= later
+            files = self._read_files(claim, rows, list(chunks), max_bytes)
+            chunks = {place: chunks[place]._replace(media=part) for place, part in files.parts.items()}
+            reading.content_bytes += sum(len(part.data) for part in files.parts.values())
+            left |= files.left
         reading.documents += [Document(rows[place], chunks=[chunk]) for place, chunk in chunks.items()]
         deferred = [rows[place] for place in sorted(left)]
         reading.deferred_count = len(deferred)
@@ -129,19 +132,18 @@ class VersionChunks:
             self.requeue(claim, deferred, 0.0, charged=False, error=None)
         return reading
 
-    def _with_files(
-        self, rows: Sequence[ClaimedRow], chunks: Mapping[int, Chunk], max_bytes: int, reading: Reading
-    ) -> tuple[dict[int, Chunk], set[int]]:
-        """Return the chunks with their files.
+    def _read_files(
+        self, claim: Claim, rows: Sequence[ClaimedRow], places: Sequence[int], max_bytes: int
+    ) -> StoredFiles:
+        """Return the files of chunks by place of the row.
 
-        The second value are the places of those that are left for another read. A chunk whose row has another file by
-        now is left out: it is replaced soon, and the new one is queued.
+        A chunk whose row has another file by now is left out: it is replaced soon, and the new one is queued. Those whose
+        row cannot be read are given up or requeued.
         """
-        places = list(chunks)
-        files, deferred = read_files(self.session, self.pipeline, [rows[place].key[0] for place in places], max_bytes)
-        reading.content_bytes += sum(len(part.data) for part in files.values())
-        found = {place: chunks[place]._replace(media=files[i]) for i, place in enumerate(places) if i in files}
-        return found, {places[i] for i in deferred}
+        read = read_files(self.session, self.pipeline, [rows[place].key[0] for place in places], max_bytes)
+        fail_unread(self, claim, [(rows[places[index]], error) for index, error in read.failed.items()])
+        parts = {places[index]: part for index, part in read.parts.items()}
+        return StoredFiles(parts, {places[index] for index in read.left})
 
     def known_vectors(self, documents: Sequence[Document]) -> dict[bytes, Vector]:
         """Return the vectors that are stored of the same chunks anywhere in the pipeline."""

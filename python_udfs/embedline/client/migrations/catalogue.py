@@ -9,12 +9,15 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from embedline.core.file_addresses import content_parts
+
 _MODELS = "SELECT jsonb_object_agg(m.name, to_jsonb(m))::text FROM embedline.model AS m"
 _PIPELINES = """
     SELECT jsonb_agg(jsonb_build_object('name', p.name, 'source', p.source::oid::regclass::text,
         'source_oid', p.source::oid::bigint, 'content', p.content_expression, 'filter', p.filter_expression,
         'document_prefix', CASE p.modality WHEN 'text' THEN p.document_prefix_expression END,
-        'modality', p.modality, 'caption', CASE WHEN p.modality <> 'text' THEN p.document_prefix_expression END,
+        'modality', p.modality, 'is_reference', p.is_reference,
+        'caption', CASE WHEN p.modality <> 'text' THEN p.document_prefix_expression END,
         'tenant', p.tenant_expression, 'weight', p.weight,
         'capture', p.capture, 'keyword', p.keyword::regconfig::text, 'keyword_names', jsonb_build_array(
             p.keyword, p.keyword::regconfig::text), 'versions', (
@@ -27,6 +30,8 @@ _PIPELINES = """
             WHERE v.pipeline_id = p.pipeline_id)))::text
     FROM embedline.pipeline AS p
 """
+# An address and what changes with its file, which the database stores as one expression.
+ADDRESS = ("content", "changed_by")
 
 
 @dataclass(frozen=True)
@@ -78,5 +83,11 @@ def read_catalogue(connection: Connection) -> Catalogue:
     """Read models and pipelines."""
     models = json.loads(connection.exec_driver_sql(_MODELS).scalar() or "{}")
     rows = json.loads(connection.exec_driver_sql(_PIPELINES).scalar() or "[]")
-    pipelines = {row["name"]: StoredPipeline(row["name"], row, tuple(row.pop("versions"))) for row in rows}
+    pipelines = {row["name"]: StoredPipeline(row["name"], with_address(row), tuple(row["versions"])) for row in rows}
     return Catalogue(models, pipelines)
+
+
+def with_address(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pipeline's values with address and `changed_by` apart."""
+    parts = content_parts(values["content"]) if values["is_reference"] else (values["content"], None)
+    return {**values, **dict(zip(ADDRESS, parts, strict=True))}

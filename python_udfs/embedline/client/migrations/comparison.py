@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from embedline.client.migrations.catalogue import (
+    ADDRESS,
     Catalogue,
     StoredPipeline,
     is_configuration,
@@ -40,7 +41,7 @@ RECIPE = (
     "model", "column_type", "distance", "chunking", "chunk_tokens", "chunk_overlap", "chunking_options",
 )  # fmt: skip
 # A change of one of these concerns the rows one by one: embedline.alter_pipeline.
-ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight", "keyword", "caption")
+ALTERABLE = ("content", "filter", "document_prefix", "tenant", "weight", "keyword", "caption", "changed_by")
 # The options that embedline.alter_pipeline's drop can remove.
 _OPTIONAL = ("filter", "document_prefix", "tenant", "keyword", "caption")
 # The text of a table's name as SplitIdentifierString of varlena.c reads it. From PostgreSQL 16 on to_regclass returns NULL
@@ -84,6 +85,7 @@ def compare(connection: Connection, declaration: Declaration) -> Changes:
             logger.info("Detected added pipeline %r", name)
             continue
         _require_same_source(source_oid, declared, stored)
+        _require_same_contents(declared, stored)
         operations.extend(_alteration(declared, stored))
         upgrades.extend(_upgrade(declared, stored, catalogue))
     return Changes(tuple(_drops(declaration, catalogue)), tuple(operations), tuple(upgrades))
@@ -142,6 +144,7 @@ def recreation(stored: StoredPipeline) -> CreatePipelineOp:
     return CreatePipelineOp(
         stored.name, values["source"], values["content"], serving["model"],
         **{name: values[name] for name in (*ALTERABLE, "capture") if name != "content"},
+        **({} if values["modality"] == "text" else {"modality": values["modality"]}),
         **{name: value for name, value in recipe.items() if value != {}},
     )  # fmt: skip
 
@@ -193,12 +196,35 @@ def _require_same_source(found: int | None, declared: DeclaredPipeline, stored: 
         )
 
 
+def _require_same_contents(declared: DeclaredPipeline, stored: StoredPipeline) -> None:
+    """Raise CommandError if the rows would hold another kind of content.
+
+    A modality that the declaration leaves out may be any.
+    """
+    is_reference = stored.values["is_reference"]
+    if declared.create.modality not in (None, stored.values["modality"]):
+        difference = f"has modality {stored.values['modality']}, not {declared.create.modality}"
+    elif is_reference and declared.create.changed_by is None:
+        difference = "holds addresses of files, and its declaration has no changed_by"
+    elif declared.create.changed_by is not None and not is_reference:
+        difference = "holds no addresses of files, and its declaration has changed_by"
+    else:
+        return
+    raise CommandError(
+        f'pipeline "{stored.name}" {difference}. HINT: A pipeline keeps to its kind of contents: '
+        "declare one of another name, and list this one in drop.pipelines when it is no longer needed."
+    )
+
+
 def _alteration(declared: DeclaredPipeline, stored: StoredPipeline) -> list[AlterPipelineOp]:
     changed: dict[str, Any] = {}
     before: dict[str, Any] = {}
     for name, value in declared.create.written().items():
         if name in ALTERABLE and not _is_as_declared(stored, name, value):
             changed[name], before[name] = value, stored.values[name]
+    if stored.values["is_reference"] and not changed.keys().isdisjoint(ADDRESS):
+        changed |= {name: getattr(declared.create, name) for name in ADDRESS}
+        before |= {name: stored.values[name] for name in ADDRESS}
     # An optional expression that the file no longer has must be dropped; content cannot be.
     drop = tuple(
         name for name in _OPTIONAL if getattr(declared.create, name) is None and stored.values[name] is not None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from alembic.operations import Operations
 
 from embedline.client.migrations import operations as ops
-from embedline.client.migrations.catalogue import is_configuration, is_installed
+from embedline.client.migrations.catalogue import is_configuration, is_installed, with_address
 from embedline.client.migrations.execution import MODEL, is_offline, look, require_installed, require_same, run, scalar
 from embedline.client.migrations.statements import Cast, call, literal
 
@@ -61,11 +61,14 @@ def create_pipeline(operations: Operations, operation: ops.CreatePipelineOp) -> 
         require_installed(operations)
         existing = look(operations, _PIPELINE, name=operation.name, source=operation.source)
         if existing is not None:
+            existing = with_address(existing)
             names = existing["keyword_names"]
             if operation.keyword is not None and is_configuration(operation.keyword, names):
                 existing["keyword"] = operation.keyword
             hint = f"SELECT embedline.drop_pipeline({literal(operation.name)}) removes it, with its vectors."
-            require_same(f'pipeline "{operation.name}"', {**arguments, "source": True}, existing, hint)
+            # Without changed_by the content is no address, even if its expression is the same.
+            wanted = {**arguments, "source": True, "changed_by": operation.changed_by}
+            require_same(f'pipeline "{operation.name}"', wanted, existing, hint)
             return
     run(operations, call("create_pipeline", {**arguments, "source": Cast(operation.source, "regclass")}))
 

@@ -94,6 +94,7 @@ class CreatePipelineOp(PipelineOperation):
     keyword: str | None = None
     modality: str | None = None
     caption: str | None = None
+    changed_by: str | None = None
     expression_search_path: str | None = None
 
     @classmethod
@@ -153,6 +154,7 @@ class AlterPipelineOp(PipelineOperation):
     weight: float | None = None
     keyword: str | None = None
     caption: str | None = None
+    changed_by: str | None = None
     drop: Sequence[str] = ()
     expression_search_path: str | None = None
     before: Options = field(default_factory=dict)

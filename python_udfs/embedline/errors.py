@@ -175,3 +175,9 @@ class InvalidScores(ProviderError):
     """The reranker's answer is not one usable score for each text."""
 
     sqlstate = "EL016"
+
+
+class ModelChanged(EmbedlineError):
+    """The model is not the one that this session embeds with."""
+
+    sqlstate = "EL017"

@@ -130,7 +130,7 @@ def claim_batch(
 
 
 @entry_point
-def finish_batch(session: Session, claim: int, fence: int, data: bytes, tokens: int | None) -> int:
+def finish_batch(session: Session, claim: int, fence: int, data: bytes | None, tokens: int | None) -> int:
     """Write the vectors of a claim, after every check that costs less than the write."""
     remote = _held(session, fence)
     order = _order(remote, claim)
@@ -238,15 +238,16 @@ def _order(remote: _Remote, claim: int) -> Order:
     return order
 
 
-def _block(remote: _Remote, order: Order, data: bytes, tokens: int | None) -> EmbeddingBlock:
+def _block(remote: _Remote, order: Order, data: bytes | None, tokens: int | None) -> EmbeddingBlock:
     """Return the answer, if it is one usable vector for each text."""
     from embedline.core import vectors
 
     dimensions, count = remote.worker.dimensions[order.model], len(order.texts)
     told = f"{_name(remote)}, claim {order.number}"
-    if len(data) != 4 * count * dimensions:
+    if data is None or len(data) != 4 * count * dimensions:
+        given = "NULL is" if data is None else f"{len(data)} bytes are"
         raise InvalidVectors(
-            f"{told}: {len(data)} bytes are not {count} vectors of {dimensions} float32 values",
+            f"{told}: {given} not {count} vectors of {dimensions} float32 values",
             hint="SELECT embedline.fail_batch(…); if the model cannot embed the texts.",
         )
     faults = vectors.find_faults(vectors.matrix_from_bytes(data, count, dimensions), "vector")
@@ -263,6 +264,9 @@ def _block(remote: _Remote, order: Order, data: bytes, tokens: int | None) -> Em
 
 def _failure(kind: str, detail: str | None, retry_after: float | None) -> ProviderError:
     told = detail[:_DETAIL_LENGTH] if detail else None
+    if retry_after is not None and not retry_after >= 0:
+        # NaN, too: no wait could be stored that is counted from it.
+        retry_after = None
     if kind == "rejected" or kind == "too_long":
         rejected = InputRejected(detail=told)
         rejected.is_too_long = kind == "too_long"

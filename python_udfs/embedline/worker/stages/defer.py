@@ -57,8 +57,12 @@ class Defer:
         of_version = batch.source.key.kind == "version"
         for batch_id, members in held.items():
             rows = [document.row for document in members]
-            ids = batch.source.requeue(batch.claim, rows, HOLD_SECONDS, charged=False, error=None)
-            provider_batches.hold(self.session, batch.pipeline, batch_id, ids, of_version=of_version)
+            if provider_batches.count_rows(self.session, batch_id, len(rows)):
+                ids = batch.source.requeue(batch.claim, rows, HOLD_SECONDS, charged=False, error=None)
+                provider_batches.hold(self.session, batch.pipeline, batch_id, ids, of_version=of_version)
+            else:
+                # It has made its rows due already, and would not know of these.
+                batch.source.requeue(batch.claim, rows, 0.0, charged=False, error=None)
         return rest
 
     def _collect(

@@ -46,6 +46,35 @@ def _embed_pending(session: psycopg.Connection) -> int:
     return int(scalar(session, "SELECT embedline.embed_pending(1)"))
 
 
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_an_answer_that_comes_while_a_row_is_read_is_used(
+    page: psycopg.Connection, stub: StubProvider, is_stored: bool
+) -> None:
+    stored = f"SELECT count(*) = {_ROWS} FROM page_embedding"
+    kept = f"SELECT count(*) = {_ROWS} FROM embedline.provider_batch_text WHERE state = 'answered'"
+
+    def is_answered() -> bool:
+        page.execute("UPDATE embedline.provider_batch SET next_at = now() WHERE state = 'waiting' AND next_at > now()")
+        return bool(scalar(page, stored if is_stored else kept))
+
+    with psycopg.connect(dsn_of(page)) as locking, psycopg.connect(dsn_of(page), autocommit=True) as reading:
+        # It is read after the answers of batches.
+        locking.execute("LOCK TABLE embedline.loan")
+        with ThreadPoolExecutor(1) as pool:
+            embedding = pool.submit(_embed_pending, reading)
+            wait_until(lambda: scalar(page, _WAITS, (reading.info.backend_pid,)), 20, "the row's worker waits")
+            if not is_stored:
+                # Then workers read the answers, and no row.
+                page.execute("SELECT embedline.pause_pipeline('page')")
+            stub.end_batches()
+            with working(page):
+                wait_until(is_answered, 30, "the texts are answered")
+            locking.commit()
+            assert embedding.result(30) == 1
+    assert scalar(page, "SELECT count(*) FROM page_embedding WHERE id = 40") == 1
+    assert stub.counts().get("requests", 0) == 0, "the ordinary endpoint was asked, too"
+
+
 def test_a_row_does_not_wait_for_a_batch_that_ended_meanwhile(page: psycopg.Connection) -> None:
     with psycopg.connect(dsn_of(page)) as ending, psycopg.connect(dsn_of(page), autocommit=True) as reading:
         ending.execute(_END_BATCH)

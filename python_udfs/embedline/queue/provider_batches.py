@@ -38,6 +38,7 @@ _ANSWERS = """
         AND ($4::text IS NULL OR b.created_at >= $4::timestamptz)
 """
 _HAS_TEXTS = "SELECT EXISTS (SELECT FROM embedline.provider_batch_text WHERE version_id = $1)"
+_HAS_BATCHES = "SELECT EXISTS (SELECT FROM embedline.provider_batch WHERE version_id = $1)"
 _COLLECTING = """
     SELECT batch_id, text_count, byte_count FROM embedline.provider_batch
     WHERE version_id = $1 AND state = 'collecting' AND fingerprint = $2 ORDER BY batch_id DESC LIMIT 1 FOR UPDATE SKIP LOCKED
@@ -108,6 +109,11 @@ class NewText:
 def has_texts(session: Session, version_id: int) -> bool:
     """Return True if texts of a version are, or were, in batches."""
     return bool(session.scalar(_HAS_TEXTS, ["bigint"], version_id))
+
+
+def has_batches(session: Session, version_id: int) -> bool:
+    """Return True if a version has a batch, or had one in the last days."""
+    return bool(session.scalar(_HAS_BATCHES, ["bigint"], version_id))
 
 
 def states(session: Session, version_id: int, digests: Collection[bytes]) -> dict[bytes, TextState]:

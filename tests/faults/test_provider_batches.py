@@ -308,6 +308,21 @@ def test_nothing_is_sent_while_paused_and_nothing_waits_without_the_option(
     assert not stub.batch_calls()
 
 
+@pytest.mark.parametrize("word", ["half", "nul", "long number"])
+def test_an_odd_line_holds_up_no_other_answer(page: psycopg.Connection, stub: StubProvider, word: str) -> None:
+    stub.batch_api(lines={"page row 1 ": word})
+    stub.behave(remember=True, rules=[{"match": "page row 1 ", "status": 400, "body": "no"}])
+    _settle(page)
+    assert list(dead_letters(page)) == [1]
+    assert assert_all_settled(page, stub.dimensions) == _ROWS - 1
+
+
+def test_an_odd_reason_for_a_refusal_ends_the_batch(page: psycopg.Connection, stub: StubProvider) -> None:
+    stub.batch_api(outcomes=["failed"], reason=["bad", "cut in \ud83d", None])
+    _settle(page)
+    _assert_paid_once(page, stub)
+
+
 def test_a_large_change_waits_and_a_single_edit_goes_at_once(page: psycopg.Connection, stub: StubProvider) -> None:
     stub.end_batches()
     _settle(page)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # A provider's count of a text's tokens is believed up to this many times the estimate.
 _PLAUSIBLE = 8
+# Digits of the largest number of a text.
+_NUMBER_LENGTH = 19
 
 
 @dataclass
@@ -42,7 +44,9 @@ class BatchJob:
 
     def is_first(self, answer: BatchAnswer) -> bool:
         """Return True for the first answer to a text of the batch."""
-        number = int(answer.custom_id) if answer.custom_id.isdecimal() else -1
+        # A longer number is none of ours, and the longest cannot be read at all.
+        is_number = answer.custom_id.isdecimal() and len(answer.custom_id) <= _NUMBER_LENGTH
+        number = int(answer.custom_id) if is_number else -1
         if number not in self.estimates or number in self.seen:
             return False
         self.seen.add(number)

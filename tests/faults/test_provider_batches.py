@@ -323,6 +323,16 @@ def test_an_odd_reason_for_a_refusal_ends_the_batch(page: psycopg.Connection, st
     _assert_paid_once(page, stub)
 
 
+def test_the_file_of_a_batch_that_is_refused_is_deleted(page: psycopg.Connection, stub: StubProvider) -> None:
+    stub.batch_api(status={"POST /v1/batches": [400, 1]})
+    _settle(page)
+    _assert_paid_once(page, stub)
+    calls = stub.batch_calls()
+    assert calls.count("POST /v1/files") == 2
+    assert calls[2] == "DELETE /v1/files/ID"
+    assert calls.count("DELETE /v1/files/ID") == 3
+
+
 def test_a_large_change_waits_and_a_single_edit_goes_at_once(page: psycopg.Connection, stub: StubProvider) -> None:
     stub.end_batches()
     _settle(page)

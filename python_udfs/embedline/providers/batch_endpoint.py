@@ -7,6 +7,7 @@ files, too. A line of the file is one text, so that one that fails costs no othe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import tempfile
 import time
@@ -32,6 +33,8 @@ _LISTED, _PAGE = 1000, 100
 # The member of a batch's metadata by which it is found again.
 _MARK = "embedline_batch"
 _BYTES_BESIDE, _BYTES_OF_NUMBER = 1 << 16, 64
+# Statuses below 500 after which a batch may have been created.
+_UNSURE = (408, 409)
 _FILE = ("embedline.jsonl", "application/jsonl")
 
 
@@ -135,7 +138,14 @@ class BatchEndpoint(OpenAIEmbedder):
             "completion_window": "24h",
             "metadata": {_MARK: token},
         }
-        return await self._state(key, "/batches", "post", wanted)
+        try:
+            return await self._state(key, "/batches", "post", wanted)
+        except ProviderError as error:
+            # After any other failure the provider may have the batch, and reads the file.
+            if error.status is not None and 400 <= error.status < 500 and error.status not in _UNSURE:
+                with contextlib.suppress(ProviderError):
+                    await self._forget([file_id], key)
+            raise
 
     def _line(self, number: int, text: str) -> bytes:
         config = self._config

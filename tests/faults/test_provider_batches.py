@@ -308,6 +308,21 @@ def test_nothing_is_sent_while_paused_and_nothing_waits_without_the_option(
     assert not stub.batch_calls()
 
 
+@pytest.mark.parametrize("status", [404, 401])
+def test_rows_leave_a_batch_that_could_not_be_sent_when_the_option_goes(
+    page: psycopg.Connection, stub: StubProvider, status: int
+) -> None:
+    # Without an endpoint for batches even the search for one is refused.
+    listed = {"GET /v1/batches": [404, 100]} if status == 404 else {}
+    stub.batch_api(status={"POST /v1/files": [status, 100], **listed})
+    _send(page)
+    assert scalar(page, "SELECT state FROM embedline.provider_batch") == "sending"
+    page.execute("SELECT embedline.alter_model('stub', options => '{\"batch_api\": null}')")
+    _settle(page)
+    _assert_paid_once(page, stub)
+    assert scalar(page, "SELECT outcome FROM embedline.provider_batch") == "dissolved"
+
+
 @pytest.mark.parametrize("word", ["half", "nul", "long number"])
 def test_an_odd_line_holds_up_no_other_answer(page: psycopg.Connection, stub: StubProvider, word: str) -> None:
     stub.batch_api(lines={"page row 1 ": word})

@@ -57,6 +57,10 @@ class BatchEndpoint(OpenAIEmbedder):
         """Ask for the state of a batch."""
         return self._start(lambda key: self._state(key, f"/batches/{provider_id}", "get"))
 
+    def find(self, token: str) -> Future[BatchState | None]:
+        """Search for a batch by its token."""
+        return self._start(lambda key: self._find(token, key))
+
     def cancel(self, provider_id: str | None, token: str) -> Future[BatchState | None]:
         """Cancel a batch; one whose number is not known is searched for."""
         return self._start(lambda key: self._cancel(provider_id, token, key))

@@ -29,7 +29,9 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchEndpoint]:
 
 
 @pytest.mark.parametrize("place", ["error", "response"])
-@pytest.mark.parametrize("words", [f"the key {_KEY} is not for this", "cut in \ud83d", "a \0 in it"], ids=["key", "half", "nul"])
+@pytest.mark.parametrize(
+    "words", [f"the key {_KEY} is not for this", "cut in \ud83d", "a \0 in it"], ids=["key", "half", "nul"]
+)
 def test_words_of_a_provider_are_told_without_keys_and_halves_of_characters(
     endpoint: BatchEndpoint, place: str, words: str
 ) -> None:

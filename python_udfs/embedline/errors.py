@@ -1,7 +1,7 @@
 """The exception tree of Embedline.
 
-Each class carries the SQLSTATE that the database reports and, as the first line of its docstring, the message that stands
-when nothing more exact is known. `detail` tells the circumstances, `hint` names the statement or command to run.
+Each class carries the SQLSTATE that the database reports. The first line of its docstring is the message that stands when
+nothing more exact is known. `detail` tells the circumstances, `hint` names the statement or command to run.
 `embedline.postgres.session.postgres_error` turns any of them into a PostgreSQL error.
 """
 

@@ -110,7 +110,10 @@ class BatchEndpoint(OpenAIEmbedder):
         return asyncio.run_coroutine_threadsafe(self._guarded(ask), self._running_loop())
 
     async def _guarded(self, ask: Callable[[str | None], Awaitable[T]]) -> T:
-        """Ask; an error of the disk, or in reading an answer of another form, ends no worker."""
+        """Ask, and raise an EmbedlineError for any failure.
+
+        An error of the disk, or in reading an answer of another form, would end the worker.
+        """
         try:
             return await self._in_turn(time.monotonic(), ask)
         except EmbedlineError:

@@ -179,7 +179,10 @@ class ImageEndpoint(Endpoint):
     async def _image(
         self, name: bytes, part: MediaPart, kind: Kind, failures: list[ProviderError]
     ) -> EmbeddingBlock | str | None:
-        """Return the answer to an image, or why it is refused; None, and add to the failures, if it fails for now."""
+        """Return the answer to an image, or why it is refused.
+
+        If it fails for now, add the error to the failures and return None.
+        """
         if (kept := self._kept.pop(name, None)) is not None:
             return kept
         media_type = next((name for first, name in _KINDS.items() if part.data.startswith(first)), None)

@@ -186,9 +186,9 @@ def add_texts(session: Session, pipeline: Pipeline, batch_id: int, texts: Sequen
 
 
 def count_rows(session: Session, batch_id: int, count: int) -> bool:
-    """Count rows that are about to wait for a batch; return False if it has ended meanwhile.
+    """Count rows that are about to wait for a batch.
 
-    Locks the batch, so that it ends only after they are noted.
+    Return False if it has ended meanwhile. Locks the batch, so that it ends only after the rows are noted.
     """
     return bool(session.scalar(_COUNT_ROWS, ["bigint", "bigint"], batch_id, count))
 

@@ -271,7 +271,10 @@ class Worker:
 
 
 def _is_same(one: ServedModel, other: ServedModel) -> bool:
-    """Return True if two answers tell of the same model, apart from what its provider has shown."""
+    """Return True if two answers tell of the same model.
+
+    What its provider has shown meanwhile does not count.
+    """
     facts = [replace(model.config, learned={}, max_batch_items=0) for model in (one, other)]
     return facts[0] == facts[1] and one.fingerprint == other.fingerprint
 

@@ -22,7 +22,10 @@ _NUMBER_LENGTH = 19
 
 
 def endpoint_config(batch: OpenBatch, current: ModelConfig | None, allowed: Sequence[str]) -> ModelConfig:
-    """Return the model as a batch's endpoint is asked; `current` is how it is registered, None if it is gone."""
+    """Return the model by which a batch's endpoint is asked.
+
+    `current` is how it is registered now, None if it is gone.
+    """
     config = {**batch.config, "allowed_endpoints": allowed}
     # At the same address, with the key of now.
     if current is not None and current.base_url == config["base_url"]:

@@ -277,7 +277,7 @@ class BatchJobs:
             self._withdraw(job)
 
     def _withdraw(self, job: BatchJob) -> None:
-        """Give up a batch that the provider does not have; its texts go to the ordinary endpoint."""
+        """Give up a batch that the provider does not have."""
         self._settle(job.batch, 0)
         self._end(job.batch, "dissolved", None, is_charged=False)
 

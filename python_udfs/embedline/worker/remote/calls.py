@@ -169,7 +169,7 @@ def _pipeline(session: Session, name: str, number: int | None) -> Pipeline:
 
 
 def _require_same_model(session: Session, pipeline: Pipeline, number: int | None) -> None:
-    """Raise ModelChanged if the session embeds with another model than the version has now.
+    """Raise ModelChanged if the version's model is not the session's.
 
     A cutover has changed it. Vectors of the former model would be stored as those of the new one.
     """

@@ -6,7 +6,8 @@ DELETE /files/ID. A batch takes its texts when it ends, and only then are they p
 `behave` forgets what was set before and sets `is_open` (batches do not end by themselves), and the ways to fail:
 `outcomes` of the next batches ("failed", "expired", "cancelled"; then "completed"), `reason` (code, message, line) of a
 failed one, `answered` (share of the texts that an expired or cancelled batch has), `lines` (what happens to texts with
-a certain part, as {"part": "refused" | "trouble" | "missing" | "twice" | "narrow" | "nan" | "garbage"}), `status`
+a certain part, as {"part": "refused" | "trouble" | "missing" | "twice" | "narrow" | "nan" | "garbage"
+| "half" (of a character in its error) | "nul" (in its error) | "long number"}), `status`
 ({"POST /v1/batches": [500, times]}: calls that fail), `swallow` (calls whose answer never leaves: the connection is
 closed after the work is done).
 """
@@ -159,6 +160,13 @@ class Batches:
         lines = self.behaviour.get("lines", {})
         fault = next((what for part, what in lines.items() if part in text), None)
         if fault == "missing":
+            return
+        if fault == "long number":
+            answered.append(_line("9" * 5000, {"status_code": 400, "body": {}}))
+            fault = "refused"
+        odd = {"nul": "no\0 such input", "half": "no \ud83d such input"}
+        if fault in odd:
+            failed.append(_line(custom_id, {"status_code": 400, "body": {"error": {"message": odd[fault]}}}))
             return
         if fault in ("refused", "trouble"):
             error = {"error": {"message": f"this input is {fault}"}}

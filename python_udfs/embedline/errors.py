@@ -1,6 +1,6 @@
 """The exception tree of Embedline.
 
-Each class carries the SQLSTATE that the database reports and, as its docstring, the message that stands when
+Each class carries the SQLSTATE that the database reports. The first line of its docstring is the message that stands when
 nothing more exact is known. `detail` tells the circumstances, `hint` names the statement or command to run.
 `embedline.postgres.session.postgres_error` turns any of them into a PostgreSQL error.
 """
@@ -16,7 +16,7 @@ class EmbedlineError(Exception):
     sqlstate = "EL000"
 
     def __init__(self, message: str | None = None, *, detail: str | None = None, hint: str | None = None) -> None:
-        self.message = message or inspect.cleandoc(type(self).__doc__ or "Embedline failed.")
+        self.message = message or inspect.cleandoc(type(self).__doc__ or "Embedline failed.").partition("\n")[0]
         self.detail = detail
         self.hint = hint
         super().__init__(self.message)
@@ -175,3 +175,9 @@ class InvalidScores(ProviderError):
     """The reranker's answer is not one usable score for each text."""
 
     sqlstate = "EL016"
+
+
+class ModelChanged(EmbedlineError):
+    """The model is not the one that this session embeds with."""
+
+    sqlstate = "EL017"

@@ -308,6 +308,46 @@ def test_nothing_is_sent_while_paused_and_nothing_waits_without_the_option(
     assert not stub.batch_calls()
 
 
+@pytest.mark.parametrize("status", [404, 401])
+def test_rows_leave_a_batch_that_could_not_be_sent_when_the_option_goes(
+    page: psycopg.Connection, stub: StubProvider, status: int
+) -> None:
+    # Without an endpoint for batches even the search for one is refused.
+    listed = {"GET /v1/batches": [404, 100]} if status == 404 else {}
+    stub.batch_api(status={"POST /v1/files": [status, 100], **listed})
+    _send(page)
+    assert scalar(page, "SELECT state FROM embedline.provider_batch") == "sending"
+    page.execute("SELECT embedline.alter_model('stub', options => '{\"batch_api\": null}')")
+    _settle(page)
+    _assert_paid_once(page, stub)
+    assert scalar(page, "SELECT outcome FROM embedline.provider_batch") == "dissolved"
+
+
+@pytest.mark.parametrize("word", ["half", "nul", "long number"])
+def test_an_odd_line_holds_up_no_other_answer(page: psycopg.Connection, stub: StubProvider, word: str) -> None:
+    stub.batch_api(lines={"page row 1 ": word})
+    stub.behave(remember=True, rules=[{"match": "page row 1 ", "status": 400, "body": "no"}])
+    _settle(page)
+    assert list(dead_letters(page)) == [1]
+    assert assert_all_settled(page, stub.dimensions) == _ROWS - 1
+
+
+def test_an_odd_reason_for_a_refusal_ends_the_batch(page: psycopg.Connection, stub: StubProvider) -> None:
+    stub.batch_api(outcomes=["failed"], reason=["bad", "cut in \ud83d", None])
+    _settle(page)
+    _assert_paid_once(page, stub)
+
+
+def test_the_file_of_a_batch_that_is_refused_is_deleted(page: psycopg.Connection, stub: StubProvider) -> None:
+    stub.batch_api(status={"POST /v1/batches": [400, 1]})
+    _settle(page)
+    _assert_paid_once(page, stub)
+    calls = stub.batch_calls()
+    assert calls.count("POST /v1/files") == 2
+    assert calls[2] == "DELETE /v1/files/ID"
+    assert calls.count("DELETE /v1/files/ID") == 3
+
+
 def test_a_large_change_waits_and_a_single_edit_goes_at_once(page: psycopg.Connection, stub: StubProvider) -> None:
     stub.end_batches()
     _settle(page)

@@ -285,6 +285,10 @@ def test_names_that_need_quoting_and_partitions_are_published(
     vector = scalar(publisher, "SELECT embedline.embed_query('odd', 'bread')")
     found = bare.execute(f"SELECT key, chunk FROM {schema}.odd_search(%s, 1)", (vector,)).fetchall()
     assert found == [(row, chunk) for row, chunk, _ in searching(publisher, "odd", "bread", 1)]
+    for given in ((None, 1), (vector, None), (vector, 0)):
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="a vector and a k of at least 1") as refused:
+            bare.execute(f"SELECT * FROM {schema}.odd_search(%s, %s)", given)
+        assert refused.value.diag.message_hint
     publisher.execute(f"UPDATE {schema}.\"Order\" SET {key} = 'c' WHERE {key} = 'a'")
     settle(publisher)
     wait_until_caught_up(publisher, 1)

@@ -362,3 +362,23 @@ def test_a_cancel_accuses_only_the_rows_that_were_read_then(
         f"SELECT key_id FROM {Generated('page')('outbox')} WHERE crash_count > 0 ORDER BY 1"
     ).fetchall()
     assert suspected == [(26,), (27,)]
+
+
+@pytest.mark.parametrize("seconds", ["NaN", "Infinity", "-Infinity"])
+def test_a_wait_that_is_no_number_loses_no_claim(
+    page: psycopg.Connection, remote: psycopg.Connection, seconds: str
+) -> None:
+    _, claims = _claim(remote)
+    for number, fence, _ in claims:
+        call = "SELECT embedline.fail_batch(%s, %s, 'throttled', NULL, %s::float8)"
+        remote.execute(call, (number, fence, seconds))
+    assert scalar(page, "SELECT open_until < now() + interval '6 minutes' FROM embedline.circuit")
+    assert scalar(page, "SELECT last_error FROM embedline.status") == "The embedding provider is unavailable for now."
+
+
+def test_vectors_that_are_null_are_refused_in_words(page: psycopg.Connection, remote: psycopg.Connection) -> None:
+    _, ((number, fence, _), *_) = _claim(remote)
+    with pytest.raises(psycopg.Error, match="NULL is not 10 vectors of") as refused:
+        remote.execute("SELECT embedline.finish_batch(%s, %s, NULL)", (number, fence))
+    assert refused.value.sqlstate == "EL014"
+    assert refused.value.diag.message_hint

@@ -30,9 +30,23 @@ def known_vectors(session: Session, pipeline: Pipeline, documents: Sequence[Docu
         return found
     if pipeline.version.model.config.provider == "openai":
         lacking = [digest for digest in chunks if digest not in found]
-        answers = provider_batches.answers(session, pipeline, lacking)
-        found |= {digest: np.frombuffer(vector, dtype="<f4") for digest, vector in answers.items()}
+        found |= _batch_answers(session, pipeline, lacking)
     return borrow(session, pipeline, [chunk for digest, chunk in chunks.items() if digest not in found]) | found
+
+
+def late_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
+    """Return vectors of texts that are no longer in an open batch of the provider.
+
+    An answer goes once its vector is stored, so answers are read first.
+    """
+    found = _batch_answers(session, pipeline, digests)
+    return found | lend_vectors(session, pipeline, [digest for digest in digests if digest not in found])
+
+
+def _batch_answers(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:
+    """Return the vectors that batches of the provider have given of texts, by digest."""
+    answers = provider_batches.answers(session, pipeline, digests)
+    return {digest: np.frombuffer(vector, dtype="<f4") for digest, vector in answers.items()}
 
 
 def lend_vectors(session: Session, pipeline: Pipeline, digests: Sequence[bytes]) -> dict[bytes, Vector]:

@@ -6,6 +6,7 @@ files, too. A line of the file is one text, so that one that fails costs no othe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
@@ -16,7 +17,7 @@ from typing import IO, Any, TypeVar, cast
 
 from embedline.core.embedding import ModelConfig
 from embedline.core.redaction import redact
-from embedline.errors import ProviderError, TransientProviderError
+from embedline.errors import EmbedlineError, ProviderError, ProviderMisconfigured, TransientProviderError
 from embedline.providers.batches import BatchAnswer, BatchFiles, BatchState
 from embedline.providers.guard import MOST_BYTES
 from embedline.providers.openai_answer import read_answer
@@ -31,6 +32,8 @@ _LISTED, _PAGE = 1000, 100
 # The member of a batch's metadata by which it is found again.
 _MARK = "embedline_batch"
 _BYTES_BESIDE, _BYTES_OF_NUMBER = 1 << 16, 64
+# Statuses below 500 after which a batch may have been created.
+_UNSURE = (408, 409)
 _FILE = ("embedline.jsonl", "application/jsonl")
 
 
@@ -52,6 +55,10 @@ class BatchEndpoint(OpenAIEmbedder):
     def state(self, provider_id: str) -> Future[BatchState]:
         """Ask for the state of a batch."""
         return self._start(lambda key: self._state(key, f"/batches/{provider_id}", "get"))
+
+    def find(self, token: str) -> Future[BatchState | None]:
+        """Search for a batch by its token."""
+        return self._start(lambda key: self._find(token, key))
 
     def cancel(self, provider_id: str | None, token: str) -> Future[BatchState | None]:
         """Cancel a batch; one whose number is not known is searched for."""
@@ -76,12 +83,14 @@ class BatchEndpoint(OpenAIEmbedder):
         custom_id, response, error = found["custom_id"], found.get("response"), found.get("error")
         if not isinstance(response, dict):
             code = str(error.get("code")) if isinstance(error, dict) else ""
-            return BatchAnswer(custom_id, None, _words(error) or "no answer", not code.startswith("batch_"))
+            told = _words(error, self._known_key())
+            return BatchAnswer(custom_id, None, told or "no answer", not code.startswith("batch_"))
         body = json.dumps(response.get("body")).encode()
         status = response.get("status_code")
         if status != 200:
             refusal = response.get("body")
-            detail = f"status {status}: {_words(refusal.get('error') if isinstance(refusal, dict) else None)}"
+            told = _words(refusal.get("error") if isinstance(refusal, dict) else None, self._known_key())
+            detail = f"status {status}: {told}"
             # A moment's trouble says nothing of the text.
             return BatchAnswer(custom_id, None, detail, not (status == 429 or (type(status) is int and status >= 500)))
         try:
@@ -89,8 +98,29 @@ class BatchEndpoint(OpenAIEmbedder):
         except ProviderError as error:
             return BatchAnswer(custom_id, None, f"{error}", True)
 
+    def _known_key(self) -> str | None:
+        """Return the key that a provider may repeat, None if there is none."""
+        try:
+            return self._api_key()
+        except ProviderMisconfigured:
+            return None
+
     def _start(self, ask: Callable[[str | None], Awaitable[T]]) -> Future[T]:
-        return self._thread.start(self._in_turn(time.monotonic(), ask))
+        return self._thread.start(self._guarded(ask))
+
+    async def _guarded(self, ask: Callable[[str | None], Awaitable[T]]) -> T:
+        """Ask, and raise an EmbedlineError for any failure.
+
+        An error of the disk, or in reading an answer of another form, would end the worker.
+        """
+        try:
+            return await self._in_turn(time.monotonic(), ask)
+        except EmbedlineError:
+            raise
+        except Exception as error:
+            raise TransientProviderError(
+                "a call of the batch endpoint failed", detail=redact(f"{type(error).__name__}: {error}", None)
+            ) from error
 
     # The loop's thread
 
@@ -108,17 +138,20 @@ class BatchEndpoint(OpenAIEmbedder):
             ),
         )
         file_id = _member(uploaded.content, "id")
-        return await self._state(
-            key,
-            "/batches",
-            "post",
-            {
-                "input_file_id": file_id,
-                "endpoint": "/v1/embeddings",
-                "completion_window": "24h",
-                "metadata": {_MARK: token},
-            },
-        )
+        wanted = {
+            "input_file_id": file_id,
+            "endpoint": "/v1/embeddings",
+            "completion_window": "24h",
+            "metadata": {_MARK: token},
+        }
+        try:
+            return await self._state(key, "/batches", "post", wanted)
+        except ProviderError as error:
+            # After any other failure the provider may have the batch, and reads the file.
+            if error.status is not None and 400 <= error.status < 500 and error.status not in _UNSURE:
+                with contextlib.suppress(ProviderError):
+                    await self._forget([file_id], key)
+            raise
 
     def _line(self, number: int, text: str) -> bytes:
         config = self._config
@@ -142,7 +175,7 @@ class BatchEndpoint(OpenAIEmbedder):
                 return None
             for batch in batches:
                 if isinstance(batch, dict) and (batch.get("metadata") or {}).get(_MARK) == token:
-                    return _read_state(batch)
+                    return _read_state(batch, key)
             if not page.get("has_more"):
                 return None
             after = str(batches[-1].get("id"))
@@ -159,7 +192,7 @@ class BatchEndpoint(OpenAIEmbedder):
     async def _state(
         self, key: str | None, path: str, method: str, body: Mapping[str, Any] | None = None
     ) -> BatchState:
-        return _read_state(await self._ask_json(key, path, method, body))
+        return _read_state(await self._ask_json(key, path, method, body), key)
 
     async def _ask_json(
         self, key: str | None, path: str, method: str, body: Mapping[str, Any] | None = None
@@ -203,15 +236,21 @@ class BatchEndpoint(OpenAIEmbedder):
             await self._answered(key, sent)
 
 
-def _read_state(batch: Mapping[str, Any]) -> BatchState:
+def _read_state(batch: Mapping[str, Any], key: str | None) -> BatchState:
     provider_id, status = batch.get("id"), batch.get("status")
-    if not isinstance(provider_id, str) or not isinstance(status, str):
-        raise TransientProviderError("the provider's answer is no batch", detail=str(batch)[:1000])
+    # The number becomes a part of an address.
+    is_number = isinstance(provider_id, str) and provider_id.isascii() and provider_id.isprintable()
+    if not is_number or not isinstance(provider_id, str) or not isinstance(status, str):
+        raise TransientProviderError("the provider's answer is no batch", detail=_clean(batch, key))
     files = tuple(str(batch[name]) for name in ("output_file_id", "error_file_id") if batch.get(name))
     errors = batch.get("errors")
     told = errors.get("data") if isinstance(errors, dict) else None
     reasons = tuple(
-        (str(e.get("code") or ""), str(e.get("message") or ""), e.get("line") if type(e.get("line")) is int else None)
+        (
+            _clean(e.get("code"), key),
+            _clean(e.get("message"), key),
+            e.get("line") if type(e.get("line")) is int else None,
+        )
         for e in told or ()
         if isinstance(e, dict)
     )
@@ -226,6 +265,14 @@ def _member(content: bytes, name: str) -> str:
         raise TransientProviderError("the provider's answer has no number of a file") from None
 
 
-def _words(error: object) -> str:
+def _words(error: object, key: str | None) -> str:
     told = error if isinstance(error, dict) else {}
-    return str(told.get("message") or told.get("code") or "")[:500]
+    return _clean(told.get("message") or told.get("code"), key)
+
+
+def _clean(words: object, key: str | None) -> str:
+    """Return words of a provider in a form that can be stored.
+
+    They hold no key, and no half of a character: a service may cut a text in the middle of one.
+    """
+    return redact(str(words or "").encode(errors="replace").decode().replace("\0", ""), key)

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from typing import Any
 from embedline.core.embedding import EmbeddingBlock, Kind, ModelConfig, ModelInfo
 from embedline.core.media import MediaPart, ModelInput, only_texts
 from embedline.core.redaction import redact
-from embedline.errors import DimensionMismatch, InputRejected, ProviderMisconfigured
+from embedline.errors import DimensionMismatch, InputRejected, ProviderError, ProviderMisconfigured
 from embedline.providers.endpoint import Endpoint
 from embedline.providers.guard import MOST_BYTES
 from embedline.providers.openai_answer import read_answer
@@ -30,6 +31,8 @@ from embedline.providers.options import given_bodies, request_body
 _KINDS = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 # Most bytes of an answer: for each vector, and for all.
 _BYTES_OF_VECTOR, _BYTES_BESIDE = 1 << 20, 1 << 20
+# Answers that are kept for the next try of a request that failed: several requests of an eighth of this number of images.
+_MOST_KEPT = 1024
 Body = dict[str, Any]
 
 
@@ -53,7 +56,8 @@ def _of_cohere(answer: Any) -> Any:
     """Return an answer of Cohere's in OpenAI's form."""
     found = answer["embeddings"]["float"]
     billed = answer.get("meta", {}).get("billed_units", {})
-    tokens = sum(int(billed.get(unit) or 0) for unit in ("input_tokens", "image_tokens"))
+    counts = [billed.get(unit) for unit in ("input_tokens", "image_tokens")]
+    tokens = sum(int(n) for n in counts if type(n) is int or (type(n) is float and math.isfinite(n)))
     usage = {"usage": {"prompt_tokens": tokens, "total_tokens": tokens}} if tokens else {}
     return {"data": [{"index": place, "embedding": vector} for place, vector in enumerate(found)], **usage}
 
@@ -109,6 +113,8 @@ class ImageEndpoint(Endpoint):
                 f'model "{config.name}" needs a base_url', hint="For example base_url => 'http://127.0.0.1:8000/v1'."
             )
         super().__init__(config, self._form.url, self._form.key)
+        # Answers to the images of requests that failed because of another image, by what was asked.
+        self._kept: dict[bytes, EmbeddingBlock | str] = {}
 
     def submit(self, texts: Sequence[ModelInput], kind: Kind) -> Future[EmbeddingBlock]:
         """Start embedding texts, or images; the future raises ProviderError."""
@@ -146,13 +152,19 @@ class ImageEndpoint(Endpoint):
         )
 
     async def _images(self, parts: Sequence[MediaPart], kind: Kind) -> EmbeddingBlock:
-        """Embed each image by itself; one that is refused has no vector, and the reason."""
-        tasks = [asyncio.ensure_future(self._image(part, kind)) for part in parts]
-        try:
-            answers = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        """Embed each image by itself; one that is refused has no vector, and the reason.
+
+        If one fails for now, no more are sent, and the answers that come are kept: they are paid for.
+        """
+        failures: list[ProviderError] = []
+        names = [hashlib.sha256(kind.encode() + part.data).digest() for part in parts]
+        found = await asyncio.gather(*(self._image(*given, kind, failures) for given in zip(names, parts, strict=True)))
+        answers = [answer for answer in found if answer is not None]
+        if failures:
+            self._kept |= {name: answer for name, answer in zip(names, found, strict=True) if answer is not None}
+            for name in list(self._kept)[:-_MOST_KEPT]:
+                del self._kept[name]
+            raise failures[0]
         blocks = [answer for answer in answers if isinstance(answer, EmbeddingBlock)]
         faults = {place: answer for place, answer in enumerate(answers) if isinstance(answer, str)}
         dimensions = blocks[0].dimensions if blocks else self._config.dimensions or 1
@@ -164,7 +176,15 @@ class ImageEndpoint(Endpoint):
         tokens = None if None in counted else sum(count or 0 for count in counted)
         return EmbeddingBlock(len(parts), dimensions, data, tokens, faults=faults)
 
-    async def _image(self, part: MediaPart, kind: Kind) -> EmbeddingBlock | str:
+    async def _image(
+        self, name: bytes, part: MediaPart, kind: Kind, failures: list[ProviderError]
+    ) -> EmbeddingBlock | str | None:
+        """Return the answer to an image, or why it is refused.
+
+        If it fails for now, add the error to the failures and return None.
+        """
+        if (kept := self._kept.pop(name, None)) is not None:
+            return kept
         media_type = next((name for first, name in _KINDS.items() if part.data.startswith(first)), None)
         if part.data[:4] == b"RIFF" and part.data[8:12] == b"WEBP":
             media_type = "image/webp"
@@ -172,12 +192,19 @@ class ImageEndpoint(Endpoint):
             return "the file is no JPEG, PNG, WebP or GIF, which the provider takes"
         url = f"data:{media_type};base64,{base64.b64encode(part.data).decode()}"
         body = self._form.image(url, kind)
+
+        async def ask(key: str | None) -> EmbeddingBlock:
+            if failures:
+                raise failures[0]
+            return await self._ask(self._form.image_path, body, kind, 1, key)
+
         try:
-            return await self._in_turn(
-                time.monotonic(), lambda key: self._ask(self._form.image_path, body, kind, 1, key)
-            )
+            return await self._in_turn(time.monotonic(), ask)
         except InputRejected as error:
             return f"{error.message}: {error.detail}" if error.detail else error.message
+        except ProviderError as error:
+            failures.append(error)
+            return None
 
     async def _ask(self, path: str, body: Body, kind: Kind, count: int, key: str | None) -> EmbeddingBlock:
         MOST_BYTES.set(_BYTES_BESIDE + count * _BYTES_OF_VECTOR)

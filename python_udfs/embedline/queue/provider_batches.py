@@ -38,6 +38,7 @@ _ANSWERS = """
         AND ($4::text IS NULL OR b.created_at >= $4::timestamptz)
 """
 _HAS_TEXTS = "SELECT EXISTS (SELECT FROM embedline.provider_batch_text WHERE version_id = $1)"
+_HAS_BATCHES = "SELECT EXISTS (SELECT FROM embedline.provider_batch WHERE version_id = $1)"
 _COLLECTING = """
     SELECT batch_id, text_count, byte_count FROM embedline.provider_batch
     WHERE version_id = $1 AND state = 'collecting' AND fingerprint = $2 ORDER BY batch_id DESC LIMIT 1 FOR UPDATE SKIP LOCKED
@@ -62,12 +63,13 @@ _ADD_TEXTS = """
         byte_count = byte_count + $6, touched_at = clock_timestamp(), next_at = clock_timestamp()
     FROM (SELECT count(*) AS count, coalesce(sum(tokens), 0) AS tokens FROM added) AS a WHERE batch_id = $2
 """
-_HOLD = """
-    WITH held AS (
-        INSERT INTO embedline.provider_batch_hold (batch_id, version_id, of_version, queue_ids) VALUES ($1, $2, $3, $4)
-    )
-    UPDATE embedline.provider_batch SET row_count = row_count + $5 WHERE batch_id = $1
+# Waits for the transaction that ends the batch, which has made its rows due before it commits.
+_COUNT_ROWS = """
+    UPDATE embedline.provider_batch SET row_count = row_count + $2 WHERE batch_id = $1 AND state <> 'done' RETURNING true
 """
+_HOLD = (
+    "INSERT INTO embedline.provider_batch_hold (batch_id, version_id, of_version, queue_ids) VALUES ($1, $2, $3, $4)"
+)
 _FORGET = """
     DELETE FROM embedline.provider_batch_text
     WHERE version_id = $1 AND content_hash = ANY ($2::text[]::uuid[]) AND state <> 'pending'
@@ -107,6 +109,11 @@ class NewText:
 def has_texts(session: Session, version_id: int) -> bool:
     """Return True if texts of a version are, or were, in batches."""
     return bool(session.scalar(_HAS_TEXTS, ["bigint"], version_id))
+
+
+def has_batches(session: Session, version_id: int) -> bool:
+    """Return True if a version has a batch, or had one in the last days."""
+    return bool(session.scalar(_HAS_BATCHES, ["bigint"], version_id))
 
 
 def states(session: Session, version_id: int, digests: Collection[bytes]) -> dict[bytes, TextState]:
@@ -178,17 +185,18 @@ def add_texts(session: Session, pipeline: Pipeline, batch_id: int, texts: Sequen
     )
 
 
+def count_rows(session: Session, batch_id: int, count: int) -> bool:
+    """Count rows that are about to wait for a batch.
+
+    Return False if it has ended meanwhile. Locks the batch, so that it ends only after the rows are noted.
+    """
+    return bool(session.scalar(_COUNT_ROWS, ["bigint", "bigint"], batch_id, count))
+
+
 def hold(session: Session, pipeline: Pipeline, batch_id: int, queue_ids: Sequence[int], *, of_version: bool) -> None:
-    """Note that entries of a queue wait for a batch."""
-    session.query(
-        _HOLD,
-        ["bigint", "bigint", "boolean", "bigint[]", "bigint"],
-        batch_id,
-        pipeline.version.version_id,
-        of_version,
-        list(queue_ids),
-        len(queue_ids),
-    )
+    """Note that entries of a queue wait for a batch, which `count_rows` has locked."""
+    types = ["bigint", "bigint", "boolean", "bigint[]"]
+    session.query(_HOLD, types, batch_id, pipeline.version.version_id, of_version, list(queue_ids))
 
 
 def failures(session: Session, model_id: int) -> tuple[int, float, int | None]:

@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psycopg
 
 from embedline.core.embedding import Embedder, EmbeddingBlock
 from embedline.core.processes import prepare_environment
 from embedline.embedders import create_embedder
-from embedline.errors import NotReady
+from embedline.errors import ModelChanged, NotReady
 from embedline.remote.failures import failure_class, told, wait_wanted
 from embedline.remote.session import Claim, RemoteSession, ServedModel, connector
 
@@ -82,8 +82,9 @@ class Worker:
     """Embeds a pipeline from outside its database.
 
     `dsn` is a connection string of libpq for a login in the role embedline_remote, to which the pipeline was granted. `version`
-    limits the work to one version; without one, changes and all fills are embedded. `requests` is how many are in flight at
-    the model; as many again are fetched meanwhile. `make_embedder` may replace the embedder of the registered model.
+    limits the work to one version; without one, changes are embedded, and the fills of versions with the same model. `requests`
+    is how many are in flight at the model; as many again are fetched meanwhile. `make_embedder` may replace the embedder of the
+    registered model. It is called again once another model serves.
     """
 
     dsn: str
@@ -101,6 +102,7 @@ class Worker:
         self._stopped = threading.Event()
         self._flights: list[_Flight] = []
         self._embedder: Embedder | None = None
+        self._model: ServedModel | None = None
         self._depth = 1
 
     def stop(self) -> None:
@@ -126,8 +128,8 @@ class Worker:
                     self.totals.connections += 1
                     self._prepare(session.model())
                     pause = _RECONNECT_SECONDS[0]
-                    self._work(session, until_empty=until_empty)
-                    return self.totals
+                    if self._work(session, until_empty=until_empty) or self._stopped.is_set():
+                        return self.totals
                 except psycopg.Error as error:
                     is_lost = session.is_lost if session is not None else self.totals.connections > 0
                     is_cancelled = session is not None and error.sqlstate == _CANCELLED
@@ -152,9 +154,13 @@ class Worker:
                 self._embedder = None
 
     def _prepare(self, model: ServedModel) -> None:
-        """Make the embedder, once for all connections."""
+        """Make the embedder, once for all connections unless the model changes."""
         if self._embedder is not None:
-            return
+            if self._model is not None and _is_same(self._model, model):
+                return
+            self._embedder.close()
+            self._embedder = None
+        self._model = model
         config = model.config
         if self.make_embedder is not None:
             self._embedder = self.make_embedder(model)
@@ -174,30 +180,42 @@ class Worker:
                 hint="Install the files that the database was given: the same revision in the same place.",
             )
 
-    def _work(self, session: RemoteSession, *, until_empty: bool) -> None:
-        """Fetch, embed and hand back, until the end."""
-        ask_at, is_empty, give_up_at = 0.0, False, float("inf")
+    def _work(self, session: RemoteSession, *, until_empty: bool) -> bool:
+        """Fetch, embed and hand back, until the end.
+
+        Return False if the end is that another model is to be embedded with.
+        """
+        ask_at, is_empty, give_up_at, is_outdated = 0.0, False, float("inf"), False
         while True:
             if self._stopped.is_set() and give_up_at == float("inf"):
                 give_up_at = time.monotonic() + _GRACE_SECONDS
             # As many requests again wait for their turn: the model never runs dry while the next ones are fetched.
             room = 2 * self._depth - len(self._flights)
-            if not self._stopped.is_set() and room > 0 and time.monotonic() >= ask_at:
-                state, claims = session.claim(self.max_rows, self.max_tokens, room)
+            if not self._stopped.is_set() and not is_outdated and room > 0 and time.monotonic() >= ask_at:
+                try:
+                    state, claims = session.claim(self.max_rows, self.max_tokens, room)
+                except psycopg.Error as error:
+                    if error.sqlstate != ModelChanged.sqlstate:
+                        raise
+                    # What is in flight is of the model that this worker has.
+                    self.say(f"{error.diag.message_primary}, and the worker asks for it")
+                    is_outdated = True
+                    continue
                 self._send(claims)
                 is_empty = state == "empty"
                 ask_at = time.monotonic() + (0.0 if state in ("batch", "claimed") else _IDLE_SECONDS)
                 if state == "stop":
                     self.stop()
-            if not self._flights and (self._stopped.is_set() or (until_empty and is_empty)):
+            if not self._flights and (self._stopped.is_set() or is_outdated or (until_empty and is_empty)):
                 break
             if time.monotonic() >= give_up_at:
                 break
-            if self._hand_back(session, ask_at if room > 0 else float("inf")):
+            if self._hand_back(session, ask_at if room > 0 and not is_outdated else float("inf")):
                 # A failure may have split a request, and a row that is through makes room.
                 ask_at = 0.0
         self._forget_flights()
         session.release()
+        return not is_outdated
 
     def _send(self, claims: list[Claim]) -> None:
         for claim in claims:
@@ -250,6 +268,15 @@ class Worker:
             flight.future.cancel()
         self.totals.lost_requests += len(self._flights)
         self._flights = []
+
+
+def _is_same(one: ServedModel, other: ServedModel) -> bool:
+    """Return True if two answers tell of the same model.
+
+    What its provider has shown meanwhile does not count.
+    """
+    facts = [replace(model.config, learned={}, max_batch_items=0) for model in (one, other)]
+    return facts[0] == facts[1] and one.fingerprint == other.fingerprint
 
 
 def _loss(is_lost: bool) -> str:

@@ -253,6 +253,10 @@ DECLARE
     chosen record;
     space text;
 BEGIN
+    IF $1 IS NULL OR $2 IS NULL OR $2 < 1 THEN
+        RAISE EXCEPTION 'a search needs a vector and a k of at least 1' USING ERRCODE = '22023',
+            HINT = 'Leave k out for ten rows.';
+    END IF;
     -- The text comes from a model, and only that model's vectors can be compared with it.
     SELECT r.* INTO chosen FROM {subscriber.versions} AS r
     WHERE CASE WHEN $3 IS NULL THEN r.is_shown ELSE r.was_shown AND r.model_fingerprint = $3 END

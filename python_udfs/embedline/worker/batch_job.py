@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from embedline.catalog.values import Pipeline
+from embedline.core.embedding import ModelConfig
 from embedline.providers.batches import BatchAnswer, BatchFiles, BatchState
 from embedline.queue.open_batches import OpenBatch
 
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
 
 # A provider's count of a text's tokens is believed up to this many times the estimate.
 _PLAUSIBLE = 8
+# Digits of the largest number of a text.
+_NUMBER_LENGTH = 19
+
+
+def endpoint_config(batch: OpenBatch, current: ModelConfig | None, allowed: Sequence[str]) -> ModelConfig:
+    """Return the model by which a batch's endpoint is asked.
+
+    `current` is how it is registered now, None if it is gone.
+    """
+    config = {**batch.config, "allowed_endpoints": allowed}
+    # At the same address, with the key of now.
+    if current is not None and current.base_url == config["base_url"]:
+        config["api_key_env"], config["options"] = current.api_key_env, dict(current.options)
+    # A batch may be older than the code.
+    known = {field.name for field in fields(ModelConfig)}
+    return ModelConfig(**{name: value for name, value in config.items() if name in known})
 
 
 @dataclass
@@ -31,6 +48,8 @@ class BatchJob:
     lines: Iterator[bytes] | None = None
     tokens_used: int = 0
     is_cancelled: bool = False
+    # It is only searched for: batches are not wanted any more.
+    is_withdrawn: bool = False
     # Tokens that were reserved for each text, by its number, and the numbers of the texts whose answers were read.
     estimates: dict[int, int] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
@@ -40,9 +59,16 @@ class BatchJob:
         """Return True if there is something to do for it now."""
         return self.lines is not None or (self.future is not None and self.future.done())
 
+    def close(self) -> None:
+        """Remove the files of its answers."""
+        if self.files is not None:
+            self.files.close()
+
     def is_first(self, answer: BatchAnswer) -> bool:
         """Return True for the first answer to a text of the batch."""
-        number = int(answer.custom_id) if answer.custom_id.isdecimal() else -1
+        # A longer number is none of ours, and the longest cannot be read at all.
+        is_number = answer.custom_id.isdecimal() and len(answer.custom_id) <= _NUMBER_LENGTH
+        number = int(answer.custom_id) if is_number else -1
         if number not in self.estimates or number in self.seen:
             return False
         self.seen.add(number)

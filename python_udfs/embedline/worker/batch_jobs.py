@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 import time
 from concurrent.futures import Future, wait
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from embedline.catalog import health
 from embedline.catalog.load import load_allowed_endpoints, load_version
 from embedline.catalog.values import Pipeline
-from embedline.core.embedding import ModelConfig
 from embedline.errors import EmbedlineError
 from embedline.postgres.claims import Claims
 from embedline.postgres.locks import PROVIDER_BATCH_LOCK_CLASS
@@ -25,7 +24,7 @@ from embedline.providers.batches import ENDED, BatchFiles, BatchState, is_lost
 from embedline.queue import bulk_changes, open_batches, provider_batches
 from embedline.queue.open_batches import OpenBatch
 from embedline.spending import ledger
-from embedline.worker.batch_job import BatchJob
+from embedline.worker.batch_job import BatchJob, endpoint_config
 
 if TYPE_CHECKING:
     from embedline.providers.batch_endpoint import BatchEndpoint
@@ -46,8 +45,8 @@ _RETRY_SECONDS = (1.0, 3600.0)
 _MONEY_SECONDS = 60.0
 # Seconds until the next batch of a model whose last one failed as a whole; doubled by each that fails after it.
 _FAILED_SECONDS = 60.0
-# Statuses of a refusal to cancel: the batch has ended, or is not known.
-_NOTHING_TO_CANCEL = (400, 404, 409)
+# Statuses of a refusal to cancel or to search: the batch has ended or is not known, or there is no batch endpoint.
+_NOTHING_TO_CANCEL = (400, 404, 405, 409)
 # Failures after which a batch of which the provider knows nothing is taken for lost.
 _LOST_AFTER = 5
 # Seconds that a step waits for an answer: the next step of an idle worker is a second away.
@@ -148,7 +147,7 @@ class BatchJobs:
         for job in self._jobs.values():
             if job.future is not None:
                 job.future.cancel()
-            self._close(job)
+            job.close()
         self._jobs, self._marked = {}, {}
         for batch_id in list(self._locked):
             self._unlock(batch_id)
@@ -161,16 +160,20 @@ class BatchJobs:
         elif batch.state == "waiting":
             job = self._new_job(batch)
             self._ask(job, job.endpoint.state(str(batch.provider_id)))
-        elif batch.state == "sending":
+        elif batch.state == "sending" and _sends_batches(self._pipeline(batch)):
             # Its worker died, or the provider did not answer.
             self._mark(batch, None)
+        elif batch.state == "sending":
+            job = self._new_job(batch)
+            job.is_withdrawn = True
+            self._ask(job, job.endpoint.find(batch.token))
         else:
             self._collected(batch)
 
     def _collected(self, batch: OpenBatch) -> None:
         """Mark a batch for sending, if nothing more is added and its budget allows."""
         pipeline = self._pipeline(batch)
-        if pipeline.version.model.config.options.get("batch_api") is not True:
+        if not _sends_batches(pipeline):
             self._end(batch, "dissolved", None, is_charged=False)
             return
         if (
@@ -239,17 +242,10 @@ class BatchJobs:
         # Heavy, and of no use to most workers.
         from embedline.providers.batch_endpoint import BatchEndpoint
 
-        config = {**batch.config, "allowed_endpoints": load_allowed_endpoints(self._session)}
-        if not batch.is_orphan:
-            # At the same address, with the key of now.
-            current = self._pipeline(batch).version.model.config
-            if current.base_url == config["base_url"]:
-                config["api_key_env"], config["options"] = current.api_key_env, dict(current.options)
+        current = None if batch.is_orphan else self._pipeline(batch).version.model.config
+        config = endpoint_config(batch, current, load_allowed_endpoints(self._session))
         if (endpoint := self._endpoints.get(repr(config))) is None:
-            # A batch may be older than the code.
-            known = {field.name for field in fields(ModelConfig)}
-            made = ModelConfig(**{name: value for name, value in config.items() if name in known})
-            endpoint = self._endpoints[repr(config)] = BatchEndpoint(made)
+            endpoint = self._endpoints[repr(config)] = BatchEndpoint(config)
         self._jobs[batch.batch_id] = BatchJob(batch, endpoint)
         return self._jobs[batch.batch_id]
 
@@ -278,7 +274,12 @@ class BatchJobs:
         elif isinstance(found, BatchState):
             self._told(job, found)
         else:
-            self._forget(job)
+            self._withdraw(job)
+
+    def _withdraw(self, job: BatchJob) -> None:
+        """Give up a batch that the provider does not have."""
+        self._settle(job.batch, 0)
+        self._end(job.batch, "dissolved", None, is_charged=False)
 
     def _told(self, job: BatchJob, state: BatchState) -> None:
         """Act on the state that the provider tells of a batch."""
@@ -287,7 +288,7 @@ class BatchJobs:
             least, most = _ASK_SECONDS
             seconds = min(max(_ASK_SHARE * batch.age, least), most)
             open_batches.mark_waiting(self._session, batch.batch_id, state.provider_id, seconds)
-            self._forget(job)
+            self._forget(batch.batch_id)
         elif state.status == "failed":
             self._refused(job, state)
         else:
@@ -303,6 +304,9 @@ class BatchJobs:
         if job.is_cancelled and getattr(error, "status", None) in _NOTHING_TO_CANCEL:
             self._settle(batch, None)
             self._end(batch, "dropped", None, is_charged=False)
+            return
+        if job.is_withdrawn and getattr(error, "status", None) in _NOTHING_TO_CANCEL:
+            self._withdraw(job)
             return
         if batch.state == "waiting" and is_lost(error) and batch.attempts >= _LOST_AFTER:
             self._settle(batch, None)
@@ -357,10 +361,7 @@ class BatchJobs:
             open_batches.wake(self._session, pipeline, held)
             if error is None:
                 health.forget_batch_error(self._session, pipeline)
-        if batch.batch_id in self._jobs:
-            self._forget(self._jobs[batch.batch_id])
-        else:
-            self._unlock(batch.batch_id)
+        self._forget(batch.batch_id)
 
     def _settle(self, batch: OpenBatch, tokens: int | None) -> None:
         if batch.reservation_id is not None:
@@ -368,10 +369,7 @@ class BatchJobs:
 
     def _put_off(self, batch: OpenBatch, seconds: float, error: str | None = None) -> None:
         open_batches.put_off(self._session, batch.batch_id, seconds, error)
-        if batch.batch_id in self._jobs:
-            self._forget(self._jobs[batch.batch_id])
-        else:
-            self._unlock(batch.batch_id)
+        self._forget(batch.batch_id)
 
     def _pipeline(self, batch: OpenBatch) -> Pipeline:
         return load_version(self._session, str(batch.pipeline), int(batch.version or 0))
@@ -390,11 +388,11 @@ class BatchJobs:
         query = "SELECT pg_advisory_unlock($1, $2)"
         self._session.query(query, ["integer", "integer"], PROVIDER_BATCH_LOCK_CLASS, batch_id % _LOCKS)
 
-    def _forget(self, job: BatchJob) -> None:
-        self._jobs.pop(job.batch.batch_id, None)
-        self._close(job)
-        self._unlock(job.batch.batch_id)
+    def _forget(self, batch_id: int) -> None:
+        if (job := self._jobs.pop(batch_id, None)) is not None:
+            job.close()
+        self._unlock(batch_id)
 
-    def _close(self, job: BatchJob) -> None:
-        if job.files is not None:
-            job.files.close()
+
+def _sends_batches(pipeline: Pipeline) -> bool:
+    return pipeline.version.model.config.options.get("batch_api") is True

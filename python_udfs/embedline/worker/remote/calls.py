@@ -7,6 +7,7 @@ lock the session holds. So a worker that loses its connection has lost its lease
 from __future__ import annotations
 
 from embedline.catalog.load import load_pipeline, load_version
+from embedline.catalog.values import Pipeline
 from embedline.core.embedding import EmbeddingBlock
 from embedline.core.processes import prepare_environment
 from embedline.embedders import create_embedder
@@ -14,6 +15,7 @@ from embedline.errors import (
     InputRejected,
     InvalidParameter,
     InvalidVectors,
+    ModelChanged,
     NotReady,
     ProviderError,
     ProviderMisconfigured,
@@ -28,6 +30,8 @@ from embedline.worker.remote.grants import require_grant
 from embedline.worker.remote.worker import RemoteWorker
 
 _KEY = "embedline.remote_worker"
+# Key of the models that this session embeds with, by pipeline and version: those that it was told of or first claimed for.
+_MODELS = "embedline.remote_models"
 # Characters that are kept of what a remote worker says of a failure.
 _DETAIL_LENGTH = 1000
 # What still waits: rows of the serving version, chunks of another. $2 is the version.
@@ -56,8 +60,11 @@ def remote_model(session: Session, name: str, number: int | None) -> str:
     import json
 
     require_grant(session, name)
-    pipeline = load_pipeline(session, name) if number is None else load_version(session, name, number)
+    pipeline = _pipeline(session, name, number)
     model = pipeline.version.model
+    if _KEY not in session.cache:
+        # While it has claims, the session goes on with the model that it has.
+        session.cache.setdefault(_MODELS, {})[name, number] = model.model_id
     config = model.config
     facts = {
         "name": config.name,
@@ -108,12 +115,13 @@ def claim_batch(
         if value is not None and value < 1:
             raise InvalidParameter(f"{parameter} must be at least 1")
     login = require_grant(session, name)
-    if version is not None:
-        load_version(session, name, version)
+    pipeline = _pipeline(session, name, version)
+    model = pipeline.version.model
+    _require_same_model(session, pipeline, version)
     remote = _opened(session, name, login)
     remote.is_unsure = True
-    state = remote.worker.take(version, max_rows)
-    orders = remote.worker.desk.hand_out(max_tokens, max_requests)
+    state = remote.worker.take(version, model, max_rows)
+    orders = remote.worker.desk.hand_out(model.config.name, max_tokens, max_requests)
     _settle(session, remote)
     fence = remote.worker.worker_id
     if not orders:
@@ -122,7 +130,7 @@ def claim_batch(
 
 
 @entry_point
-def finish_batch(session: Session, claim: int, fence: int, data: bytes, tokens: int | None) -> int:
+def finish_batch(session: Session, claim: int, fence: int, data: bytes | None, tokens: int | None) -> int:
     """Write the vectors of a claim, after every check that costs less than the write."""
     remote = _held(session, fence)
     order = _order(remote, claim)
@@ -152,6 +160,27 @@ def release_batches(session: Session) -> None:
     """End this session's remote worker and free its claims, uncharged."""
     if _KEY in session.cache:
         _close(session)
+    session.cache.pop(_MODELS, None)
+
+
+def _pipeline(session: Session, name: str, number: int | None) -> Pipeline:
+    """Return the pipeline with one of its versions, the serving one if none is named."""
+    return load_pipeline(session, name) if number is None else load_version(session, name, number)
+
+
+def _require_same_model(session: Session, pipeline: Pipeline, number: int | None) -> None:
+    """Raise ModelChanged if the version's model is not the session's.
+
+    A cutover has changed it. Vectors of the former model would be stored as those of the new one.
+    """
+    models: dict[tuple[str, int | None], int] = session.cache.setdefault(_MODELS, {})
+    model_id = pipeline.version.model.model_id
+    if models.setdefault((pipeline.name, number), model_id) != model_id:
+        raise ModelChanged(
+            f'version {pipeline.version.number} of pipeline "{pipeline.name}" has another model than this session embeds with',
+            detail="Another version serves since. What is claimed may still be finished.",
+            hint=f"SELECT embedline.release_batches(); SELECT embedline.remote_model('{pipeline.name}'); tells the model of now.",
+        )
 
 
 def _opened(session: Session, name: str, login: str) -> _Remote:
@@ -209,15 +238,16 @@ def _order(remote: _Remote, claim: int) -> Order:
     return order
 
 
-def _block(remote: _Remote, order: Order, data: bytes, tokens: int | None) -> EmbeddingBlock:
+def _block(remote: _Remote, order: Order, data: bytes | None, tokens: int | None) -> EmbeddingBlock:
     """Return the answer, if it is one usable vector for each text."""
     from embedline.core import vectors
 
     dimensions, count = remote.worker.dimensions[order.model], len(order.texts)
     told = f"{_name(remote)}, claim {order.number}"
-    if len(data) != 4 * count * dimensions:
+    if data is None or len(data) != 4 * count * dimensions:
+        given = "NULL is" if data is None else f"{len(data)} bytes are"
         raise InvalidVectors(
-            f"{told}: {len(data)} bytes are not {count} vectors of {dimensions} float32 values",
+            f"{told}: {given} not {count} vectors of {dimensions} float32 values",
             hint="SELECT embedline.fail_batch(…); if the model cannot embed the texts.",
         )
     faults = vectors.find_faults(vectors.matrix_from_bytes(data, count, dimensions), "vector")
@@ -234,6 +264,9 @@ def _block(remote: _Remote, order: Order, data: bytes, tokens: int | None) -> Em
 
 def _failure(kind: str, detail: str | None, retry_after: float | None) -> ProviderError:
     told = detail[:_DETAIL_LENGTH] if detail else None
+    if retry_after is not None and not retry_after >= 0:
+        # NaN, too: no wait could be stored that is counted from it.
+        retry_after = None
     if kind == "rejected" or kind == "too_long":
         rejected = InputRejected(detail=told)
         rejected.is_too_long = kind == "too_long"

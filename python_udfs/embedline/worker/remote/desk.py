@@ -40,20 +40,23 @@ class Desk:
         self.waiting.append(order)
         return order.future
 
-    def hand_out(self, max_tokens: int | None, max_requests: int | None) -> list[Order]:
-        """Return so many waiting orders at most, of about so many tokens.
+    def waiting_for(self, model: str) -> list[Order]:
+        """Return the orders of a model that wait."""
+        return [order for order in self.waiting if order.model == model and not order.future.cancelled()]
+
+    def hand_out(self, model: str, max_tokens: int | None, max_requests: int | None) -> list[Order]:
+        """Return so many waiting orders of a model at most, of about so many tokens.
 
         Return at least one if one waits.
         """
-        self.waiting = [order for order in self.waiting if not order.future.cancelled()]
         chosen, tokens = list[Order](), 0
-        while (
-            self.waiting and len(chosen) != max_requests and (not chosen or max_tokens is None or tokens < max_tokens)
-        ):
-            order = self.waiting.pop(0)
+        for order in self.waiting_for(model):
+            if len(chosen) == max_requests or (chosen and max_tokens is not None and tokens >= max_tokens):
+                break
             tokens += sum(map(likely_tokens, order.texts))
             chosen.append(order)
         self.handed |= {order.number: order for order in chosen}
+        self.waiting = [o for o in self.waiting if o.number not in self.handed and not o.future.cancelled()]
         return chosen
 
 

@@ -9,6 +9,7 @@ import math
 import time
 
 from embedline.catalog.load import load_versions
+from embedline.catalog.values import Model, Pipeline
 from embedline.errors import EmbedlineError
 from embedline.models.pool import let_cancel_through
 from embedline.postgres.session import Session
@@ -48,24 +49,27 @@ class RemoteWorker(ResidentWorker):
         self.name = pipeline_name
         self._capacity = Capacity(at_least=_DEPTH)
         self.claimant.is_remote = True
+        # What the last call asked for: a version, and the model that its client embeds with.
         self._version: int | None = None
+        self._model_id: int | None = None
         # The batch that was claimed by the last call. The next one reads it. The claim must be committed by then, so
         # that a row whose expression ends the session leaves a mark.
         self._unread: Batch | None = None
         # Dimensions of the answers, by the name of the model.
         self.dimensions = dict[str, int]()
 
-    def take(self, version: int | None, max_rows: int | None) -> str:
+    def take(self, version: int | None, model: Model, max_rows: int | None) -> str:
         """Fill the desk; return the state that the client is told.
 
-        `version` and `max_rows` limit what is claimed. The states are batch, claimed, idle, empty and stop.
+        `version` and `max_rows` limit what is claimed, and so does the model, which is the client's. The states are batch,
+        claimed, idle, empty and stop.
         """
-        self._version, self.claimant.max_rows = version, max_rows
+        self._version, self._model_id, self.claimant.max_rows = version, model.model_id, max_rows
         if self._unread is not None:
             self._try_prepare(self._unread)
         for _ in range(_MAX_STEPS):
             self.write_ready()
-            if self.desk.waiting:
+            if self.desk.waiting_for(model.config.name):
                 return "batch"
             if self.is_ending or not self.has_room:
                 break
@@ -111,9 +115,8 @@ class RemoteWorker(ResidentWorker):
     def is_waiting(self) -> Answer:
         """Return YES if rows are queued that this worker would be given."""
         versions = load_versions(self._session, self.name)
-        others = [p.version for p in versions if self._version not in (None, p.version.number)]
-        serving = next(p.version.number for p in versions if p.is_serving)
-        names = [self.name] if self._version not in (None, serving) else []
+        others = [p.version for p in versions if not self._is_served(p)]
+        names = [self.name] if any(p.is_serving and not self._is_served(p) for p in versions) else []
         names += [self.name] if self.claimant.out_of_money | self.claimant.hidden | self._troubles.lasting else []
         found = is_anything_waiting(self._session, self.name, names, [version.version_id for version in others])
         return Answer.YES if found else Answer.NO
@@ -133,8 +136,15 @@ class RemoteWorker(ResidentWorker):
         return super().end()
 
     def _with_room(self, sources: list[WorkSource]) -> list[WorkSource]:
-        served = [s for s in sources if self._version in (None, s.pipeline.version.number)]
-        return super()._with_room(served)
+        return super()._with_room([source for source in sources if self._is_served(source.pipeline)])
+
+    def _is_served(self, pipeline: Pipeline) -> bool:
+        """Return True for a version that was asked for, and whose model is the client's.
+
+        Vectors of another model would be stored as if they were the version's own.
+        """
+        version = pipeline.version
+        return self._version in (None, version.number) and version.model.model_id == self._model_id
 
     def _try_claim(self) -> Answer:
         self.claimant.asking = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from embedline.core.request_tokens import likely_tokens
+from embedline.documents.reuse import late_vectors
 from embedline.documents.values import Document, Vector
 from embedline.postgres.session import Session
 from embedline.providers.batches import LINE_BYTES, MOST_FILE_BYTES, MOST_TEXTS
@@ -27,19 +28,25 @@ class Defer:
     session: Session
     begins_batches: bool
 
-    def hold(self, batch: Batch, documents: list[Document], known: Mapping[bytes, Vector]) -> list[Document]:
-        """Hold the documents that wait for a batch; return the others."""
+    def hold(self, batch: Batch, documents: list[Document], known: dict[bytes, Vector]) -> list[Document]:
+        """Hold the documents that wait for a batch; return the others.
+
+        Vectors that have come since the known ones were read become known: answers, and answers that are stored by now.
+        """
         version = batch.pipeline.version
         # The files of batches hold texts alone.
         is_wanted = self.begins_batches and batch.pipeline.modality == "text"
         is_wanted = is_wanted and version.model.config.options.get("batch_api") is True
         if version.model.config.provider != "openai" or not documents:
             return documents
-        if not is_wanted and not provider_batches.has_texts(self.session, version.version_id):
+        if not is_wanted and not provider_batches.has_batches(self.session, version.version_id):
             return documents
         lacking = [[c for c in document.chunks if c.digest not in known] for document in documents]
         digests = {chunk.digest for chunks in lacking for chunk in chunks}
         states = provider_batches.states(self.session, version.version_id, digests) if digests else {}
+        asked = [digest for digest in digests if digest not in states or states[digest].state != "pending"]
+        known |= late_vectors(self.session, batch.pipeline, asked)
+        lacking = [[chunk for chunk in chunks if chunk.digest not in known] for chunks in lacking]
         held = defaultdict[int, list[Document]](list)
         collected: list[tuple[Document, list[NewText]]] = []
         rest: list[Document] = []
@@ -57,8 +64,12 @@ class Defer:
         of_version = batch.source.key.kind == "version"
         for batch_id, members in held.items():
             rows = [document.row for document in members]
-            ids = batch.source.requeue(batch.claim, rows, HOLD_SECONDS, charged=False, error=None)
-            provider_batches.hold(self.session, batch.pipeline, batch_id, ids, of_version=of_version)
+            if provider_batches.count_rows(self.session, batch_id, len(rows)):
+                ids = batch.source.requeue(batch.claim, rows, HOLD_SECONDS, charged=False, error=None)
+                provider_batches.hold(self.session, batch.pipeline, batch_id, ids, of_version=of_version)
+            else:
+                # It has made its rows due already, and would not know of these.
+                batch.source.requeue(batch.claim, rows, 0.0, charged=False, error=None)
         return rest
 
     def _collect(

@@ -117,7 +117,10 @@ def _pip(settings: Settings) -> list[str]:
 
 
 def _install(settings: Settings) -> list[str]:
-    """Return the command that installs packages as they are; what compiles them uses all cores, unlike pip."""
+    """Return the command that installs packages as they are.
+
+    pip would compile them on one core.
+    """
     return [*_pip(settings), "--no-compile"]
 
 

@@ -1,5 +1,6 @@
-"""What a run reads before its first test: only files with tests of its kind, each rewritten by one process.
+"""Limit what a test run reads before its first test.
 
+It reads only files with tests of its kind, and each is rewritten by one process.
 Each process of a run imports every test file, and pytest rewrites its assertions first. For all files that took 33 s of CPU in
 each process, 20 of them for rewriting. Pytest keeps what it has rewritten, but processes that begin together find nothing yet.
 """
@@ -19,9 +20,9 @@ _NAME = re.compile(r"\bfaults\b")
 
 
 def is_left_out(path: Path, marks: str) -> bool:
-    """Return True if no test of a file can be in a run with `-m marks`, as the Makefile writes them.
+    """Return True if a file has no test for a run with `-m marks`.
 
-    A test bears the mark by its folder, or by its name in the file.
+    The marks are those of the Makefile. A test bears `faults` by its folder, or by that word in its file.
     """
     if path.parent.name in FAULT_FOLDERS:
         return marks == "not faults"
@@ -29,7 +30,7 @@ def is_left_out(path: Path, marks: str) -> bool:
 
 
 def rewrite_share(config: pytest.Config, number: int, count: int) -> None:
-    """Rewrite every `count`-th of the files that the run's processes are about to import, from `number` on."""
+    """Rewrite a process's share of the run's files: each `count`-th, from `number` on."""
     # These are pytest's own. A release that has changed them rewrites each file in each process, as it would without this.
     with contextlib.suppress(AttributeError, TypeError, OSError):
         state = config.stash[rewrite.assertstate_key]

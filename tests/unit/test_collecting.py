@@ -1,4 +1,4 @@
-"""Files that a run leaves out hold none of its tests, and what processes rewrite for one another is what pytest reads."""
+"""Files that a run leaves out hold none of its tests; processes share rewriting."""
 
 from __future__ import annotations
 

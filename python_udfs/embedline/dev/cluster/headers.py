@@ -14,7 +14,7 @@ from embedline.dev.cluster.settings import Settings
 
 
 def server_headers(settings: Settings, major: int) -> Path | None:
-    """Return the folder of the installed headers, else of those that `ensure_headers` unpacked; None without either."""
+    """Return the folder of the installed headers or of the unpacked ones, or None."""
     installed = system.pg_config(major, "includedir-server")
     unpacked = _folder(settings, major) / installed.relative_to("/")
     return next((folder for folder in (installed, unpacked) if (folder / "postgres.h").exists()), None)
@@ -23,7 +23,8 @@ def server_headers(settings: Settings, major: int) -> Path | None:
 def ensure_headers(settings: Settings, major: int) -> None:
     """Unpack the headers into the checkout, unless some are there.
 
-    Tests build a library with them that saves half of their time. They run without it where apt offers no headers.
+    The tests build a library with them, which imports the package once for all sessions. They run without it if apt
+    offers no headers.
     """
     if server_headers(settings, major) is not None:
         say(f"The headers of PostgreSQL {major} are there")
@@ -34,11 +35,11 @@ def ensure_headers(settings: Settings, major: int) -> None:
     try:
         unpack(major, folder)
     except SetupError as error:
-        say(f"The headers of PostgreSQL {major} cannot be had, so tests take twice their time: {error}")
+        say(f"Sessions of the tests begin more slowly without the headers of PostgreSQL {major}: {error}")
 
 
 def unpack(major: int, folder: Path) -> Path:
-    """Download and unpack the package of the headers; return the folder that they are in."""
+    """Download and unpack the headers; return their folder."""
     package = f"postgresql-server-dev-{major}"
     if not system.candidate(package):
         system.update_lists()

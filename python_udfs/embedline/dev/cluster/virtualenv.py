@@ -130,7 +130,10 @@ def _pip(settings: Settings) -> list[str]:
 
 
 def _ensure_layer(settings: Settings, extra: str, present: str) -> bool:
-    """Install the package with an extra, unless that was done for this pyproject.toml; return whether it did."""
+    """Install the package with an extra, unless that was done for this pyproject.toml.
+
+    Returns True if it was installed now.
+    """
     if _is_installed(settings, extra):
         say(present)
         return False

@@ -153,15 +153,6 @@ def test_a_closed_home_is_told_before_anything_is_installed(tmp_path: Path) -> N
     assert not (root / ".venv").exists()
 
 
-def test_installed_packages_are_compiled_and_files_that_are_no_python_are_left(tmp_path: Path) -> None:
-    settings = checkout(tmp_path / "embedline")
-    (settings.site_packages / "good.py").write_text("answer = 42\n")
-    (settings.site_packages / "template.py").write_text("answer = {{ answer }\n")
-    virtualenv._compile_packages(settings)
-    compiled = {path.name.partition(".")[0] for path in (settings.site_packages / "__pycache__").iterdir()}
-    assert compiled == {"good"}
-
-
 def test_headers_are_those_installed_or_those_unpacked(tmp_path: Path) -> None:
     settings = Settings(root=tmp_path, data_dir=tmp_path / ".postgres", port=54329)
     major = system.choose_major(settings.data_dir)

@@ -45,8 +45,7 @@ def ensure_virtualenv(settings: Settings, major: int) -> None:
     version = linked_python(major)
     _mend_moved(settings)
     _create(settings, version)
-    if _ensure_layer(settings, _DEMO_EXTRA, f"The virtual environment is up to date (Python {version})"):
-        _compile_packages(settings)
+    _ensure_layer(settings, _DEMO_EXTRA, f"The virtual environment is up to date (Python {version})")
 
 
 def ensure_tools(settings: Settings) -> None:
@@ -79,7 +78,6 @@ def ensure_torch(settings: Settings, wish: str) -> None:
         return
     run_step(f"Installing {requirement or _TORCH[-1]}", [*_pip(settings), requirement or _TORCH[-1]])
     _ensure_layer(settings, _TORCH_EXTRA, "")
-    _compile_packages(settings)
 
 
 def compile_sources(settings: Settings) -> None:
@@ -91,17 +89,6 @@ def compile_sources(settings: Settings) -> None:
     command = [str(settings.python), "-m", "compileall", "-q", str(settings.source)]
     if subprocess.run(command, check=False).returncode != 0:
         say("The sources cannot be compiled ahead; sessions of the server begin more slowly")
-
-
-def _compile_packages(settings: Settings) -> None:
-    """Compile the installed packages with all cores.
-
-    The server's OS user reads those of the demo and of torch, and may write nothing here. Pip would compile each file
-    of each layer on one core: 140 s for all. Files that Python cannot read are left alone, as pip leaves them.
-    """
-    say("Compiling the installed packages")
-    command = [str(settings.python), "-m", "compileall", "-q", "-q", "-j", "0", str(settings.site_packages)]
-    subprocess.run(command, check=False)
 
 
 def _say_without_torch() -> None:
@@ -125,24 +112,19 @@ def _is_without_cuda(settings: Settings, requirement: str) -> bool:
 
 
 def _pip(settings: Settings) -> list[str]:
-    pip = [str(settings.python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    return [*pip, "install", "--no-compile"]
+    return [str(settings.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
 
 
-def _ensure_layer(settings: Settings, extra: str, present: str) -> bool:
-    """Install the package with an extra, unless that was done for this pyproject.toml.
-
-    Returns True if it was installed now.
-    """
+def _ensure_layer(settings: Settings, extra: str, present: str) -> None:
+    """Install the package with an extra, unless that was done for this pyproject.toml."""
     if _is_installed(settings, extra):
         say(present)
-        return False
+        return
     run_step(
         f"Installing Embedline with its extra {extra}",
         [*_pip(settings), "--upgrade-strategy", "only-if-needed", "--editable", f"{settings.root}[{extra}]"],
     )
     _stamp(settings, extra).write_text(_fingerprint(settings))
-    return True
 
 
 def _stamp(settings: Settings, extra: str) -> Path:

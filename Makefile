@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 export EMBEDLINE_PORT EMBEDLINE_PGDATA TORCH
+# Without it each process of pytest compiles all tests at each run, for 20 s of CPU.
+unexport PYTHONDONTWRITEBYTECODE
 
 MODEL ?= static-256
 NAME  ?=

@@ -27,6 +27,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
+import collecting
 import fault_table
 import support
 import throwaway
@@ -38,7 +39,6 @@ from recycling import RecycledDatabase
 # Unique to this run, so that two runs on one server never meet.
 _RUN = f"{os.getpid()}_{secrets.token_hex(3)}"
 
-_FAULT_FOLDERS = ("cron", "faults")
 # Files that take longest, or wait longest, by what they took: the order in which processes take them.
 _LONGEST = {
     name: place
@@ -70,6 +70,9 @@ _LONGEST = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the run's server before the processes of a parallel run begin: they inherit its address."""
+    if hasattr(config, "workerinput") and not sys.dont_write_bytecode:
+        process = config.workerinput
+        collecting.rewrite_share(config, int(process["workerid"].removeprefix("gw")), process["workercount"])
     if not os.environ.get("EMBEDLINE_DSN"):
         return
     if not hasattr(config, "workerinput") and not config.option.collectonly:
@@ -78,10 +81,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["EMBEDLINE_DSN"] = cluster.dsn()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files out that have no test for this run; its processes need not import them."""
+    is_file = collection_path.suffix == ".py"
+    return True if is_file and collecting.is_left_out(collection_path, config.option.markexpr) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of faults, put the longest files first, and skip what needs torch where it is not installed."""
     for item in items:
-        if item.path.parent.name in _FAULT_FOLDERS:
+        if item.path.parent.name in collecting.FAULT_FOLDERS:
             item.add_marker(pytest.mark.faults)
     # A process takes a file at a time: one that begins late and takes long would run alone at the end.
     items.sort(key=lambda item: _LONGEST.get(item.path.name, len(_LONGEST)))

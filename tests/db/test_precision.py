@@ -153,7 +153,7 @@ def test_search_ranks_with_the_index_that_is_used(pages: psycopg.Connection) -> 
         "INSERT INTO embedline.index_reach (version_id, checked_to) SELECT version_id, 1000 FROM embedline.version"
     )
     # Two dimensions of 256 and few rows to spare: others are found, and ranked by the whole vectors.
-    pages.execute("SET enable_seqscan = off; SET enable_sort = on")
+    pages.execute("SET enable_seqscan = off; SET enable_sort = on; SET jit = off")
     cut = searching(pages, "page", "the height of mountains", k=5)
     assert [key for key, _, _ in cut] != before
     assert [score for _, _, score in cut] == sorted((score for _, _, score in cut), reverse=True)

@@ -13,7 +13,7 @@ from embedline.client.build_index import PsycopgClient, build
 from embedline.observe.quality_series import has_fallen, interval_beside
 from generated_names import PAGE
 from stub_provider import StubProvider
-from support import drain, scalar, wait_until
+from support import AS_THE_PLANNER_LIKES, TO_THE_INDEX, drain, scalar, wait_until
 from working import create_stub_model, create_stub_pipeline, dsn_of, insert_rows, work_until_idle, working
 
 ROWS = 90
@@ -289,7 +289,7 @@ def test_a_damaged_graph_raises_the_alerts_of_reach(stub_database: psycopg.Conne
     drain(connection)
     assert build(PsycopgClient(connection), "page") is not None
     connection.execute(f"ANALYZE page, {PAGE('chunk')}, {PAGE.version(1)}")
-    connection.execute("SET enable_seqscan = off; SET enable_sort = off")
+    connection.execute(TO_THE_INDEX)
     connection.execute("SELECT embedline.sample_queries('page', 1)")
     for number in range(20):
         _search(connection, f"question {number}")
@@ -303,4 +303,4 @@ def test_a_damaged_graph_raises_the_alerts_of_reach(stub_database: psycopg.Conne
     connection.execute(f"ALTER INDEX {index} SET (m = 16, ef_construction = 64); REINDEX INDEX {index}")
     _check(connection)
     assert _alerts(connection) == {}
-    connection.execute("RESET enable_seqscan; RESET enable_sort")
+    connection.execute(AS_THE_PLANNER_LIKES)

@@ -12,7 +12,7 @@ from psycopg import sql
 
 from embedline.client.build_index import PsycopgClient, build
 from generated_names import PAGE
-from support import create_pages, create_pipeline, drain, scalar, wait_until
+from support import AS_THE_PLANNER_LIKES, TO_THE_INDEX, create_pages, create_pipeline, drain, scalar, wait_until
 from working import dsn_of
 
 Connect = Callable[..., psycopg.Connection]
@@ -56,9 +56,9 @@ def listed(module_database: psycopg.Connection) -> Iterator[psycopg.Connection]:
     connection.execute(f"ANALYZE page, {PAGE('chunk')}, {PAGE.version(1)}")
     connection.execute("SELECT count(*) FROM embedline.verify('page', true, 0)")
     connection.execute(_RANK)
-    connection.execute("SET enable_seqscan = off; SET enable_sort = off")
+    connection.execute(TO_THE_INDEX)
     yield connection
-    connection.execute("RESET enable_seqscan; RESET enable_sort")
+    connection.execute(AS_THE_PLANNER_LIKES)
 
 
 def _asked(connection: psycopg.Connection, query: str, k: int = 10) -> list[str]:
@@ -127,7 +127,7 @@ def test_policies_that_hide_rows_do_not_shorten_the_result(
     try:
         with psycopg.connect(dsn_of(listed), autocommit=True) as other:
             other.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(reader)))
-            other.execute("SET enable_seqscan = off; SET enable_sort = off")
+            other.execute(TO_THE_INDEX)
             found = _asked(other, "vacuum the table")
             assert len(found) == 10
             assert all(int(key) % 50 == 0 for key in found)

@@ -13,7 +13,7 @@ import pytest
 
 from embedline.client.build_index import PsycopgClient, build
 from generated_names import PAGE
-from support import create_pipeline, drain, scalar
+from support import AS_THE_PLANNER_LIKES, TO_THE_INDEX, create_pipeline, drain, scalar
 from working import dsn_of
 
 ROWS = 3_000
@@ -50,9 +50,9 @@ def poor_index(module_database: psycopg.Connection) -> Iterator[psycopg.Connecti
     drain(connection)
     assert build(PsycopgClient(connection), "page") is not None
     connection.execute(f"ANALYZE page, {PAGE('chunk')}, {PAGE.version(1)}")
-    connection.execute("SET enable_seqscan = off; SET enable_sort = off")
+    connection.execute(TO_THE_INDEX)
     yield connection
-    connection.execute("RESET enable_seqscan; RESET enable_sort")
+    connection.execute(AS_THE_PLANNER_LIKES)
 
 
 @pytest.fixture

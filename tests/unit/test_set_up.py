@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from embedline.dev.cluster import headers, system, virtualenv
 from embedline.dev.cluster import server_user as server_user_module
-from embedline.dev.cluster import system, virtualenv
 from embedline.dev.cluster.console import SetupError
 from embedline.dev.cluster.server_user import check_place
 from embedline.dev.cluster.settings import Settings
@@ -151,3 +151,24 @@ def test_a_closed_home_is_told_before_anything_is_installed(tmp_path: Path) -> N
     assert "is closed to it" in done.stderr
     assert "»" not in done.stderr, "nothing was begun"
     assert not (root / ".venv").exists()
+
+
+def test_headers_are_those_installed_or_those_unpacked(tmp_path: Path) -> None:
+    settings = Settings(root=tmp_path, data_dir=tmp_path / ".postgres", port=54329)
+    major = system.choose_major(settings.data_dir)
+    installed = system.pg_config(major, "includedir-server")
+    expected = installed if (installed / "postgres.h").exists() else None
+    assert headers.server_headers(settings, major) == expected
+    unpacked = tmp_path / ".cache" / f"headers-{major}" / installed.relative_to("/")
+    unpacked.mkdir(parents=True)
+    (unpacked / "postgres.h").touch()
+    assert headers.server_headers(settings, major) == (expected or unpacked)
+
+
+def test_tests_keep_their_bytecode_whatever_the_environment_says() -> None:
+    command = ["make", "--silent", "--eval", "_shown: ; @echo [$${PYTHONDONTWRITEBYTECODE-}]", "_shown"]
+    root = Path(system.__file__).resolve().parents[4]
+    environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    assert (
+        subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout == "[]\n"
+    )

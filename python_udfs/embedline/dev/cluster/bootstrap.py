@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedline.dev.cluster import monitors, pgvector, system, virtualenv
+from embedline.dev.cluster import headers, monitors, pgvector, system, virtualenv
 from embedline.dev.cluster.console import SetupError, run_step, say
 from embedline.dev.cluster.server import DATABASE, SUPERUSER, Cluster
 from embedline.dev.cluster.server_user import check_place, check_reachable
@@ -72,6 +72,7 @@ def test_setup(settings: Settings) -> None:
     TORCH=1 insists on torch, TORCH=0 leaves it out.
     """
     system.ensure_browser()
+    headers.ensure_headers(settings, system.choose_major(settings.data_dir))
     virtualenv.ensure_tools(settings)
     virtualenv.ensure_torch(settings, os.environ.get("TORCH", ""))
     monitors.ensure_monitors(settings)

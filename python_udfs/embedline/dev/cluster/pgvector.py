@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedline.dev.cluster import system
+from embedline.dev.cluster import headers, system
 from embedline.dev.cluster.console import SetupError, as_root, run_step, say
 
 MINIMUM = (0, 8, 0)
@@ -176,20 +176,14 @@ def _build(major: int) -> None:
 def _server_headers(major: int, folder: Path) -> list[str]:
     """Return make's arguments for the server's headers.
 
-    If their package is not installed, they are unpacked. That package depends on LLVM and its development files, 700 MB
-    on Debian 12, for bitcode that is not needed here.
+    If their package is not installed, they are unpacked.
     """
     installed = system.pg_config(major, "includedir-server")
     if (installed / "postgres.h").exists():
         return ["with_llvm=no"]
-    package = f"postgresql-server-dev-{major}"
-    system.update_lists()
-    download = ["apt-get", "-q", "-o", "APT::Sandbox::User=", "download", package]
-    run_step(f"Downloading {package}", download, cwd=folder)
-    (archive,) = folder.glob(f"{package}_*.deb")
     unpacked = folder / "headers"
-    run_step(f"Unpacking {package}", ["dpkg-deb", "-x", str(archive), str(unpacked)])
-    return ["with_llvm=no", f"includedir_server={unpacked / installed.relative_to('/')}"]
+    unpacked.mkdir()
+    return ["with_llvm=no", f"includedir_server={headers.unpack(major, unpacked)}"]
 
 
 def _private_apt_get(folder: Path, source: AptSource) -> list[str]:

@@ -70,7 +70,8 @@ DOWNGRADE = (
     " double precision, text, text[], text, text, text)",
     "DROP FUNCTION IF EXISTS embedline.search(text, bytea, integer, boolean, integer, text, text, text, text, boolean,"
     " text)",
-    "DROP FUNCTION IF EXISTS embedline.embed_query(text, bytea)",
+    "DROP FUNCTION IF EXISTS embedline.embed_query(text, bytea), embedline.search_across(text[], text, integer, boolean),"
+    " embedline.search_across(text[], bytea, integer, boolean)",
     "ALTER TABLE embedline.chunk_set DROP CONSTRAINT chunk_set_chunking_check",
     f"ALTER TABLE embedline.chunk_set ADD CONSTRAINT chunk_set_chunking_check CHECK (chunking IN ({_TEXT_METHODS})) NOT VALID",
     "ALTER TABLE embedline.model DROP COLUMN modalities",

@@ -50,7 +50,9 @@ GRANT SELECT ON embedline.keyword_build TO embedline_reader, embedline_worker;
 GRANT EXECUTE ON FUNCTION
 embedline.search(text, bytea, integer, boolean, integer, text, text, text, text, boolean, text),
 embedline.embed_query(text, text),
-embedline.embed_query(text, bytea)
+embedline.embed_query(text, bytea),
+embedline.search_across(text [], text, integer, boolean),
+embedline.search_across(text [], bytea, integer, boolean)
 TO embedline_reader;
 GRANT EXECUTE ON FUNCTION
 embedline.rerank(text, text, text []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import psycopg
@@ -373,6 +374,27 @@ def test_a_large_change_waits_and_a_single_edit_goes_at_once(page: psycopg.Conne
     insert_rows(page, 301, 320)
     _send(page)
     assert not stub.batches()
+
+
+def test_two_rules_that_are_set_at_the_same_time_follow_each_other(page: psycopg.Connection) -> None:
+    errors: list[Exception] = []
+
+    def set_rule() -> None:
+        try:
+            with psycopg.connect(dsn_of(page), autocommit=True) as other:
+                other.execute("SELECT embedline.configure_bulk('page', bulk_rows => 20)")
+        except Exception as error:
+            errors.append(error)
+
+    with psycopg.connect(dsn_of(page)) as first:
+        first.execute("SELECT embedline.configure_bulk('page', bulk_rows => 10)")
+        second = threading.Thread(target=set_rule, daemon=True)
+        second.start()
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%configure_bulk%'"
+        wait_until(lambda: scalar(page, waits) == 1, 20, "the second call waits")
+    second.join(20)
+    assert errors == []
+    assert scalar(page, "SELECT bulk_rows FROM embedline.bulk_rule") == 20
 
 
 def test_changes_of_a_window_of_the_day_wait(page: psycopg.Connection, stub: StubProvider) -> None:

@@ -1740,6 +1740,28 @@ SET hnsw.ef_search=40
 SET ivfflat.iterative_scan=relaxed_order
 SET ivfflat.probes=1;
 
+CREATE FUNCTION embedline.search_across(pipeline_names text[], query bytea, k integer DEFAULT 10, per_document boolean DEFAULT false)
+RETURNS TABLE(pipeline text, key text, chunk text, score double precision, chunk_start integer, chunk_end integer)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET plan_cache_mode=force_generic_plan
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1;
+
+CREATE FUNCTION embedline.search_across(pipeline_names text[], query text, k integer DEFAULT 10, per_document boolean DEFAULT false)
+RETURNS TABLE(pipeline text, key text, chunk text, score double precision, chunk_start integer, chunk_end integer)
+LANGUAGE plpython3u VOLATILE
+SET search_path=pg_catalog, pg_temp
+SET jit=off
+SET plan_cache_mode=force_generic_plan
+SET hnsw.iterative_scan=strict_order
+SET hnsw.ef_search=40
+SET ivfflat.iterative_scan=relaxed_order
+SET ivfflat.probes=1;
+
 CREATE FUNCTION embedline.search_derived(name text, subject text, k integer DEFAULT 10, leave_out_seen boolean DEFAULT false, per_document boolean DEFAULT true)
 RETURNS TABLE(key text, chunk text, score double precision, chunk_start integer, chunk_end integer)
 LANGUAGE plpython3u VOLATILE

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from recordings import recording
 from support import create_pipeline, scalar, settle
@@ -56,10 +59,18 @@ def _canaries(connection: psycopg.Connection, levels: dict[int, float]) -> None:
         )
 
 
-def test_another_tower_is_judged_cut_over_to_and_undone(database: psycopg.Connection, tmp_path: Path) -> None:
-    folder = make_towers_model(tmp_path / "towers-2", "text", "audio", heard=("most", "mean", "mean_size"))
-    for path in (*tmp_path.parents[:2], tmp_path, folder):
-        path.chmod(0o755)
+@pytest.fixture
+def other_towers() -> Iterator[Path]:
+    """The folder of another model, which the server can read."""
+    with tempfile.TemporaryDirectory(prefix="embedline-towers-") as parent:
+        folder = make_towers_model(Path(parent) / "towers-2", "text", "audio", heard=("most", "mean", "mean_size"))
+        for path in (folder.parent, folder):
+            path.chmod(0o755)
+        yield folder
+
+
+def test_another_tower_is_judged_cut_over_to_and_undone(database: psycopg.Connection, other_towers: Path) -> None:
+    folder = other_towers
     database.execute("SELECT embedline.create_model('towers-2', 'sentence-transformers', %s)", (str(folder),))
     _create(database)
     levels = dict(enumerate(LEVELS))

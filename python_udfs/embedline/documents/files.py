@@ -12,8 +12,7 @@ from typing import Any
 
 from embedline.catalog.values import Pipeline
 from embedline.core.media import MediaPart, ModelInput, media_digest
-from embedline.documents.isolated import read_isolated
-from embedline.documents.read import read_contents
+from embedline.documents.read import read_contents, read_isolated
 from embedline.postgres.session import Session
 from embedline.queue.outbox import Key
 

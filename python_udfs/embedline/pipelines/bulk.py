@@ -8,6 +8,13 @@ from embedline.errors import InvalidParameter
 from embedline.postgres.entry import entry_point
 from embedline.postgres.session import Session
 
+# Two calls at the same time follow each other, and the later one stays.
+_STORE = """
+    INSERT INTO embedline.bulk_rule (pipeline_id, bulk_rows, starts_at, ends_at) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (pipeline_id) DO UPDATE
+    SET bulk_rows = excluded.bulk_rows, starts_at = excluded.starts_at, ends_at = excluded.ends_at
+"""
+
 
 @entry_point
 def configure_bulk(
@@ -30,13 +37,14 @@ def configure_bulk(
             f'the changes of pipeline "{name}" are shared out between its tenants',
             hint="Only backfills of such a pipeline can wait.",
         )
-    session.query("DELETE FROM embedline.bulk_rule WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
-    if bulk_rows is not None or window_start is not None:
-        session.query(
-            "INSERT INTO embedline.bulk_rule (pipeline_id, bulk_rows, starts_at, ends_at) VALUES ($1, $2, $3, $4)",
-            ["bigint", "integer", "time", "time"],
-            pipeline.pipeline_id,
-            bulk_rows,
-            window_start,
-            window_end,
-        )
+    if bulk_rows is None and window_start is None:
+        session.query("DELETE FROM embedline.bulk_rule WHERE pipeline_id = $1", ["bigint"], pipeline.pipeline_id)
+        return
+    session.query(
+        _STORE,
+        ["bigint", "integer", "time", "time"],
+        pipeline.pipeline_id,
+        bulk_rows,
+        window_start,
+        window_end,
+    )

@@ -14,9 +14,8 @@ from embedline.catalog.source import hidden_source
 from embedline.catalog.values import Pipeline, WorkKey
 from embedline.core.retry import MAX_ATTEMPTS, ROWS_PER_CLAIM_AFTER_CRASHES
 from embedline.documents import deletions
-from embedline.documents.isolated import read_isolated
 from embedline.documents.keys import queued_anew, take_documents
-from embedline.documents.read import can_hold_source, likely_row_bytes, read_rows, still_current
+from embedline.documents.read import can_hold_source, likely_row_bytes, read_isolated, read_rows, still_current
 from embedline.documents.remove import remove_absent
 from embedline.documents.reuse import known_vectors
 from embedline.documents.values import Document, Vector
@@ -210,7 +209,8 @@ class SourceRows:
         reading.deferred_count = len(deferred)
         if deferred:
             self.requeue(claim, deferred, 0.0, charged=False, error=None)
-        put_back = fail_unread(self, claim, [(rows[index], error) for index, error in failed.items()])
+        unread = [(rows[index], error) for index, error in failed.items()]
+        put_back = fail_unread(self, claim, unread) if unread else []
         source_queue.narrow(self.session, self.pipeline, claim, deferred + put_back, self.claims)
         self._settle_absent(claim, absent)
         return reading

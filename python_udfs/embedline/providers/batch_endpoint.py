@@ -119,7 +119,8 @@ class BatchEndpoint(OpenAIEmbedder):
             raise
         except Exception as error:
             raise TransientProviderError(
-                "a call of the batch endpoint failed", detail=redact(f"{type(error).__name__}: {error}", None)
+                "a call of the batch endpoint failed",
+                detail=redact(f"{type(error).__name__}: {error}", self._known_key()),
             ) from error
 
     # The loop's thread
